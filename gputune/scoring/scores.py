@@ -27,7 +27,8 @@ from gputune.wording import Verbatim, option
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """Return the accuracy: the share of rows with the label's logit as the largest, in [0, 1]."""
-    return (logits.argmax(-1) == y).double().mean(-1)
+    is_hit = logits.argmax(-1) == y
+    return is_hit.double().mean(-1)
 
 
 def balanced_accuracy(logits: Tensor, y: Tensor) -> Tensor:
@@ -47,7 +48,8 @@ def neg_log_loss(logits: Tensor, y: Tensor) -> Tensor:
     p is clipped to [eps, 1 - eps] of the dtype, as in scikit-learn.
     """
     eps = torch.finfo(logits.dtype).eps
-    return _log_p(logits, y).clamp(math.log(eps), math.log1p(-eps)).mean(-1)
+    log_p = _log_p(logits, y).clamp(math.log(eps), math.log1p(-eps))
+    return log_p.mean(-1)
 
 
 def neg_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -90,8 +92,8 @@ def r2(outputs: Tensor, y: Tensor) -> Tensor:
 
     For a constant y it is 1 if all outputs are exact, else 0.
     """
-    squares = (outputs.squeeze(-1) - y) ** 2
-    return _r2(squares.sum(-1), y)
+    errors = outputs.squeeze(-1) - y
+    return _r2((errors**2).sum(-1), y)
 
 
 def _r2(residual: Tensor, y: Tensor) -> Tensor:
@@ -107,7 +109,8 @@ def _r2(residual: Tensor, y: Tensor) -> Tensor:
 
 def neg_mean_squared_error(outputs: Tensor, y: Tensor) -> Tensor:
     """Return minus the mean squared error, in squared units of y."""
-    return -((outputs.squeeze(-1) - y) ** 2).mean(-1)
+    errors = outputs.squeeze(-1) - y
+    return -(errors**2).mean(-1)
 
 
 def neg_root_mean_squared_error(outputs: Tensor, y: Tensor) -> Tensor:
@@ -117,7 +120,8 @@ def neg_root_mean_squared_error(outputs: Tensor, y: Tensor) -> Tensor:
 
 def neg_mean_absolute_error(outputs: Tensor, y: Tensor) -> Tensor:
     """Return minus the mean absolute error, in units of y."""
-    return -(outputs.squeeze(-1) - y).abs().mean(-1)
+    errors = outputs.squeeze(-1) - y
+    return -errors.abs().mean(-1)
 
 
 def neg_mean_pinball_loss(outputs: Tensor, y: Tensor, *, alpha: float) -> Tensor:
@@ -163,9 +167,8 @@ CLASSIFICATION: Mapping[str, Score] = {
     for score in (accuracy, balanced_accuracy, neg_log_loss, roc_auc_ovr, f1_macro)
 }
 # For two classes, "roc_auc_ovr" is left to scikit-learn's scorer.
-_BINARY = {name.removesuffix("_ovr"): score for name, score in CLASSIFICATION.items()} | {
-    "roc_auc": roc_auc
-}
+_BINARY = {name.removesuffix("_ovr"): score for name, score in CLASSIFICATION.items()}
+_BINARY["roc_auc"] = roc_auc
 REGRESSION: Mapping[str, Score] = {
     score.__name__: _by_target(score)
     for score in (r2, neg_mean_squared_error, neg_root_mean_squared_error, neg_mean_absolute_error)

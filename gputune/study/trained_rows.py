@@ -6,6 +6,8 @@ random sample of these rows. The share of these digests that is also in the mode
 the share of rows on which the model was trained.
 """
 
+from typing import TypeAlias
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,6 +26,7 @@ _BYTES = 6
 _ROWS = 8192  # rows per batch of digests
 _KEY_SEED = 0x6770
 _AnyLayout = Layout | ArrayLayout
+_Bits: TypeAlias = NDArray[np.uint64]
 
 
 def sample_of_rows(layout: _AnyLayout, X: AnyRows, y: np.ndarray) -> str:
@@ -35,7 +38,8 @@ def sample_of_rows(layout: _AnyLayout, X: AnyRows, y: np.ndarray) -> str:
         y: (n, ...) class codes or numbers of these rows.
     """
     content = b""
-    for digest in np.unique(_digests(layout, X, y))[:SAMPLE_SIZE].tolist():
+    smallest = np.unique(_digests(layout, X, y))[:SAMPLE_SIZE]
+    for digest in smallest.tolist():
         content += digest.to_bytes(_BYTES, "big")
     return content.hex()
 
@@ -65,15 +69,17 @@ def share_of_rows(sample: str, layout: _AnyLayout, X: AnyRows, y: np.ndarray) ->
     return float(np.isin(digests, trained).mean())
 
 
-def _digests(layout: _AnyLayout, X: AnyRows, y: np.ndarray) -> NDArray[np.uint64]:
+def _digests(layout: _AnyLayout, X: AnyRows, y: np.ndarray) -> _Bits:
     """Return one digest per row, (n,), of the row's encoded values and its target."""
-    target = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
+    target = np.asarray(y, dtype=np.float64)
+    target = target.reshape(len(y), -1)
     digests = []
     for start in range(0, len(X), _ROWS):
         rows = np.arange(start, min(start + _ROWS, len(X)))
         columns = []
         for part in _inputs(layout, X, rows):
-            columns.append(part.double().reshape(len(rows), -1).cpu().numpy())
+            numbers = part.double().reshape(len(rows), -1)
+            columns.append(numbers.numpy(force=True))
         columns.append(target[rows])
         digests.append(_digests_of(np.concatenate(columns, axis=1)))
     return np.concatenate(digests)
@@ -89,7 +95,7 @@ def _inputs(layout: _AnyLayout, X: AnyRows, rows: np.ndarray) -> tuple[Tensor, .
     return (torch.from_numpy(layout.raw(X.select(rows))),)
 
 
-def _digests_of(numbers: FloatArray) -> NDArray[np.uint64]:
+def _digests_of(numbers: FloatArray) -> _Bits:
     """Return one digest per row, (n,), of encoded values (n, d).
 
     The digest is a sum over the columns. Each column has its own random factor, and the bits of
@@ -100,13 +106,14 @@ def _digests_of(numbers: FloatArray) -> NDArray[np.uint64]:
     generator = np.random.Generator(np.random.PCG64(_KEY_SEED))
     factors = generator.integers(2**64, size=numbers.shape[1], dtype=np.uint64)
     # Odd factors can be inverted modulo 2^64, so the products lose no bits.
-    products = _mixed(numbers.view(np.uint64)) * (factors | 1)
+    factors = factors | 1
+    products = _mixed(numbers.view(np.uint64)) * factors
     sums = products.sum(axis=1, dtype=np.uint64)  # (n, d) -> (n,)
     # only the highest bytes are kept
     return _mixed(sums) >> np.uint64(64 - 8 * _BYTES)
 
 
-def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _mixed(bits: _Bits) -> _Bits:
     """Return integers in which each bit depends on all bits of the given integers.
 
     Source: MurmurHash3's 64-bit finalizer.
