@@ -382,9 +382,14 @@ def _seconds(job: Job, data: Dataset, chunk: Population, backend: Backend) -> fl
     """Return the seconds of one step of one member, without the one-time work of the first
     steps."""
     short = replace(
-        job, epochs=_TRIED_EPOCHS, horizon=_LONG, scoring=None, backend=backend, pool=ChunkPool()
+        job,
+        epochs=_TRIED_EPOCHS,
+        horizon=_LONG,
+        scoring=None,
+        backend=backend,
+        pool=ChunkPool(),
+        checkpointing=None,
     )
-    short = replace(short, checkpointing=None)
     with torch_threads(1):  # the CPU time of this thread, whatever else the machine does
         seconds = _fastest_epoch(short, data, chunk, time.process_time, patience=_PATIENCE_SECONDS)
     size = int(chunk.configs[0]["batch_size"])

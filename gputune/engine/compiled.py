@@ -37,6 +37,15 @@ from gputune.scoring.scoring import Validation
 
 OptionalTensor: TypeAlias = Tensor | None
 
+_MEMBER_VALUES = {
+    "lr": "lr",
+    "momentum": "momentum",
+    "decay": "weight_decay",
+    "dropout": "dropout",
+    "ema": "ema",
+}
+"""Hyperparameters that each trial has a value of, by their names in the compiled code."""
+
 
 class CompiledChunk:
     """Parameters and moments of a chunk in flat buffers, and the arguments of the compiled code."""
@@ -130,11 +139,6 @@ class CompiledChunk:
         schedules = list(SCHEDULES)
         self.arrays: dict[str, OptionalTensor] = {
             **self.row_arrays,
-            "lr": self._place_values("lr"),
-            "momentum": self._place_values("momentum"),
-            "decay": self._place_values("weight_decay"),
-            "dropout": self._place_values("dropout"),
-            "ema": self._place_values("ema"),
             "widths": self.place(list(map(hidden_widths, self.configs))),
             "loss_number": self.place([self.network.loss_number]),
             "sizes": self.place(self.sizes),
@@ -146,14 +150,13 @@ class CompiledChunk:
             "nanoseconds": self.nanoseconds,
             **self.make_buffers(1),
         }
+        for name, key in _MEMBER_VALUES.items():  # (C,)
+            values = [float(config[key]) for config in self.configs]
+            self.arrays[name] = self.place(values)
         moments = list(self.moments)
         if self.averages:
             self.arrays["average"] = moments.pop()
         self.arrays |= zip(("first", "second"), moments)
-
-    def _place_values(self, key: str) -> Tensor:
-        """Return a tensor (C,) with each trial's value of one hyperparameter, on the device."""
-        return self.place([float(config[key]) for config in self.configs])
 
     def make_buffers(self, epochs: int) -> dict[str, OptionalTensor]:
         """Allocate the buffers for scoring ``epochs`` epochs.

@@ -245,19 +245,16 @@ def obstacle(device: torch.device) -> InputError | None:
     if device.type != "cuda":
         rule = f"trains on a GPU, but the device is {str(device)!r}"
         remedy = f"Choose {option('device', 'cuda')} or {option('backend', 'auto')}."
-        return InputError("backend='kernel'", rule, remedy=remedy)
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _OLDEST:
+    elif (capability := torch.cuda.get_device_capability(device)) < _OLDEST:
         card = f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
         rule = f"needs a GPU of compute capability 8.0 (Ampere) or newer, but {card}"
         remedy = f"Choose {option('backend', 'graph')} or {option('backend', 'auto')}."
-        return InputError("backend='kernel'", rule, remedy=remedy)
-    reason = without_nvrtc()
-    if reason:
+    elif reason := without_nvrtc():
         rule = f"compiles its code when it is first used, which fails here: {reason}"
         remedy = f"Or choose {option('backend', 'graph')}."
-        return InputError("backend='kernel'", rule, remedy=remedy)
-    return None
+    else:
+        return None
+    return InputError("backend='kernel'", rule, remedy=remedy)
 
 
 def lacks(config: Config, kind: ModelKind, data: Dataset) -> str:

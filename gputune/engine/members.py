@@ -30,7 +30,7 @@ from gputune.engine.stacked import StackedChunk
 from gputune.modules.calls import ModuleDraws
 from gputune.modules.member_code import CodedStep, MemberCode
 from gputune.modules.module import StackedModule
-from gputune.modules.trace import TraceError, tensors, trace
+from gputune.modules.trace import Place, TraceError, tensors, trace
 from gputune.native.library import Kernels, build_kernels
 from gputune.optimizers.update import OnlineUpdate
 from gputune.population.batches import StepShape
@@ -255,11 +255,7 @@ class MemberMemory:
         """Return this thread's copy of a tensor of the one-member chunk, or None if no step reads
         the tensor."""
         storage = self.storages.get(tensor.untyped_storage().data_ptr())
-        if storage is None:
-            return None
-        return torch.empty(0, dtype=tensor.dtype).set_(
-            storage, tensor.storage_offset(), tensor.shape, tensor.stride()
-        )
+        return None if storage is None else Place.of(tensor).on(storage)
 
     def load(self, fold: int, trial: int, rows: Sequence[Tensor], step: int) -> None:
         """Load a member into this memory before step ``step`` of the epoch. ``rows`` has the

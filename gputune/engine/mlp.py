@@ -21,7 +21,7 @@ from gputune.engine.dropout import MlpDraws, dropout_draw
 from gputune.models import MLP, LogisticRegression
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches
-from gputune.population.population import ModelKind, Shape, by_copy, hidden_widths, padded_width
+from gputune.population.population import ModelKind, Shape, hidden_widths, padded_width
 from gputune.scoring.losses import LOSSES, cross_entropy_slope_, number_slope_, row_losses
 from gputune.seeding import stream
 from gputune.types import Config, EvaluationKey, Params
@@ -138,7 +138,12 @@ class StackedMLP:
         return list(pairwise(sizes))
 
     def targets(self, y: Tensor) -> Tensor:
-        return by_copy(y, self.shape.n_outputs, self.shape.dtype)
+        """Return the targets (V, n, K): one-hot rows of class codes (n,), or values (F, n) as a
+        column."""
+        dtype = self.shape.dtype
+        if y.is_floating_point():
+            return y[..., None].to(dtype)
+        return functional.one_hot(y, self.shape.n_outputs).to(dtype)[None]
 
     def subset(self, keep: list[int]) -> "StackedMLP":
         return StackedMLP(

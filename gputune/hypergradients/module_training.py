@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import nodes
 from gputune.hypergradients.inner import StepPosition
-from gputune.modules.calls import Stateless
+from gputune.modules.calls import Stateless, not_trained
 from gputune.modules.construction import layers_of
 from gputune.modules.substitutes import differentiate_statistics, running_norms
 from gputune.seeding import keyed_draws
@@ -47,17 +47,14 @@ class ModuleTraining:
         self.objective = Stateless(_Objective(module, loss))
         self.steps = len(batches)
         self.totals = np.array([len(batches)])
-        self.trained: Params = {}
-        frozen: Params = {}
-        for name, parameter in module.named_parameters():
-            group = self.trained if parameter.requires_grad else frozen
-            group[name] = parameter
+        parameters = dict(module.named_parameters())
+        self.trained = {name: p for name, p in parameters.items() if p.requires_grad}
         with self.objective.substitute({}):
             names = differentiate_statistics(module)
-        buffers = dict(module.named_buffers())
-        self.running = {name: buffers.pop(name) for name in names}
+        fixed = not_trained(module)
+        self.running = {name: fixed.pop(name) for name in names}
         # A row of weights (1, N) has the parameters first, then the running statistics.
-        self.entries = {**self.trained, **self.running}
+        self.entries: Params = {**self.trained, **self.running}
         self.sizes = [p.numel() for p in self.entries.values()]
         self.kept = sum(self.sizes[len(self.trained) :])
         self.layers = layers_of(module)
@@ -68,9 +65,8 @@ class ModuleTraining:
         self.dtype = like.dtype
         self.layer = torch.tensor(np.repeat(numbers, self.sizes), device=self.device)
         # These are clones, because a forward pass may write into them.
-        fixed = {**frozen, **buffers}
         self.fixed = {name: tensor.detach().clone() for name, tensor in fixed.items()}
-        self.frozen = frozen.keys()
+        self.frozen = parameters.keys() - self.trained.keys()
 
     def start(self) -> Tensor:
         """Return the module's starting parameters and running statistics as one row (1, N)."""

@@ -102,14 +102,8 @@ def check_hidden_state(
     saved = {*counted, *dict(fresh.named_buffers())}
     changed = [name for name in before.changed(trial.module) if name not in saved]
     if changed:
-        _copy_state(trial.module, fresh, counted)
-        _check_same(
-            trial,
-            (trial.module, fresh),
-            outputs,
-            f"keeps state in {changed[0]!r}, a plain attribute",
-            changed[0],
-        )
+        finding = f"keeps state in {changed[0]!r}, a plain attribute"
+        _check_same(trial, fresh, counted, outputs, finding, changed[0])
 
 
 def buffers_at_start(trial: ModuleTrial) -> list[str]:
@@ -127,16 +121,10 @@ def buffers_at_start(trial: ModuleTrial) -> list[str]:
     changed = before.changed(started)
     hidden = [name for name in changed if name not in buffers]
     if hidden:
-        outputs = trial.of_module(started).forward(trial.inputs, training=False)
-        other = trial.fresh()
-        _copy_state(started, other, ())
-        _check_same(
-            trial,
-            (started, other),
-            outputs,
-            f"sets {hidden[0]!r}, a plain attribute, in start_from",
-            hidden[0],
-        )
+        begun = trial.of_module(started)
+        outputs = begun.forward(trial.inputs, training=False)
+        finding = f"sets {hidden[0]!r}, a plain attribute, in start_from"
+        _check_same(begun, trial.fresh(), (), outputs, finding, hidden[0])
     persistent = started.state_dict().keys()
     return [name for name in changed if name in buffers and name not in persistent]
 
@@ -154,21 +142,24 @@ def _copy_state(module: nn.Module, other: nn.Module, counted: Sequence[str]) -> 
 
 def _check_same(
     trial: ModuleTrial,
-    modules: tuple[nn.Module, nn.Module],
+    other: nn.Module,
+    counted: Sequence[str],
     outputs: Tensor,
     finding: str,
     name: str,
 ) -> None:
-    """Raise InputError if the second module, which lacks a plain attribute, has different
-    outputs."""
-    module, other = modules
+    """Raise InputError if a new module with the member's complete state has different outputs.
+
+    It lacks the plain attribute ``name`` of the trial's module.
+    """
+    _copy_state(trial.module, other, counted)
     if not _close(trial.of_module(other).forward(trial.inputs, training=False), outputs):
         key = name.rpartition(".")[2]
         raise InputError(
             None,
             f"{trial.name} {finding}, and its predictions depend on it. A saved model would lose "
             "it",
-            remedy=_remedy(key, _value_of(module, name)),
+            remedy=_remedy(key, _value_of(trial.module, name)),
         )
 
 

@@ -54,14 +54,13 @@ class LoopedModule(ModuleNetwork):
         reason = self.traits.unstackable or loop_reason(self.configs[0])
         self.reason = f"because {reason}" if reason else "as requested"
         self.running: Mapping[tuple[int, int], nn.Module] = {}
-        self.rows = {"trained": self.trainable} | (
-            {"mutable": self.mutable} if self.mutable else {}
-        )
-        sizes = {
-            name: sum(_real(w).numel() for w in tensors.values())
-            for name, tensors in self.rows.items()
-        }
-        blocks = [Block(name, (*self.members, size), 1) for name, size in sizes.items()]
+        self.rows = {"trained": self.trainable}
+        if self.mutable:
+            self.rows["mutable"] = self.mutable
+        blocks = []
+        for name, tensors in self.rows.items():
+            size = sum(_real(w).numel() for w in tensors.values())
+            blocks.append(Block(name, (*self.members, size), 1))
         self.trained = Blocks(blocks[:1])
         self.blocks = Blocks(blocks)
 
@@ -99,14 +98,13 @@ class LoopedModule(ModuleNetwork):
     def outputs(
         self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None
     ) -> Tensor:
-        if not self.evaluation_draws or key is None:
-            return torch.stack(
-                [self._outputs(params, fold, trial, inputs) for trial in range(len(self.configs))]
-            )
+        host = self.traits.host_draws
         outputs = []
         for trial in range(len(self.configs)):
-            host = self.traits.host_draws
-            with keyed_draws(self.shape.device, self.seed, "evaluation", *key, host=host):
+            draws: AbstractContextManager[None] = nullcontext()
+            if self.evaluation_draws and key is not None:
+                draws = keyed_draws(self.shape.device, self.seed, "evaluation", *key, host=host)
+            with draws:
                 outputs.append(self._outputs(params, fold, trial, inputs))
         return torch.stack(outputs)
 

@@ -33,6 +33,7 @@ from gputune.modules.member_kernels import (
     kwargs_of,
     named,
     over,
+    with_entry,
 )
 from gputune.modules.program import simplify_trace
 from gputune.modules.trace import Kwargs, Operation, Place, Trace, TraceError, memories_of
@@ -167,11 +168,10 @@ def _concatenate(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> I
 
 def _part(place: Place, axis: int, begin: int, size: int, step: int = 1) -> Place:
     """Return the slice of a place along an axis."""
-    shape = list(place.shape)
-    stride = list(place.stride)
-    offset = place.offset + begin * stride[axis]
-    shape[axis] = size
-    stride[axis] = stride[axis] * step
+    along = place.stride[axis]
+    shape = with_entry(place.shape, axis, size)
+    stride = with_entry(place.stride, axis, along * step)
+    offset = place.offset + begin * along
     return replace(place, offset=offset, shape=tuple(shape), stride=tuple(stride))
 
 
@@ -201,12 +201,8 @@ def _part_gradient(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) ->
 
 def _is_contiguous(place: Place) -> bool:
     """Return whether a place is contiguous, row by row."""
-    expected = 1
-    for size, stride in zip(reversed(place.shape), reversed(place.stride)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+    # A tensor on this device has no memory.
+    return torch.empty_strided(place.shape, place.stride, device="meta").is_contiguous()
 
 
 def _layer_norm_gradient(

@@ -427,16 +427,6 @@ def class_logits(outputs: Tensor, task: Task, axes: int) -> Tensor:
     return outputs
 
 
-def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:
-    """Return targets (V, n, K) for an explicit gradient.
-
-    Class codes (n,) become one-hot rows. Values (F, n) become one column.
-    """
-    if y.is_floating_point():
-        return y[..., None].to(dtype)
-    return functional.one_hot(y, n_outputs).to(dtype)[None]
-
-
 class Ensemble(nn.Module):
     """An ensemble of M modules: it returns the weighted mean of their probabilities, as logits.
 

@@ -74,7 +74,8 @@ def improvement_text(study: Study) -> str:
 
 
 def _text(study: Study, default: DefaultTrial) -> str:
-    if _trains_nothing_else(study):
+    trained = [trial for trial in study.trials if trial.state != "waiting"]
+    if len(trained) < 2:  # only the default configuration
         return ""
     if default.improvement <= 0:
         return NO_IMPROVEMENT
@@ -119,8 +120,3 @@ def improvement_json(study: Study) -> Json | None:
         "improvement": default.improvement,
         "improvement_std_error": error if math.isfinite(error) else None,
     }
-
-
-def _trains_nothing_else(study: Study) -> bool:
-    """Return whether the default configuration is the only trial that has been trained."""
-    return sum(trial.state != "waiting" for trial in study.trials) < 2
