@@ -200,10 +200,8 @@ class Dual:
             return Dual(self.value + other.value, self.tangents + other.tangents)
         return Dual(self.value + other, self.tangents)
 
-    def __sub__(self, other: Operand) -> "Dual":
-        if isinstance(other, Dual):
-            return Dual(self.value - other.value, self.tangents - other.tangents)
-        return Dual(self.value - other, self.tangents)
+    def __sub__(self, other: "Dual") -> "Dual":
+        return Dual(self.value - other.value, self.tangents - other.tangents)
 
     def __rsub__(self, other: Tensor | float) -> "Dual":
         return Dual(other - self.value, -self.tangents)
@@ -214,7 +212,6 @@ class Dual:
             return Dual(self.value * other.value, tangents)
         return Dual(self.value * other, self.tangents * other)
 
-    __radd__ = __add__
     __rmul__ = __mul__
 
     def __truediv__(self, other: Operand) -> "Dual":

@@ -70,11 +70,9 @@ class DrawWatch:
                 changed = changed or "a torch.Generator of its own"
         self._passed += recorder.generators
         self.generator = self.generator or changed
-        if training:
-            self.draws = self.draws or drew
-            self.decides = self.decides or (drew and recorder.reads)
-        else:
-            self.draws_in_evaluation = self.draws_in_evaluation or drew
+        self.draws |= drew and training
+        self.decides |= drew and training and recorder.reads
+        self.draws_in_evaluation |= drew and not training
 
 
 class _OperationWatch(DispatchMode):  # type: ignore[no-untyped-call]

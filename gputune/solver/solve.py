@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gputune.data.dataset import Dataset
 from gputune.engine.job import Outcome
-from gputune.errors import InputError, warn
+from gputune.errors import warn
 from gputune.models import LogisticRegression
 from gputune.scoring.scoring import BestOutputs, Scoring
 from gputune.solver.newton import StepFunction, descend, newton_step, proximal_newton_step
@@ -102,14 +102,6 @@ class LogisticProblem:
     fit_intercept: bool = True
     tolerance: float = 1e-10
     max_steps: int = 100
-
-    def __post_init__(self) -> None:
-        if self.C.shape != self.l1_ratio.shape or self.C.ndim != 1 or not bool((self.C > 0).all()):
-            rule = "must be one number > 0 for each l1_ratio (inf means no penalty)"
-            raise InputError("C", rule, got=self.C.tolist())
-        if not bool(((self.l1_ratio >= 0) & (self.l1_ratio <= 1)).all()):
-            rule = "must be from 0 (l2) to 1 (l1)"
-            raise InputError("l1_ratio", rule, got=self.l1_ratio.tolist())
 
 
 def solve(problem: LogisticProblem) -> Solution:
