@@ -8,7 +8,7 @@ epochs, F).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MappingProxyType
@@ -24,6 +24,9 @@ Config = dict[str, Any]
 
 Json = Mapping[str, Any]
 """A read-only object of a JSON text: name -> value."""
+
+Say = Callable[[str], object]
+"""A function that is called with a message."""
 
 Params = dict[str, "Tensor"]
 """Parameter name -> tensor of all members.
@@ -247,6 +250,9 @@ def default_momentum(optimizer: str) -> float:
         return 0.95
     return 0.9 if optimizer in ("nesterov", "nesterovhd") else 0.0
 
+
+StepKey = tuple[int, int]
+"""The key (epoch, step) that seeds the random numbers of a training step."""
 
 EvaluationKey = tuple[int, int, int]
 """The key that seeds the random numbers of members in evaluation. All members get the same random

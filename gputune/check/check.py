@@ -30,7 +30,7 @@ from gputune.hypergradients.hypergradient import Mode, hypergradient
 from gputune.native.library import NotBuiltError, library
 from gputune.solver.solve import solve_all, solved_module
 from gputune.text import count, size_words, table
-from gputune.types import Backend
+from gputune.types import Backend, Say
 from gputune.version import __version__
 
 _CPU = torch.device("cpu")
@@ -331,7 +331,7 @@ def timed_of(device: torch.device) -> list[tuple[torch.device, Backend]]:
     return pairs
 
 
-def check(device: torch.device, tell: Callable[[str], object]) -> CheckReport:
+def check(device: torch.device, tell: Say) -> CheckReport:
     """Time a device, check the laws on it, and store the findings.
 
     ``tell`` is called with a description before each part begins.

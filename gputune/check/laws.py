@@ -183,7 +183,7 @@ class Case:
 
     def chunks(self, data: Dataset) -> list[Population]:
         """Return the configurations, grouped into the populations that train together."""
-        rows = max(len(fold.train) for fold in data.folds)
+        rows = max(data.train_lengths)
         kind: ModelKind = "module" if self.module else "mlp"
         return populations(self.complete(), kind, rows=rows)
 

@@ -213,6 +213,11 @@ class Dataset:
     def n_folds(self) -> int:
         return len(self.folds)
 
+    @property
+    def train_lengths(self) -> list[int]:
+        """The count of training rows of each fold."""
+        return [len(fold.train) for fold in self.folds]
+
     def rows(self, fold: int, positions: Tensor) -> tuple[Tensor, ...]:
         """Return the given rows of all inputs, prepared for a fold, each (m, ...)."""
         rows = []

@@ -233,7 +233,7 @@ def measure_speed(device: torch.device, backend: Backend) -> Speed:
             seconds = _fastest_epoch(
                 job, data, Population("mlp", tuple(range(trials)), configs), time.perf_counter
             )
-        return seconds / math.ceil(max(len(fold.train) for fold in data.folds) / BATCH)
+        return seconds / math.ceil(max(data.train_lengths) / BATCH)
 
     many = MANY[device.type]
     few_seconds = seconds_of_a_step(FEW)

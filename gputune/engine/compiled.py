@@ -35,7 +35,8 @@ from gputune.population.population import Network, hidden_widths
 from gputune.scoring.scores import ROW_MEANS
 from gputune.scoring.scoring import Validation
 
-OptionalTensor: TypeAlias = Tensor | None
+WorkArrays: TypeAlias = dict[str, Tensor | None]
+"""Arguments of the compiled code by name; None for an array that it does not need."""
 
 _MEMBER_VALUES = {
     "lr": "lr",
@@ -74,20 +75,20 @@ class CompiledChunk:
         # Moments of the optimizer; the last one is the average of the parameters, if there is one.
         self.moments = tuple(torch.zeros_like(self.flat) for _ in range(moments + self.averages))
         self.targets = [data.target[fold.valid] for fold in data.folds]
-        self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
+        self.lengths = np.array(data.train_lengths, dtype=np.int64)
         # (F + 1,): first validation row of each fold.
         self.starts = np.cumsum([0, *map(len, self.targets)], dtype=np.int64)
         self.row_arrays = self._row_arrays()
         self._rebuild()
 
-    def _row_arrays(self) -> dict[str, OptionalTensor]:
+    def _row_arrays(self) -> WorkArrays:
         """Return the constant arguments of the compiled code: the rows, targets and folds of the
         data."""
         data = self.data
         present = data.present
         if present is None:
             present = torch.ones((data.n_folds, data.n_outputs), dtype=torch.bool)
-        arrays: dict[str, OptionalTensor] = {
+        arrays: WorkArrays = {
             "x": data.x.contiguous(),
             "y": data.y.contiguous(),
             "copies": torch.tensor(data.copies).to(data.device),
@@ -137,7 +138,7 @@ class CompiledChunk:
         # steps of an epoch (F, C)
         self.steps = -(-self.lengths[:, None] // np.minimum(self.sizes, self.lengths[:, None]))
         schedules = list(SCHEDULES)
-        self.arrays: dict[str, OptionalTensor] = {
+        self.arrays: WorkArrays = {
             **self.row_arrays,
             "widths": self.place(list(map(hidden_widths, self.configs))),
             "loss_number": self.place([self.network.loss_number]),
@@ -158,7 +159,7 @@ class CompiledChunk:
             self.arrays["average"] = moments.pop()
         self.arrays |= zip(("first", "second"), moments)
 
-    def make_buffers(self, epochs: int) -> dict[str, OptionalTensor]:
+    def make_buffers(self, epochs: int) -> WorkArrays:
         """Allocate the buffers for scoring ``epochs`` epochs.
 
         ``means`` receives means of row scores. ``scored`` receives the outputs on the validation
@@ -166,7 +167,7 @@ class CompiledChunk:
         """
         data = self.data
         trials = len(self.configs)
-        buffers = dict[str, OptionalTensor](scored=None, means=None)
+        buffers = WorkArrays(scored=None, means=None)
         if self.row_mean is not None:
             shape = epochs, data.n_folds, trials
             buffers["means"] = torch.empty(shape, dtype=torch.float64, device=data.device)
@@ -266,9 +267,7 @@ class CompiledChunk:
             self._rebuild()
 
 
-def _run(
-    library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, OptionalTensor]
-) -> None:
+def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: WorkArrays) -> None:
     """Train the members in worker threads, as many as torch uses. The threads take members from one
     queue.
 
@@ -279,9 +278,7 @@ def _run(
     stop = ctypes.c_int32(0)
     failed = list[bool]()
 
-    def train(
-        work: MemberWork, _arrays: Mapping[str, OptionalTensor], ended: threading.Event
-    ) -> None:
+    def train(work: MemberWork, _arrays: WorkArrays, ended: threading.Event) -> None:
         torch.set_flush_denormal(True)  # each thread has its own setting
         try:
             if library.train_members(ctypes.byref(work), ctypes.byref(taken), ctypes.byref(stop)):

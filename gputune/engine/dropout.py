@@ -16,6 +16,7 @@ from gputune.errors import warn
 from gputune.native.cuda import Kernel, kernels, launch
 from gputune.native.library import fill_uniform
 from gputune.seeding import stream, stream_seed
+from gputune.types import StepKey
 
 SOURCE = Path(__file__).with_name("dropout.cu")
 
@@ -92,7 +93,7 @@ class MlpDraws:
         return self.buffer.index_select(0, slot)[0, :, :rows]
 
 
-def dropout_draw(seed: int, key: tuple[int, int], layer: int, rows: int, width: int) -> Tensor:
+def dropout_draw(seed: int, key: StepKey, layer: int, rows: int, width: int) -> Tensor:
     """Return the uniform random numbers (B, H) of dropout for one step and hidden layer, made on
     the CPU.
 

@@ -8,7 +8,7 @@ first. A launch is so short that Ctrl-C and a display on the GPU still respond.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gputune.data.dataset import Dataset
-from gputune.engine.compiled import CompiledChunk, OptionalTensor
+from gputune.engine.compiled import CompiledChunk, WorkArrays
 from gputune.engine.dropout import MlpDraws
 from gputune.errors import InputError
 from gputune.memory import synchronize
@@ -33,7 +33,7 @@ from gputune.native.library import ACTIVATIONS, OPTIMIZERS, NotBuiltError, make_
 from gputune.optimizers.rules import n_moments
 from gputune.population.batches import row_order
 from gputune.population.population import ModelKind, hidden_widths, is_plain, padded_width
-from gputune.types import Config
+from gputune.types import Config, Say
 from gputune.wording import option
 
 # Intended seconds of a launch: half of the time that a display can wait, because the speed of the
@@ -83,7 +83,7 @@ class KernelChunk(CompiledChunk):
         self.turns = np.cumsum(-(-active // self.blocks))
         self.epochs = 1
 
-    def make_buffers(self, epochs: int) -> dict[str, OptionalTensor]:
+    def make_buffers(self, epochs: int) -> WorkArrays:
         """Allocate the buffers for scoring ``epochs`` epochs, and for the random numbers of
         dropout."""
         buffers = super().make_buffers(epochs)
@@ -193,7 +193,7 @@ def kernel_of(configs: Sequence[Config], kind: ModelKind, data: Dataset) -> Memb
         classes=data.task != "regression",
         dropout=depth > 0 and any(config["dropout"] for config in configs),
         dtype=data.dtype,
-        rows=tile_of(min(batch, max(len(fold.train) for fold in data.folds))),
+        rows=tile_of(min(batch, max(data.train_lengths))),
         tf32=torch.backends.cuda.matmul.fp32_precision == "tf32",
     ).with_largest_tile(_shared_bytes(data.device))
 
@@ -201,9 +201,7 @@ def kernel_of(configs: Sequence[Config], kind: ModelKind, data: Dataset) -> Memb
 _kernels: dict[tuple[MemberKernel, torch.device], Kernel] = {}
 
 
-def compiled(
-    kernel: MemberKernel, device: torch.device, say: Callable[[str], object] = str
-) -> Kernel:
+def compiled(kernel: MemberKernel, device: torch.device, say: Say = str) -> Kernel:
     """Return the compiled kernel for a GPU.
 
     Compiling takes seconds, once on each machine, and is announced through ``say``. Raises

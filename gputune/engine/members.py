@@ -30,7 +30,7 @@ from gputune.engine.stacked import StackedChunk
 from gputune.modules.calls import ModuleDraws
 from gputune.modules.member_code import CodedStep, MemberCode
 from gputune.modules.module import StackedModule
-from gputune.modules.trace import Place, TraceError, tensors, trace
+from gputune.modules.trace import Place, Storages, TraceError, tensors, trace
 from gputune.native.library import Kernels, build_kernels
 from gputune.optimizers.update import OnlineUpdate
 from gputune.population.batches import StepShape
@@ -122,7 +122,7 @@ class OneMember:
         self._match(self.single.update, ("update",))
         self._match(self.single.update.clock, ("update", "clock"))
         self.single.dropout = self._add_table(chunk.dropout, ("dropout",))
-        self.memories: dict[int, torch.UntypedStorage] = {}
+        self.memories: Storages = {}
 
     def write(self, code: MemberCode) -> None:
         """Trace the steps of an epoch and add them as C code to ``code``."""
@@ -230,7 +230,7 @@ class MemberMemory:
     def __init__(self, member: OneMember) -> None:
         self.member = member
         self.fold = -1
-        self.storages: dict[int, torch.UntypedStorage] = {}
+        self.storages: Storages = {}
         for address, storage in member.memories.items():
             if address not in member.shared:
                 storage = storage.clone()  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ from gputune.population.batches import Batch, Batches
 from gputune.population.population import ModelKind, Shape, hidden_widths, padded_width
 from gputune.scoring.losses import LOSSES, cross_entropy_slope_, number_slope_, row_losses
 from gputune.seeding import stream
-from gputune.types import Config, EvaluationKey, Params
+from gputune.types import Config, EvaluationKey, Params, StepKey
 
 aten = torch.ops.aten
 
@@ -209,7 +209,7 @@ class StackedMLP:
         )
 
     def differentiable(
-        self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
+        self, params: Params, inputs: Sequence[Tensor], key: StepKey | None
     ) -> Tensor:
         (h,) = inputs
         for layer in range(self.depth + 1):

@@ -109,7 +109,7 @@ def trial_cost(
     item = data.dtype.itemsize
     adapts = config["optimizer"] in ONLINE
     averages = bool(config["ema"])
-    longest = max(len(fold.train) for fold in data.folds)
+    longest = max(data.train_lengths)
     batch_sizes = np.array([min(c["batch_size"], longest) for c in population.configs])
     steps = -(-longest // batch_sizes)  # rounded up: the last minibatch may be short
     layers, size, units = _shape(population, data, parameters)

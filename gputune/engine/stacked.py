@@ -26,7 +26,7 @@ from gputune.optimizers.update import optimizer_of
 from gputune.population.batches import Batches, StepShape
 from gputune.population.population import Network
 from gputune.scoring.scoring import Validation
-from gputune.types import Config
+from gputune.types import Config, StepKey
 
 # Least share of the trials in recorded tensors that must be alive. It limits the number of
 # recordings.
@@ -230,7 +230,7 @@ class StackedChunk:
         self.batches.begin(epoch)
         self.update.begin(epoch)
 
-    def _step(self, shape: StepShape, key: tuple[int, int]) -> None:
+    def _step(self, shape: StepShape, key: StepKey) -> None:
         """Take one step of all members. It reads only the device, and advances the counters there
         by one."""
         for name in self._network.scheduled:

@@ -299,7 +299,7 @@ def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
     hidden = hidden_widths(config) if kind == "mlp" else ()
     sizes = [data.n_features, *hidden, data.n_outputs]
     pairs = sum(3 * a * b for a, b in pairwise(sizes)) - sizes[0] * sizes[1]
-    return float(2 * pairs * sum(len(fold.train) for fold in data.folds))
+    return float(2 * pairs * sum(data.train_lengths))
 
 
 def _make_chunk(network: Network, data: Dataset, training: Training) -> Chunk:

@@ -37,7 +37,7 @@ from gputune.hypergradients.module_training import DataPair, Loss, ModuleTrainin
 from gputune.optimizers.rules import BETA1, BETA2
 from gputune.seeding import GLOBAL_DRAWS
 from gputune.text import count, size_words
-from gputune.types import DEFAULT_LR, default_momentum, default_weight_decay
+from gputune.types import DEFAULT_LR, Params, default_momentum, default_weight_decay
 from gputune.wording import Verbatim, option
 
 Mode = Literal["auto", "reverse", "forward", "fd"]
@@ -215,7 +215,7 @@ def _check_optimizer(optimizer: object) -> tuple[str, float]:
     return optimizer, default_momentum(optimizer)
 
 
-def _default_tables(optimizer: str, momentum: float, like: Tensor) -> dict[str, Tensor]:
+def _default_tables(optimizer: str, momentum: float, like: Tensor) -> Params:
     """Return a (1, 1, 1) table with the default value of each hyperparameter."""
     values = {
         "lr": DEFAULT_LR,
@@ -232,7 +232,7 @@ def _check_tables(
     fixed: Mapping[str, object] | None,
     optimizer: str,
     training: ModuleTraining,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[Params, Params]:
     """Return two groups of tables: hyperparameters to differentiate, and fixed hyperparameters."""
     wanted = _check_hyperparameters(hyperparameters, optimizer, training, "hyperparameters")
     if not fixed:
@@ -251,7 +251,7 @@ def _check_tables(
 
 def _check_hyperparameters(
     values: object, optimizer: str, training: ModuleTraining, argument: str
-) -> dict[str, Tensor]:
+) -> Params:
     """Return each hyperparameter's value as a table (1, S, L).
 
     A value is a number, segments (S,), or segments and layers (S, L).

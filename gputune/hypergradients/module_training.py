@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import nodes
 from gputune.hypergradients.inner import StepPosition
-from gputune.modules.calls import Stateless, not_trained
+from gputune.modules.calls import Stateless, named_tensors, not_trained
 from gputune.modules.construction import layers_of
 from gputune.modules.substitutes import differentiate_statistics, running_norms
 from gputune.seeding import keyed_draws
@@ -110,7 +110,7 @@ class ModuleTraining:
             # later steps read it again. And autograd cannot save a tensor that was made in
             # inference mode.
             loss = objective(*tree_map_only(Tensor, Tensor.clone, pair))
-            after = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
+            after = named_tensors(objective)
         for key, before in self.fixed.items():
             if after.get(f"module.{key}") is not before or before._version:
                 kind = "parameter" if key in self.frozen else "buffer"
@@ -217,7 +217,7 @@ def check_module(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         kind = Verbatim(type(module).__name__)
         raise InputError("module", "must be a torch.nn.Module", got=kind)
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    for name, tensor in named_tensors(module).items():
         if is_lazy(tensor):
             raise InputError(
                 "module",

@@ -18,7 +18,6 @@ step itself would have drawn. The step can therefore be recorded.
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -40,6 +39,7 @@ from gputune.modules.trace import (
 from gputune.native.library import fill_uniform
 from gputune.population.batches import Batch, Batches
 from gputune.seeding import keyed_draws, start_stream, stream_seed
+from gputune.types import Params
 
 
 class Stateless:
@@ -62,7 +62,7 @@ class Stateless:
                 if isinstance(value, dict | list | set):
                     self._containers.append((value, value.copy()))
         names = {}
-        for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        for name, tensor in named_tensors(module).items():
             names[id(tensor)] = name
         self._places: list[tuple[dict[str, Any], str, Tensor, str]] = []
         for part in module.modules():
@@ -94,7 +94,7 @@ class Stateless:
             for table, key, tensor, _ in self._places:  # a scripted module holds them in no dict
                 table[key] = tensor
 
-    def current(self, names: Container[str]) -> dict[str, Tensor]:
+    def current(self, names: Container[str]) -> Params:
         """Return the current parameters and buffers with some names.
 
         Inside ``substitute``, these are the tensors that a forward pass has written.
@@ -102,13 +102,18 @@ class Stateless:
         return {name: table[key] for table, key, _, name in self._places if name in names}
 
 
-def not_trained(module: nn.Module) -> dict[str, Tensor]:
+def named_tensors(module: nn.Module) -> Params:
+    """Return all parameters and buffers of a module, by name."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def not_trained(module: nn.Module) -> Params:
     """Return the tensors that the optimizer does not train: buffers and frozen parameters."""
     frozen = {name: w for name, w in module.named_parameters() if not w.requires_grad}
     return frozen | dict(module.named_buffers())
 
 
-def state_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+def state_of(module: nn.Module, names: Iterable[str]) -> Params:
     """Return the buffers, frozen parameters and Python numbers with some names, as tensors."""
     state = {}
     for name in names:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from gputune.errors import InputError, InputWarning, warn
 from gputune.models import Dropout
+from gputune.modules.calls import named_tensors
 from gputune.population.population import InputKind, Shape, call_module
 from gputune.seeding import keyed_draws
 from gputune.types import Config, Params
@@ -210,8 +210,8 @@ def _first_shared(module: nn.Module, other: nn.Module) -> str:
             return id(tensor)
         return tensor.untyped_storage().data_ptr() or id(tensor)
 
-    used = set(map(memory, chain(other.parameters(), other.buffers())))
-    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+    used = set(map(memory, named_tensors(other).values()))
+    for name, tensor in named_tensors(module).items():
         if memory(tensor) in used:
             return name
     return ""
@@ -366,7 +366,7 @@ def materialise(
 ) -> None:
     """Initialize the parameters of lazy submodules, such as ``nn.LazyLinear``, like a first
     batch."""
-    if any(map(is_lazy, chain(module.parameters(), module.buffers()))):
+    if any(map(is_lazy, named_tensors(module).values())):
         with torch.no_grad():
             call_module(module.eval(), _zeros(inputs), names)
         module.train()
@@ -390,7 +390,7 @@ def note_of_cast(module: nn.Module, dtype: torch.dtype) -> str:
 
     The note is "" if all tensors have the expected dtype.
     """
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    for name, tensor in named_tensors(module).items():
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, dtype):
             return (
                 f" All floats of a module are {dtype} while it trains, also {name!r}, which was "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.errors import InputError
-from gputune.modules.calls import not_trained, put_numbers, state_of
+from gputune.modules.calls import named_tensors, put_numbers, state_of
 from gputune.modules.construction import start_from
 from gputune.modules.module_trial import ModuleTrial, is_close
 
@@ -132,9 +132,9 @@ def buffers_at_start(trial: ModuleTrial) -> list[str]:
 def _copy_state(module: nn.Module, other: nn.Module, counted: Sequence[str]) -> None:
     """Copy the complete state of a member to another module: tensors and the Python numbers
     ``counted``."""
-    tensors = {**dict(module.named_parameters()), **not_trained(module)}
+    tensors = named_tensors(module)
     with torch.no_grad():
-        for name, tensor in (*other.named_parameters(), *other.named_buffers()):
+        for name, tensor in named_tensors(other).items():
             if name in tensors and tensors[name].shape == tensor.shape:
                 tensor.copy_(tensors[name])
     put_numbers(other, state_of(module, counted))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.memory import is_out_of_memory
-from gputune.modules.calls import not_trained, state_of
+from gputune.modules.calls import named_tensors, not_trained, state_of
 from gputune.modules.construction import (
     Builder,
     call_arguments,
@@ -247,7 +247,7 @@ def _module_reason(module: nn.Module, counted: Sequence[str], changing: Sequence
     """
     if counted:
         return f"its forward changes {counted[0]!r}, a Python number, which members would share"
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    for name, tensor in named_tensors(module).items():
         if tensor.is_complex() and (tensor.requires_grad or name in changing):
             return f"its {name!r} holds complex numbers that change"
     for name, parameter in module.named_parameters():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.errors import InputError
-from gputune.modules.calls import not_trained, put_numbers, state_of
+from gputune.modules.calls import named_tensors, not_trained, put_numbers, state_of
 from gputune.modules.construction import hidden_sides, name_of
 from gputune.modules.module import ModuleNetwork
 from gputune.optimizers.blocks import Block, Blocks
@@ -255,7 +255,7 @@ class _Member:
 
     def resume(self, values: Params, moments: Sequence[Tensor]) -> None:
         """Continue training from saved tensors of a member and the saved rows of its moments."""
-        for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers()):
+        for name, tensor in named_tensors(self.module).items():
             if name in values:
                 tensor.data.copy_(values[name])
         put_numbers(self.module, {k: values[k] for k in self.network.mutable})
@@ -277,7 +277,7 @@ class LoopChunk:
         self.target = network.targets(self.data.y)
         self.alive = list(range(len(network.configs)))
         self.epoch = 0  # epochs that the members have trained
-        self.lengths = np.array([len(fold.train) for fold in self.data.folds])
+        self.lengths = np.array(self.data.train_lengths)
         # 2**62: a batch size may be larger than an int64.
         sizes = np.array([min(config["batch_size"], 2**62) for config in network.configs])
         self.sizes = np.minimum.outer(self.lengths, sizes)  # (F, C)

@@ -36,7 +36,7 @@ from gputune.modules.member_kernels import (
     with_entry,
 )
 from gputune.modules.program import simplify_trace
-from gputune.modules.trace import Kwargs, Operation, Place, Trace, TraceError, memories_of
+from gputune.modules.trace import Kwargs, Operation, Place, Storages, Trace, TraceError, memories_of
 
 # columns of the widest tile of a product; it needs working memory for the inner rows and one tile
 _TILE = 96
@@ -301,7 +301,7 @@ class MemberCode:
         self.dtype = dtype
         self.kernels: dict[str, int] = {}
 
-    def add(self, trace: Trace, memories: dict[int, torch.UntypedStorage]) -> CodedStep:
+    def add(self, trace: Trace, memories: Storages) -> CodedStep:
         """Write the code of a step, and add the memories that it uses by address. Raises
         TraceError."""
         trace = simplify_trace(trace)

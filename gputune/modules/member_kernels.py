@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from gputune.modules.trace import Kwargs, Operation, Place, Trace, TraceError
+from gputune.modules.trace import Kwargs, Operation, Place, Storages, Trace, TraceError
 
 C_TYPES = {
     torch.float32: "float",
@@ -297,7 +297,7 @@ class Writer:
         dtype: torch.dtype,
         kernels: dict[str, int],
         trace: Trace,
-        memories: dict[int, torch.UntypedStorage],
+        memories: Storages,
     ) -> None:
         self.dtype = dtype
         self.kernels = kernels

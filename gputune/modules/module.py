@@ -25,6 +25,7 @@ from gputune.modules.calls import (
     Stateless,
     convert,
     draws_of,
+    named_tensors,
     put_numbers,
     replay_draws,
     state_of,
@@ -48,7 +49,7 @@ from gputune.population.batches import Batch, Batches, for_members
 from gputune.population.population import ModelKind, Shape, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
-from gputune.types import Config, EvaluationKey, Params
+from gputune.types import Config, EvaluationKey, Params, StepKey
 
 _CPU = torch.device("cpu")
 _REFUSED_WRITE = "written-to tensor"
@@ -142,7 +143,7 @@ class ModuleNetwork:
         for fold in range(self.shape.folds):
             module = self.plain(self.shape.device)
             start_from(module, *self.shape.rows(fold), seed=self.seed)
-            fitted = (*module.named_parameters(), *module.named_buffers())
+            fitted = named_tensors(module).items()
             starts.append(common | {name: w.detach() for name, w in fitted if name in common})
         return starts
 
@@ -171,7 +172,7 @@ class ModuleNetwork:
         module = self.plain(_CPU)
         values = self.values(params, fold, trial) | self.frozen
         with torch.no_grad():
-            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            for name, tensor in named_tensors(module).items():
                 if not torch.equal(tensor, values[name].cpu()):
                     tensor.copy_(values[name])
             put_numbers(module, {name: values[name] for name in self.mutable})
@@ -343,12 +344,12 @@ class StackedModule(ModuleNetwork):
             return self.objective.outputs(module.eval(), copies, self.shape.names)
 
     def differentiable(
-        self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
+        self, params: Params, inputs: Sequence[Tensor], key: StepKey | None
     ) -> Tensor:
         return _with_columns(self.with_statistics(params, inputs, key)[0])
 
     def with_statistics(
-        self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
+        self, params: Params, inputs: Sequence[Tensor], key: StepKey | None
     ) -> tuple[Tensor, Params]:
         """Return the same outputs as ``differentiable``, and the members' buffers (P, ...)
         afterwards."""

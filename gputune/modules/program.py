@@ -26,6 +26,7 @@ from gputune.modules.trace import (
     Operation,
     Operator,
     Place,
+    TakeStep,
     Trace,
     TraceError,
     memories_of,
@@ -52,7 +53,7 @@ Called from Python, the function in ``torch`` takes half the time.
 """
 
 
-def compile_trace(trace: Trace) -> Callable[[], None]:
+def compile_trace(trace: Trace) -> TakeStep:
     """Return a function that repeats the traced step on the current values of its memory. Raises
     TraceError."""
     return _Source(simplify_trace(trace, _with_out)).function()
@@ -288,7 +289,7 @@ class _Source:
         self.values: Kwargs = {"as_strided": torch.as_strided}
         self.results: dict[int, tuple[Place, str]] = {}
 
-    def function(self) -> Callable[[], None]:
+    def function(self) -> TakeStep:
         """Return the compiled function. Results in their own memory are deleted after their last
         use."""
         unused = defaultdict(list)
@@ -302,7 +303,7 @@ class _Source:
             for memory in unused[i]:
                 lines.append(f"del {self.results[memory][1]}")
         exec(compile("\n    ".join(lines), "<recorded step>", "exec"), self.values)
-        step: Callable[[], None] = self.values["step"]
+        step: TakeStep = self.values["step"]
         return step
 
     def _line(self, op: Operation) -> str:

@@ -21,9 +21,8 @@ from gputune.errors import warn
 from gputune.fallback import words_unless_strict
 from gputune.memory import CAPTURING, is_out_of_memory
 from gputune.modules.program import compile_trace
-from gputune.modules.trace import TraceError, clones, trace
-
-TakeStep = Callable[[], None]
+from gputune.modules.trace import TakeStep, TraceError, clones, trace
+from gputune.types import Say
 
 
 class RecordingError(TraceError):
@@ -55,7 +54,7 @@ class Replays:
         expected: Counter[Hashable],
         state: Callable[[], Sequence[Tensor]],
         tolerance: float,
-        note_failure: Callable[[str], object] = warn,
+        note_failure: Say = warn,
     ) -> None:
         self.note_failure = note_failure
         self.recorder = recorder

@@ -23,6 +23,9 @@ Function: TypeAlias = Callable[..., Any]
 Operator: TypeAlias = "OpOverload[..., Any]"
 Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = dict[str, Any]
+TakeStep: TypeAlias = Callable[[], None]
+Storages: TypeAlias = dict[int, torch.UntypedStorage]
+"""Memories, by their identifier or their address."""
 
 ALIGNED = 64  # bytes: a cache line, and the widest vector
 
@@ -142,7 +145,7 @@ class Trace:
     """
 
     operations: list[Operation]
-    outside: dict[int, torch.UntypedStorage]
+    outside: Storages
     sizes: dict[int, int]
 
     def last_uses(self) -> dict[int, int]:
@@ -164,7 +167,7 @@ class Trace:
         return dict(zip(made, begins)), size
 
 
-def trace(step: Callable[[], None]) -> Trace:
+def trace(step: TakeStep) -> Trace:
     """Run a step, record its operations, and undo all of its writes. Raises TraceError."""
     mode = _OperationRecorder()
     try:
@@ -185,7 +188,7 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
-        self.outside: dict[int, torch.UntypedStorage] = {}
+        self.outside: Storages = {}
         self.sizes: dict[int, int] = {}
         self.made: list[Tensor] = []  # kept, so that no memory is given out twice
         # bytes that existed before the step, and a copy of their values

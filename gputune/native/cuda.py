@@ -19,6 +19,7 @@ from torch.cuda import _utils
 
 from gputune.errors import warn
 from gputune.native.library import FOLDER, kept_binary
+from gputune.types import Say
 
 _MOST_BLOCKS = 1 << 16
 
@@ -288,9 +289,7 @@ def tile_of(batch: int) -> int:
     return 32 if batch <= 32 else 64
 
 
-def compile_kernel(
-    kernel: MemberKernel, device: torch.device, say: Callable[[str], object] = str
-) -> Kernel:
+def compile_kernel(kernel: MemberKernel, device: torch.device, say: Say = str) -> Kernel:
     """Return the kernel for a GPU; NVRTC compiles it once per machine.
 
     Raises the errors of NVRTC and of the driver.

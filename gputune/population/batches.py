@@ -29,6 +29,7 @@ from torch import Tensor
 from gputune.data.dataset import Dataset, stage_rows
 from gputune.native.cuda import Kernel, kernels, launch
 from gputune.seeding import stream
+from gputune.types import StepKey
 
 SOURCE = Path(__file__).with_name("minibatch.cu")
 
@@ -120,7 +121,7 @@ class Batch:
     y: Tensor
     share: Tensor | float
     folds: slice
-    key: tuple[int, int]
+    key: StepKey
     draws: Tensor | tuple[Tensor, ...] | None = None
 
     @property
@@ -190,7 +191,7 @@ class Batches:
         self.least_rows = least_rows
         self.inputs = tuple(x.flatten(0, 1) for x in data.inputs)  # (V*n, ...)
         self.target = target.flatten(0, 1)
-        self.lengths = np.array([[len(fold.train)] for fold in data.folds])  # (F, 1)
+        self.lengths = np.array(data.train_lengths)[:, None]  # (F, 1)
         longest = int(self.lengths.max())
         # Capped before an array is made, because a size may be larger than an int64.
         capped = [min(size, longest) for size in sizes]
@@ -282,11 +283,11 @@ class Batches:
         steps is False at the end of an epoch."""
         return self.step < self.active_until
 
-    def parts(self, shape: StepShape, key: tuple[int, int]) -> tuple[Batch, ...]:
+    def parts(self, shape: StepShape, key: StepKey) -> tuple[Batch, ...]:
         """Return the minibatches of the current step, which the step counter gives."""
         return tuple(self._batch(part, key) for part in shape.parts)
 
-    def _batch(self, part: Part, key: tuple[int, int]) -> Batch:
+    def _batch(self, part: Part, key: StepKey) -> Batch:
         """Return the minibatch of one part (neighboring folds) of the current step."""
         # The kernel runs only while a step is recorded. The first replay is checked against a step
         # by the plain operations.
@@ -384,7 +385,7 @@ def row_order(data: Dataset, seed: int, epoch: int) -> Tensor:
 
     The rows are positions in the data. A shorter fold repeats its first row at its end.
     """
-    longest = max(len(fold.train) for fold in data.folds)
+    longest = max(data.train_lengths)
     permutations: dict[int, Tensor] = {}
     order = []
     for fold in data.folds:

@@ -39,6 +39,7 @@ from gputune.types import (
     EvaluationKey,
     Params,
     Precision,
+    StepKey,
     Task,
 )
 
@@ -354,7 +355,7 @@ class Network(Protocol):
         """
 
     def differentiable(
-        self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
+        self, params: Params, inputs: Sequence[Tensor], key: StepKey | None
     ) -> Tensor:
         """Return the outputs (P, B, K) of the members of whole folds, twice differentiable.
 

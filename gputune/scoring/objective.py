@@ -32,7 +32,7 @@ from gputune.scoring.losses import (
 )
 from gputune.seeding import keyed_draws, stream_seed
 from gputune.text import did_you_mean
-from gputune.types import Config, Task
+from gputune.types import Config, StepKey, Task
 from gputune.wording import Verbatim, option, per_interface
 
 LOSS_PREFIX = "loss__"
@@ -274,7 +274,7 @@ class Objective:
         return self.rows(outputs[None], y[None], self.values([config], outputs))[0]
 
     def augmented(
-        self, inputs: Sequence[Tensor], names: Sequence[str] | None, seed: int, key: tuple[int, int]
+        self, inputs: Sequence[Tensor], names: Sequence[str] | None, seed: int, key: StepKey
     ) -> Sequence[Tensor]:
         """Return an augmented minibatch, (F, B, ...). All folds are augmented with the same random
         numbers.

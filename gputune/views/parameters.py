@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from gputune.errors import InputError
 from gputune.study.study import Study
 from gputune.text import clean, count, short
-from gputune.views.scores import Scale, Scores, linear_scale, log_scale, number_text, score_view
+from gputune.views.scores import (
+    FloatArray,
+    Scale,
+    Scores,
+    linear_scale,
+    log_scale,
+    number_text,
+    score_view,
+)
 from gputune.wording import Verbatim
 
 # Positive values have a logarithmic axis if the largest is at least this many times the smallest.
@@ -34,13 +42,13 @@ class Parameter:
     name: str
     label: str  # its name, with a remark if lists were replaced by their median
     # (C,) numbers, or positions in ``levels``; NaN for a trial without it
-    values: NDArray[np.float64]
+    values: FloatArray
     levels: tuple[str, ...] = ()  # the words; () for numbers
     log: bool = False  # whether its axis is logarithmic
     hidden: int = 0  # trials with an infinite value
 
     @property
-    def distinct(self) -> NDArray[np.float64]:
+    def distinct(self) -> FloatArray:
         """The sorted, distinct finite values."""
         return np.unique(self.values[np.isfinite(self.values)])
 
@@ -82,7 +90,7 @@ def _parameter(name: str, study: Study) -> Parameter:
     return Parameter(name, label, numbers, log=log, hidden=hidden)
 
 
-def is_log(name: str, values: NDArray[np.float64], space: str) -> bool:
+def is_log(name: str, values: FloatArray, space: str) -> bool:
     """Return whether the axis of a hyperparameter is logarithmic.
 
     The axis is logarithmic if the search space samples the logarithm. Values from a list must span
@@ -168,7 +176,7 @@ class Axis:
     column: str
     label: str
     scale: Scale
-    heights: NDArray[np.float64]
+    heights: FloatArray
 
 
 def parallel_axes(view: Scores) -> list[Axis]:
@@ -191,8 +199,8 @@ class DescentPath:
 
     start: int
     steps: NDArray[np.int64]  # (n,) outer steps, 0 for the starting point
-    scores: NDArray[np.float64]  # (n,) scores in the sign of their name
-    values: dict[str, NDArray[np.float64]]  # hyperparameter -> (n,) values
+    scores: FloatArray  # (n,) scores in the sign of their name
+    values: dict[str, FloatArray]  # hyperparameter -> (n,) values
     usable: NDArray[np.bool_]  # (n,) False if the guard rejected the slope as noise
 
 
@@ -240,9 +248,9 @@ class Importance:
     labels: tuple[str, ...]
     # (n,) fall of R2 when a hyperparameter is shuffled: from 0 (not important) up to 2 (the only
     # important one).
-    drops: NDArray[np.float64]
+    drops: FloatArray
     # (n,) standard deviation of the fall over the shuffles and the two halves
-    errors: NDArray[np.float64]
+    errors: FloatArray
     fit: float  # R2 of the forest; near or below 0 the falls mean nothing
     trials: int  # number of trials that it learned from
 

@@ -8,7 +8,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from gputune.study.rows import Curve
 from gputune.study.study import Study, Trial, check_metric, curves_of_all
 from gputune.text import Measure, count
+
+FloatArray: TypeAlias = NDArray[np.float64]
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
@@ -52,7 +54,7 @@ class Scale:
     ticks: tuple[tuple[float, str], ...]
     log: bool = False
 
-    def __call__(self, values: ArrayLike) -> NDArray[np.float64]:
+    def __call__(self, values: ArrayLike) -> FloatArray:
         """Return the place of each value on the axis: 0 at ``low`` and 1 at ``high``.
 
         NaN, and values without a logarithm, have the place NaN.
@@ -200,7 +202,7 @@ class Scores:
     measure: Measure
     # (C,) scores in the sign of their name: a neg_log_loss of -0.3 is the log_loss 0.3. NaN without
     # a score.
-    values: NDArray[np.float64]
+    values: FloatArray
     late: NDArray[np.bool_]  # (C,) True if the trial was not pruned
     order: list[int]  # the rows of the trials with a score, best first
 
@@ -225,7 +227,7 @@ class Scores:
         return score_range(self.values if few else self.values[late], self.measure)
 
     @property
-    def best_so_far(self) -> NDArray[np.float64]:
+    def best_so_far(self) -> FloatArray:
         """(C,) the best eligible value up to each trial, in order of the trials.
 
         NaN before the first eligible value.
@@ -270,12 +272,12 @@ def order_by_score(study: Study) -> list[int]:
     return sorted(study.order, key=lambda row: -scores[row])
 
 
-def _in_sign(measure: Measure, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def _in_sign(measure: Measure, scores: FloatArray) -> FloatArray:
     """Convert scores from scikit-learn's sign to the sign of their name."""
     return 0.0 - scores if measure.lower_is_better else scores
 
 
-def score_range(values: NDArray[np.float64], measure: Measure) -> tuple[float, float]:
+def score_range(values: FloatArray, measure: Measure) -> tuple[float, float]:
     """Return the ends (low, high) of an axis: the best finite score, and the worst nearby score.
 
     Scores far from the best score lie outside of the axis.
@@ -299,9 +301,9 @@ class LearningCurves:
 
     study: Study
     measure: Measure
-    mean: NDArray[np.float64]  # (C, epochs) mean over the folds; NaN if a fold is NaN
+    mean: FloatArray  # (C, epochs) mean over the folds; NaN if a fold is NaN
     # (C, epochs) standard deviation over the folds, ddof=1; NaN for one fold
-    spread: NDArray[np.float64]
+    spread: FloatArray
     order: list[int]  # rows of the trials with a score at any epoch, best first
 
     @property
@@ -348,7 +350,7 @@ def curve_view(study: Study) -> LearningCurves:
     return LearningCurves(study, measure, _in_sign(measure, mean), spread, order)
 
 
-def metric_scores(study: Study) -> NDArray[np.float64]:
+def metric_scores(study: Study) -> FloatArray:
     """Return the scores (C, M) of the trials by each metric, at their best epoch.
 
     NaN without a score.
@@ -378,7 +380,7 @@ def pareto_trials(study: Study) -> tuple[Trial, ...]:
     return tuple(study.trials[row] for row in _front(study, metric_scores(study)))
 
 
-def _front(study: Study, table: NDArray[np.float64]) -> list[int]:
+def _front(study: Study, table: FloatArray) -> list[int]:
     """Return the rows of a table of scores (C, M) that are Pareto-optimal."""
     scored = np.flatnonzero(np.isfinite(table).all(1)).tolist()
     late = [row for row in scored if study.trials[row].state != "pruned"]
@@ -402,7 +404,7 @@ class ParetoFront:
     """The scores of all trials by two metrics, and the trials on the Pareto front."""
 
     measures: tuple[Measure, Measure]
-    values: NDArray[np.float64]  # (C, 2); NaN for a trial that lacks one of them
+    values: FloatArray  # (C, 2); NaN for a trial that lacks one of them
     # Rows of the Pareto-optimal trials, best by the first metric first.
     order: list[int]
 
