@@ -121,17 +121,16 @@ def is_worth_comparing(study: Study, held_out: HeldOut | None) -> bool:
 
 
 def comparison_text(measure: Measure, saved: HeldOut, default: HeldOut) -> str:
-    """Return the held-out scores of the saved model and of the default's model."""
+    """Return a remark on the held-out scores of the saved model and of the default's model, or
+    ""."""
     if saved.reason or default.reason:
         return f"The default's model has no held-out {measure.name} to compare with."
-    text = (
-        f"The default configuration, also trained on all rows, has a held-out {measure.name} of "
-        f"{measure.text(default.score)}{default.interval_text(measure)}, and the saved model "
-        f"{measure.text(saved.score)}."
+    if not may_be_chance(saved, default):
+        return ""
+    return (
+        "The held-out score of the saved model or of the default lies within the other's 95% "
+        "interval, so the difference may be chance."
     )
-    if may_be_chance(saved, default):
-        text += " One lies within the other's 95% interval, so the difference may be chance."
-    return text
 
 
 def same_model_text(model: TunedModel) -> str:

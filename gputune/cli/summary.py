@@ -5,49 +5,25 @@ import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from gputune.api.study import Study
+from gputune.cli.ending import Ending
 from gputune.cli.flags import CommandLine
 from gputune.cli.held_out import HeldOut
 from gputune.cli.saved_model import is_default_best, may_be_chance
+from gputune.cli.scores import score_warnings, scores_block
 from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, trial_rows
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import Layout
-from gputune.data.source import Source
-from gputune.methods.edges import edge_remarks
 from gputune.report.facts import params_text, seconds_text, states_of, states_text
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
-from gputune.text import Measure, blocks, clean, count, paragraph
-from gputune.views.default_trial import improvement_text
+from gputune.text import blocks, clean, count, paragraph
 from gputune.views.scores import other_measures, score_view
 
 # Number of trials in the table, and width of a label in letters.
 _BEST = 5
 _LABEL = 9
-
-
-@dataclass(frozen=True)
-class Ending:
-    """A finished search and its results."""
-
-    file: str  # the input, as it was typed
-    study: Study
-    rest: Source  # the rows of the search
-    study_file: Path
-    held_out: HeldOut | None = None  # score on held-out rows; None if no rows are held out
-    model_folder: Path | None = None  # None if no model was saved
-    seconds: float = 0.0  # of the whole run
-    ensemble: str = ""  # the sentences about an ensemble
-    model: TunedModel | None = None  # the model that was saved
-    model_sentences: Sequence[str] = ()  # on its calibration and intervals
-    comparison: str = ""  # with the default's model, on the held-out rows
-    trial: Trial | None = None  # the trial of ``gputune train``; None after a search
-    ended: str = ""  # why the search ended before its last trial
-    typed: Sequence[str] = ()  # the arguments after ``gputune``
 
 
 def ensemble_text(
@@ -318,71 +294,11 @@ def _one_trial(study: Study, trial: Trial, width: int) -> str:
 
 
 def _scores(ending: Ending, width: int) -> str:
-    """Return the sentences about the scores of the search and the saved model."""
-    study = ending.study
-    measure = score_view(ending.study).measure
-    score = ending.held_out
-    if score is None:
-        text = (
-            "All rows were used, so there is no honest score. For one, hold rows out with gputune "
-            "tune --test-size."
-        )
-    elif score.reason:
-        text = f"There is no held-out {measure.name}: {clean(score.reason)}."
-    else:
-        rows = f"{count(score.rows, 'row')} that nothing was fitted on"
-        if score.chose:
-            rows = f"{rows}, but that chose between the ensemble and the best trial"
-        text = (
-            f"Held-out {measure.title}: {measure.text(score.score)}, the saved model's own score "
-            f"on {rows}{score.interval_text(measure)}."
-        )
-    sentences = [text]
-    if score is not None and score.unseen:
-        verb = "counts" if score.unseen == 1 else "count"
-        sentences.append(
-            f"{count(score.unseen, 'row')} of a class that no row of the search has {verb} as "
-            "wrong."
-        )
-    if score is not None and score.baseline is not None:
-        answer, baseline_score = score.baseline
-        sentences.append(
-            f"On these rows {clean(answer)} scores {measure.text(baseline_score)} without a model."
-        )
-    sentences.append(_optimistic(study, measure, ending.trial))
-    baseline = study.record.baseline
-    if baseline is not None:
-        sentences.append(
-            f"On the same folds {clean(baseline['answer'])} scores "
-            f"{measure.text(baseline['score'])} without a model."
-        )
-    if ending.trial is None:
-        sentences.append(improvement_text(study))
-        epochs = study.record.max_epochs
-        if not study.record.is_hypergradient and study.best_trial.best_epoch == epochs > 1:
-            sentences.append(
-                f"It was best after the last of {epochs} epochs, so more epochs may be better."
-            )
-        sentences += map(clean, edge_remarks(study))
-    scores_text = " ".join(filter(None, sentences))
-    model_text = " ".join(filter(None, ending.model_sentences))
-    parts = (scores_text, clean(ending.comparison), clean(ending.ensemble), model_text)
-    return "\n\n".join(paragraph(part, width) for part in parts if part)
-
-
-def _optimistic(study: Study, measure: Measure, trial: Trial | None) -> str:
-    """Return a sentence that explains why the cross-validated score is optimistic, or "" if it is
-    not."""
-    chose_epoch = study.record.max_epochs > 1
-    if trial is not None:
-        if not chose_epoch:
-            return ""
-        score = f"The cross-validated {measure.name}, {measure.text(trial.score)}"
-        return f"{score}, is that of the epoch that scored best on these folds."
-    best = (
-        f"The best cross-validated {measure.name}, {measure.text(study.best_score)}, is optimistic:"
-    )
-    n_scored = sum(math.isfinite(trial.score) for trial in study.trials)
-    if n_scored > 1:
-        return f"{best} it is the best of {n_scored} trials on the folds that chose it."
-    return f"{best} its epoch was chosen on the folds that scored it." if chose_epoch else ""
+    """Return the block of scores, the warnings about them, and notes on the saved model."""
+    remarks = [("Warning", warning) for warning in score_warnings(ending)]
+    notes = (ending.comparison, ending.ensemble, *ending.model_sentences)
+    remarks += [("Note", note) for note in notes if note]
+    parts = [scores_block(ending, width)]
+    if remarks:
+        parts.append(_label_lines(remarks, width))
+    return "\n\n".join(parts)

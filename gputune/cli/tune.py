@@ -19,6 +19,7 @@ import torch
 
 from gputune.api.study import Study
 from gputune.cli.arguments import MODEL, STUDY, model_folder, study_file
+from gputune.cli.ending import Ending
 from gputune.cli.flags import CommandLine
 from gputune.cli.held_out import HeldOut, held_out_baseline, held_out_score
 from gputune.cli.options import options_of, typed_options
@@ -32,7 +33,7 @@ from gputune.cli.saved_model import (
     read_saved_description,
     same_model_text,
 )
-from gputune.cli.summary import Ending, ensemble_text, stopped_text, summary_text
+from gputune.cli.summary import ensemble_text, stopped_text, summary_text
 from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.source import read_source, split_held_out
 from gputune.data.target import check_spread, check_target, with_transform
@@ -292,34 +293,39 @@ class _Run:
         compares = self.compares_default
         if compares is None:
             compares = is_worth_comparing(study, ending.held_out)
-        return replace(ending, comparison=self._comparison(ending)) if compares else ending
+        return self._compared(ending) if compares else ending
 
-    def _comparison(self, ending: Ending) -> str:
-        """Return sentences that compare the saved model with the default's model."""
+    def _compared(self, ending: Ending) -> Ending:
+        """Return the ending with the held-out score of the default's model, or with the reason why
+        there is none."""
         study = ending.study
         saved = ending.held_out
         default = default_trial(study)
         if saved is None:
-            return "No rows are held out to compare the model with the default's model."
+            reason = "No rows are held out to compare the model with the default's model."
+            return replace(ending, comparison=reason)
         if default is None:
-            return (
+            reason = (
                 "There is no comparison with the default's model: no trial with a score is the "
                 "default configuration."
             )
+            return replace(ending, comparison=reason)
         if is_default_best(study):
             assert ending.model is not None
-            return same_model_text(ending.model)
+            return replace(ending, comparison=same_model_text(ending.model))
         try:
             with self.profile.clock("training the default on all rows"):
                 model = study.best_model(trial=default.number, calibrate=self.calibrate)
                 model, held_out = self._score_model(model, study)
         except DivergedError:
-            return "The default's model diverged when it was trained on all rows."
+            reason = "The default's model diverged when it was trained on all rows."
+            return replace(ending, comparison=reason)
         except KeyboardInterrupt as stop:
             message = "the comparison with the default was interrupted. The best model is saved."
             raise self._interrupted(message, ending, stop) from None
         assert held_out is not None  # the saved model has a score, so this one has too
-        return comparison_text(score_view(study).measure, saved, held_out)
+        remark = comparison_text(score_view(study).measure, saved, held_out)
+        return replace(ending, default_held_out=held_out, comparison=remark)
 
     def _model_sentences(self, model: TunedModel | None) -> list[str]:
         """Return sentences on calibration and intervals of the saved model."""

@@ -144,7 +144,7 @@ def test_a_loss_that_has_a_name_is_a_score(folder, tmp_path, target, loss, value
         tmp_path / target,
         *FAST,
     ]
-    assert "Held-out loss (lower is better): " in output(*command)
+    assert "Scores   loss (lower is better)\n  held-out " in output(*command)
     model = gputune.load_model(tmp_path / target / "model")
     table = pl.read_csv(folder / "t.csv").drop("id")
     outputs = model._outputs(table)

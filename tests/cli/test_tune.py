@@ -87,11 +87,11 @@ def test_tune_ends_with_the_saved_models_own_honest_score(tuned):
     score = np.mean(model.predict(held.drop("kind")) == held["kind"].to_numpy())
     assert model.info["held_out_score"] == pytest.approx(score)
     said = " ".join(out.split())
-    assert f"Held-out accuracy: {score:.4f}, the saved model's own score on 12 rows" in said
+    assert f"Scores accuracy held-out {score:.4f} the saved model on 12 rows" in said
     assert "that nothing was fitted on (95% interval: " in said
     assert (
-        f"The best cross-validated accuracy, {study.best_score:.4f}, is optimistic: it is the "
-        "best of 3" in said
+        f"cross-validated {study.best_score:.4f} the best of 3 trials on the folds that chose it, "
+        "so optimistic" in said
     )
 
 
@@ -208,8 +208,8 @@ def test_a_loss_is_shown_as_what_it_measures(tmp_path):
     said = " ".join(out.split())
     assert held < 0 and study.best_score < 0
     assert "by log_loss (lower is better), mean" in said and "neg_" not in said
-    assert f"Held-out log_loss (lower is better): {-held:.4f}" in said
-    assert f"The best cross-validated log_loss, {-study.best_score:.4f}" in said
+    assert f"Scores log_loss (lower is better) held-out {-held:.4f} the saved model" in said
+    assert f"cross-validated {-study.best_score:.4f} the best of" in said
     assert "log_loss (lower is better) 0." in run("best", folder)[1]
 
 
@@ -228,14 +228,15 @@ def test_a_score_of_one_class_says_which(tmp_path):
     assert study.meta["positive"] == model.info["positive"] == "ant"
     _, apart = read_with_held_out(study.meta["source"])
     score = f1_score(apart.y, model.predict(apart.X), pos_label="ant")
-    assert score > 0.5 and f"Held-out f1 of class 'ant': {score:.4f}," in said
+    assert score > 0.5
+    assert f"Scores f1 of class 'ant' held-out {score:.4f} " in " ".join(said.split())
     assert "f1 of class 'ant'" in repr(study) and "f1 of class 'ant'" in unescape(
         model._repr_html_()
     )
     code, again, _ = run("resume", out, "--trials", "4")
     assert (
         code == 0
-        and "Held-out f1 of class 'ant': " in again
+        and "Scores   f1 of class 'ant'\n  held-out " in again
         and "4 trials by f1 of class 'ant'" in again
     )
     assert (
@@ -275,7 +276,7 @@ def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_said_once(tmp_path):
 def test_without_held_out_rows_no_honest_score_is_left(tmp_path):
     _, folder, out = searched(tmp_path, "--test-size", "0")
     assert ": 40 rows to search on Columns " in " ".join(out.split())
-    assert "All rows were used, so there is no honest score" in out and "Held-out" not in out
+    assert re.search("held-out +- +All rows were used, so there is no honest score", out)
     assert "held_out_score" not in gputune.load_model(folder / "model").info
 
 
@@ -397,8 +398,8 @@ def test_one_configuration_is_trained_without_a_search(tmp_path, monkeypatch):
     assert f"Folds {folds} Curve " in said and f"after epoch {trial.best_epoch} of 3" in said
     assert set(said.split("Curve ")[1].split()[0]) <= set("▁▂▃▄▅▆▇█")
     assert (
-        "is that of the epoch that scored best on these folds" in said
-        and "it is the best of" not in said
+        "at the epoch that scored best on these folds, so optimistic" in said
+        and "the best of" not in said
     )
     assert gputune.load_model("gputune-train/model").info["params"] == trial.params
     code, out, _ = run(*command, "--set", "lr=0.5", "--quiet")
@@ -434,7 +435,7 @@ def test_an_interrupted_ensemble_leaves_the_best_trial(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tune.Study, "ensemble", stopped)
     code, out, err = run("tune", "sklearn:iris", "--out", tmp_path / "o", "--ensemble", *FAST)
-    assert code == 130 and "The best 3 of 3 trials" in out and "Held-out accuracy" in out
+    assert code == 130 and "The best 3 of 3 trials" in out and "\n  held-out " in out
     assert err == "gputune: the ensemble was interrupted. The model of the best trial is saved.\n"
     assert gputune.load_model(tmp_path / "o" / "model").info["held_out_rows"] == 30
 
@@ -488,7 +489,7 @@ def test_a_timeout_is_told_and_what_it_left_out_is_run_by_the_same_command(tmp_p
     waiting = sum(trial.state == "waiting" for trial in study_in(tmp_path).trials)
     assert code == 0 and waiting and f"{waiting} waiting; " in out
     assert out.endswith(f"\nGo on    gputune tune sklearn:iris {shlex.join(map(str, options))}\n")
-    assert f"it is the best of {20 - waiting} trials" in " ".join(out.split())
+    assert f"the best of {20 - waiting} trials" in " ".join(out.split())
     assert "Trials   20 complete; " in output("tune", "sklearn:iris", *options)
 
 
@@ -610,7 +611,7 @@ def test_several_metrics_are_kept_shown_and_gone_on_with(tmp_path):
     table, out, text = searched(tmp_path, *options)
     assert re.search(r"trial +accuracy +roc_auc +f1 +epoch", text)
     assert re.search(r"By accuracy, roc_auc and f1 \d trials? (is|are) Pareto-optimal:", text)
-    assert "Held-out accuracy:" in text
+    assert "Scores   accuracy\n" in text
     assert run("resume", out, "--trials", "4")[0] == 0
     assert study_in(out).curves_of("roc_auc").shape == (4, 2, 2)
     header, *rows = read_csv(run("trials", out, "--format", "csv")[1])
@@ -753,14 +754,12 @@ def test_the_closing_text_says_what_is_to_be_known_of_the_scores():
     made = study_of([{"lr": lr} for lr in (0.1, 0.2, 0.3)], distributions=laws, baseline=baseline)
     study = replace(made, trials=[replace(trial, best_epoch=30) for trial in made.trials])
     text = closing(study, held_out=HeldOut(0.75, 20, unseen=1))
+    assert "held-out 0.7500 the saved model on 20 rows that nothing was fitted on" in text
+    assert "Warning 1 row of a class that no row of the search has counts as wrong." in text
+    assert "baseline 0.4000 ant on the same folds, without a model" in text
     assert (
-        "own score on 20 rows that nothing was fitted on. 1 row of a class that no row of the "
-        "search has" in text
-    )
-    assert "has counts as wrong. The best cross-validated accuracy" in text
-    assert (
-        "On the same folds ant scores 0.4000 without a model. It was best after the last of 30 "
-        "epochs, so more" in text
+        "Warning The best trial was best after the last of 30 epochs, so more epochs may be better."
+        in text
     )
     assert (
         text.endswith("gputune.Study.open('out/study.db').best_model()")
@@ -818,3 +817,45 @@ def test_a_sampler_whose_batches_are_halved():
         f"The best 5 of {len(pruned)} trials, pruned like all trials with a score, by"
         in closing(alone)
     )
+
+
+def block_of(study, **more):
+    """Return the aligned block of scores in a closing text, and the warnings below it."""
+    rest: Source = read_source(np.zeros((4, 2)), np.array([0, 1, 0, 1]))
+    ending = Ending("houses.csv", study, rest, Path("out/study.db"), **more)
+    text = summary_text(ending, width=200)
+    block, _, rest = text[text.index("Scores ") :].partition("\n\n")
+    return block, rest.partition("\n\n")[0]
+
+
+def test_scores_are_aligned_lines_and_warnings_follow():
+    baseline = {"score": 0.4, "answer": "always 'ant'"}
+    laws = {"lr": {"kind": "choices", "choices": [0.1, 0.2, 0.3]}}
+    study = study_of([{"lr": lr} for lr in (0.1, 0.2, 0.3)], distributions=laws, baseline=baseline)
+    first, second, third = study.trials
+    first = replace(first, origin="default", score=0.5, fold_scores=(0.4, 0.6), best_epoch=1)
+    second = replace(second, origin="random", score=0.75, fold_scores=(0.7, 0.8), best_epoch=1)
+    third = replace(third, origin="random", score=0.25, fold_scores=(0.2, 0.3), best_epoch=1)
+    study = replace(study, trials=(first, second, third))
+    held_out = HeldOut(
+        0.7, 20, interval=(0.6, 0.8), interval_method="wilson", baseline=("always 'ant'", 0.35)
+    )
+    default = HeldOut(0.65, 20, interval=(0.5, 0.75), interval_method="wilson")
+    block, warnings = block_of(study, held_out=held_out, default_held_out=default)
+    assert block.split("\n") == [
+        "Scores   accuracy",
+        "  held-out         0.7000  the saved model on 20 rows that nothing was fitted on (95% "
+        "interval: 0.6000 to 0.8000)",
+        "    default        0.6500  the default configuration, also trained on all rows (95% "
+        "interval: 0.5000 to 0.7500)",
+        "    baseline       0.3500  always 'ant' on these rows, without a model",
+        "  cross-validated  0.7500  the best of 3 trials on the folds that chose it, so optimistic",
+        "    default        0.5000  the default configuration (trial 0) on the same folds",
+        "    improvement    0.2500  ± 0.0500 over the default (paired standard error over 2 folds)",
+        "    baseline       0.4000  always 'ant' on the same folds, without a model",
+    ]
+    assert "did not improve" not in warnings
+    same = replace(first, score=0.9, fold_scores=(0.9, 0.9))
+    block, warnings = block_of(replace(study, trials=(same, second, third)), held_out=held_out)
+    assert "improvement" not in block and "    default        0.9000  " in block
+    assert "Warning  The search did not improve on the default.\n" in f"{warnings}\n"

@@ -171,7 +171,7 @@ def test_the_command_line(tmp_path):
         "1",
     ]
     code, text, err = run("tune", file, *words, "--trials", "2", "--out", out)
-    assert (code, err) == (0, "") and "Held-out r2" in text
+    assert (code, err) == (0, "") and "Scores   r2\n  held-out " in text
     assert run("resume", out, "--trials", "3")[0] == 0
     study = gputune.Study.open(out / "study.db")
     assert study.record.target_transform == "log" and len(study.trials) == 3

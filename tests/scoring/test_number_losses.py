@@ -179,8 +179,8 @@ def test_the_command_line_takes_them_and_scores_held_out_rows(tmp_path):
     ]
     text = " ".join(output(*call, "--loss", "quantile:0.8", "--out", tmp_path / "o").split())
     assert (
-        "Held-out mean_pinball_loss" in text
-        and "the 0.8 quantile of the training rows scores" in text
+        "Scores mean_pinball_loss" in text
+        and "the 0.8 quantile of the training rows on the same folds" in text
     )
     assert "mean_pinball_loss" in output("evaluate", tmp_path / "o" / "model", table)
     output("resume", tmp_path / "o", "--trials", 3)

@@ -135,7 +135,7 @@ def test_the_first_ctrl_c_finishes_the_epoch_and_leaves_the_model_of_the_best_so
     model = gputune.load_model(tmp_path / "out/model")
     assert np.isfinite(study.curves[:, 0]).all() and np.isnan(study.curves[:, 1:]).all()
     assert (model.info["params"], model.info["epochs"]) == (study.best_params, 1)
-    assert f"Held-out accuracy: {model.info['held_out_score']:.4f}" in out
+    assert f"\n  held-out         {model.info['held_out_score']:.4f}  the saved model" in out
     assert (
         "\nModel    out/model\nNext     gputune predict out/model FILE\nGo on    gputune tune"
         in out
