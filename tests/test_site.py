@@ -1,12 +1,19 @@
 """The documentation site: what its reference lists. ``./scripts/docs`` builds it."""
 
+import importlib.util
 import re
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+from gputune import fallback
+from gputune.cli import main
+from gputune.study import code, database, model_files
+from gputune.study.rows import STATES
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 MODULES = (
     "gputune",
     "gputune.callbacks",
@@ -33,3 +40,55 @@ def test_the_reference_has_every_public_name_once(module, documented):
         public.remove("gputune.__version__")  # explained in a sentence
     of_module = [name for name in documented if name.rpartition(".")[0] == module]
     assert sorted(of_module) == sorted(public)
+
+
+def test_tables_of_the_reference_are_those_of_the_code():
+    path = ROOT / "scripts" / "reference_tables.py"
+    spec = importlib.util.spec_from_file_location("reference_tables", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for page, text in script.pages().items():
+        assert (DOCS / "reference" / page).read_text() == text, "run scripts/reference_tables.py"
+
+
+def first_column(page):
+    """Return the code words in the first column of each table of a page of the reference."""
+    rows = re.findall(r"^\| (`.*?) \|", (DOCS / "reference" / page).read_text(), re.MULTILINE)
+    words = []
+    for row in rows:
+        words += re.findall(r"`([^`=]+)", row)
+    return words
+
+
+def test_the_page_of_states_has_every_state_and_origin():
+    words = first_column("trial-states.md")
+    assert sorted(words[:5]) == sorted([*STATES, "waiting"])
+    source = "".join(path.read_text() for path in (ROOT / "gputune").rglob("*.py"))
+    for origin in words[5:9]:
+        assert f'"{origin}"' in source
+
+
+def test_the_page_of_variables_has_every_variable_that_the_code_reads():
+    words = first_column("environment-variables.md")
+    read = set()
+    for path in (ROOT / "gputune").rglob("*.py"):
+        read |= set(re.findall(r"""environ\b.{0,12}["'(]([A-Z][A-Z_]+)["']""", path.read_text()))
+    assert "CC" in read
+    assert read | {fallback.STRICT} <= set(words)
+
+
+def test_the_page_of_files_has_tables_and_versions():
+    words = first_column("files.md")
+    assert {*database.TABLES, "outputs"} <= set(words)
+    assert {model_files.DESCRIPTION, model_files.TENSORS} <= set(words)
+    text = (DOCS / "reference" / "files.md").read_text()
+    assert f"SQLite database of format version {database.FORMAT_VERSION}." in text
+    assert f"a folder of format version {model_files.FORMAT_VERSION}:" in text
+    assert code.LIST in text
+
+
+def test_the_page_of_errors_has_every_exit_code():
+    text = (DOCS / "reference" / "errors.md").read_text()
+    codes = re.findall(r"^\| (\d+) \|", text, re.MULTILINE)
+    exits = (main.DONE, main.FAILED, main.BAD_INPUT, main.INTERRUPTED, main.TERMINATED)
+    assert [int(number) for number in codes] == list(exits)
