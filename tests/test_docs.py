@@ -148,3 +148,16 @@ def test_what_a_page_names_exists(page):
 )
 def test_the_comparison_can_tell(printed, close):
     assert is_close(printed, "trial 3  loss 0.5000\n") is close
+
+
+@pytest.mark.long
+def test_the_script_for_several_gpus_trains_with_torchrun(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "several-gpus.md"
+    script, objective, _ = (code for code, _ in python_blocks(page))
+    (tmp_path / "train.py").write_text(script)
+    session = {"__name__": "page"}
+    exec(compile(objective, page.name, "exec"), session)
+    reported = []
+    score = session["objective"]({"lr": 0.01}, reported.append)
+    assert len(reported) == 4 and score == reported[-1] > 0.5
