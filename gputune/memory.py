@@ -5,6 +5,8 @@ from contextlib import suppress
 
 import torch
 
+CPU = torch.device("cpu")
+
 # Out-of-memory messages that come as a plain RuntimeError. In order: torch's allocator on the CPU,
 # CUDA when it loads code or makes a graph, three lines for libraries that allocate memory
 # themselves, and cuDNN when it finds no memory to work in.

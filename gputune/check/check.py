@@ -27,13 +27,13 @@ from gputune.engine.choice import FEW, FOLDS, measure_speed
 from gputune.engine.kernel import obstacle
 from gputune.engine.plan import cores
 from gputune.hypergradients.hypergradient import Mode, hypergradient
+from gputune.memory import CPU
 from gputune.native.library import NotBuiltError, library
 from gputune.solver.solve import solve_all, solved_module
 from gputune.text import count, size_words, table
 from gputune.types import Backend, Say
 from gputune.version import __version__
 
-_CPU = torch.device("cpu")
 _MEMBERS = 1000  # the table shows the speed of this many members next to the speed of a few
 
 EXACT = 1e-10
@@ -99,7 +99,7 @@ def solution(device: torch.device, _backend: Backend) -> float:
     """
     case = Case(({"C": 0.1}, {"C": 2.0}))
     worst = []
-    data = case.data(torch.device("cpu"))
+    data = case.data(CPU)
     configs = case.complete()
     solution = solve_all(case.data(device), configs)
     for (f, fold), (c, config) in product(enumerate(data.folds), enumerate(configs)):
@@ -326,8 +326,8 @@ def backends_of(device: torch.device) -> tuple[Backend, ...]:
 def timed_of(device: torch.device) -> list[tuple[torch.device, Backend]]:
     """Return the backends to time: all backends of the device, and compiled training on the CPU."""
     pairs = [(device, backend) for backend in backends_of(device)]
-    if device != _CPU and "compiled" in backends_of(_CPU):
-        pairs.append((_CPU, "compiled"))
+    if device != CPU and "compiled" in backends_of(CPU):
+        pairs.append((CPU, "compiled"))
     return pairs
 
 
@@ -359,7 +359,7 @@ def check(device: torch.device, tell: Say) -> CheckReport:
         if not rows[-1].ok:
             failed[backend] = law.name
     # Later runs use these findings to choose a backend: its failures and its speeds.
-    for place in dict.fromkeys((device, _CPU)):
+    for place in dict.fromkeys((device, CPU)):
         measured = {
             backend: speed for (name, backend), speed in speeds.items() if name == str(place)
         }

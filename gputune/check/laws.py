@@ -33,6 +33,7 @@ from gputune.data.weights import Weights
 from gputune.engine.job import Job, Outcome, ProgressCallback, run_in_parts, train_chunk
 from gputune.engine.kernel import KernelChunk
 from gputune.engine.train import Trained
+from gputune.memory import CPU
 from gputune.models import MLP
 from gputune.modules.construction import build_module
 from gputune.modules.recorder import RECORDERS, Replays
@@ -215,7 +216,7 @@ class Case:
     def plain_networks(self) -> dict[tuple[int, int], nn.Module]:
         """The reference networks by (fold, configuration). A plain loop trains them in double
         precision on the CPU."""
-        data = self.data(torch.device("cpu"))
+        data = self.data(CPU)
         networks = {}
         for f, (c, config) in product(range(_FOLDS), enumerate(self.complete())):
             networks[f, c] = self._plain_network(data, f, config)
@@ -349,7 +350,7 @@ def _score_differences(
 ) -> Iterator[float]:
     """Yield the difference of each member's last score from the score by scikit-learn's scorer."""
     scorer = get_scorer(name)
-    data = case.data(torch.device("cpu"))
+    data = case.data(CPU)
     classes = None if case.task == "regression" else np.arange(data.n_outputs)
     for chunk, trained in case.trained(device, backend, case.scoring(name)):
         for (f, fold), c in product(enumerate(data.folds), range(len(chunk.index))):

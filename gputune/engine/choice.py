@@ -39,7 +39,7 @@ from gputune.engine.plan import cores
 from gputune.engine.reuse import ChunkPool
 from gputune.errors import warn
 from gputune.fallback import words_unless_strict
-from gputune.memory import synchronize
+from gputune.memory import CPU, synchronize
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
 from gputune.native.library import NotBuiltError
@@ -52,8 +52,6 @@ from gputune.population.population import (
 )
 from gputune.scoring.scoring import Validation
 from gputune.types import BY_MEMBER, Backend, BackendWord, Config
-
-CPU = torch.device("cpu")
 
 # Seconds on the CPU. A GPU needs some of this time only to make a context and load libraries.
 _SOON = 5.0

@@ -56,6 +56,7 @@ from gputune.executors.worker import (
     submit,
     training,
 )
+from gputune.memory import CPU
 from gputune.population.population import Population
 from gputune.scratch import naming_folder, scratch_folder
 from gputune.text import count
@@ -327,7 +328,7 @@ def chunk_processes(
         with naming_folder(
             folder.parent, "the data for the worker processes cannot be written", _NO_SPACE
         ):
-            joblib.dump(to_arrays(to_device(data, torch.device("cpu")), same_machine=True), path)
+            joblib.dump(to_arrays(to_device(data, CPU), same_machine=True), path)
         with job.stop.shared_with_workers(folder / "stop"):
             work = partial(_run_in_worker, pickle_job(job), str(path))
             processes = Processes[Population, Outcome | Failure](

@@ -27,8 +27,8 @@ from typing import Literal, NamedTuple, TypeVar, cast
 import cloudpickle
 import numpy as np
 from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
-from numpy.typing import NDArray
 
+from gputune.annotations import FloatArray
 from gputune.engine.stop import Stop
 from gputune.seeding import seeded_generators
 from gputune.types import Config
@@ -195,7 +195,7 @@ EndState = Literal["complete", "pruned", "stopped", "failed"]
 class TrialValues(NamedTuple):
     """The reported values of a trial so far, (steps,) float64, and whether the trial has ended."""
 
-    values: NDArray[np.float64]
+    values: FloatArray
     ended: bool
 
 
@@ -209,9 +209,7 @@ class Reports:
         self.folder = folder
         folder.mkdir(exist_ok=True)
 
-    def write(
-        self, number: int, values: Sequence[float] | NDArray[np.float64], *, ended: bool
-    ) -> None:
+    def write(self, number: int, values: Sequence[float] | FloatArray, *, ended: bool) -> None:
         """Replace the stored values of a trial. A final NaN marks a trial that has ended."""
         stored = np.append(values, math.nan) if ended else np.asarray(values)
         (self.folder / str(number)).write_bytes(stored.astype("<f8").tobytes())

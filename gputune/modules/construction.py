@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gputune.errors import InputError, InputWarning, warn
+from gputune.memory import CPU
 from gputune.models import Dropout
 from gputune.modules.calls import named_tensors
 from gputune.population.population import InputKind, Shape, call_module
@@ -93,7 +94,7 @@ def module_stream(seed: int) -> Iterator[None]:
     # A constructor may draw on the current GPU, if this process has used it. The generators of
     # other GPUs are not saved, because that would make a context there of some hundred megabytes.
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")  # type: ignore[no-untyped-call]
-    with keyed_draws(device, seed, "module", host=True), torch.device("cpu"):
+    with keyed_draws(device, seed, "module", host=True), CPU:
         # inside the stream, one thread at a time, so that another thread's setting is not saved
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)  # draws must not depend on the user's default dtype
@@ -130,7 +131,7 @@ def construct(builder: Builder, kwargs: Config, columns: str = "") -> nn.Module:
             )
         # This call happens only once. Its own stream keeps it from changing the draws of the first
         # module's lazy layers.
-        with keyed_draws(torch.device("cpu"), 0, "another", host=True):
+        with keyed_draws(CPU, 0, "another", host=True):
             other, _ = _call_builder(builder, kwargs, columns)
         shared[key] = _first_shared(module, other)
     name = shared[key]

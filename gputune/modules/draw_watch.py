@@ -6,13 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from gputune.memory import CPU
 from gputune.modules.host_draws import drawing_code
 from gputune.modules.host_generators import changed_generator, generator_states
 from gputune.modules.substitutes import counting_on_device
 from gputune.modules.trace import Args, DispatchMode, Kwargs, Operator
 from gputune.seeding import keyed_draws
-
-_CPU = torch.device("cpu")
 
 
 class DrawWatch:
@@ -57,7 +56,7 @@ class DrawWatch:
     def watching(self, *, training: bool) -> Iterator[None]:
         """Note the generators used inside the context, and reads of tensor values by a call that
         draws."""
-        with keyed_draws(_CPU, 0, "check", host=True):
+        with keyed_draws(CPU, 0, "check", host=True):
             default = torch.get_rng_state()
             others = generator_states(self._module, self._functions)
             with counting_on_device(self._module), (recorder := _OperationWatch()):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
-from gputune.memory import is_out_of_memory
+from gputune.memory import CPU, is_out_of_memory
 from gputune.modules.calls import named_tensors, not_trained, state_of
 from gputune.modules.construction import (
     Builder,
@@ -47,7 +47,6 @@ from gputune.text import count
 from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
 from gputune.wording import option
 
-_CPU = torch.device("cpu")
 _KEY = (0, 0)  # (epoch, step) of the tried minibatches
 _EVALUATION = (0, 0, 0)  # the key of the tried evaluation
 _VMAP = "Members are stacked with torch.func.vmap"
@@ -341,14 +340,14 @@ def _plain_results(
     gradients = []
     for rows in _minibatches(trial):
         inputs = trial.augmented(rows)
-        with torch.enable_grad(), keyed_draws(_CPU, 0, "dropout", *_KEY):
+        with torch.enable_grad(), keyed_draws(CPU, 0, "dropout", *_KEY):
             losses = objective.losses(
                 module.train(), inputs, trial.y[rows], trial.config, names=names
             )
             losses.mean().backward()  # type: ignore[no-untyped-call]
         gradients.append({k: w.grad for k, w in module.named_parameters() if w.grad is not None})
         module.zero_grad()
-    with torch.no_grad(), keyed_draws(_CPU, 0, "evaluation", *_EVALUATION):
+    with torch.no_grad(), keyed_draws(CPU, 0, "evaluation", *_EVALUATION):
         outputs = objective.outputs(module.eval(), trial.inputs, names)
     return outputs, gradients, state_of(module, stacked.mutable)
 
@@ -369,7 +368,7 @@ def _stacked_results(
             batch = Batch(
                 tuple(x[None, rows] for x in trial.inputs), y[None], 1 / len(y), slice(0, 1), _KEY
             )
-            with keyed_draws(_CPU, 0, "check"):
+            with keyed_draws(CPU, 0, "check"):
                 stacked.plain_losses(batch)  # it must leave no state behind
             stacked.gradient(params, batch, grads)
             gradients.append(grads)
@@ -489,7 +488,7 @@ def _attempt(
         inputs = [x.cpu() for x in data.rows(fold, rows)]
         y = targets[fold % len(targets)][rows].cpu()
         try:
-            with torch.no_grad(), keyed_draws(_CPU, 0, "check", host=True):
+            with torch.no_grad(), keyed_draws(CPU, 0, "check", host=True):
                 network.objective.losses(
                     module, inputs, y, network.configs[0], names=network.shape.names
                 )

@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from gputune.modules.trace import Args, Function, Kwargs
 
 OptionalTensor: TypeAlias = Tensor | None
+WithAxis: TypeAlias = tuple[Tensor, int]
+"""The result for all members, and the index of its member axis."""
 _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
@@ -52,10 +54,10 @@ def _is_mapped(tensor: Tensor) -> bool:
     return retrieve_current_functorch_interpreter().key() == TransformType.Vmap
 
 
-MemberRule = Callable[..., tuple[Tensor, int] | None]
+MemberRule = Callable[..., WithAxis | None]
 """Computes a torch function for all members. Each tensor argument has the members first.
 
-The rule returns the results and the index of their member axis, or None for unsupported arguments.
+The rule returns None for unsupported arguments.
 """
 
 
@@ -92,7 +94,7 @@ def _embedding(
     return torch.where((ids == padding_idx % weight.shape[0])[..., None], rows.detach(), rows)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: OptionalTensor = None) -> tuple[Tensor, int]:
+def _linear(input: Tensor, weight: Tensor, bias: OptionalTensor = None) -> WithAxis:
     """Compute the linear layers of all members: rows (P, ..., I) -> (P, ..., O)."""
     rows = input.flatten(1, -2) if input.dim() > 2 else input[:, None]
     result: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
@@ -129,7 +131,7 @@ def _layer_norm(
     weight: OptionalTensor = None,
     bias: OptionalTensor = None,
     eps: float = 1e-5,
-) -> tuple[Tensor, int]:
+) -> WithAxis:
     """Compute the layer norms of all members: normalize, then apply each member's weight and
     bias."""
     shape = list(normalized_shape)
@@ -169,7 +171,7 @@ def _batch_norm(
     bias: OptionalTensor = None,
     *args: Any,
     **kwargs: Any,
-) -> tuple[Tensor, int]:
+) -> WithAxis:
     """Compute the batch norms of all members as one batch norm over all their channels."""
     mean, var, factor, shift = (_flat(table) for table in (running_mean, running_var, weight, bias))
     outputs = functional.batch_norm(_by_channels(input), mean, var, factor, shift, *args, **kwargs)
@@ -192,7 +194,7 @@ def _group_norm(
     weight: OptionalTensor = None,
     bias: OptionalTensor = None,
     eps: float = 1e-5,
-) -> tuple[Tensor, int]:
+) -> WithAxis:
     """Compute the group norms of all members as one group norm with all their groups."""
     outputs = functional.group_norm(
         _by_channels(input), num_groups * len(input), _flat(weight), _flat(bias), eps
@@ -209,7 +211,7 @@ def _convolution(
     padding: object = 0,
     dilation: object = 1,
     groups: int = 1,
-) -> tuple[Tensor, int] | None:
+) -> WithAxis | None:
     """Compute the convolutions of all members as one grouped convolution over all their
     channels."""
     if input.dim() < weight.dim():  # a single image, without an axis of rows
@@ -228,7 +230,7 @@ def _convolution(
 
 def _pool(
     function: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, int] | None:
+) -> WithAxis | None:
     """Compute the poolings of all members as one pooling over all their channels."""
     if input.dim() < 5:  # a single image, without an axis of rows
         return None

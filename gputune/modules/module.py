@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Self, TypeVar
+from typing import Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
 from gputune.errors import InputError
+from gputune.memory import CPU
 from gputune.models import Dropout
 from gputune.modules.calls import (
     ModuleDraws,
@@ -51,11 +52,13 @@ from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
 from gputune.types import Config, EvaluationKey, Params, StepKey
 
-_CPU = torch.device("cpu")
 _REFUSED_WRITE = "written-to tensor"
 """Part of PyTorch's error for a write into rows that several members share."""
 
 Result = TypeVar("Result")
+
+WithBuffers: TypeAlias = tuple[Tensor, Params]
+"""Results of members, and the members' buffers (P, ...) afterwards."""
 
 
 class ModuleNetwork:
@@ -169,7 +172,7 @@ class ModuleNetwork:
         """Return one member as a plain module in evaluation mode, on the CPU."""
         # The template is not copied, because attributes other than parameters and buffers cannot
         # always be copied.
-        module = self.plain(_CPU)
+        module = self.plain(CPU)
         values = self.values(params, fold, trial) | self.frozen
         with torch.no_grad():
             for name, tensor in named_tensors(module).items():
@@ -249,7 +252,7 @@ class StackedModule(ModuleNetwork):
         leaves = {name: members[name].detach().requires_grad_() for name in self.trainable}
         inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
 
-        def losses() -> tuple[Tensor, Params]:
+        def losses() -> WithBuffers:
             tensors = dict(leaves)
             for name, start in self.mutable.items():
                 # Copies, because the members' own tensors share a counter of writes with the
@@ -294,9 +297,7 @@ class StackedModule(ModuleNetwork):
         except TraceError:
             return keyed()
 
-    def _losses(
-        self, members: Params, inputs: Sequence[Tensor], batch: Batch
-    ) -> tuple[Tensor, Params]:
+    def _losses(self, members: Params, inputs: Sequence[Tensor], batch: Batch) -> WithBuffers:
         """Return the loss of each row of a minibatch, (F, C, B), and the buffers after the
         minibatch.
 
@@ -350,11 +351,11 @@ class StackedModule(ModuleNetwork):
 
     def with_statistics(
         self, params: Params, inputs: Sequence[Tensor], key: StepKey | None
-    ) -> tuple[Tensor, Params]:
+    ) -> WithBuffers:
         """Return the same outputs as ``differentiable``, and the members' buffers (P, ...)
         afterwards."""
 
-        def outputs() -> tuple[Tensor, Params]:
+        def outputs() -> WithBuffers:
             draws: AbstractContextManager[object] = nullcontext()
             if key is not None:
                 draws = keyed_draws(self.shape.device, self.seed, "dropout", *key)
@@ -378,9 +379,7 @@ class StackedModule(ModuleNetwork):
     def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
         return self.objective.rows(outputs, y, self.loss_values)
 
-    def _forward(
-        self, members: Params, inputs: Sequence[Tensor], *, training: bool
-    ) -> tuple[Tensor, Params]:
+    def _forward(self, members: Params, inputs: Sequence[Tensor], *, training: bool) -> WithBuffers:
         """Return outputs (P, B, ...) of members (P, ...) on rows (P, B, ...), and the buffers
         afterwards."""
         return self._mapped(
@@ -393,7 +392,7 @@ class StackedModule(ModuleNetwork):
         members: Params,
         tensors: Sequence[Tensor],
         training: bool,
-    ) -> tuple[Tensor, Params]:
+    ) -> WithBuffers:
         """Return the result of a function for each member and its part of tensors (P, ...).
 
         Also returns the buffers afterwards. The tensors are copied if the module may write into
@@ -435,10 +434,10 @@ class StackedModule(ModuleNetwork):
         members: Params,
         tensors: Sequence[Tensor],
         training: bool,
-    ) -> tuple[Tensor, Params]:
+    ) -> WithBuffers:
         """Map a function over members like ``_mapped``, but without copies of the tensors."""
 
-        def call_member(member: Params, *parts: Tensor) -> tuple[Tensor, Params]:
+        def call_member(member: Params, *parts: Tensor) -> WithBuffers:
             with self.stateless.substitute({**member, **self.frozen}) as module:
                 return function(module.train(training), parts), self.stateless.current(self.mutable)
 
@@ -453,7 +452,7 @@ class StackedModule(ModuleNetwork):
         try:
             with Mapped(), Rounded() if rounded else nullcontext(), Substitutes():
                 mapped = vmap(call_member, randomness="same")
-                result: tuple[Tensor, Params] = mapped(members, *tensors)
+                result: WithBuffers = mapped(members, *tensors)
                 return result
         except IndexError as error:
             raise InputError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset, outermost_rows
 from gputune.errors import InputError
+from gputune.memory import CPU
 from gputune.modules.broadcasts import BroadcastWatch, Shapes, in_one_shape
 from gputune.modules.calls import convert
 from gputune.modules.construction import (
@@ -38,7 +39,6 @@ from gputune.seeding import keyed_draws
 from gputune.types import Config
 from gputune.wording import Verbatim, option, per_interface
 
-_CPU = torch.device("cpu")
 # Number of rows that are tried. It is prime, so a wrong view of their columns cannot divide it.
 _EXAMPLES = 31
 
@@ -55,7 +55,7 @@ class ModuleTrial:
         objective: Objective | None = None,
     ) -> None:
         objective = objective or make_objective(None, None, None, data.task)
-        self.objective = objective.like(data.dtype, _CPU)
+        self.objective = objective.like(data.dtype, CPU)
         self.builder = builder
         self.config = config
         self.columns = columns
@@ -63,7 +63,7 @@ class ModuleTrial:
         inputs, y = data.example(_EXAMPLES)
         self.inputs = [x.cpu() for x in inputs]
         self.y = y.cpu()
-        self.shape = replace(Shape.of(data), folds=1, device=_CPU, present=None, rows=None)
+        self.shape = replace(Shape.of(data), folds=1, device=CPU, present=None, rows=None)
         self.writes = WriteWatch()
         self.widest = 1  # most numbers that a submodule has returned for one row
         module = build_module(
@@ -184,7 +184,7 @@ class ModuleTrial:
         """
         self.trail.largest = 0  # reset, because earlier calls may have had other numbers of rows
         try:
-            draws = keyed_draws(_CPU, 0, "check", host=True)
+            draws = keyed_draws(CPU, 0, "check", host=True)
             if watched:
                 draws = self.watch.watching(training=training)
             with self.writes.copies(inputs) as copies, draws, torch.set_grad_enabled(training):

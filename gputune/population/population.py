@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
+from gputune.memory import CPU
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.classes import class_of, keys_with, optimizer_arguments, optimizer_defaults
 from gputune.population.batches import Batch, Batches
@@ -46,7 +47,6 @@ from gputune.types import (
 ModelKind = Literal["mlp", "linear", "module"]
 
 _WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-_CPU = torch.device("cpu")
 _OWN_GROUP = 4  # trials of one batch size that make a separate group, with shared rows
 
 
@@ -258,7 +258,7 @@ class Shape:
     n_outputs: int
     folds: int = 1
     dtype: torch.dtype = torch.float32
-    device: torch.device = _CPU
+    device: torch.device = CPU
     regression: bool = False
     present: Tensor | None = None  # (F, K) bool: classes that take part in a fold; None: all
     input_shape: tuple[int, ...] | None = None  # of a row of the first input; None: (n_features,)

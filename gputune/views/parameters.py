@@ -14,18 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gputune.annotations import FloatArray, IntArray
 from gputune.errors import InputError
 from gputune.study.study import Study
 from gputune.text import clean, count, short
-from gputune.views.scores import (
-    FloatArray,
-    Scale,
-    Scores,
-    linear_scale,
-    log_scale,
-    number_text,
-    score_view,
-)
+from gputune.views.scores import Scale, Scores, linear_scale, log_scale, number_text, score_view
 from gputune.wording import Verbatim
 
 # Positive values have a logarithmic axis if the largest is at least this many times the smallest.
@@ -198,7 +191,7 @@ class DescentPath:
     step."""
 
     start: int
-    steps: NDArray[np.int64]  # (n,) outer steps, 0 for the starting point
+    steps: IntArray  # (n,) outer steps, 0 for the starting point
     scores: FloatArray  # (n,) scores in the sign of their name
     values: dict[str, FloatArray]  # hyperparameter -> (n,) values
     usable: NDArray[np.bool_]  # (n,) False if the guard rejected the slope as noise

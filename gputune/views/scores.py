@@ -8,16 +8,15 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gputune.annotations import FloatArray, IntArray
 from gputune.study.rows import Curve
 from gputune.study.study import Study, Trial, check_metric, curves_of_all
 from gputune.text import Measure, count
-
-FloatArray: TypeAlias = NDArray[np.float64]
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
@@ -307,7 +306,7 @@ class LearningCurves:
     order: list[int]  # rows of the trials with a score at any epoch, best first
 
     @property
-    def epochs(self) -> NDArray[np.int64]:
+    def epochs(self) -> IntArray:
         """(epochs,) the epochs 1, 2, ..., for the x axis of the curves."""
         return np.arange(1, self.mean.shape[1] + 1)
 
