@@ -21,6 +21,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "api",
     "command_line",
+    "figures",
     "navigation",
 ]
 root_doc = "docs/index"
