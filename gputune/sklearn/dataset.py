@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,10 +162,12 @@ class FoldGroup:
         return np.searchsorted(self.classes, self.rows.y).clip(max=len(self.classes) - 1)
 
     def part(self, index: Sequence[int]) -> "FoldGroup":
-        """Return some of the folds, by their positions."""
-        valids = _items_at(self.valids, index) if self.valids else ()
-        numbers = _items_at(self.numbers, index)
-        return FoldGroup(numbers, self.rows, _items_at(self.trains, index), valids)
+        """Return some of the folds, by their positions, which ascend."""
+        is_chosen = [i in index for i in range(len(self.numbers))]
+        numbers = tuple(itertools.compress(self.numbers, is_chosen))
+        trains = tuple(itertools.compress(self.trains, is_chosen))
+        valids = tuple(itertools.compress(self.valids, is_chosen))
+        return FoldGroup(numbers, self.rows, trains, valids)
 
     def split(self, keys: Iterable[Hashable] | None = None) -> "list[FoldGroup]":
         """Group the folds with the same key and the same classes in their training rows.
@@ -178,14 +180,6 @@ class FoldGroup:
             present = None if self.rows.classes is None else np.unique(self.rows.y[train]).tobytes()
             groups[present, key].append(i)
         return list(map(self.part, groups.values()))
-
-
-_Item = TypeVar("_Item")
-
-
-def _items_at(items: Sequence[_Item], index: Sequence[int]) -> tuple[_Item, ...]:
-    """Return the items at some positions."""
-    return tuple(items[i] for i in index)
 
 
 def lay_out(folds: Mapping[int, Sequence[FoldRows]]) -> list[FoldGroup]:
