@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gputune.annotations import FloatArray
 from gputune.data.dataset import Dataset
 from gputune.data.folds import unpack_folds
 from gputune.population.population import call_module, class_logits, first_output
@@ -151,7 +151,7 @@ class Predictions:
         temperature = self._temperature(means) if calibrated else 1.0
         return replace(model, residuals=self._residuals(means), temperature=temperature)
 
-    def _residuals(self, means: Sequence[Tensor]) -> NDArray[np.float64] | None:
+    def _residuals(self, means: Sequence[Tensor]) -> FloatArray | None:
         """Return the absolute errors of the mean predictions on validation rows, in ascending
         order.
 
@@ -171,11 +171,11 @@ class Predictions:
             predicted = (mean * data.scale[f] + data.center[f]).cpu()
             errors.append((predicted - true).abs())
         row_errors = means_of_rows(data, errors)[:, 0]
-        ascending: NDArray[np.float64] = np.sort(row_errors[np.isfinite(row_errors)])
+        ascending: FloatArray = np.sort(row_errors[np.isfinite(row_errors)])
         size = min(len(ascending), _RESIDUALS)
         # Evenly spaced ranks, including the largest error.
         ranks = np.ceil(np.arange(1, size + 1) * len(ascending) / size).astype(int)
-        residuals: NDArray[np.float64] = ascending[ranks - 1]
+        residuals: FloatArray = ascending[ranks - 1]
         return residuals
 
     def _temperature(self, means: Sequence[Tensor]) -> float:
@@ -267,7 +267,7 @@ class Predictions:
         return torch.stack([score, second.to(score)]).cpu().numpy()
 
 
-def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> NDArray[np.float64]:
+def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> FloatArray:
     """Return the mean over the folds of values (m_f, K) of their validation rows, (n, K).
 
     A row that no fold validates on is NaN.
@@ -278,7 +278,7 @@ def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> NDArray[np.float64
         rows = fold.valid.cpu()
         sums.index_add_(0, rows, value)
         counts.index_add_(0, rows, torch.ones(len(rows)))
-    means: NDArray[np.float64] = (sums / counts[:, None]).numpy()
+    means: FloatArray = (sums / counts[:, None]).numpy()
     return means
 
 

@@ -13,10 +13,10 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
+from gputune.annotations import FloatArray
 from gputune.data.columns import Layout
 from gputune.data.dataset import Dataset, Fold
 from gputune.data.encode import Statistics
@@ -107,7 +107,7 @@ def _is_calibrated(access: Access, calibrate: bool | None) -> bool:
 
 
 @entry
-def oof_predictions(access: Access, trial: int | None) -> NDArray[np.float64]:
+def oof_predictions(access: Access, trial: int | None) -> FloatArray:
     """Return the predictions of a trial for rows that it was not trained on.
 
     See ``Study.oof_predictions``.
@@ -357,7 +357,7 @@ def _drops(
     scoring: Scoring,
     sizes: list[int],
     draws: EvaluationDraws | None,
-) -> NDArray[np.float64]:
+) -> FloatArray:
     """Return the decrease of the score after shuffling each column, (columns, shuffles * folds).
 
     ``sizes`` holds the number of features of each column. Source: Breiman (2001), Random forests;
