@@ -89,6 +89,16 @@ def test_the_links_of_other_files_lead_somewhere(page):
         assert not heading or heading in anchors, path
 
 
+def test_what_contributing_names_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for path in re.findall(r"`((?:gputune|tests|docs|scripts)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+    paths = [*ROOT.glob("gputune/**/*.py"), *ROOT.glob("tests/*.py"), ROOT / "pyproject.toml"]
+    sources = "\n".join(path.read_text() for path in paths)
+    for name in re.findall(r"`(_?[A-Za-z]\w*_\w+|[A-Z][a-z]+[A-Z]\w+)`", text):
+        assert name == "OMP_NUM_THREADS" or re.search(rf"\b{name}\b", sources), name
+
+
 def test_what_the_readme_names_exists():
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", TEXT):
         page, _, heading = path.partition("#")
