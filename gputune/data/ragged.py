@@ -36,7 +36,8 @@ def refuse_ragged(value: object, label: str) -> None:
             raise InputError(
                 label,
                 "is a nested tensor, whose rows have different lengths",
-                remedy=f"Pad them to one length: torch.nested.to_padded_tensor({label}, 0.0).",
+                remedy="Pad them to one length with torch.nested.to_padded_tensor, and pass the "
+                "padded tensor.",
             )
         return
     if isinstance(value, np.ndarray) and value.dtype == object and value.ndim == 1:

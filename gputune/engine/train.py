@@ -249,6 +249,9 @@ def train(
     if chunk.before is not None:
         curves[:, :epoch] = chunk.before
     if scoring is not None and scoring.kept_bytes:
+        # Unknown scores of earlier epochs are NaN, which no later score exceeds: an earlier epoch
+        # may be the best one, so no outputs of a later epoch are kept. All outputs are kept only if
+        # the scores of all epochs are known, as in every search of ``tune``.
         means = first_metric(curves[:, :epoch], axes=3).mean(2)
         best = BestOutputs(scoring.kept_bytes, means.max(1, initial=-np.inf))
 

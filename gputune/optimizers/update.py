@@ -150,6 +150,8 @@ class Update(Optimizer):
     def _add_l2(self, grad: Tensor, theta: Tensor) -> None:
         """Add L2 weight decay to the gradient."""
         l2 = self.l2
+        if not isinstance(l2, Tensor) and l2 == 0.0:
+            return  # as in adamw, which decays in its step: a factor would make a tensor of zeros
         # the decay then differs between members: (F, C)
         if self.clock.schedules["weight_decay_schedule"] or self.decay_factors:
             l2 = (l2 * self.clock.factor("weight_decay_schedule")).to(self.dtype)

@@ -61,7 +61,7 @@ def test_the_closing_text_says_whether_tuning_helped(of_prices):
     gains = np.subtract(best.fold_scores, default.fold_scores)
     error = gains.std(ddof=1) / 3**0.5
     found = re.search(
-        r"an improvement of ([\d.]+) ± ([\d.]+) \(paired standard error", of_prices[2]
+        r"improvement ([\d.]+) ± ([\d.]+) over the default \(paired standard error", of_prices[2]
     )
     assert found is not None, of_prices[2]
     assert [float(text) for text in found.groups()] == pytest.approx(
@@ -76,7 +76,9 @@ def test_the_closing_text_says_that_tuning_did_not_help(tmp_path):
 
 
 def test_the_closing_text_has_the_held_out_score_of_the_default(of_prices):
-    found = re.search(r"The default configuration, .* held-out r2 of (-?[\d.]+)", of_prices[2])
+    found = re.search(
+        r"default (-?[\d.]+) the default configuration, also trained on all rows", of_prices[2]
+    )
     assert found is not None and float(found[1]) < 1, of_prices[2]
 
 
@@ -93,8 +95,8 @@ def test_evaluating_the_training_rows_is_remarked(of_prices):
 
 def test_a_perfect_held_out_accuracy_has_an_interval_below_one(of_kinds):
     text = of_kinds[2]
-    assert "Held-out accuracy: 1.0000" in text and "1.0000 to 1.0000" not in text
-    low = re.search(r"\(95% interval: (\d\.\d+) to 1\.0000\)", text)
+    assert "1.0000 to 1.0000" not in text
+    low = re.search(r"\(95%[ a-z]*: (\d\.\d+) to 1\.0000\)", text)
     assert low is not None and 0.7 < float(low[1]) < 1, text
 
 
@@ -124,7 +126,10 @@ def nested():
     ("make", "words"),
     [
         (lambda: array_header((-(10**11), 10)) + bytes(24), "a length cannot be negative"),
-        (nested, r"'X' in .*t.pt' is a nested tensor"),
+        (
+            nested,
+            r"'X' in .*t.pt' is a nested tensor, .* with torch.nested.to_padded_tensor, and pass",
+        ),
         # 8 TB, which no machine gives: 4 bytes in the file
         (lambda: torch.zeros(1).expand(10**12, 2), r"needs about \d+\.\d GiB of memory or more"),
     ],

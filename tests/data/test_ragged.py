@@ -19,7 +19,10 @@ OBJECTS = np.empty(30, dtype=object)
 OBJECTS[:] = [np.ones(length) for length in LENGTHS]
 FLAT = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
 
-NESTED_WORDS = r"is a nested tensor, whose rows have different lengths. Pad .*: torch.nested.to_padded_tensor\("
+NESTED_WORDS = (
+    r"is a nested tensor, whose rows have different lengths. "
+    r"Pad .* with torch.nested.to_padded_tensor, and pass the padded tensor\."
+)
 RAGGED_WORDS = r"has rows of different shapes: row 0 has \(2.*\), row 1 has \(3.*\). Pad or crop .*pad_sequence\("
 OPTIONS = {"n_trials": 1, "max_epochs": 1, "cv": 2, "verbose": 0}
 

@@ -200,3 +200,36 @@ def test_memory_that_runs_out_is_none_of_these_errors(monkeypatch, lenient):
     with warnings.catch_warnings(action="error"):
         search("mlp", space={"lr": [1e-3, 1e-2], "width": [8]})
     assert made == [2, 1, 1]
+
+
+def loss_alone(outputs, y):
+    """Cross entropy, which stacked members cannot compute."""
+    if len(y) > 4:
+        outputs.data.clamp_(-1e6, 1e6)
+    return functional.cross_entropy(outputs, y)
+
+
+def step_alone(module, batch):
+    x, y = batch
+    return loss_alone(module(x), y)
+
+
+def plain_step(module, batch):
+    x, y = batch
+    return functional.cross_entropy(module(x), y)
+
+
+@pytest.mark.parametrize(
+    ("alone", "plain"),
+    [
+        ({"loss": loss_alone}, {"loss": functional.cross_entropy}),
+        ({"training_step": step_alone}, {"training_step": plain_step}),
+    ],
+    ids=["loss", "training_step"],
+)
+def test_a_loss_that_fails_only_when_stacked_trains_one_by_one(lenient, alone, plain):
+    expected = search(backend="loop", **plain)
+    study = search(**alone)
+    np.testing.assert_allclose(study.curves, expected.curves, rtol=1e-10)
+    (note,) = [note for note in study.record.notes if "one by one" in note]
+    assert "vmap" in note

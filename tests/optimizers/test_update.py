@@ -144,6 +144,24 @@ def test_the_pure_rules_equal_torch_optim(name):
     torch.testing.assert_close(params["w"][0], plain.detach(), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_a_decay_schedule_adds_no_zeros_to_the_gradient(monkeypatch, optimizer):
+    """adamw decays in its step, so a schedule of the decay needs no pass over the gradient."""
+    passes = []
+    add_product = Blocks.add_product_
+
+    def counted(blocks, total, *others):
+        passes.append(total)
+        add_product(blocks, total, *others)
+
+    monkeypatch.setattr(Blocks, "add_product_", counted)
+    flat = torch.ones(BLOCKS.size)
+    configs = configs_of(optimizer, weight_decay_schedule="cosine")
+    grad = torch.ones_like(flat)
+    make_update(configs, flat).step(flat, grad)
+    assert any(total is grad for total in passes) == (optimizer == "adam")
+
+
 def test_the_state_of_trials_that_stay_is_carried_over():
     configs = configs_of("adamw")
     keep = torch.tensor([0, 2])
