@@ -31,8 +31,9 @@ if find_spec("gputune.models") is None:
     )
 
 if TYPE_CHECKING:
+    from gputune.api.search import search
     from gputune.api.study import Study
-    from gputune.api.tuning import search, tune
+    from gputune.api.tuning import tune
     from gputune.executors.ray_cluster import Ray
     from gputune.executors.worker import Report
     from gputune.hypergradients.hypergradient import hypergradient
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
     from gputune.methods.distributions import log_int
     from gputune.methods.optuna import OptunaSampler
     from gputune.methods.stopping import Halving, Median
-    from gputune.study.model import TunedModel, load_model
+    from gputune.study.loading import load_model
+    from gputune.study.model import TunedModel
     from gputune.study.study import Trial
 
 __all__ = [
@@ -76,8 +78,9 @@ __all__ = [
 _MODULES = ("callbacks", "models", "optim", "sklearn")
 _HOMES = {
     # module of gputune -> the public names that it defines
+    "api.search": ("search",),
     "api.study": ("Study",),
-    "api.tuning": ("search", "tune"),
+    "api.tuning": ("tune",),
     "executors.ray_cluster": ("Ray",),
     "executors.worker": ("Report",),
     "hypergradients.hypergradient": ("hypergradient",),
@@ -86,7 +89,8 @@ _HOMES = {
     "methods.distributions": ("log_int",),
     "methods.optuna": ("OptunaSampler",),
     "methods.stopping": ("Halving", "Median"),
-    "study.model": ("TunedModel", "load_model"),
+    "study.loading": ("load_model",),
+    "study.model": ("TunedModel",),
     "study.study": ("Trial",),
     **{name: (name,) for name in _MODULES},
 }

@@ -28,7 +28,14 @@ __all__ = ["Callback", "MLflow", "StopSearch", "TensorBoard", "WandB"]
 class StopSearch(Exception):
     """Raise it in a callback to end the search after the running epoch.
 
-    Finished results are kept, and no error follows.
+    Finished results are kept, and no error follows. ``tune`` catches it and returns the study.
+
+    Example:
+        >>> from gputune.callbacks import Callback, StopSearch
+        >>> class StopWhenGood(Callback):
+        ...     def on_trials_end(self, trials):
+        ...         if trials.best_score > 0.95:
+        ...             raise StopSearch
     """
 
 
@@ -40,6 +47,21 @@ class Callback:
 
     ``StopSearch`` ends the search. Any other exception becomes a warning: gputune does not call
     this callback again, and the search continues. A KeyboardInterrupt stops the search as usual.
+
+    Example:
+        >>> import gputune
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> class Count(gputune.callbacks.Callback):
+        ...     finished = 0
+        ...     def on_trials_end(self, trials):
+        ...         self.finished += len(trials.trials)
+        >>> count = Count()
+        >>> study = gputune.tune(
+        ...     "mlp", X, y, n_trials=4, max_epochs=2, callbacks=[count], verbose=0
+        ... )
+        >>> count.finished
+        4
     """
 
     def on_study_start(self, study: Study) -> None:
@@ -171,6 +193,12 @@ class MLflow(Callback):
 
     Raises:
         MissingExtraError: MLflow is not installed.
+
+    Example:
+        >>> import gputune
+        >>> logger = gputune.callbacks.MLflow("iris", tracking_uri="sqlite:///mlflow.db")
+        >>> logger.experiment  # pass it as gputune.tune(..., callbacks=[logger])
+        'iris'
     """
 
     def __init__(
@@ -246,10 +274,21 @@ class TensorBoard(Callback):
     and "final metrics/...".
 
     Args:
-        folder: the folder for the event files.
+        folder: the folder for the event files. It is created if it does not exist.
 
     Raises:
         MissingExtraError: tensorboard is not installed.
+
+    Example:
+        >>> import gputune, os
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> logger = gputune.callbacks.TensorBoard("runs")
+        >>> study = gputune.tune(
+        ...     "mlp", X, y, n_trials=2, max_epochs=2, callbacks=[logger], verbose=0
+        ... )
+        >>> sorted(os.listdir("runs"))
+        ['search', 'trial-00000', 'trial-00001']
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -326,6 +365,12 @@ class WandB(Callback):
 
     Raises:
         MissingExtraError: wandb is not installed.
+
+    Example:
+        >>> import gputune
+        >>> logger = gputune.callbacks.WandB("iris", mode="offline")
+        >>> logger.project  # pass it as gputune.tune(..., callbacks=[logger])
+        'iris'
     """
 
     def __init__(

@@ -29,6 +29,14 @@ class CNN(nn.Module):
     Raises:
         ValueError: the rows are not images, the images are too small for ``depth`` blocks, or an
             argument is out of range.
+
+    Example:
+        >>> import gputune, torch
+        >>> model = gputune.models.CNN((3, 32, 32), 10)  # color images, ten classes
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+        >>> sum(parameter.numel() for parameter in model.parameters())
+        5466
     """
 
     def __init__(

@@ -28,6 +28,15 @@ class GRU(nn.Module):
     Raises:
         ValueError: the rows are not sequences, token ids come without ``n_tokens``, or an argument
             is out of range.
+
+    Example:
+        >>> import gputune, torch
+        >>> model = gputune.models.GRU((20, 6), 2)  # 20 steps of 6 numbers, two outputs
+        >>> model(torch.zeros(4, 20, 6)).shape
+        torch.Size([4, 2])
+        >>> words = gputune.models.GRU((20,), 2, n_tokens=1000)  # 20 token ids
+        >>> words(torch.zeros(4, 20, dtype=torch.int64)).shape
+        torch.Size([4, 2])
     """
 
     def __init__(

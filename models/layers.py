@@ -20,10 +20,18 @@ class Dropout(nn.Module):
     Shape: any shape, unchanged.
 
     Args:
-        p: dropout rate in [0, 1), stored in the buffer ``rate``.
+        p: dropout rate in [0, 1), stored in the buffer ``rate`` [default: 0].
 
     Raises:
         ValueError: ``p`` is out of range.
+
+    Example:
+        >>> import gputune, torch
+        >>> drop = gputune.models.Dropout(0.5)
+        >>> drop.eval()(torch.ones(3))  # no dropout in evaluation mode
+        tensor([1., 1., 1.])
+        >>> sorted(set(drop.train()(torch.ones(1000)).tolist()))
+        [0.0, 2.0]
     """
 
     rate: Tensor

@@ -12,6 +12,9 @@ class LogisticRegression(nn.Module):
     """Logistic regression (multinomial for more than two outputs), or linear regression for one
     output.
 
+    ``gputune.tune("logistic", ...)`` solves it for each C instead of training it. Use the class to
+    train it in your own loop, or with ``gputune.hypergradient(optimizer="exact")``.
+
     Shape: ``(B, D) -> (B, K)`` logits.
 
     Args:
@@ -20,6 +23,12 @@ class LogisticRegression(nn.Module):
 
     Raises:
         ValueError: a size is out of range.
+
+    Example:
+        >>> import gputune, torch
+        >>> model = gputune.models.LogisticRegression(4, 3)
+        >>> model(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
     """
 
     def __init__(self, n_features: int, n_outputs: int) -> None:

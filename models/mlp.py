@@ -26,12 +26,20 @@ class MLP(nn.Module):
         n_outputs: number of outputs K, at least 1.
         width: units of every hidden layer, at least 1, or a sequence with the units of each hidden
             layer. With a sequence, ``depth`` is ignored.
-        depth: number of hidden layers. 0 is the linear model.
+        depth: number of hidden layers, at least 0. 0 is the linear model.
         activation: "relu", "gelu", "silu" or "tanh".
         dropout: dropout rate after every activation, in [0, 1).
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> import gputune, torch
+        >>> model = gputune.models.MLP(4, 3, width=16, depth=1)
+        >>> model(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+        >>> sum(parameter.numel() for parameter in model.parameters())
+        131
     """
 
     def __init__(

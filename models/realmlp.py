@@ -128,17 +128,25 @@ class RealMLP(nn.Module):
         embedding: embedding of numeric features, "pbld", "plr", "pl" or "none". "pbld" uses cosines
             with a phase, a linear layer and the feature itself. "pl" uses cosines and sines and a
             linear layer. "plr" adds a relu to "pl".
-        sigma: standard deviation of the initial frequencies of the embedding.
-        waves: number of waves per numeric feature, at least 2.
+        sigma: standard deviation of the initial frequencies of the embedding, above 0. Larger
+            values let the first layer follow faster changes of a feature.
+        waves: number of waves (cosines, or cosines and sines) per numeric feature, at least 2.
         size: number of outputs per embedded numeric feature, at least 2.
         scaling: whether every input is multiplied by a learned factor.
-        one_hot: largest number of levels of a category whose one-hot features stay as inputs.
-            Larger categories are embedded.
-        category_size: size of the embedding vector of a category.
+        one_hot: largest number of levels of a category whose one-hot features stay as inputs, at
+            least 0. Larger categories are embedded.
+        category_size: size of the embedding vector of a category, at least 1.
         dropout: dropout rate after every activation, in [0, 1).
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> import gputune, torch
+        >>> groups = [0, 0, 1, 1, 1]  # two numbers and a category of three levels
+        >>> model = gputune.models.RealMLP(5, 1, feature_groups=groups)
+        >>> model(torch.zeros(2, 5)).shape
+        torch.Size([2, 1])
     """
 
     low: Tensor

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Study(data.Study):
     """The results of a search, with methods that make models, reports and plots from them.
 
-    ``gputune.tune`` and ``gputune.search`` return a study. ``gputune.Study.open`` reads a study
-    from its file.
+    You do not construct a study. ``gputune.tune`` and ``gputune.search`` return a study.
+    ``gputune.Study.open`` reads a study from its file.
 
     Scores follow scikit-learn: greater is better. Plots and reports show a score in the sign of its
     name, so a log_loss is positive there. The ``plot_...`` methods need matplotlib
@@ -40,6 +40,17 @@ class Study(data.Study):
             NaN if a trial did not train that long.
         meta: the options of the search by name, read-only.
         file: the SQLite file that keeps the study. None if no file does.
+
+    Example:
+        The examples of the methods continue this one.
+
+        >>> import gputune
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> search = {"n_trials": 12, "max_epochs": 10, "scoring": ["accuracy", "neg_log_loss"]}
+        >>> study = gputune.tune("mlp", X, y, **search, study="study.db", verbose=0)
+        >>> study
+        Study(mlp, 12 trials, best accuracy 0.9... in trial ...)
     """
 
     def best_model(
@@ -77,6 +88,11 @@ class Study(data.Study):
         Raises:
             InputError: no scored trial has this number, the rows differ (the message says how), a
                 class is not trusted, or no file holds the rows or options.
+
+        Example:
+            >>> model = study.best_model()
+            >>> model.predict(X[:3])
+            array([0, 0, 0])
         """
         from gputune.tuning.refit import Access
         from gputune.tuning.validation import refit_with_folds
@@ -115,8 +131,8 @@ class Study(data.Study):
         Args:
             X: the rows of the search, as in ``best_model``.
             y: the targets of the search, as in ``best_model``.
-            size: number of greedy steps at most, at least 1.
-            candidates: number of best trials to choose from, at least 2.
+            size: number of greedy steps at most, at least 1 [default: 25].
+            candidates: number of best trials to choose from, at least 2 [default: 25].
             refit: training of the chosen trials. "all" trains each once on all rows. An integer,
                 for example 5, trains each that many times on all rows, with different initial
                 weights and row orders. "folds" trains each once on the training rows of each fold,
@@ -132,6 +148,11 @@ class Study(data.Study):
             InputError: fewer than two trials are complete, the study comes from a hypergradient
                 search, the target is custom, or as in ``best_model``.
             DivergedError: a trial diverges when it trains on all rows.
+
+        Example:
+            >>> ensemble = study.ensemble(size=5, candidates=4, verbose=0)
+            >>> ensemble.predict(X[:3])
+            array([0, 0, 0])
         """
         from gputune.tuning.refit import Access
         from gputune.tuning.validation import ensemble
@@ -174,6 +195,10 @@ class Study(data.Study):
         Raises:
             InputError: no scored trial has this number, the study comes from a hypergradient search
                 or ``gputune.search``, the target is custom, or as in ``best_model``.
+
+        Example:
+            >>> study.oof_predictions().shape  # 150 rows, the probabilities of 3 classes
+            (150, 3)
         """
         from gputune.tuning.refit import Access
         from gputune.tuning.validation import oof_predictions
@@ -206,6 +231,11 @@ class Study(data.Study):
         Raises:
             InputError: ``storage`` has a study with this name already.
             MissingExtraError: Optuna is not installed.
+
+        Example:
+            >>> optuna_study = study.to_optuna()
+            >>> len(optuna_study.trials)
+            12
         """
         from gputune.methods.optuna import export_to_optuna
 
@@ -240,6 +270,9 @@ class Study(data.Study):
             InputError: ``path`` is a folder, its folder does not exist, its name does not end in
                 .html or .htm, the model belongs to another study or to other rows, or as in
                 ``oof_predictions``.
+
+        Example:
+            >>> study.report("report.html")
         """
         from gputune.report.facts import check_place
         from gputune.report.page import page
@@ -263,6 +296,10 @@ class Study(data.Study):
         metric. ``best_trial`` is the first Pareto-optimal trial. The scores are taken at the
         trial's best epoch, which the first metric chooses. Pruned trials count only if all trials
         with scores were pruned. With one metric the tuple holds only the best trial.
+
+        Example:
+            >>> study.best_trials[0] == study.best_trial
+            True
         """
         return pareto_trials(self)
 
@@ -278,6 +315,12 @@ class Study(data.Study):
         None if no trial with a score is the default configuration. This is the case with
         ``include_default=False``, a space with keys that have no default,
         ``method="hypergradient"`` and ``gputune.search``.
+
+        Example:
+            >>> study.default_trial.number
+            0
+            >>> study.default_trial.improvement >= 0
+            True
         """
         return default_trial(self)
 

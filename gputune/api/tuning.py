@@ -1,8 +1,4 @@
-"""The functions ``tune`` and ``search``.
-
-``tune`` searches the hyperparameters of a model on rows. ``search`` searches the hyperparameters of
-a custom training loop.
-"""
+"""The function ``tune``, which searches the hyperparameters of a model on rows."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,10 +22,8 @@ from gputune.data.target_transform import TargetTransform
 from gputune.data.torch_dataset import read_dataset
 from gputune.data.weights import ClassWeight
 from gputune.executors.ray_cluster import Ray
-from gputune.executors.worker import LoopObjective
 from gputune.scoring.metrics import Scorings
 from gputune.tuning.choices import Method, choose_model
-from gputune.tuning.loops import search_loop
 from gputune.tuning.options import make_options
 from gputune.tuning.pipeline import search as search_rows
 from gputune.tuning.progress import reading_bar
@@ -323,9 +317,16 @@ def tune(
             instead.
 
     Example:
-        >>> study = gputune.tune("mlp", X, y, n_trials=16, max_epochs=20)
-        >>> study.best_params, study.best_score
+        >>> import gputune
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> space = {"lr": [0.0001, 0.01], "width": 32}
+        >>> study = gputune.tune("mlp", X, y, space=space, n_trials=2, max_epochs=10, verbose=0)
+        >>> study.best_params["lr"]
+        0.01
         >>> model = study.best_model()
+        >>> model.predict(X[:3])
+        array([0, 0, 0])
     """
     options = make_options(
         space=space,
@@ -386,114 +387,3 @@ def tune(
 
 
 tune.__doc__ = f"{cleandoc(tune.__doc__ or '')}\n\n{defaults_in_words()}"
-
-
-@public
-def search(
-    objective: LoopObjective,
-    space: object,
-    *,
-    direction: Literal["maximize", "minimize"],
-    n_trials: int = 64,
-    include: Sequence[Mapping[str, object]] = (),
-    warm_start: str | Path | Study | Sequence[str | Path | Study] = (),
-    method: Method | Literal["halving", "median"] = "random",
-    max_epochs: int | None = None,
-    timeout: float | None = None,
-    target_score: float | None = None,
-    patience_trials: int | None = None,
-    study: str | Path | None = None,
-    workers: int | Literal["auto"] = "auto",
-    random_state: object = 0,
-    callbacks: Sequence[Callback] = (),
-    verbose: int = 1,
-) -> Study:
-    """Search the hyperparameters of a custom training loop, one trial at a time per core or GPU.
-
-    Args:
-        objective: ``objective(params, report)`` trains one configuration (a dict) and returns its
-            score. Call ``report(value)`` after each epoch: it keeps the learning curve, and raises
-            an exception if the search prunes the trial or its time is over. ``report.number`` is
-            the number of the trial. If the objective raises another error, the trial is "failed",
-            ``trial.detail["error"]`` holds the error, and the search continues.
-        space: as in ``tune``, with any keys and values.
-        direction: "maximize" or "minimize" the value of the objective. In the study greater scores
-            are always better, as in scikit-learn. With "minimize" they have the opposite sign.
-        n_trials: number of configurations that are sampled at random, or proposed by an Optuna
-            sampler.
-        include: dicts with all keys of the space, each a configuration. They run first, in addition
-            to ``n_trials``.
-        warm_start: earlier studies or their files, as in ``tune``. They must have the same
-            ``direction``.
-        method: the search method.
-
-            - "random" trains every trial to the end.
-            - "halving", "median", ``gputune.Halving(...)`` and ``gputune.Median(...)`` can prune a
-              trial at a report. The trial is compared with the trials that have lower numbers. It
-              waits until these trials have made as many reports, so that any number of workers
-              prunes the same trials.
-            - ``gputune.OptunaSampler(...)`` lets an Optuna sampler propose the configurations in
-              batches.
-
-        max_epochs: number of times that a full training run calls ``report``. Halving and the
-            median rule need it.
-        timeout: seconds (above 0) after which no trial starts. Running trials end at their next
-            report. A later call with the same ``study`` trains these trials again from the
-            beginning.
-        target_score: no trial starts after the objective has returned this value or a better one.
-            Trials are compared in order of number. Trials that are running in other workers train
-            to their end.
-        patience_trials: no trial starts after this number of trials in a row were no better than
-            the best trial before them. The order is as for ``target_score``.
-        study: path of an SQLite file that keeps the study. The same call resumes a search that is
-            in this file.
-        workers: number of processes, each of which trains one trial at a time. "auto": one per GPU,
-            or one per core if there is no GPU. 1: this process. Each process sees its own GPU as
-            "cuda" (by CUDA_VISIBLE_DEVICES), and torch uses its share of the cores.
-        random_state: seed of the configurations, as in ``tune``. ``random``, ``numpy.random`` and
-            ``torch`` start each trial from this seed.
-        callbacks: as in ``tune``.
-        verbose: as in ``tune``.
-
-    Returns:
-        The study with all trials.
-
-    Raises:
-        InputError: the input is bad. It is a ValueError.
-        SearchFailedError: no trial has a finite score.
-        SearchInterrupted: Ctrl-C ended the search, as in ``tune``.
-
-    Example:
-        >>> def objective(params, report):
-        ...     model = make_model(params["width"])
-        ...     for _ in range(10):
-        ...         train_one_epoch(model, lr=params["lr"])
-        ...         report(accuracy(model))
-        ...     return accuracy(model)
-        >>> space = {"lr": scipy.stats.loguniform(1e-4, 1e-1), "width": [64, 128]}
-        >>> study = gputune.search(objective, space, direction="maximize", n_trials=20)
-    """
-    options = make_options(
-        space=space,
-        n_trials=n_trials,
-        include=include,
-        warm_start=warm_start,
-        method=method,
-        # ``Options`` needs a number. ``search_loop`` receives the original value.
-        max_epochs=1 if max_epochs is None else max_epochs,
-        timeout=timeout,
-        target_score=target_score,
-        patience_trials=patience_trials,
-        study=study,
-        workers=workers,
-        random_state=random_state,
-        callbacks=callbacks,
-        verbose=verbose,
-    )
-    if options.target_score is not None and direction == "minimize":
-        # The study stores the scores of "minimize" with the opposite sign, so that greater is
-        # better.
-        options = replace(options, target_score=-options.target_score)
-    return search_loop(
-        objective, options, direction=direction, max_epochs=max_epochs, study_type=Study
-    )

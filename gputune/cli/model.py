@@ -29,7 +29,8 @@ from gputune.scratch import write_text
 from gputune.study.export import description
 from gputune.study.intervals import half_width
 from gputune.study.labels import refuse_unknown
-from gputune.study.model import TunedModel, load_model
+from gputune.study.loading import load_model
+from gputune.study.model import TunedModel
 from gputune.study.module_source import class_from_file
 from gputune.study.trained_rows import share_of_rows
 from gputune.text import clean, count, is_formula, measure_of, paragraph, table

@@ -57,16 +57,28 @@ class Ray:
 
     Pass it as ``tune(..., workers=gputune.Ray("auto"))``. ``workers="ray"`` is short for ``Ray()``.
 
+    Each task trains a chunk, the trials that train together. The data goes to Ray's object store
+    once per search. If the cluster asks for a token, set ``RAY_AUTH_MODE=token`` and
+    ``RAY_AUTH_TOKEN`` (or ``RAY_AUTH_TOKEN_PATH``) in the environment of this process.
+
     Args:
         address: The cluster to use. "local" starts a cluster with this machine's cores and GPUs,
             and ends it after the search. "auto" is the cluster that this machine belongs to.
             "HOST:PORT" or "ray://HOST:PORT" is any other cluster. If the process already has a
             connection (``ray.init``), "local" and "auto" use that connection.
-        cpus: The number of CPUs that a task reserves on its node. The task computes with this
-            number of threads.
+        cpus: The number of CPUs that a task reserves on its node, at least 1 [default: 1]. The task
+            computes with this number of threads.
 
     Raises:
-        InputError: The address or the number of CPUs is invalid.
+        InputError: The address or the number of CPUs is invalid. ``tune`` raises it if Ray cannot
+            connect.
+        MissingExtraError: Ray is not installed. ``tune`` raises it.
+
+    Example:
+        >>> import gputune
+        >>> cluster = gputune.Ray("10.0.0.5:6379", cpus=4)
+        >>> cluster  # pass it as gputune.tune(..., workers=cluster)
+        Ray(address='10.0.0.5:6379', cpus=4)
     """
 
     address: str = "local"

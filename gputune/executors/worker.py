@@ -250,14 +250,32 @@ class TrialEnd(BaseException):
 
 
 class Report:
-    """The function with which an objective reports its progress.
+    """The function with which an objective of ``gputune.search`` reports its progress.
 
     Call ``report(value)`` after each epoch, or whenever the model is validated. A call ends the
     trial if the search prunes it, if the time is over, or if the value is NaN. It does so by
-    raising an exception, so ``finally`` and ``with`` blocks still run.
+    raising an exception, so ``finally`` and ``with`` blocks still run. The exception is not an
+    ``Exception``, so ``except Exception`` does not catch it.
+
+    ``gputune.search`` makes one report for each trial and passes it to the objective. With halving
+    or the median rule, a call waits until the trials with lower numbers have reported as often.
 
     Attributes:
-        number: The number of the trial.
+        number: The number of the trial, from 0.
+
+    Raises:
+        TypeError: The reported value is not a number. The trial is then "failed".
+
+    Example:
+        >>> import gputune
+        >>> def objective(params, report: gputune.Report):
+        ...     for epoch in range(3):
+        ...         report(params["lr"] * epoch)  # the score after this epoch
+        ...     return params["lr"] * epoch
+        >>> options = {"direction": "maximize", "n_trials": 1, "workers": 1, "verbose": 0}
+        >>> study = gputune.search(objective, {"lr": 0.5}, **options)
+        >>> study.curves[0].ravel()  # the three reports of trial 0
+        array([0. , 0.5, 1. ])
     """
 
     def __init__(self, task: "LoopTask", number: int) -> None:

@@ -99,7 +99,9 @@ def hypergradient(
             the free memory.
 
     Returns:
-        A ``HypergradientResult``.
+        A ``gputune.HypergradientResult``: the validation loss ``value``, its derivatives
+        ``gradient`` and ``log_gradient``, the trained ``parameters``, and ``ratio``, which tells
+        whether training is chaotic.
 
     Raises:
         InputError: An argument is invalid, an operation cannot be differentiated twice, or the
@@ -109,8 +111,22 @@ def hypergradient(
         RuntimeWarning: Training is chaotic, so the gradient is noise; or the validation loss is not
             finite.
 
-    Sources: Maclaurin et al. (2015); Franceschi et al. (2017); Bengio (2000) for the implicit
-    derivative.
+    Sources: Maclaurin et al. (2015), arXiv:1502.03492; Franceschi et al. (2017), arXiv:1703.01785;
+    Bengio (2000), "Gradient-based optimization of hyperparameters", for the implicit derivative.
+
+    Example:
+        >>> import gputune, torch
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(64, 3)
+        >>> y = x.sum(1, keepdim=True)
+        >>> module = torch.nn.Linear(3, 1)
+        >>> batches = [(x[:48], y[:48])] * 20  # 20 steps on all training rows
+        >>> result = gputune.hypergradient(
+        ...     module, torch.nn.functional.mse_loss, batches, valid=(x[48:], y[48:]),
+        ...     hyperparameters={"lr": 0.01}, optimizer="sgd",
+        ... )
+        >>> bool(result.gradient["lr"] < 0)  # a larger learning rate lowers the validation loss
+        True
     """
     check_module(module)
     batches = _check_data(loss, batches, valid)

@@ -318,6 +318,8 @@ class Hypergradients:
 class HypergradientResult:
     """The validation loss after training, and its derivatives.
 
+    ``gputune.hypergradient`` returns it.
+
     Attributes:
         value: The validation loss.
         gradient: Maps each hyperparameter to d value / d hyperparameter, in the shape of the given
@@ -328,6 +330,22 @@ class HypergradientResult:
             gradient is noise.
         mode: The method of differentiation: "reverse", "forward", "fd" or "implicit".
         reason: The reason for this mode.
+
+    Example:
+        >>> import gputune, torch
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(64, 3)
+        >>> y = x.sum(1, keepdim=True)
+        >>> module = torch.nn.Linear(3, 1)
+        >>> batches = [(x[:48], y[:48])] * 20  # 20 steps on all training rows
+        >>> result = gputune.hypergradient(
+        ...     module, torch.nn.functional.mse_loss, batches, valid=(x[48:], y[48:]),
+        ...     hyperparameters={"lr": 0.01}, optimizer="sgd",
+        ... )
+        >>> list(result.gradient), result.chaotic
+        (['lr'], False)
+        >>> sorted(result.parameters)
+        ['bias', 'weight']
     """
 
     value: float

@@ -47,23 +47,42 @@ class Hypergradient:
     Each starting point follows the gradient of its mean validation loss over the folds. At every
     point the model trains for ``max_epochs`` epochs.
 
+    A step moves the logarithm of a value: a step of 1.0 multiplies or divides the value by e. For
+    momentum and betas it moves the logit, log(p / (1 - p)), so that the value p stays between 0 and
+    1.
+
+    Sources: Maclaurin et al. (2015), arXiv:1502.03492; Franceschi et al. (2017), arXiv:1703.01785.
+
     Args:
-        outer_steps: The number of steps of each starting point.
+        outer_steps: The number of steps of each starting point, at least 1 [default: 10].
         hyperparameters: The hyperparameters to move: some of "lr", "momentum", "weight_decay",
-            "beta1" and "beta2". The solved logistic regression moves "C" instead.
-        segments: The number of values of each hyperparameter over the training time. Each value is
-            used for an equal part of the training.
-        per_layer: If True, each layer has its own value.
+            "beta1" and "beta2" [default: ("lr",)]. The solved logistic regression moves "C"
+            instead.
+        segments: The number of values of each hyperparameter over the training time, at least 1
+            [default: 1]. Each value is used for an equal part of the training.
+        per_layer: If True, each layer has its own value [default: False].
         step: The rule for a step. "sign" moves every value by its own step, which is halved when
             the sign of its slope flips (Riedmiller and Braun 1993; Micaelli and Storkey 2021).
             "normalized" moves all values along the slope, by a length that is divided by ten when
             the loss rises.
         first_step: The length of the first step, in the logarithm of a value (in the logit for
-            momentum and betas). None means 1.5 for one value and 1.0 for several.
-        smallest_step: A starting point ends when all its steps are shorter than this.
+            momentum and betas), above 0. None means 1.5 for one value and 1.0 for several.
+        smallest_step: A starting point ends when all its steps are shorter than this. Above 0 and
+            at most ``first_step`` [default: 0.05].
 
     Raises:
         InputError: An option is invalid.
+
+    Example:
+        >>> import gputune
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> method = gputune.Hypergradient(outer_steps=3)
+        >>> study = gputune.tune(
+        ...     "mlp", X, y, method=method, n_trials=1, max_epochs=5, verbose=0
+        ... )
+        >>> [trial.origin for trial in study.trials]  # (starting point, outer step)
+        [(0, 0), (0, 1), (0, 2), (0, 3)]
     """
 
     outer_steps: int = 10

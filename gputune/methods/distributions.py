@@ -137,6 +137,14 @@ def log_int(low: int, high: int) -> LogInt:
 
     Raises:
         InputError: An end is not an integer or not in its range.
+
+    Example:
+        >>> import gputune
+        >>> width = gputune.log_int(16, 256)
+        >>> width
+        log_int(16, 256)
+        >>> all(16 <= sample <= 256 for sample in width.rvs(size=1000, random_state=0))
+        True
     """
     ends = (0, 0)
     if not isinstance(low, bool) and not isinstance(high, bool):

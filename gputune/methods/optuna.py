@@ -40,16 +40,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OptunaSampler:
-    """Options of a search with an Optuna sampler, for ``tune(method=...)``.
+    """Options of a search with an Optuna sampler, for ``tune(method=...)`` or ``search``.
 
-    The sampler proposes batches of configurations. The configurations of a batch train together.
+    The sampler proposes batches of configurations. The configurations of a batch train together. If
+    the search resumes from its study file, a fresh copy of the sampler proposes the same trials
+    again, and receives their results. A sampler without a seed may propose other trials. A note
+    then says so.
 
     Args:
         sampler: An Optuna sampler such as ``optuna.samplers.TPESampler(seed=0)``. It is copied for
             each search and never changed. A TPESampler should have ``constant_liar=True``, which is
             Optuna's default since version 5. Otherwise the proposals of one batch are very similar.
-        batch: The number of proposals that train together. The sampler receives no score of a batch
-            before it has proposed all of the batch.
+        batch: The number of proposals that train together, at least 1 [default: 16]. The sampler
+            receives no score of a batch before it has proposed all of the batch.
         halving: None trains every trial to its end. ``gputune.Halving(...)`` applies successive
             halving within each batch. Trials that stop at a rung are reported to the sampler as
             pruned.
@@ -57,6 +60,18 @@ class OptunaSampler:
     Raises:
         InputError: An option is invalid.
         MissingExtraError: Optuna is not installed.
+
+    Example:
+        >>> import gputune, optuna
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> sampler = optuna.samplers.TPESampler(seed=0, constant_liar=True)
+        >>> method = gputune.OptunaSampler(sampler, batch=4)
+        >>> study = gputune.tune(
+        ...     "mlp", X, y, method=method, n_trials=9, max_epochs=3, verbose=0
+        ... )
+        >>> [trial.origin for trial in study.trials[::4]]
+        ['default', 'batch 1', 'batch 2']
     """
 
     sampler: "optuna.samplers.BaseSampler"

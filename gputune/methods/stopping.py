@@ -39,9 +39,9 @@ class StoppingRule:
 
 @dataclass(frozen=True, kw_only=True)
 class Halving(StoppingRule):
-    """Options of successive halving, for ``tune(method=...)``.
+    """Options of successive halving, for ``tune(method=...)`` and ``search(method=...)``.
 
-    At each rung, the best 1/``factor`` of the trials continue.
+    At each rung, the best 1/``factor`` of the trials continue. The other trials are "pruned".
 
     Sources: Jamieson and Talwalkar (2016), arXiv:1502.07943. For brackets: Li et al. (2018),
     arXiv:1603.06560.
@@ -51,14 +51,27 @@ class Halving(StoppingRule):
 
     Args:
         factor: From rung to rung, the number of trials is divided by this factor, and the epochs
-            are multiplied by it. A finite number > 1.
-        min_epochs: The number of epochs before the first rung. None means max(1, max_epochs // 27).
-        brackets: The number of brackets. Bracket s has its first rung at min_epochs * factor**s, so
+            are multiplied by it. A finite number > 1 [default: 3].
+        min_epochs: The number of epochs before the first rung, at least 1 and below ``max_epochs``.
+            None means max(1, max_epochs // 27).
+        brackets: The number of brackets, at least 1 [default: 1]. At most one more than the number
+            of rungs. Bracket s has its first rung at min_epochs * factor**s, so
             that some trials are not judged early. Each bracket gets about the same number of epochs
             in total.
 
     Raises:
-        InputError: An option is invalid.
+        InputError: An option is invalid. ``tune`` raises it if ``max_epochs`` is too small.
+
+    Example:
+        >>> import gputune
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> halving = gputune.Halving(factor=2, min_epochs=2)
+        >>> study = gputune.tune(
+        ...     "mlp", X, y, method=halving, n_trials=8, max_epochs=8, verbose=0
+        ... )
+        >>> sum(trial.state == "complete" for trial in study.trials)  # 8 -> 4 -> 2
+        2
     """
 
     factor: float = 3
@@ -152,7 +165,7 @@ def survivors(means: np.ndarray, factor: float) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Median(StoppingRule):
-    """Options of the median stopping rule, for ``tune(method=...)``.
+    """Options of the median stopping rule, for ``tune(method=...)`` and ``search(method=...)``.
 
     A trial stops if its best mean validation score so far is below the median of all trials.
 
@@ -167,14 +180,25 @@ class Median(StoppingRule):
     epoch, and large learning rates.
 
     Args:
-        min_epochs: The number of epochs before the first decision. None means max(1, max_epochs //
-            10).
-        every: The number of epochs between two decisions. None means the number before the first
-            decision.
-        min_trials: With fewer trials than this, no trial stops.
+        min_epochs: The number of epochs before the first decision, at least 1 and below
+            ``max_epochs``. None means max(1, max_epochs // 10).
+        every: The number of epochs between two decisions, at least 1. None means the number before
+            the first decision.
+        min_trials: With fewer trials than this, no trial stops. At least 1 [default: 5].
 
     Raises:
-        InputError: An option is invalid.
+        InputError: An option is invalid. ``tune`` raises it if ``max_epochs`` is too small.
+
+    Example:
+        >>> import gputune
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> median = gputune.Median(min_epochs=2, every=2)
+        >>> study = gputune.tune(
+        ...     "mlp", X, y, method=median, n_trials=8, max_epochs=8, verbose=0
+        ... )
+        >>> sorted({trial.state for trial in study.trials})
+        ['complete', 'pruned']
     """
 
     min_epochs: int | None = None

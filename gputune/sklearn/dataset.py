@@ -317,8 +317,13 @@ class SliceDict(dict[str, Any]):
         InputError: a value is not an array or tensor, or the lengths differ.
 
     Example:
-        X = SliceDict(image=images, age=ages)
-        cross_validate(net, X, y)
+        >>> import numpy as np
+        >>> from gputune.sklearn import SliceDict
+        >>> X = SliceDict(image=np.zeros((100, 8, 8)), age=np.arange(100))
+        >>> len(X)
+        100
+        >>> X[:3]["age"]  # pass X to scikit-learn, which selects rows in this way
+        array([0, 1, 2])
     """
 
     def __init__(

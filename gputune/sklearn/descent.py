@@ -391,6 +391,18 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
         InputError: the estimator is not from gputune, it or its optimizer lacks a hyperparameter, a
             start cannot move, or the validation rows of a fold have a class that its training rows
             lack. It is raised by ``fit`` before anything trains.
+
+    Sources: Maclaurin et al. (2015), arXiv:1502.03492; Franceschi et al. (2017), arXiv:1703.01785.
+
+    Example:
+        >>> from gputune.sklearn import HypergradientSearchCV, LogisticRegression
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> search = HypergradientSearchCV(
+        ...     LogisticRegression(), {"C": [0.01]}, n_iter=1, outer_steps=3, cv=3, random_state=0
+        ... )
+        >>> search.fit(X, y).best_params_["C"] > 0.01  # less penalty lowers the log loss
+        True
     """
 
     _space_name = "param_distributions"

@@ -70,7 +70,8 @@ class HalvingRandomSearchCV(FusedSearch, successive_halving.HalvingRandomSearchC
 
     At each rung the mean over all folds selects the best 1/``factor`` of the candidates. The
     selected candidates continue training from their current state, in all folds at once.
-    scikit-learn trains them again from scratch.
+    scikit-learn trains them again from scratch. You need no experimental import. Source: Jamieson
+    and Talwalkar (2016), arXiv:1502.07943.
 
     Candidates, decisions, ``cv_results_`` (with ``iter`` and ``n_resources``) and all attributes
     (``n_candidates_``, ``n_resources_``, ``n_remaining_candidates_``, ...) are scikit-learn's. The
@@ -94,6 +95,22 @@ class HalvingRandomSearchCV(FusedSearch, successive_halving.HalvingRandomSearchC
         device: device on which candidates train. "auto" [default] uses the estimator's own
             ``device``.
         n_jobs: accepted, without effect.
+
+    Raises:
+        InputError: ``study`` exists already, or its folder does not exist. It is raised by ``fit``,
+            like scikit-learn's errors.
+
+    Example:
+        >>> from gputune.sklearn import MLPClassifier, HalvingRandomSearchCV
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> estimator = MLPClassifier(max_iter=20, random_state=0)
+        >>> rates = {"learning_rate_init": [0.0001, 0.001, 0.01, 0.1]}
+        >>> search = HalvingRandomSearchCV(
+        ...     estimator, rates, n_candidates=4, min_resources=2, factor=2, cv=3, random_state=0
+        ... )
+        >>> search.fit(X, y).n_candidates_  # at each rung
+        [4, 2, 1]
     """
 
     _space_name = "param_distributions"

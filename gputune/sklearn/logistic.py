@@ -184,7 +184,7 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
     Sparse X is converted to a dense array, if memory holds it.
 
     Args:
-        C: inverse strength of the penalty. inf is no penalty.
+        C: inverse strength of the penalty, above 0 [default: 1]. inf is no penalty.
         l1_ratio: 0 is L2, 1 is L1, and values between are the elastic net.
         penalty: older form of ``l1_ratio``: "l2", "l1", "elasticnet" (uses l1_ratio), or None (no
             penalty, C is ignored). With "auto" and the default, C and l1_ratio decide.
@@ -203,7 +203,18 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
         classes_: the classes.
 
     Raises:
-        InputError: ``penalty`` contradicts ``l1_ratio``. It is raised by ``fit``.
+        InputError: ``penalty`` contradicts ``l1_ratio``, or memory does not hold a dense X. It is
+            raised by ``fit``, like scikit-learn's errors.
+
+    Example:
+        >>> from gputune.sklearn import LogisticRegression
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> model = LogisticRegression(C=10.0).fit(X, y)
+        >>> model.predict(X[:3])
+        array([0, 0, 0])
+        >>> model.coef_.shape
+        (3, 4)
     """
 
     _fit_recipes = staticmethod(solve_members)

@@ -325,6 +325,14 @@ class MLPClassifier(_MLP, neural_network.MLPClassifier):  # type: ignore[misc]
     __doc__ = f"""A multilayer perceptron for classes, with scikit-learn's parameters.{_PARAMETERS}
     Attributes:
         module_: a plain torch module on the CPU with logits (n, K), if gputune trained it.
+
+    Example:
+        >>> from gputune.sklearn import MLPClassifier
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> model = MLPClassifier(max_iter=50, random_state=0)
+        >>> model.fit(X, y).predict(X[:3])
+        array([0, 0, 0])
     """
 
     loss = _loss = "log_loss"
@@ -354,6 +362,14 @@ class MLPRegressor(_MLP, neural_network.MLPRegressor):  # type: ignore[misc]
         module_: a plain torch module on the CPU, if gputune trained it.
         target_mean_: the target is the module's output * ``target_scale_`` + ``target_mean_``.
         target_scale_: see ``target_mean_``.
+
+    Example:
+        >>> from gputune.sklearn import MLPRegressor
+        >>> from sklearn.datasets import load_diabetes
+        >>> X, y = load_diabetes(return_X_y=True)
+        >>> model = MLPRegressor(learning_rate_init=0.01, max_iter=50, random_state=0)
+        >>> model.fit(X, y).score(X, y) > 0.4
+        True
     """
 
     loss = _loss = "squared_error"

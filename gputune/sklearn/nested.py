@@ -45,6 +45,17 @@ class NestedScores:
         best_params: the best parameters of each fold.
         best_scores: (O,) inner cross-validated score of each fold's best candidate.
         searches: the fitted searches.
+
+    Example:
+        >>> from gputune.sklearn import MLPClassifier, RandomizedSearchCV, nested_cv
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> estimator = MLPClassifier(max_iter=10, random_state=0)
+        >>> rates = {"learning_rate_init": [0.001, 0.01, 0.1]}
+        >>> search = RandomizedSearchCV(estimator, rates, n_iter=2, cv=2, random_state=0)
+        >>> nested = nested_cv(search, X, y, outer=3)
+        >>> nested.scores.shape, len(nested.best_params), len(nested.searches)
+        ((3,), 3, 3)
     """
 
     scores: FloatArray
@@ -89,6 +100,20 @@ def nested_cv(
     Raises:
         InputError: the search is of another kind, has ``refit=False`` or a ``study``, or ``groups``
             is set while metadata routing is enabled.
+
+    Source: Cawley and Talbot (2010), "On over-fitting in model selection and subsequent selection
+    bias in performance evaluation", JMLR 11.
+
+    Example:
+        >>> from gputune.sklearn import MLPClassifier, RandomizedSearchCV, nested_cv
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> estimator = MLPClassifier(max_iter=10, random_state=0)
+        >>> rates = {"learning_rate_init": [0.001, 0.01, 0.1]}
+        >>> search = RandomizedSearchCV(estimator, rates, n_iter=2, cv=2, random_state=0)
+        >>> nested = nested_cv(search, X, y, outer=3)
+        >>> bool(nested.scores.mean() > 0.5)  # of the search, not of one configuration
+        True
     """
     _check_search(search)
     X, y = indexable(as_sliced(X), y)

@@ -318,6 +318,19 @@ class NeuralNet(_NeuralNet):
         n_iter_: number of epochs.
         n_features_in_: number of features of a table.
         feature_names_in_: names of the features of a table.
+
+    Example:
+        >>> import numpy as np
+        >>> from gputune.sklearn import NeuralNet
+        >>> from torch import nn
+        >>> def make_module(n_features, n_outputs, hidden=32):
+        ...     return nn.Sequential(
+        ...         nn.Linear(n_features, hidden), nn.ReLU(), nn.Linear(hidden, n_outputs)
+        ...     )
+        >>> X = np.random.default_rng(0).normal(size=(100, 3))
+        >>> net = NeuralNet(make_module, criterion=nn.L1Loss, lr=0.1, random_state=0)
+        >>> net.fit(X, X[:, :2]).predict(X).shape  # two numbers per row
+        (100, 2)
     """
 
     _takes_any_target = True
@@ -340,6 +353,19 @@ class NeuralNetClassifier(ClassifierMixin, _NeuralNet):  # type: ignore[misc]
         n_iter_: number of epochs.
         n_features_in_: number of features of a table.
         feature_names_in_: names of the features of a table.
+
+    Example:
+        >>> from gputune.sklearn import NeuralNetClassifier
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> from torch import nn
+        >>> def make_module(n_features, n_outputs, hidden=32):
+        ...     return nn.Sequential(
+        ...         nn.Linear(n_features, hidden), nn.ReLU(), nn.Linear(hidden, n_outputs)
+        ...     )
+        >>> net = NeuralNetClassifier(make_module, lr=0.1, max_epochs=30, random_state=0)
+        >>> net.fit(X, y).predict_proba(X).shape
+        (150, 3)
     """
 
     _own_losses: ClassVar = {nn.CrossEntropyLoss: "cross_entropy", nn.BCEWithLogitsLoss: "bce"}
@@ -408,6 +434,19 @@ class NeuralNetRegressor(RegressorMixin, _NeuralNet):  # type: ignore[misc]
         n_iter_: number of epochs.
         n_features_in_: number of features of a table.
         feature_names_in_: names of the features of a table.
+
+    Example:
+        >>> from gputune.sklearn import NeuralNetRegressor
+        >>> from sklearn.datasets import load_diabetes
+        >>> X, y = load_diabetes(return_X_y=True)
+        >>> from torch import nn
+        >>> def make_module(n_features, n_outputs, hidden=32):
+        ...     return nn.Sequential(
+        ...         nn.Linear(n_features, hidden), nn.ReLU(), nn.Linear(hidden, n_outputs)
+        ...     )
+        >>> net = NeuralNetRegressor(make_module, lr=0.1, max_epochs=30, random_state=0)
+        >>> net.fit(X, y).score(X, y) > 0.2
+        True
     """
 
     _own_losses: ClassVar = {nn.MSELoss: "mse"}

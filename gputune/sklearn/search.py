@@ -216,7 +216,8 @@ _TOGETHER = """
     0. Callbacks (since scikit-learn 1.9) are notified of every fit of a candidate, and of a
     transformer's fit in the refit.
 
-    Further parameters are scikit-learn's.
+    Further parameters and the attributes after ``fit`` are those of scikit-learn's class, see
+    https://scikit-learn.org/stable/modules/grid_search.html.
 
     Args:
         device: device on which candidates train. "auto" [default] uses the estimator's own
@@ -238,6 +239,16 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
     __doc__ = f"""scikit-learn's RandomizedSearchCV, training candidates together.{_TOGETHER}
     Note:
         ``param_distributions`` may hold Optuna distributions too.
+
+    Example:
+        >>> from gputune.sklearn import MLPClassifier, RandomizedSearchCV
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> estimator = MLPClassifier(max_iter=20, random_state=0)
+        >>> rates = {{"learning_rate_init": [0.0001, 0.001, 0.01, 0.1]}}
+        >>> search = RandomizedSearchCV(estimator, rates, n_iter=3, cv=3, random_state=0)
+        >>> search.fit(X, y).score(X, y) > 0.9
+        True
     """
 
     _space_name = "param_distributions"
@@ -249,7 +260,16 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
 
 
 class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[misc]
-    __doc__ = f"""scikit-learn's GridSearchCV, training candidates together.{_TOGETHER}"""
+    __doc__ = f"""scikit-learn's GridSearchCV, training candidates together.{_TOGETHER}
+    Example:
+        >>> from gputune.sklearn import MLPClassifier, GridSearchCV
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> estimator = MLPClassifier(max_iter=20, random_state=0)
+        >>> search = GridSearchCV(estimator, {{"learning_rate_init": [0.0001, 0.01]}}, cv=3)
+        >>> search.fit(X, y).best_params_
+        {{'learning_rate_init': 0.01}}
+    """
 
     _space_name = "param_grid"
     _parameter_constraints: ClassVar = (

@@ -20,15 +20,13 @@ from gputune.data.files import read_table
 from gputune.data.scaling import encode
 from gputune.data.table import Table, as_table, quoted
 from gputune.data.torch_dataset import read_inputs
-from gputune.engine.stop import entry
 from gputune.errors import InputError, InputWarning, warn
-from gputune.modules.construction import Builder
 from gputune.population.population import call_module, first_output, two_logits
 from gputune.seeding import prediction_draws
 from gputune.study.export import encoded, export
 from gputune.study.intervals import half_width
 from gputune.study.labels import checked_codes, checked_numbers
-from gputune.study.model_files import ModelContent, read_fields, save_model
+from gputune.study.model_files import ModelContent, save_model
 from gputune.text import card, count, measure_of, short
 from gputune.wording import option
 
@@ -41,11 +39,17 @@ NUMBERS = 2**23
 class TunedModel(ModelContent):
     """A trained module with its preprocessing, which predicts from raw rows.
 
-    For scikit-learn it is a fitted estimator.
+    ``Study.best_model``, ``Study.ensemble`` and ``load_model`` make it. It is a fitted estimator of
+    scikit-learn. Use ``predict``, ``predict_proba``, ``predict_interval`` and ``score`` on raw
+    rows, ``save`` to load the model again with gputune, and ``export`` to run it without gputune.
 
     Attributes:
         module: plain ``nn.Module``. It returns logits (n, K), or (n, 1) or (n,) for two classes.
             For a regression it returns values (n, 1) or (n,) of the standardized target.
+        task: "binary", "multiclass", "multilabel", "regression" or "custom".
+        layout: the columns of the table and their features, or the shapes of the arrays.
+        statistics: the numbers that scale the inputs, fitted on the training rows.
+        dtype: the dtype in which the module computes, ``torch.float32`` or ``torch.float64``.
         classes: (K,) the labels in their own type, or None without classes.
         center: the regression target is ``value * scale + center``. A float, or (K,) for a target
             of K values per row. 0 for other tasks.
@@ -61,6 +65,17 @@ class TunedModel(ModelContent):
             module_source.py writes. ``n_features`` and ``n_outputs`` follow from layout and classes
             and need not be in ``kwargs``.
         info: facts for later: score, held-out score, parameters, versions.
+
+    Example:
+        The examples of the methods continue this one.
+
+        >>> import gputune
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True, as_frame=True)
+        >>> study = gputune.tune("mlp", X, y, n_trials=4, max_epochs=20, verbose=0)
+        >>> model = study.best_model()
+        >>> model.task, model.classes
+        ('multiclass', array([0, 1, 2]))
     """
 
     def predict(self, X: object) -> np.ndarray:
@@ -73,6 +88,7 @@ class TunedModel(ModelContent):
 
         Returns:
             The predictions, by task:
+
             - classes: labels (n,).
             - regression: values (n,), or (n, K) for a target of K values per row.
             - several labels: 0 or 1 for each label, (n, K).
@@ -80,6 +96,10 @@ class TunedModel(ModelContent):
 
         Raises:
             InputError: a column is missing, a shape differs, or X is not a table.
+
+        Example:
+            >>> model.predict(X.head(3))
+            array([0, 0, 0])
         """
         return self._predict(self._outputs(X))
 
@@ -105,7 +125,8 @@ class TunedModel(ModelContent):
 
         Args:
             X: the rows, as for ``predict``.
-            level: the share of values within the intervals, between 0 and 1.
+            level: the share of values within the intervals, above 0 and below 1 [default: 0.9].
+                With m residuals it must be at most m / (m + 1).
 
         Returns:
             The lower and the upper ends, (n,) each.
@@ -113,6 +134,14 @@ class TunedModel(ModelContent):
         Raises:
             InputError: the model predicts classes or several numbers per row, has no residuals, or
                 has too few residuals for ``level``.
+
+        Example:
+            >>> search = {"n_trials": 2, "max_epochs": 5, "task": "regression", "verbose": 0}
+            >>> regression = gputune.tune("mlp", X, y, **search)
+            >>> numbers = regression.best_model(intervals=True)
+            >>> low, high = numbers.predict_interval(X.head(3), level=0.9)
+            >>> bool((low < high).all())
+            True
         """
         half = half_width(self, level)
         return self._ends(self._outputs(X), half)
@@ -144,6 +173,10 @@ class TunedModel(ModelContent):
 
         Raises:
             InputError: the model is a regression.
+
+        Example:
+            >>> model.predict_proba(X.head(3)).shape
+            (3, 3)
         """
         if self.task == "multilabel":
             return self._outputs(X).sigmoid().numpy()
@@ -166,6 +199,10 @@ class TunedModel(ModelContent):
         Raises:
             InputError: y has missing values, another length or no known label, or is text although
                 the model predicts numbers.
+
+        Example:
+            >>> model.score(X, y) > 0.9
+            True
         """
         from sklearn.metrics import accuracy_score, r2_score
 
@@ -231,6 +268,9 @@ class TunedModel(ModelContent):
         Raises:
             InputError: the folder holds other files, or the state or the spec of the module cannot
                 be written.
+
+        Example:
+            >>> model.save("iris-model")
         """
         save_model(self, folder)
 
@@ -272,6 +312,10 @@ class TunedModel(ModelContent):
 
         Raises:
             InputError: as in ``predict``.
+
+        Example:
+            >>> model.encoded(X.head(3)).shape
+            (3, 4)
         """
         return encoded(self, self._inputs(X))
 
@@ -431,33 +475,3 @@ class TunedModel(ModelContent):
             f"TunedModel({type(self.module).__name__}, {task}, {self.target!r} from "
             f"{self.layout.in_words()})"
         )
-
-
-@entry
-def load_model(
-    folder: StrPath, module: Builder | None = None, *, trust_code: bool = False
-) -> TunedModel:
-    """Return the model that ``TunedModel.save`` wrote into ``folder``, on the CPU and ready to
-    predict.
-
-    Nothing is unpickled. To load a user's own class or function, gputune runs its file or package.
-    It does so only in these cases:
-
-    - This user has trained or saved that class or function from that file on this machine.
-    - The running program defines the class.
-    - ``trust_code=True``.
-
-    Warns if the source has changed and the state still fits.
-
-    Args:
-        folder: the folder of the model.
-        module: the class, given directly. Then nothing is imported. This is the safe way to open a
-            folder from someone else.
-        trust_code: True to run the code that the folder names.
-
-    Raises:
-        InputError: the folder is missing, incomplete, damaged or of a newer gputune, or the class
-            is missing, not trusted, or does not fit the state. The message names the file and the
-            remedy.
-    """
-    return TunedModel(**read_fields(Path(folder), module, trust_code=trust_code))

@@ -18,6 +18,7 @@ import numpy as np
 from gputune.annotations import FloatArray, StrPath
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
 from gputune.garbage import without_collector
+from gputune.study.frames import pandas_frame, polars_frame
 from gputune.study.record import SearchRecord
 from gputune.study.rows import Lazy, TrialState, ranked, stack_curves
 from gputune.study.store import Candidate, Curve, Result, Store
@@ -33,21 +34,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration and its cross-validated result. Scores follow scikit-learn: greater is
-    better.
+    """One configuration and its cross-validated result.
+
+    Scores follow scikit-learn: greater is better. You get trials from a ``gputune.Study``.
 
     Attributes:
         number: the number of the trial, from 0.
-        params: the configuration: hyperparameter name -> value.
+        params: the configuration, a dict from the name of a hyperparameter to its value.
         score: mean of ``fold_scores`` at ``best_epoch``. NaN if a fold is NaN or the trial has not
             run.
-        fold_scores: (F,) the score of each fold.
+        fold_scores: (F,) the score of each fold at ``best_epoch``.
         best_epoch: epochs trained when the score was taken, from 1. 0 if the trial has not run.
-        state: "complete"; "pruned" if it stopped at a rung of successive halving; "stopped" if a
-            deadline cut the training short; "failed" if it diverged (score NaN); "waiting" if it
-            has not run. Pruned and stopped trials are scored on their trained epochs.
-        seconds: time of its training. Trials train together in chunks, so it is the trial's share
-            of the time of its chunk.
+        state: the state of the trial. Pruned and stopped trials are scored on their trained epochs.
+
+            - "complete": it trained to its end.
+            - "pruned": halving or the median rule ended it.
+            - "stopped": a deadline cut the training short.
+            - "failed": it diverged, or its objective raised an error. The score is NaN.
+            - "waiting": it has not run.
+
+        seconds: seconds of its training. Trials train together in chunks, so it is the trial's
+            share of the time of its chunk.
         origin: "default", "include", "random", or "batch 3" for a proposal of the Optuna sampler.
             In a hypergradient search it is (starting point, outer step). The starting point is the
             number of the trial with outer step 0.
@@ -57,6 +64,15 @@ class Trial:
             could not hold it or it ended every worker process that trained it.
         metrics: with several metrics, the fold scores at ``best_epoch`` by metric name; the metric
             that ranks comes first. {} for one metric.
+
+    Example:
+        >>> import gputune
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> study = gputune.tune("mlp", X, y, n_trials=2, max_epochs=5, verbose=0)
+        >>> trial = study.trials[0]
+        >>> trial.number, trial.state, len(trial.fold_scores)
+        (0, 'complete', 5)
     """
 
     number: int
@@ -143,6 +159,10 @@ class Study:
             FileNotFoundError: the file does not exist.
             StudyCorruptError: the file is damaged, or is not a study.
             StudyVersionError: a newer gputune wrote the file.
+
+        Example:
+            >>> gputune.Study.open("study.db").best_params == study.best_params
+            True
         """
         with Store.open(path) as store, without_collector():
             return cls.from_rows(store.meta, store.trials(), file=Path(path))
@@ -211,6 +231,10 @@ class Study:
 
         Raises:
             InputError: the name is not in ``metrics``.
+
+        Example:
+            >>> study.curves_of("neg_log_loss").shape  # trials, epochs, folds
+            (12, 10, 5)
         """
         curves = curves_of_all(self)
         position = self.metrics.index(check_metric(self, metric, "curves_of(metric={})"))
@@ -224,6 +248,9 @@ class Study:
 
         Raises:
             InputError: the study has no file, or ``path`` exists already.
+
+        Example:
+            >>> study.backup("copy.db")
         """
         if self.file is None:
             raise InputError(
@@ -290,46 +317,44 @@ class Study:
 
         Pruned trials follow the others. Trials without a finite score come last. Ties are ordered
         by number.
+
+        Example:
+            >>> study.ranking()[0] == study.best_trial
+            True
         """
         return tuple(self.trials[row] for row in self.order)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Return the trials as a pandas DataFrame, one row per trial.
 
-        Columns: number, state, score, std_error, fold_0.., best_epoch, seconds, origin, params_*.
-        With several metrics, a column ``score_NAME`` for each follows the fold columns of the first
-        metric. It holds the mean at ``best_epoch``. A parameter that a trial lacks is missing.
+        The columns are the attributes of ``Trial``:
+
+        - number, best_epoch: integers.
+        - score, std_error, fold_0, fold_1, ..., seconds: floats, NaN without a value.
+        - score_NAME: with several metrics, the mean of each metric at ``best_epoch``.
+        - state, origin: text.
+        - params_NAME: each hyperparameter in its own type. It is missing if a trial lacks it.
 
         Raises:
             ImportError: pandas is not installed.
+
+        Example:
+            >>> frame = study.to_pandas()
+            >>> frame.loc[frame["score"].idxmax(), "state"]
+            'complete'
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError(
-                "to_pandas() needs pandas: pip install pandas, or use to_polars()."
-            ) from error
-        series = {}
-        for name, values in self.columns().items():
-            # pandas would turn integers with a gap into floats.
-            has_gap = _kinds(values) == {int} and None in values
-            series[name] = pandas.Series(values, dtype="Int64" if has_gap else None)
-        return pandas.DataFrame(series)
+        return pandas_frame(self.columns())
 
     def to_polars(self) -> "polars.DataFrame":
         """Return the trials as a polars DataFrame, with the columns of ``to_pandas``.
 
         Parameters of mixed types become text.
-        """
-        import polars
 
-        series = []
-        for name, values in self.columns().items():
-            kinds = _kinds(values)
-            if not (kinds <= {int, float} or kinds in ({bool}, {str})):
-                values = [None if value is None else str(value) for value in values]
-            series.append(polars.Series(name, values, strict=False))
-        return polars.DataFrame(series)
+        Example:
+            >>> study.to_polars().height
+            12
+        """
+        return polars_frame(self.columns())
 
     def columns(self) -> dict[str, list[object]]:
         """Return the columns of ``to_pandas`` as lists. A parameter that a trial lacks is None."""
@@ -437,10 +462,6 @@ def check_metric(study: Study, metric: object, argument: str) -> str:
         got=metric,
         remedy=did_you_mean(metric, study.metrics).strip(),
     )
-
-
-def _kinds(values: Sequence[object]) -> set[type]:
-    return {type(value) for value in values if value is not None}
 
 
 @without_collector()

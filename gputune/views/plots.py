@@ -113,6 +113,10 @@ def plot_history(study: Study, *, ax: "Axes | None" = None) -> "Axes":
 
     Raises:
         MissingExtraError: matplotlib is not installed.
+
+    Example:
+        >>> ax = study.plot_history()
+        >>> ax.figure.savefig("history.png")
     """
     ax = _axes("plot_history", ax)
     view = score_view(study)
@@ -140,6 +144,9 @@ def plot_curves(study: Study, *, best: int = BEST, ax: "Axes | None" = None) -> 
     Raises:
         InputError: ``best`` is not an integer of at least 0.
         MissingExtraError: matplotlib is not installed.
+
+    Example:
+        >>> ax = study.plot_curves(best=3)
     """
     check_count(best, "plot_curves(best=...)", least=0)
     ax = _axes("plot_curves", ax)
@@ -180,6 +187,9 @@ def plot_slice(
         InputError: the hyperparameter is unknown, ``ax`` is given without ``parameter``, or no
             hyperparameter varied.
         MissingExtraError: matplotlib is not installed.
+
+    Example:
+        >>> ax = study.plot_slice("lr")
     """
     view = score_view(study)
     if parameter is not None:
@@ -237,6 +247,9 @@ def plot_parallel(study: Study, *, ax: "Axes | None" = None) -> "Axes":
 
     Raises:
         MissingExtraError: matplotlib is not installed.
+
+    Example:
+        >>> ax = study.plot_parallel()
     """
     ax = _axes("plot_parallel", ax, (9.0, 4.5))
     view = score_view(study)
@@ -276,6 +289,9 @@ def plot_pareto(
     Raises:
         InputError: the study has only one metric, or a name is not one of its metrics.
         MissingExtraError: matplotlib is not installed.
+
+    Example:
+        >>> ax = study.plot_pareto()
     """
     metrics = study.metrics
     if x is None and metrics:
@@ -312,6 +328,9 @@ def plot_importance(study: Study, *, seed: int = 0, ax: "Axes | None" = None) ->
     Raises:
         InputError: fewer than ten trials are finished, or no hyperparameter varied.
         MissingExtraError: matplotlib is not installed.
+
+    Example:
+        >>> ax = study.plot_importance()
     """
     forest = importance(study, seed=seed)
     ax = _axes("plot_importance", ax, (6.0, 1.2 + 0.4 * len(forest.names)))
@@ -345,6 +364,9 @@ def plot_contour(
         InputError: a hyperparameter is unknown, only one name is given, or the trials lie on a
             line.
         MissingExtraError: matplotlib is not installed.
+
+    Example:
+        >>> ax = study.plot_contour("lr", "weight_decay")
     """
     plot = "plot_contour()"
     if (x is None) != (y is None) or (x is not None and x == y):
@@ -405,6 +427,13 @@ def plot_path(study: Study, parameter: str | None = None, *, ax: "Axes | None" =
     Raises:
         InputError: the study used another method, or the search did not move this hyperparameter.
         MissingExtraError: matplotlib is not installed.
+
+    Example:
+        >>> method = gputune.Hypergradient(outer_steps=2)
+        >>> moved = gputune.tune(
+        ...     "mlp", X, y, method=method, n_trials=2, max_epochs=3, cv=2, verbose=0
+        ... )
+        >>> ax = moved.plot_path("lr")
     """
     columns = {column.name: column for column in descended(study)}
     if not columns:

@@ -439,6 +439,10 @@ def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
 
     Raises:
         InputError: the study does not have this metric.
+
+    Example:
+        >>> study.ranked_by("neg_log_loss")
+        Study(mlp, 12 trials, best neg_log_loss -0... in trial ...)
     """
     metric = check_metric(study, metric, "ranked_by(metric={})")
     place = study.metrics.index(metric)

@@ -22,7 +22,7 @@ from torch import nn
 from gputune.errors import UntrustedCodeError
 from gputune.models import LogisticRegression
 from gputune.scratch import scratch_folder
-from gputune.study.model import load_model
+from gputune.study.loading import load_model
 from gputune.study.module_source import class_from_file, class_source
 from refused import refused
 from study_models import make_model, rows
