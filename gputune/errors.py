@@ -30,7 +30,12 @@ _TRUST = "If you trust it, " + per_interface("pass trust_code=True.", "add --tru
 
 
 class InputError(ValueError):
-    """Bad input. The command line ends with exit code 2 on it, and with 1 on any other error.
+    """Bad input: an argument, a file or a combination of options that gputune cannot use.
+
+    Every public function raises it, before anything trains if possible. Catch it with ``except
+    gputune.InputError`` or ``except ValueError``. ``UntrustedCodeError``, ``StudyCorruptError``,
+    ``StudyVersionError`` and ``MissingExtraError`` are kinds of it. The command line prints the
+    message and ends with exit code 2.
 
     The message is "ARGUMENT RULE, got GOT. REMEDY". Its parts may hold the references of
     ``gputune.wording``, which each interface renders in its own names.
@@ -84,13 +89,20 @@ class InputError(ValueError):
 
 
 class InputWarning(UserWarning):
-    """A warning about ambiguous input. gputune has chosen one of two interpretations."""
+    """A warning about ambiguous input. gputune has chosen one of two interpretations.
+
+    ``tune`` shows it, for example if a numeric target could also be classes. Pass the argument that
+    the message names, or silence it with ``warnings.filterwarnings("ignore",
+    category=gputune.InputWarning)``.
+    """
 
 
 class UntrustedCodeError(InputError):
     """A study or model names code that you have not trusted. gputune has not run it.
 
-    Pass ``trust_code=True`` (``--trust-code`` on the command line) if you trust the code.
+    ``load_model``, ``Study.best_model`` and other methods that train again raise it. Pass
+    ``trust_code=True`` (``--trust-code`` on the command line) if you trust the code. It is an
+    ``InputError``.
 
     Args:
         code: description of the code, without a remedy.
@@ -115,13 +127,19 @@ class _WithReferences(BaseException):
 
 
 class DivergedError(_WithReferences, ArithmeticError):
-    """A training run that must return a finite result went to infinity or NaN."""
+    """A training run that must return a finite result went to infinity or NaN.
+
+    ``Study.best_model``, ``Study.ensemble`` and the ``fit`` of an estimator of ``gputune.sklearn``
+    raise it. In a search, a trial that diverges is "failed" instead, and the search continues. It
+    is an ArithmeticError. Lower the learning rate, or scale the inputs.
+    """
 
 
 class ClusterError(_WithReferences, RuntimeError):
     """Workers or all nodes of a Ray cluster were lost during training.
 
-    Finished results are kept.
+    ``tune(workers="ray")`` raises it. Finished results are kept: if ``study=`` names a file, the
+    same call resumes the search. It is a RuntimeError.
     """
 
 
@@ -139,31 +157,43 @@ class CheckFailedError(_WithReferences, RuntimeError):
 
 
 class SearchFailedError(_WithReferences, RuntimeError):
-    """No trial of the search has a finite score."""
+    """No trial of the search has a finite score.
+
+    ``tune``, ``search``, ``Study.best_trial`` and everything that needs the best trial raise it.
+    The message says why the trials failed. It is a RuntimeError.
+    """
 
 
 class StudyCorruptError(InputError):
     """A study file is damaged, or the file is not a study.
 
-    Nothing was read from it or changed in it.
+    ``Study.open``, ``tune(study=...)`` and the commands on a study raise it. Nothing was read from
+    the file or changed in it. ``gputune repair`` saves the undamaged rows. It is an ``InputError``.
     """
 
 
 class StudyVersionError(InputError):
-    """A study file has a format that this version of gputune cannot read."""
+    """A study file has a format that this version of gputune cannot read.
+
+    ``Study.open``, ``tune(study=...)`` and the commands on a study raise it. Install the version
+    that the message names. It is an ``InputError``.
+    """
 
 
 class MissingExtraError(InputError, ImportError):
     """An optional library is not installed. The message names the extra that installs it.
 
-    It is an ImportError too.
+    Plots, loggers, ``OptunaSampler``, ``Study.to_optuna``, ``TunedModel.export`` and
+    ``tune(workers="ray")`` raise it. It is an ``InputError`` and an ImportError.
     """
 
 
 class SearchInterrupted(_WithReferences, KeyboardInterrupt):
     """Ctrl-C or SIGTERM ended a search. The finished results are kept.
 
-    It is a KeyboardInterrupt.
+    ``tune`` and ``search`` raise it. It is a KeyboardInterrupt, so ``except Exception`` does not
+    catch it: use ``except gputune.SearchInterrupted as stopped`` and go on with ``stopped.study``.
+    In a notebook or at a prompt, the call returns that study instead.
 
     Attributes:
         study: the Study so far.

@@ -12,10 +12,7 @@ Here u is everything that lr multiplies: momentum, Adam's scaling and decoupled 
 weight decay is part of g. The sums run over all parameters of a group, because a group has one
 rate.
 
-rule                change of lr                            hypergrad_lr is
-"multiplicative"    lr * hypergrad_lr * h / (|g_t| |u|)     largest relative change of lr a step
-"additive"          hypergrad_lr * h                        in units of lr squared over loss
-"normalized"        hypergrad_lr * h / (|g_{t-1}| |u|)      in units of lr
+The docstring of ``SGDHD`` has the three rules.
 
 Sources: "additive" is the rule of Baydin, Cornish, Martinez Rubio, Schmidt and Wood (2018), "Online
 learning rate adaptation with hypergradient descent", arXiv:1703.04782. "multiplicative" is the same
@@ -26,8 +23,7 @@ Departure from Baydin et al.: lr does not fall below 0 unless ``lr_min`` is None
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, Literal, overload
 
@@ -37,6 +33,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from gputune.errors import InputError
+from gputune.hypergradients.products import parts_together, share, sums_of_products
 from gputune.types import DEFAULTS, ONLINE_RULES
 from gputune.wording import Verbatim, option
 
@@ -44,7 +41,6 @@ __all__ = ["SGDHD", "AdamHD", "AdamWHD"]
 
 HypergradRule = Literal["multiplicative", "additive", "normalized"]
 Group = dict[str, Any]
-GradientPair = tuple[Tensor, Tensor]
 
 
 class _Online(Optimizer):
@@ -151,7 +147,7 @@ class _Online(Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             grads = self._gradients(group, params)
             self._adapt(group, params, grads)
-            for part in _parts(list(zip(params, grads)), group["foreach"]):
+            for part in parts_together(list(zip(params, grads)), group["foreach"]):
                 moved = [params[i] for i in part]
                 downhill = [grads[i] for i in part]
                 directions = self._directions(group, moved, downhill)
@@ -176,17 +172,17 @@ class _Online(Optimizer):
         last = {p: self.state[p]["direction"] for p in moved}
         slope = [(g, last[p]) for p, g in zip(params, grads) if p in last]
         if rule == "additive":
-            (h,) = _sums([slope], group["foreach"])
-            change = _share(h, 1.0)
+            (h,) = sums_of_products([slope], group["foreach"])
+            change = share(h, 1.0)
         else:
             squares = [list(zip(tensors, tensors)) for tensors in (grads, last.values())]
-            h, grad_square, square = _sums([slope, *squares], group["foreach"])
+            h, grad_square, square = sums_of_products([slope, *squares], group["foreach"])
             grad_norm = math.sqrt(grad_square)
             norm = math.sqrt(square)
             if rule == "multiplicative":
-                change = _share(lr * h, grad_norm * norm)
+                change = share(lr * h, grad_norm * norm)
             else:
-                change = _share(h, group["grad_norm"] * norm)
+                change = share(h, group["grad_norm"] * norm)
             group["grad_norm"] = grad_norm
         lr += group["hypergrad_lr"] * change
         if group["lr_min"] is not None:
@@ -201,37 +197,42 @@ class SGDHD(_Online):
 
     Heavy-ball and Nesterov momentum are supported.
 
+    After a step w = w - lr u, the loss is a function of lr with the slope -h, where h = g . u is the
+    new gradient times the last direction. Every step first changes the rate by ``rule``, and then
+    moves the parameters:
+
+    - "multiplicative" adds ``lr * hypergrad_lr * h / (|g| |u|)``. ``hypergrad_lr`` is the largest
+      relative change of one step.
+    - "additive" adds ``hypergrad_lr * h``, the rule of Baydin et al. ``hypergrad_lr`` has the unit
+      of lr squared over loss.
+    - "normalized" adds ``hypergrad_lr * h / (|last g| |u|)``, the rule of Chu et al.
+      ``hypergrad_lr`` has the unit of lr.
+
     If a norm is zero or not finite, the rate does not change. A parameter without a gradient is
     skipped, and counts as zero in g and u. A scheduler that multiplies the rate (StepLR,
     ExponentialLR) works with this optimizer. A scheduler that sets the rate (LambdaLR, OneCycleLR)
     overwrites the learned rate.
 
-    Its use is to repair a rate that is much too small. The following results are on digits
-    (64-64-64-10 network, ReLU, batches of 32, 30 epochs, mean of two seeds). The lowest validation
-    loss from lr = 0.001, 0.01, 0.1, 0.5 is 0.365, 0.203, 0.151, 0.097. Constant rates give 2.287,
-    1.325, 0.115, 0.074. So it does not replace a search for lr:
+    Use it to repair a rate that is much too small. It does not replace a search for lr: it
+    minimizes the loss after one step, and such rates are too small for a long training (Wu et al.,
+    2018, arXiv:1803.02021). A rate that is much too large may ruin the parameters before it has
+    fallen. The page "Hypergradients" has measurements.
 
-    - It is greedy: it minimizes the loss after one step, and such rates are too small for a long
-      training (Wu, Ren, Liao and Grosse, 2018, arXiv:1803.02021). In the example above, the rate
-      that began at 0.1 ended at 0.023, and with hypergrad_lr=0.05 at 0.010.
-    - With rule="additive" you must tune hypergrad_lr for every model, because h is a sum over all
-      its parameters.
-    - A rate that is much too large may ruin the parameters before the rate has fallen. In the
-      example above, the loss from lr = 2 is 2.209.
+    Sources: Baydin et al. (2018), arXiv:1703.04782; Chu et al. (2025), arXiv:2502.11229.
 
     Args:
         params: The parameters, or parameter groups, as in torch.optim.SGD.
         lr: The starting rate, > 0 (>= 0 with the other rules). ``param_groups[i]["lr"]`` is the
             current rate, a float.
-        hypergrad_lr: The speed at which the rate moves; see the table at the top of this module.
-            None means 0.02 with rule="multiplicative", for which the range is [0, 1). With 0.02,
-            the rate doubles after 35 steps whose directions agree. The other rules depend on the
-            scale of the model and need a value.
+        hypergrad_lr: The speed at which the rate moves. None means 0.02 with rule="multiplicative",
+            for which the range is [0, 1). With 0.02, the rate doubles after 35 steps whose
+            directions agree. The other rules depend on the scale of the model and need a finite
+            value >= 0.
         rule: "multiplicative" (independent of the model's scale, the default), "additive" or
             "normalized".
-        momentum: As in torch.optim.SGD. Default 0.
+        momentum: As in torch.optim.SGD, in [0, 1). Default 0.
         nesterov: As in torch.optim.SGD. Default False.
-        weight_decay: L2 weight decay, as in torch.optim.SGD. Default 0.
+        weight_decay: L2 weight decay, as in torch.optim.SGD, >= 0. Default 0.
         lr_min: Lower bound of the rate, default 0. With None there is no bound, and the rate may
             become negative.
         lr_max: Upper bound of the rate. None, the default, means no bound.
@@ -240,6 +241,20 @@ class SGDHD(_Online):
 
     Raises:
         InputError: An argument is out of its range, or, in a step, a gradient is sparse or complex.
+
+    Example:
+        >>> import gputune, torch
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(64, 3)
+        >>> module = torch.nn.Linear(3, 1)
+        >>> optimizer = gputune.optim.SGDHD(module.parameters(), lr=0.001)
+        >>> for step in range(50):
+        ...     optimizer.zero_grad()
+        ...     loss = ((module(x) - x.sum(1, keepdim=True)) ** 2).mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> optimizer.param_groups[0]["lr"] > 0.001  # it has grown
+        True
     """
 
     def __init__(
@@ -273,26 +288,41 @@ class SGDHD(_Online):
 class AdamHD(_Online):
     """torch.optim.Adam with a learning rate that adapts itself.
 
-    Expect a smaller benefit than from SGDHD, because Adam already scales its steps. In the runs
-    that the paper's authors published, logistic regression on MNIST has a validation loss of 0.2723
-    after ten epochs, and 0.2719 with Adam. In the digits example of SGDHD, AdamHD ends at 0.141,
-    0.118, 0.091, 0.080 from lr = 1e-5, 1e-4, 1e-3, 1e-2. Constant rates end at 2.247, 0.556, 0.104,
-    0.076.
+    Expect a smaller benefit than from ``SGDHD``, because Adam already scales its steps. The page
+    "Hypergradients" has measurements.
+
+    Sources: as for ``SGDHD``.
 
     Args:
         params: The parameters, or parameter groups, as in torch.optim.Adam.
-        lr: The starting rate. Default 1e-3.
-        hypergrad_lr: As in SGDHD, with the same limits.
-        rule: As in SGDHD, with the same limits.
-        betas: As in torch.optim.Adam. Default (0.9, 0.999).
-        eps: As in torch.optim.Adam. Default 1e-8.
-        weight_decay: L2 weight decay, which is part of the gradient. Default 0.
-        lr_min: As in SGDHD.
-        lr_max: As in SGDHD.
-        foreach: As in SGDHD.
+        lr: The starting rate, > 0 (>= 0 with the other rules). Default 1e-3.
+        hypergrad_lr: The speed at which the rate moves, as in ``SGDHD``. None means 0.02 with
+            rule="multiplicative". The other rules need a value.
+        rule: "multiplicative" (the default), "additive" or "normalized", as in ``SGDHD``.
+        betas: As in torch.optim.Adam, two numbers in [0, 1). Default (0.9, 0.999).
+        eps: As in torch.optim.Adam, >= 0. Default 1e-8.
+        weight_decay: L2 weight decay, which is part of the gradient, >= 0. Default 0.
+        lr_min: Lower bound of the rate, default 0. None means no bound.
+        lr_max: Upper bound of the rate. None, the default, means no bound.
+        foreach: True processes all tensors of a group at once, False one after the other. None
+            means True for tensors on a GPU.
 
     Raises:
-        InputError: As in SGDHD.
+        InputError: An argument is out of its range, or, in a step, a gradient is sparse or complex.
+
+    Example:
+        >>> import gputune, torch
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(64, 3)
+        >>> module = torch.nn.Linear(3, 1)
+        >>> optimizer = gputune.optim.AdamHD(module.parameters(), lr=0.001)
+        >>> for step in range(50):
+        ...     optimizer.zero_grad()
+        ...     loss = ((module(x) - x.sum(1, keepdim=True)) ** 2).mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> optimizer.param_groups[0]["lr"] > 0.001  # it has grown
+        True
     """
 
     def __init__(
@@ -334,24 +364,41 @@ class AdamHD(_Online):
 class AdamWHD(AdamHD):
     """torch.optim.AdamW with a learning rate that adapts itself.
 
-    The decoupled weight decay is part of the direction u. In the digits example of SGDHD, AdamWHD
-    ends at 0.142, 0.117, 0.091, 0.074 from lr = 1e-5, 1e-4, 1e-3, 1e-2. Constant rates end at
-    2.247, 0.557, 0.105, 0.068. So AdamWHD has the same limits as AdamHD.
+    The decoupled weight decay is part of the direction u. ``AdamWHD`` has the same limits as
+    ``AdamHD``.
+
+    Sources: as for ``SGDHD``.
 
     Args:
         params: The parameters, or parameter groups, as in torch.optim.AdamW.
-        lr: The starting rate. Default 1e-3.
-        hypergrad_lr: As in SGDHD.
-        rule: As in SGDHD.
-        betas: As in torch.optim.AdamW. Default (0.9, 0.999).
-        eps: As in torch.optim.AdamW. Default 1e-8.
-        weight_decay: Decoupled weight decay. Default 0.01.
-        lr_min: As in SGDHD.
-        lr_max: As in SGDHD.
-        foreach: As in SGDHD.
+        lr: The starting rate, > 0 (>= 0 with the other rules). Default 1e-3.
+        hypergrad_lr: The speed at which the rate moves, as in ``SGDHD``. None means 0.02 with
+            rule="multiplicative". The other rules need a value.
+        rule: "multiplicative" (the default), "additive" or "normalized", as in ``SGDHD``.
+        betas: As in torch.optim.AdamW, two numbers in [0, 1). Default (0.9, 0.999).
+        eps: As in torch.optim.AdamW, >= 0. Default 1e-8.
+        weight_decay: Decoupled weight decay, >= 0. Default 0.01.
+        lr_min: Lower bound of the rate, default 0. None means no bound.
+        lr_max: Upper bound of the rate. None, the default, means no bound.
+        foreach: True processes all tensors of a group at once, False one after the other. None
+            means True for tensors on a GPU.
 
     Raises:
-        InputError: As in SGDHD.
+        InputError: An argument is out of its range, or, in a step, a gradient is sparse or complex.
+
+    Example:
+        >>> import gputune, torch
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(64, 3)
+        >>> module = torch.nn.Linear(3, 1)
+        >>> optimizer = gputune.optim.AdamWHD(module.parameters(), lr=0.001)
+        >>> for step in range(50):
+        ...     optimizer.zero_grad()
+        ...     loss = ((module(x) - x.sum(1, keepdim=True)) ** 2).mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> optimizer.param_groups[0]["lr"] > 0.001  # it has grown
+        True
     """
 
     _decoupled = True
@@ -450,49 +497,3 @@ def _number(
     if high < math.inf:
         rule = f"{rule} and < {high:g}"
     raise InputError(name, rule, got=value, remedy=f"For example {example}.")
-
-
-def _parts(pairs: Sequence[GradientPair], foreach: bool | None) -> list[list[int]]:
-    """Return groups of tensor indices; the tensors of a group are processed together.
-
-    A group has all tensors of one device and dtype, or with ``foreach=False`` one tensor.
-    """
-    groups = defaultdict(list)
-    together = all(x.is_cuda for x, _ in pairs) if foreach is None else foreach
-    for i, (x, y) in enumerate(pairs):
-        groups[(x.device, x.dtype, y.dtype) if together else i].append(i)
-    return list(groups.values())
-
-
-def _sums(products: list[list[GradientPair]], foreach: bool | None) -> list[float]:
-    """Return, for each list of tensor pairs, the sum of the products of all their entries."""
-    dots: list[Tensor] = []
-    owners = []  # the position of each dot's list
-    for number, pairs in enumerate(products):
-        for part in _parts(pairs, foreach):
-            left, right = zip(*(pairs[i] for i in part))
-            dots.append(torch.dot(_flat(left), _flat(right)))
-            owners.append(number)
-    sums = [0.0] * len(products)
-    if dots:
-        # All sums are transferred in one synchronization with the GPU.
-        values = torch.stack([dot.to(dots[0].device) for dot in dots]).tolist()
-        for number, value in zip(owners, values):
-            sums[number] += value
-    return sums
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Return all entries of some tensors as one vector, in float32 or a wider dtype."""
-    if len(tensors) == 1:
-        flat = tensors[0].reshape(-1)
-    else:
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    # Squares easily leave the range of half precision.
-    return flat.to(torch.promote_types(flat.dtype, torch.float32))
-
-
-def _share(part: float, whole: float) -> float:
-    """Return part / whole, or 0 if ``whole`` is zero or the quotient is not finite."""
-    share = part / whole if whole > 0 else 0.0
-    return share if math.isfinite(share) else 0.0

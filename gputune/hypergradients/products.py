@@ -1,0 +1,56 @@
+"""Sums of products of many tensors, in few calls, for optimizers that adapt their learning rate."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+GradientPair = tuple[Tensor, Tensor]
+
+
+def parts_together(pairs: Sequence[GradientPair], foreach: bool | None) -> list[list[int]]:
+    """Return groups of tensor indices; the tensors of a group are processed together.
+
+    A group has all tensors of one device and dtype, or with ``foreach=False`` one tensor.
+    """
+    groups = defaultdict(list)
+    together = all(x.is_cuda for x, _ in pairs) if foreach is None else foreach
+    for i, (x, y) in enumerate(pairs):
+        groups[(x.device, x.dtype, y.dtype) if together else i].append(i)
+    return list(groups.values())
+
+
+def sums_of_products(products: list[list[GradientPair]], foreach: bool | None) -> list[float]:
+    """Return, for each list of tensor pairs, the sum of the products of all their entries."""
+    dots: list[Tensor] = []
+    owners = []  # the position of each dot's list
+    for number, pairs in enumerate(products):
+        for part in parts_together(pairs, foreach):
+            left, right = zip(*(pairs[i] for i in part))
+            dots.append(torch.dot(_flat(left), _flat(right)))
+            owners.append(number)
+    sums = [0.0] * len(products)
+    if dots:
+        # All sums are transferred in one synchronization with the GPU.
+        values = torch.stack([dot.to(dots[0].device) for dot in dots]).tolist()
+        for number, value in zip(owners, values):
+            sums[number] += value
+    return sums
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Return all entries of some tensors as one vector, in float32 or a wider dtype."""
+    if len(tensors) == 1:
+        flat = tensors[0].reshape(-1)
+    else:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    # Squares easily leave the range of half precision.
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def share(part: float, whole: float) -> float:
+    """Return part / whole, or 0 if ``whole`` is zero or the quotient is not finite."""
+    share = part / whole if whole > 0 else 0.0
+    return share if math.isfinite(share) else 0.0
