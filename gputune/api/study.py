@@ -47,10 +47,10 @@ class Study(data.Study):
         >>> import gputune
         >>> from sklearn.datasets import load_iris
         >>> X, y = load_iris(return_X_y=True)
-        >>> search = {"n_trials": 12, "max_epochs": 10, "scoring": ["accuracy", "neg_log_loss"]}
+        >>> search = {"n_trials": 10, "max_epochs": 5, "scoring": ["accuracy", "neg_log_loss"]}
         >>> study = gputune.tune("mlp", X, y, **search, study="study.db", verbose=0)
         >>> study
-        Study(mlp, 12 trials, best accuracy 0.9... in trial ...)
+        Study(mlp, 10 trials, best accuracy 0.9... in trial ...)
     """
 
     def best_model(
@@ -235,7 +235,7 @@ class Study(data.Study):
         Example:
             >>> optuna_study = study.to_optuna()
             >>> len(optuna_study.trials)
-            12
+            10
         """
         from gputune.methods.optuna import export_to_optuna
 

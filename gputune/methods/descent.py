@@ -79,7 +79,7 @@ class Hypergradient:
         >>> X, y = load_iris(return_X_y=True)
         >>> method = gputune.Hypergradient(outer_steps=3)
         >>> study = gputune.tune(
-        ...     "mlp", X, y, method=method, n_trials=1, max_epochs=5, verbose=0
+        ...     "mlp", X, y, method=method, n_trials=1, max_epochs=3, verbose=0
         ... )
         >>> [trial.origin for trial in study.trials]  # (starting point, outer step)
         [(0, 0), (0, 1), (0, 2), (0, 3)]

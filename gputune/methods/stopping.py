@@ -66,9 +66,9 @@ class Halving(StoppingRule):
         >>> import gputune
         >>> from sklearn.datasets import load_iris
         >>> X, y = load_iris(return_X_y=True)
-        >>> halving = gputune.Halving(factor=2, min_epochs=2)
+        >>> halving = gputune.Halving(factor=2, min_epochs=1)
         >>> study = gputune.tune(
-        ...     "mlp", X, y, method=halving, n_trials=8, max_epochs=8, verbose=0
+        ...     "mlp", X, y, method=halving, n_trials=8, max_epochs=4, verbose=0
         ... )
         >>> sum(trial.state == "complete" for trial in study.trials)  # 8 -> 4 -> 2
         2
@@ -193,9 +193,9 @@ class Median(StoppingRule):
         >>> import gputune
         >>> from sklearn.datasets import load_iris
         >>> X, y = load_iris(return_X_y=True)
-        >>> median = gputune.Median(min_epochs=2, every=2)
+        >>> median = gputune.Median(min_epochs=1, every=1)
         >>> study = gputune.tune(
-        ...     "mlp", X, y, method=median, n_trials=8, max_epochs=8, verbose=0
+        ...     "mlp", X, y, method=median, n_trials=8, max_epochs=4, verbose=0
         ... )
         >>> sorted({trial.state for trial in study.trials})
         ['complete', 'pruned']

@@ -234,7 +234,7 @@ class Study:
 
         Example:
             >>> study.curves_of("neg_log_loss").shape  # trials, epochs, folds
-            (12, 10, 5)
+            (10, 5, 5)
         """
         curves = curves_of_all(self)
         position = self.metrics.index(check_metric(self, metric, "curves_of(metric={})"))
@@ -352,7 +352,7 @@ class Study:
 
         Example:
             >>> study.to_polars().height
-            12
+            10
         """
         return polars_frame(self.columns())
 

@@ -431,7 +431,7 @@ def plot_path(study: Study, parameter: str | None = None, *, ax: "Axes | None" =
     Example:
         >>> method = gputune.Hypergradient(outer_steps=2)
         >>> moved = gputune.tune(
-        ...     "mlp", X, y, method=method, n_trials=2, max_epochs=3, cv=2, verbose=0
+        ...     "mlp", X, y, method=method, n_trials=1, max_epochs=2, cv=2, verbose=0
         ... )
         >>> ax = moved.plot_path("lr")
     """

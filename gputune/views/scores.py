@@ -442,7 +442,7 @@ def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
 
     Example:
         >>> study.ranked_by("neg_log_loss")
-        Study(mlp, 12 trials, best neg_log_loss -0... in trial ...)
+        Study(mlp, 10 trials, best neg_log_loss -0... in trial ...)
     """
     metric = check_metric(study, metric, "ranked_by(metric={})")
     place = study.metrics.index(metric)
