@@ -176,3 +176,14 @@ def test_the_hypergradient_of_the_idea_is_the_slope_of_one_more_epoch(script, mo
     lr = survivors[0]
     slope = (mean_loss(lr, lr + step) - mean_loss(lr, lr - step)) / (2 * step)
     np.testing.assert_allclose(gradients[0].item(), slope, rtol=1e-6)
+
+
+def test_the_margin_of_the_readme_is_measured_on_its_own_example(script):
+    margin = script("readme_margin")
+    code = margin.example()
+    # the rows, and the search
+    assert code.count(margin.SEEDED) == 2
+    short = code.replace("n_trials=16, max_epochs=20", "n_trials=1, max_epochs=1")
+    assert short != code
+    default, best = margin.held_out_scores(short, seed=1)
+    assert default == best and 0 < best < 1
