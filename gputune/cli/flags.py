@@ -188,6 +188,12 @@ _LAST_RULES: dict[str, dict[str, Rule]] = {
             stored=True,
             resume=True,
         ),
+        "dry_run": Rule(
+            "--dry-run",
+            "Print the plan of the search, and train nothing",
+            "It shows rows, features, trials, memory, device and an estimate of the time. No file "
+            "is written.",
+        ),
         "profile": Rule(
             "--profile",
             "Print at the end how the time was spent",

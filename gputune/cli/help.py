@@ -48,6 +48,7 @@ _SHORT = (
     "timeout",
     "device",
     "study",
+    "dry_run",
     "verbose",
 )
 """The options in the short help of a command that has many options."""

@@ -100,7 +100,7 @@ def _places(ending: Ending, width: int) -> list[str]:
     states = states_text(states_of(ending.study))
     facts = [("Ended", ending.ended)] if ending.ended else []
     facts.append(("Trials", f"{states}; {seconds_text(ending.seconds)} in all"))
-    lines = [_label_lines(facts, width), _line("Study", ending.study_file)]
+    lines = [label_lines(facts, width), _line("Study", ending.study_file)]
     folder = ending.model_folder
     if folder is not None:
         lines.append(_line("Model", folder))
@@ -108,7 +108,7 @@ def _places(ending: Ending, width: int) -> list[str]:
     return lines
 
 
-def _label_lines(lines: list[tuple[str, str]], width: int) -> str:
+def label_lines(lines: list[tuple[str, str]], width: int) -> str:
     """Return the text of lines with labels, wrapped to the width."""
     then = " " * _LABEL
     return "\n".join(
@@ -121,7 +121,13 @@ _ENDING = re.compile(r" --(?:timeout|target-score|patience-trials)[ =]\S+")
 
 
 def _understood(ending: Ending, width: int) -> str:
-    """Return the lines of the closing text about data, inputs, task and search."""
+    """Return the first lines of the closing text: data, inputs, task, search, method and notes."""
+    lines = [*facts(ending), *_method(ending.study), *notes_on(ending.study)]
+    return label_lines(lines, width)
+
+
+def facts(ending: Ending) -> list[tuple[str, str]]:
+    """Return labels and texts about data, inputs, task and search."""
     study = ending.study
     record = ending.study.record
     data = f"{ending.file}: {record.fingerprint['rows']} rows to search on"
@@ -137,15 +143,17 @@ def _understood(ending: Ending, width: int) -> str:
             rule = f"{rule}, {record.schedule}"
         epochs = count(record.max_epochs, "epoch")
         training = f"{clean(record.model)} trained with {rule}; {size} x {epochs}"
-    lines = [
+    return [
         ("Data", data),
         _inputs(ending),
         ("Task", _task(study)),
         ("Search", training),
-        *_method(study),
-        *(("Note", CommandLine().render(note)) for note in record.notes),
     ]
-    return _label_lines(lines, width)
+
+
+def notes_on(study: Study) -> list[tuple[str, str]]:
+    """Return the labeled notes of a study on its columns and trials."""
+    return [("Note", CommandLine().render(note)) for note in study.record.notes]
 
 
 def _inputs(ending: Ending) -> tuple[str, str]:
@@ -290,7 +298,7 @@ def _one_trial(study: Study, trial: Trial, width: int) -> str:
             f"{trial.best_epoch} of {record.max_epochs}"
         )
         lines.append(("Curve", text))
-    return _label_lines(lines, width)
+    return label_lines(lines, width)
 
 
 def _scores(ending: Ending, width: int) -> str:
@@ -300,5 +308,5 @@ def _scores(ending: Ending, width: int) -> str:
     remarks += [("Note", note) for note in notes if note]
     parts = [scores_block(ending, width)]
     if remarks:
-        parts.append(_label_lines(remarks, width))
+        parts.append(label_lines(remarks, width))
     return "\n\n".join(parts)

@@ -19,6 +19,7 @@ import torch
 
 from gputune.api.study import Study
 from gputune.cli.arguments import MODEL, STUDY, model_folder, study_file
+from gputune.cli.dry_run import dry_run
 from gputune.cli.ending import Ending
 from gputune.cli.flags import CommandLine
 from gputune.cli.held_out import HeldOut, held_out_baseline, held_out_score
@@ -89,6 +90,8 @@ def tune(arguments: argparse.Namespace) -> str:
     if options.task is None and rest.origin is not None:
         options = replace(options, task=rest.origin["task"])
         rest = replace(rest, is_task_guessed=True)
+    if arguments.dry_run:
+        return dry_run(arguments, SearchCall(choice, rest, options, test), out / STUDY)
     with _folder((options.study or out / STUDY).parent):
         call = SearchCall(choice, rest, options, test)
         return _Run(arguments, call, out / STUDY, begin, profile).finish()

@@ -189,6 +189,7 @@ class Plan:
         ways: The backend of each chunk.
         gpus: Whether each worker has a GPU.
         failures: Sentences that say why a faster backend does not train.
+        seconds: Estimated seconds of training on one core.
     """
 
     chunks: tuple[Population, ...]
@@ -202,6 +203,7 @@ class Plan:
     ways: tuple[Backend, ...] = ()
     gpus: bool = False
     failures: tuple[str, ...] = ()
+    seconds: float = 0.0
 
     @property
     def at_once(self) -> int:
@@ -352,6 +354,7 @@ class Planner:
             ways=tuple(piece.way for piece in pieces),
             gpus=self.data.device.type == "cuda",
             state_bytes=sum(len(piece.chunk.index) * piece.cost.state_bytes for piece in pieces),
+            seconds=sum(piece.seconds for piece in pieces),
         )
 
     def _pieces(self, population: Population, epochs: int) -> list[_Piece]:

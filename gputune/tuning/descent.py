@@ -87,7 +87,7 @@ def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: C
                 check_start(config, name, trial, argument="Hypergradient(hyperparameters=...)")
             check_coordinate(name, config[name], trial, called=name, space="the space")
     if not solved:
-        _plan(configs, "exact", context)
+        plan_points(configs, "exact", context)
 
 
 class DescentPoints(Protocol):
@@ -240,7 +240,7 @@ def _train(points: list[Candidate], mode: SlopeMode, step: int, context: Context
     jobs = []
 
     def make(configs: Sequence[Config]) -> Plan:
-        plan, job = _plan(configs, mode, context)
+        plan, job = plan_points(configs, mode, context)
         jobs.append(job)
         return plan
 
@@ -266,7 +266,7 @@ def _train(points: list[Candidate], mode: SlopeMode, step: int, context: Context
             context.finish(results)
 
 
-def _plan(
+def plan_points(
     configs: Sequence[Config], mode: SlopeMode, context: Context
 ) -> tuple[Plan, HypergradientJob]:
     """Return the chunks of the given points and their job.

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Generic
 
 import torch
 
@@ -12,7 +13,7 @@ from gputune.callbacks import Callbacks
 from gputune.data.dataset import Dataset, Rows, ScorerRows
 from gputune.engine.backend import matrix_products, other_gpus
 from gputune.engine.choice import DeviceChoice
-from gputune.engine.plan import parse_memory
+from gputune.engine.plan import Plan, parse_memory
 from gputune.engine.stop import Stop, entry
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.executors.ray_cluster import Ray, RayCluster, ray_cluster
@@ -36,7 +37,7 @@ from gputune.study.store import Candidate, Store
 from gputune.text import size_words
 from gputune.tuning.choices import ModelChoice, check_patience
 from gputune.tuning.context import Context
-from gputune.tuning.descent import check_descent, descend
+from gputune.tuning.descent import check_descent, descend, plan_points
 from gputune.tuning.interrupt import CTRL_C
 from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem, make_problem
@@ -147,6 +148,65 @@ def search(
     for remark in edge_remarks(study) if say_notes else ():
         progress.say(f"note: {remark}")
     return check_ending(study, numbers)
+
+
+@dataclass(frozen=True, eq=False)
+class Preview(Generic[AnyStudy]):
+    """A search that is prepared and planned, before anything trains or is written.
+
+    Attributes:
+        study: The trials without results.
+        plan: The plan of the training. None for logistic regressions that are solved.
+        device: The device that trains.
+        stand_ins: Number of trials drawn at random in place of the later proposals of a sampler.
+    """
+
+    study: AnyStudy
+    plan: Plan | None
+    device: torch.device
+    stand_ins: int = 0
+
+
+@entry
+def preview(
+    call: SearchCall,
+    *,
+    verbose: int = 1,
+    interface: Interface = PYTHON,
+    study_type: type[AnyStudy],
+) -> Preview[AnyStudy]:
+    """Prepare and plan a search without training it. No study is read or written.
+
+    Only the steps of your own module are timed, as in a search, to choose how its members train.
+    Raises the errors of a search for invalid options.
+    """
+    progress = Progress(verbose, interface=interface)
+    setup = _prepare(call, progress, None)
+    options = setup.problem.options
+    with _cluster(setup.problem) as cluster:
+        stop = Stop()
+        trainer = _trainer(setup, stop, cluster, progress)
+        context = Context(Ledger(None), options, progress, stop, trainer, setup.problem, Profile())
+        context.check_module(setup.first, first=True)
+        _training(setup, context)
+        record = _record(setup, context)
+        candidates = list(setup.trials)
+        if isinstance(options.method, OptunaSampler):
+            number = len(candidates)
+            for params in draw(
+                setup.space, max(0, options.n_trials - number), options.random_state
+            ):
+                candidates.append(Candidate(len(candidates), params, "random"))
+        configs = [context.complete(candidate.params) for candidate in candidates]
+        plan = None
+        if isinstance(options.method, Hypergradient) and not context.choice.solved:
+            plan, _ = plan_points(configs, "exact", context)
+        elif not context.choice.solved:
+            plan = context.plan(configs, epochs=context.epochs)
+            if not context.in_rungs:
+                plan = plan.answering_early(setup.data.n_folds)
+    study = study_type.from_rows(record.to_json(), [(candidate, None) for candidate in candidates])
+    return Preview(study, plan, setup.data.device, len(candidates) - len(setup.trials))
 
 
 def _open_store(options: Options) -> AbstractContextManager[Store | None]:

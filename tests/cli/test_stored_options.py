@@ -132,6 +132,7 @@ NOT_STORED = {
     "study": "is the place of the study itself",
     "timeout": "is for one run: each has the time that it was given",
     "profile": "is a text about one run",
+    "dry_run": "writes no study",
     "verbose": "is what one run prints",
     "ray": "is stored as workers; tests/executors/test_ray_cluster.py resumes such a search",
     "sampler": "is an object of Optuna: resume says that it is missing, and the same command resumes",

@@ -1,0 +1,103 @@
+"""The text of ``gputune tune --dry-run``: what a search would do, without training it."""
+
+import argparse
+import shlex
+import shutil
+from pathlib import Path
+
+from gputune.api.study import Study
+from gputune.cli.ending import Ending
+from gputune.cli.flags import CommandLine
+from gputune.cli.saved_model import check_extras
+from gputune.cli.summary import facts, label_lines, notes_on
+from gputune.engine.plan import Plan
+from gputune.methods.descent import Hypergradient
+from gputune.methods.optuna import OptunaSampler
+from gputune.methods.stopping import StoppingRule
+from gputune.report.facts import seconds_text
+from gputune.text import count, size_words
+from gputune.tuning.choices import method_name
+from gputune.tuning.options import Options
+from gputune.tuning.pipeline import Preview, preview
+from gputune.tuning.record import SearchCall
+
+
+def dry_run(arguments: argparse.Namespace, call: SearchCall, study_file: Path) -> str:
+    """Return the plan of a search as text. Nothing is trained or written."""
+    options = call.options
+    check_extras(
+        call.source,
+        options,
+        intervals=bool(arguments.intervals),
+        calibrate=bool(arguments.calibrate),
+    )
+    planned = preview(call, verbose=arguments.verbose, interface=CommandLine(), study_type=Study)
+    study = planned.study
+    ending = Ending(arguments.file, study, call.source, study_file)
+    method = method_name(options.method)
+    lines = facts(ending)
+    if method != "random":
+        lines.append(("Method", method))
+    lines += notes_on(study)
+    if planned.stand_ins:
+        trials = count(planned.stand_ins, "random configuration")
+        lines.append(("Note", f"{trials} stand in for the proposals of the sampler."))
+    plan = planned.plan
+    if plan is None:
+        lines.append(("Plan", "solve each trial to convergence in this process"))
+    else:
+        lines.append(("Plan", CommandLine().render(str(plan))))
+        lines.append(("Memory", _memory_text(plan)))
+    lines.append(("Device", _device_text(planned)))
+    lines.append(("Time", _time_text(planned, options)))
+    if study_file.exists():
+        file = str(study_file)
+        lines.append(("Study", f"{file} exists: the search would resume it, if it is the same"))
+    typed = [word for word in arguments.typed if word != "--dry-run"]
+    following = f"{'Next':9}{shlex.join(['gputune', *typed])}"
+    width = shutil.get_terminal_size().columns
+    return f"{label_lines(lines, width)}\n\nNothing was trained or written.\n{following}"
+
+
+def _memory_text(plan: Plan) -> str:
+    """Return the estimated memory of a plan."""
+    total = plan.at_once * plan.chunk_bytes + plan.data_bytes
+    chunks = "1 chunk" if plan.at_once == 1 else f"{plan.at_once} chunks at the same time"
+    return f"about {size_words(total)} for the data and {chunks} (estimate)"
+
+
+def _device_text(planned: Preview[Study]) -> str:
+    """Return the device with its processes and threads."""
+    plan = planned.plan
+    if plan is None:
+        return str(planned.device)
+    threads = count(plan.threads, "thread")
+    if plan.workers == 1:
+        return f"{planned.device}, 1 process with {threads}"
+    return f"{planned.device}, {plan.workers} processes with {threads} each"
+
+
+def _time_text(planned: Preview[Study], options: Options) -> str:
+    """Return the estimated time of the training, or why there is no estimate."""
+    plan = planned.plan
+    if plan is None:
+        return "no estimate for a model that is solved"
+    if planned.device.type != "cpu" or plan.cluster:
+        return "no estimate: the planner's cost model is for the CPU of this machine"
+    method = options.method
+    seconds = plan.seconds / (plan.workers * plan.threads)
+    limits = []
+    if isinstance(method, Hypergradient):
+        seconds *= method.outer_steps + 1
+    may_stop = isinstance(method, StoppingRule | Hypergradient)
+    if isinstance(method, OptunaSampler):
+        may_stop = method.halving is not None
+    if may_stop or options.patience is not None:
+        limits.append("at most, because trials may end early")
+    if options.timeout is not None:
+        limits.append(f"the timeout ends it after {seconds_text(options.timeout)}")
+    text = (
+        f"about {seconds_text(seconds)} of training, an estimate of the planner's cost model "
+        "(nothing was measured)"
+    )
+    return "; ".join([text, *limits])
