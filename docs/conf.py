@@ -18,10 +18,12 @@ version = release = __version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "api",
     "command_line",
     "figures",
+    "names",
     "navigation",
 ]
 root_doc = "docs/index"
@@ -51,6 +53,19 @@ napoleon_use_rtype = False
 default_role = "py:obj"
 add_module_names = False
 smartquotes = False
+
+# The files come from scripts/inventories.py, so that building the site needs no network.
+_LIBRARIES = {
+    "torch": "https://docs.pytorch.org/docs/stable/",
+    "numpy": "https://numpy.org/doc/stable/",
+    "scipy": "https://docs.scipy.org/doc/scipy/",
+    "sklearn": "https://scikit-learn.org/stable/",
+    "pandas": "https://pandas.pydata.org/docs/",
+    "optuna": "https://optuna.readthedocs.io/en/stable/",
+}
+intersphinx_mapping = {}
+for _library, _address in _LIBRARIES.items():
+    intersphinx_mapping[_library] = (_address, f"docs/inventories/{_library}.inv")
 
 html_theme = "furo"
 html_title = f"gputune {release}"

@@ -24,6 +24,15 @@ MODULES = (
 DIRECTIVE = re.compile(r"^\.\. auto(?:class|exception|function):: (\S+)$", re.MULTILINE)
 
 
+def script(name):
+    """Return a script as a module."""
+    path = ROOT / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def documented():
     """Return the names that the reference documents."""
@@ -43,11 +52,7 @@ def test_the_reference_has_every_public_name_once(module, documented):
 
 
 def test_tables_of_the_reference_are_those_of_the_code():
-    path = ROOT / "scripts" / "reference_tables.py"
-    spec = importlib.util.spec_from_file_location("reference_tables", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    for page, text in script.pages().items():
+    for page, text in script("reference_tables").pages().items():
         assert (DOCS / "reference" / page).read_text() == text, "run scripts/reference_tables.py"
 
 
@@ -92,3 +97,25 @@ def test_the_page_of_errors_has_every_exit_code():
     codes = re.findall(r"^\| (\d+) \|", text, re.MULTILINE)
     exits = (main.DONE, main.FAILED, main.BAD_INPUT, main.INTERRUPTED, main.TERMINATED)
     assert [int(number) for number in codes] == list(exits)
+
+
+@pytest.mark.parametrize(
+    "name, entry",
+    [
+        ("torch.nn.Module", "torch.nn.Module class generated/torch.nn.Module.html\n"),
+        ("torch.optim", "torch.optim mod optim.html\n"),
+        ("torch.utils.data.Dataset", "torch.utils.data.Dataset class data.html\n"),
+        ("torch.nn.Missing", None),  # cannot be imported
+        ("torch.onnx", None),  # its page is not known
+    ],
+)
+def test_an_inventory_has_the_page_of_a_name(name, entry):
+    entries = list(script("inventories").entries("torch", [name]))
+    assert entries == ([] if entry is None else [entry])
+
+
+def test_inventories_are_files_that_sphinx_reads():
+    libraries = script("inventories")._PAGES
+    for library in libraries:
+        head, *_ = (DOCS / "inventories" / f"{library}.inv").read_text().splitlines()
+        assert head == "# Sphinx inventory version 1"
