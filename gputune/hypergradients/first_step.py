@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 from gputune.errors import InputError
 from gputune.hypergradients.inner import (
     BETWEEN_0_AND_1,
-    InnerProblem,
+    AnyProblem,
     InnerTraining,
     hessian_times,
     leaves_of,
@@ -274,7 +274,7 @@ class MemoryNeed:
         }
 
 
-def measure(problem: InnerProblem[InnerTraining]) -> MemoryNeed:
+def measure(problem: AnyProblem) -> MemoryNeed:
     """Take the first step once, and return the bytes that its autograd graph and the state need."""
     leaves = {name: table.detach().requires_grad_() for name, table in problem.tables.items()}
     state = leaves_of(problem.start())

@@ -25,7 +25,7 @@ training.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -164,6 +164,9 @@ class InnerProblem(Generic[AnyTraining]):
         for name in names:
             columns += [(name, *entry) for entry in np.ndindex(self.tables[name].shape[1:])]
         return columns
+
+
+AnyProblem: TypeAlias = InnerProblem[InnerTraining]
 
 
 def slope(training: InnerTraining, weights: Tensor, step: int, *, graph: bool) -> Tensor:

@@ -29,10 +29,9 @@ import torch
 from torch import Tensor
 
 from gputune.hypergradients.inner import (
+    AnyProblem,
     Hypergradients,
-    InnerProblem,
     InnerState,
-    InnerTraining,
     SegmentRows,
     StepPosition,
     Watch,
@@ -51,7 +50,7 @@ from gputune.hypergradients.inner import (
 
 
 def reverse(
-    problem: InnerProblem[InnerTraining],
+    problem: AnyProblem,
     names: Sequence[str],
     *,
     truncate: int | None = None,
@@ -110,9 +109,7 @@ class _Record:
     back, at no extra cost.
     """
 
-    def __init__(
-        self, problem: InnerProblem[InnerTraining], rows: SegmentRows, like: Tensor
-    ) -> None:
+    def __init__(self, problem: AnyProblem, rows: SegmentRows, like: Tensor) -> None:
         self.problem = problem
         self.rows = rows
         self.largest = self.final = torch.zeros_like(like[:, 0])
@@ -239,7 +236,7 @@ class Dual:
 
 
 def forward(
-    problem: InnerProblem[InnerTraining], names: Sequence[str], *, watch: Watch | None = None
+    problem: AnyProblem, names: Sequence[str], *, watch: Watch | None = None
 ) -> Hypergradients:
     """Return the hypergradients of ``names`` by carrying one tangent per hyperparameter entry."""
     training = problem.training
@@ -274,7 +271,7 @@ class _Tangents:
 
     def __init__(
         self,
-        problem: InnerProblem[InnerTraining],
+        problem: AnyProblem,
         columns: list[tuple[str, int, int]],
         state: InnerState,
     ) -> None:
@@ -379,7 +376,7 @@ def default_width(dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def differences(
-    problem: InnerProblem[InnerTraining],
+    problem: AnyProblem,
     names: Sequence[str],
     *,
     width: float,

@@ -41,6 +41,7 @@ __all__ = ["SGDHD", "AdamHD", "AdamWHD"]
 
 HypergradRule = Literal["multiplicative", "additive", "normalized"]
 Group = dict[str, Any]
+Tensors = list[Tensor]
 
 
 class _Online(Optimizer):
@@ -61,11 +62,11 @@ class _Online(Optimizer):
                 raise InputError("params", rule, got=Verbatim("a module"), remedy=remedy)
         super().__init__(params, {**defaults, "grad_norm": 0.0})
 
-    def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def _directions(self, group: Group, params: Tensors, grads: Tensors) -> Tensors:
         """Return the directions u of this step as new tensors, and update the moments."""
         raise NotImplementedError
 
-    def _gradients(self, group: Group, params: list[Tensor]) -> list[Tensor]:
+    def _gradients(self, group: Group, params: Tensors) -> Tensors:
         """Return the gradients that enter h, including L2 weight decay.
 
         ``p.grad`` is not changed.
@@ -85,7 +86,7 @@ class _Online(Optimizer):
             return grads
         return list(torch._foreach_add(grads, params, alpha=decay))
 
-    def _moments(self, name: str, params: list[Tensor]) -> list[Tensor]:
+    def _moments(self, name: str, params: Tensors) -> Tensors:
         """Return the state tensors with this name, one per parameter; zero before the first
         step."""
         for p in params:
@@ -161,7 +162,7 @@ class _Online(Optimizer):
                     self.state[p].pop("direction", None)
         return loss
 
-    def _adapt(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
+    def _adapt(self, group: Group, params: Tensors, grads: Tensors) -> None:
         """Change the rate of a group by its rule.
 
         All tensors of the group share one rate, and their order does not matter.
@@ -273,7 +274,7 @@ class SGDHD(_Online):
     ) -> None:
         super().__init__(**_arguments(locals()))
 
-    def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def _directions(self, group: Group, params: Tensors, grads: Tensors) -> Tensors:
         mu = group["momentum"]
         if not mu:
             return list(torch._foreach_mul(grads, 1.0))  # copies, in one launch
@@ -341,7 +342,7 @@ class AdamHD(_Online):
     ) -> None:
         super().__init__(**_arguments(locals()))
 
-    def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def _directions(self, group: Group, params: Tensors, grads: Tensors) -> Tensors:
         beta1, beta2 = group["betas"]
         steps = []
         for p in params:
@@ -419,7 +420,7 @@ class AdamWHD(AdamHD):
     ) -> None:
         super().__init__(**_arguments(locals()))
 
-    def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def _directions(self, group: Group, params: Tensors, grads: Tensors) -> Tensors:
         directions = super()._directions(group, params, grads)
         torch._foreach_add_(directions, params, alpha=group["weight_decay"])
         return directions

@@ -186,7 +186,7 @@ class Context(Session):
                 config = chunk.configs[0]
                 sizes = {key: config[key] for key in config if not isinstance(config[key], float)}
                 chunks_by_sizes.setdefault(arguments_text(sizes), []).append(chunk)
-        n_rows = sum(len(fold.train) for fold in data.folds)
+        n_rows = sum(data.train_lengths)
         is_changed = False
         for key, chunks in chunks_by_sizes.items():
             if key not in self.timed:
@@ -369,7 +369,7 @@ class Context(Session):
         enough rows.
         """
         known = known_traits(self.choice.module_class, self.data)
-        smallest = min(len(fold.train) for fold in self.data.folds)
+        smallest = min(self.data.train_lengths)
         for group in groups:
             traits = known[group.arguments]
             for config in group.configs:

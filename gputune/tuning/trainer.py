@@ -199,7 +199,7 @@ class Trainer:
                 return kernel_of([config], self.kind, self.data)
             return way == "compiled"
 
-        rows = max(len(fold.train) for fold in self.data.folds)
+        rows = max(self.data.train_lengths)
         own_loss = self.objective is not None and not self.objective.is_named
         return populations(configs, self.kind, rows=rows, own_steps=own_steps, own_loss=own_loss)
 
@@ -325,7 +325,7 @@ class Trainer:
         builder = self.module_class
         if builder is None or self.data.device.type != "cpu":
             return
-        rows = sum(len(fold.train) for fold in self.data.folds)
+        rows = sum(self.data.train_lengths)
         for config, n_epochs in zip(configs, epochs):
             gain = gain_of_code(builder, config)
             if gain * n_epochs * rows / config["batch_size"] > _BUILT_SECONDS:
