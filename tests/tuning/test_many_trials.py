@@ -41,4 +41,4 @@ def test_trials_are_drawn_for_a_small_part_of_the_timeout(tmp_path, capsys, run)
 
 
 def test_without_a_timeout_all_trials_are_drawn():
-    assert len(search({"x": uniform(0, 1)}, n_trials=200, verbose=0).trials) == 200
+    assert len(search({"x": uniform(0, 1)}, n_trials=30, verbose=0).trials) == 30
