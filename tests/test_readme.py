@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -112,6 +113,18 @@ def test_what_the_readme_names_exists():
         )
     for path in re.findall(r"`((?:gputune|models|tests|scripts)/[\w./]*)`", TEXT):
         assert (ROOT / path).exists(), path
+
+
+def test_the_chart_shows_the_newest_measurement():
+    names = re.findall(r'(?:srcset|src)="(docs/speed-\w+\.svg)"', TEXT)
+    assert names == ["docs/speed-dark.svg", "docs/speed-light.svg"]
+    script = runpy.run_path(str(ROOT / "scripts" / "benchmark" / "chart.py"))
+    for name, theme in script["THEMES"].items():
+        drawn = script["chart"](theme)
+        assert (ROOT / "docs" / f"speed-{name}.svg").read_text() == drawn
+    seconds, _ = script["measured"]()
+    for engine in script["LABELS"]:
+        assert script["seconds_text"](seconds[engine]) in TEXT
 
 
 def test_the_index_lists_every_page():
