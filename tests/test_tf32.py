@@ -11,7 +11,7 @@ from torch import nn
 import gputune
 from command_line import run
 from gputune.engine.backend import matrix_products
-from gputune.tuning.options import Options
+from gputune.tuning.options import MachineOptions, make_options
 from refused import refused
 
 MATMUL = torch.backends.cuda.matmul
@@ -97,10 +97,10 @@ def test_a_search_and_its_best_model_train_with_it(tf32, method, monkeypatch):
     ],
 )
 def test_where_it_means_nothing_it_is_refused(given, device, message, monkeypatch):
-    monkeypatch.setattr(Options, "device_here", lambda options: torch.device(device))
+    monkeypatch.setattr(MachineOptions, "device_here", lambda options: torch.device(device))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with refused(re.escape(message)):
-        Options(**{"tf32": True, **given})
+        make_options(**{"tf32": True, **given})
 
 
 def test_what_is_solved_has_none(monkeypatch):
@@ -112,13 +112,13 @@ def test_what_is_solved_has_none(monkeypatch):
 
 
 def test_gpus_have_it_from_ampere_on(monkeypatch):
-    monkeypatch.setattr(Options, "device_here", lambda options: torch.device("cuda"))
+    monkeypatch.setattr(MachineOptions, "device_here", lambda options: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert Options(tf32=True).tf32
+    assert make_options(tf32=True).machine.tf32
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with refused("no effect below .* 8.0 .* and Tesla T4 has 7.5. Leave tf32 out"):
-        Options(tf32=True)
+        make_options(tf32=True)
 
 
 def test_the_command_line_asks_for_it():

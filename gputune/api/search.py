@@ -1,7 +1,6 @@
 """The function ``search``, which searches the hyperparameters of a custom training loop."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -127,10 +126,10 @@ def search(
         callbacks=callbacks,
         verbose=verbose,
     )
-    if options.target_score is not None and direction == "minimize":
+    if options.search.target_score is not None and direction == "minimize":
         # The study stores the scores of "minimize" with the opposite sign, so that greater is
         # better.
-        options = replace(options, target_score=-options.target_score)
+        options = options.changed(target_score=-options.search.target_score)
     return search_loop(
         objective, options, direction=direction, max_epochs=max_epochs, study_type=Study
     )

@@ -1,7 +1,6 @@
 """The function ``tune``, which searches the hyperparameters of a model on rows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from inspect import cleandoc
 from pathlib import Path
@@ -16,7 +15,6 @@ from gputune.callbacks import Callback
 from gputune.data.columns import Columns
 from gputune.data.kinds import Kind
 from gputune.data.missing_target import MissingTarget, check_row_options, select_values
-from gputune.data.source import read_source
 from gputune.data.target import TaskWord
 from gputune.data.target_transform import TargetTransform
 from gputune.data.torch_dataset import read_dataset
@@ -27,7 +25,7 @@ from gputune.tuning.choices import Method, choose_model
 from gputune.tuning.options import make_options
 from gputune.tuning.pipeline import search as search_rows
 from gputune.tuning.progress import reading_bar
-from gputune.tuning.record import SearchCall
+from gputune.tuning.record import SearchCall, read_rows
 from gputune.types import (
     BackendWord,
     MethodWord,
@@ -375,13 +373,12 @@ def tune(
     choice = choose_model(model, optimizer)
     # Read the Dataset here, behind a progress bar. ``read_source`` would read it silently.
     if choice.takes_arrays and isinstance(X, Dataset):
-        X, y = read_dataset(X, y, partial(reading_bar, verbose=options.verbose))
-    read = partial(read_source, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
-    source = read(X, y, groups, missing_target=options.missing_target)
+        X, y = read_dataset(X, y, partial(reading_bar, verbose=options.machine.verbose))
+    source = read_rows(choice, options.rows, X, y, groups)
     if source.positions is not None:
-        check_row_options(source.n_given, options.cv, options.sample_weight)
-        options = replace(
-            options, sample_weight=select_values(options.sample_weight, source.positions)
+        check_row_options(source.n_given, options.rows.cv, options.training.sample_weight)
+        options = options.changed(
+            sample_weight=select_values(options.training.sample_weight, source.positions)
         )
     return search_rows(SearchCall(choice, source, options), study_type=Study)
 

@@ -20,7 +20,7 @@ from gputune.cli.help import command_help, overview
 from gputune.cli.style import Style
 from gputune.cli.typed import SEVERAL, rewritten
 from gputune.text import did_you_mean, nearest
-from gputune.tuning.options import Rule, Takes
+from gputune.tuning.rules import Rule, Takes
 from gputune.version import __version__
 
 

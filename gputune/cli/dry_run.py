@@ -34,7 +34,7 @@ def dry_run(arguments: argparse.Namespace, call: SearchCall, study_file: Path) -
     planned = preview(call, verbose=arguments.verbose, interface=CommandLine(), study_type=Study)
     study = planned.study
     ending = Ending(arguments.file, study, call.source, study_file)
-    method = method_name(options.method)
+    method = method_name(options.search.method)
     lines = facts(ending)
     if method != "random":
         lines.append(("Method", method))
@@ -84,7 +84,7 @@ def _time_text(planned: Preview[Study], options: Options) -> str:
         return "no estimate for a model that is solved"
     if planned.device.type != "cpu" or plan.cluster:
         return "no estimate: the planner's cost model is for the CPU of this machine"
-    method = options.method
+    method = options.search.method
     seconds = plan.seconds / (plan.workers * plan.threads)
     limits = []
     if isinstance(method, Hypergradient):
@@ -92,10 +92,10 @@ def _time_text(planned: Preview[Study], options: Options) -> str:
     may_stop = isinstance(method, StoppingRule | Hypergradient)
     if isinstance(method, OptunaSampler):
         may_stop = method.halving is not None
-    if may_stop or options.patience is not None:
+    if may_stop or options.training.patience is not None:
         limits.append("at most, because trials may end early")
-    if options.timeout is not None:
-        limits.append(f"the timeout ends it after {seconds_text(options.timeout)}")
+    if options.search.timeout is not None:
+        limits.append(f"the timeout ends it after {seconds_text(options.search.timeout)}")
     text = (
         f"about {seconds_text(seconds)} of training, an estimate of the planner's cost model "
         "(nothing was measured)"

@@ -5,13 +5,13 @@ import re
 import shlex
 from pathlib import Path
 
-from gputune.tuning.options import (
+from gputune.tuning.options import RULES
+from gputune.tuning.rules import (
     COMPUTE,
     DATA,
     HYPERGRADIENTS,
     MODEL,
     OUTPUT,
-    RULES,
     SEARCH,
     STOPPING,
     Rule,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from gputune.cli.commands import COMMANDS, Command, Flag
 from gputune.cli.style import Style
 from gputune.text import count, paragraph
-from gputune.tuning.options import Rule
+from gputune.tuning.rules import Rule
 
 _DESCRIPTION = (
     "Tune an MLP, a logistic regression or your own torch module. All configurations and all folds "

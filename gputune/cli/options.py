@@ -19,7 +19,7 @@ from gputune.methods.distributions import log_int
 from gputune.methods.optuna import OptunaSampler
 from gputune.methods.stopping import Halving
 from gputune.tuning.choices import METHODS, Method
-from gputune.tuning.options import RULES, Options
+from gputune.tuning.options import RULES, Options, make_options
 from gputune.types import Config
 from gputune.wording import Verbatim
 
@@ -50,7 +50,7 @@ def options_of(arguments: Namespace, study_file: Path) -> Options:
         typed["method"] = _method(arguments)
         if isinstance(typed["method"], Hypergradient):
             typed.setdefault("n_trials", 8)  # each is a starting point
-    return Options(**{**typed, "study": study_file})
+    return make_options(**{**typed, "study": study_file})
 
 
 def typed_options(arguments: Namespace) -> Config:

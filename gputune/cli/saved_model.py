@@ -44,7 +44,7 @@ def check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: 
     """Raise InputError before training if the model cannot have intervals or be calibrated."""
     if not (intervals or calibrate):
         return
-    target = check_target(rest.y, task=options.task, n_rows=len(rest.X), name=rest.target)
+    target = check_target(rest.y, task=options.rows.task, n_rows=len(rest.X), name=rest.target)
     is_one_number = target.task == "regression" and target.n_outputs == 1
     is_one_class = target.task in ("binary", "multiclass")
     flags = []
@@ -56,7 +56,7 @@ def check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: 
         if not fits:
             rule = f"needs a model that predicts {prediction}, but the target is {target.in_words}"
             raise InputError(flag, rule, remedy="Leave it out.")
-        if isinstance(options.method, Hypergradient):
+        if isinstance(options.search.method, Hypergradient):
             rule = "trains a trial on its folds again, but a hypergradient search cannot do that"
             raise InputError(flag, rule, remedy="Leave it out.")
 
@@ -109,7 +109,9 @@ def _steps(study: Study, trial: Trial, n_rows: int) -> int:
     options = study.data.options
     if choice.solved:
         return 1
-    return math.ceil(n_rows / int(choice.complete(trial.params, options.schedule)["batch_size"]))
+    return math.ceil(
+        n_rows / int(choice.complete(trial.params, options.training.schedule)["batch_size"])
+    )
 
 
 def is_worth_comparing(study: Study, held_out: HeldOut | None) -> bool:

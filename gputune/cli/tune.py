@@ -36,7 +36,7 @@ from gputune.cli.saved_model import (
 )
 from gputune.cli.summary import ensemble_text, stopped_text, summary_text
 from gputune.data.array_files import ARRAY_SUFFIXES
-from gputune.data.source import read_source, split_held_out
+from gputune.data.source import split_held_out
 from gputune.data.target import check_spread, check_target, with_transform
 from gputune.errors import (
     DivergedError,
@@ -50,10 +50,10 @@ from gputune.study.model import TunedModel
 from gputune.study.study import Trial
 from gputune.tuning.choices import choose_model
 from gputune.tuning.interrupt import CTRL_C, TERMINATED, interruption
-from gputune.tuning.options import Options
+from gputune.tuning.options import RowOptions
 from gputune.tuning.pipeline import search
 from gputune.tuning.progress import PREPARING, Profile, Progress
-from gputune.tuning.record import SearchCall, recorded_search
+from gputune.tuning.record import SearchCall, read_rows, recorded_search
 from gputune.tuning.session import checked_space, first_trials
 from gputune.tuning.task_choice import chosen_task
 from gputune.views.default_trial import default_trial
@@ -75,24 +75,26 @@ def tune(arguments: argparse.Namespace) -> str:
     out = Path(arguments.study or usual)
     _check_out(out)
     options = options_of(arguments, out / STUDY)
+    rows = options.rows
     choice = choose_model(arguments.model or "mlp", arguments.optimizer)
-    read = partial(read_source, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
-    read = partial(read, missing_target=options.missing_target)
     with profile.clock(PREPARING):
-        source = read(arguments.file, _target(arguments), arguments.groups)
+        target_column = _target(arguments)
+        source = read_rows(choice, rows, arguments.file, target_column, arguments.groups)
     task = chosen_task(source, choice, options)
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     # Check all rows, because the seed decides which rows are held out.
-    check_spread(with_transform(target, options.target_transform))
+    check_spread(with_transform(target, rows.target_transform))
     share = 0.2 if arguments.test_size is None else arguments.test_size
-    cv = arguments.cv or str(Options.cv)
-    rest, test = split_held_out(source, target, test_size=share, cv=cv, seed=options.random_state)
-    if options.task is None and rest.origin is not None:
-        options = replace(options, task=rest.origin["task"])
+    cv = arguments.cv or str(RowOptions.cv)
+    rest, test = split_held_out(
+        source, target, test_size=share, cv=cv, seed=options.search.random_state
+    )
+    if rows.task is None and rest.origin is not None:
+        options = options.changed(task=rest.origin["task"])
         rest = replace(rest, is_task_guessed=True)
     if arguments.dry_run:
         return dry_run(arguments, SearchCall(choice, rest, options, test), out / STUDY)
-    with _folder((options.study or out / STUDY).parent):
+    with _folder((options.machine.study or out / STUDY).parent):
         call = SearchCall(choice, rest, options, test)
         return _Run(arguments, call, out / STUDY, begin, profile).finish()
 
@@ -138,7 +140,7 @@ class _Run:
     def __post_init__(self) -> None:
         rest = self.call.source
         options = self.call.options
-        self.place = options.study or self.shown
+        self.place = options.machine.study or self.shown
         # Only the command ``tune`` holds rows out and keeps a model next to the study.
         self.keeps_model = "test_size" in (rest.origin or {})
         self.folder = model_folder(self.place)
@@ -198,7 +200,7 @@ class _Run:
         text = self._text(ending)
         if not self.arguments.profile:
             return text
-        dtype = getattr(torch, self.call.options.dtype)
+        dtype = getattr(torch, self.call.options.machine.dtype)
         return f"{text}\n\n{self.profile.report(dtype=dtype, device=self.profile.device)}"
 
     def _search(self) -> Study:
@@ -245,7 +247,7 @@ class _Run:
         scored = any(math.isfinite(trial.score) for trial in ending.study.trials)
         if scored and "ensemble" not in read_saved_description(self.folder).get("spec", {}):
             message = "training the best trial so far on all rows (Ctrl-C skips this)"
-            Progress(self.call.options.verbose).say(message)
+            Progress(self.call.options.machine.verbose).say(message)
             with suppress(DivergedError, KeyboardInterrupt):
                 return self._with_best(ending)
         return ending

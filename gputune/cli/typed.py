@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from gputune.cli.commands import COMMANDS, Command
-from gputune.tuning.options import Rule, Takes
+from gputune.tuning.rules import Rule, Takes
 
 SEVERAL: tuple[Takes, ...] = ("specs", "config")
 """The kinds of options that take several values."""

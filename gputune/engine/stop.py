@@ -76,6 +76,11 @@ class Stop:
         return {**vars(self), "_parent": os.getpid()}
 
 
+def stop_after(seconds: float | None) -> Stop:
+    """Return a request that ends training after some seconds, or at no time if None."""
+    return Stop(None if seconds is None else time.monotonic() + seconds)
+
+
 _stops: "weakref.WeakSet[Stop]" = weakref.WeakSet()
 
 EntryParams = ParamSpec("EntryParams")

@@ -96,7 +96,7 @@ class Context(Session):
     @property
     def in_rungs(self) -> bool:
         """True if all trials train together from rung to rung."""
-        method = self.options.method
+        method = self.options.search.method
         rule = method.halving if isinstance(method, OptunaSampler) else method
         return isinstance(rule, StoppingRule)
 
@@ -124,8 +124,8 @@ class Context(Session):
 
         A hypergradient search also reads the betas.
         """
-        config = self.choice.complete(params, self.options.schedule)
-        if isinstance(self.options.method, Hypergradient):
+        config = self.choice.complete(params, self.options.training.schedule)
+        if isinstance(self.options.search.method, Hypergradient):
             config = {"beta1": BETA1, "beta2": BETA2, **config}
         return config
 
@@ -156,7 +156,7 @@ class Context(Session):
             plan = replace(plan, failures=tuple(self.trainer.pool.failures))
         self.profile.plan = plan
         if plan.chunk_bytes > (self.trainer.memory or math.inf):
-            memory = option("memory", self.options.memory)
+            memory = option("memory", self.options.machine.memory)
             self.progress.say(
                 f"note: {memory} does not hold one trial of the largest size, which takes about "
                 f"{size_words(plan.chunk_bytes)}; such a trial trains by itself, and takes it",
@@ -173,7 +173,7 @@ class Context(Session):
         data = self.data
         if (
             builder is None
-            or self.options.backend != "auto"
+            or self.options.machine.backend != "auto"
             or data.device.type != "cpu"
             or self.trainer.cluster
         ):
@@ -218,7 +218,7 @@ class Context(Session):
 
         def split(new: Sequence[Candidate]) -> list[tuple[tuple[int, ...], int, int]]:
             configs = [self.complete(trial.params) for trial in new]
-            size = block_size(options.target_score, options.patience_trials)
+            size = block_size(options.search.target_score, options.search.patience_trials)
             if size is None:
                 plan = plan_of[len(new)] = make(configs)
                 return [(chunk.index, plan.threads, plan.at_once) for chunk in plan.chunks]
@@ -298,7 +298,9 @@ class Context(Session):
         """
         if self.checkpoints is None:
             return None
-        return Checkpointing(self.checkpoints, tuple(numbers), self.options.checkpoint_seconds)
+        return Checkpointing(
+            self.checkpoints, tuple(numbers), self.options.machine.checkpoint_seconds
+        )
 
     def checkpoints_of(self, numbers: Sequence[int], configs: Sequence[Config]) -> list[Checkpoint]:
         """Return the stored checkpoints of trials."""
@@ -350,7 +352,7 @@ class Context(Session):
         traits = traits_of(
             builder, config, self.data, columns=self.problem.columns_text, objective=objective
         )
-        if traits.unstackable and self.options.backend == "stacked":
+        if traits.unstackable and self.options.machine.backend == "stacked":
             raise InputError(
                 None,
                 f"{option('backend', 'stacked')}: the members of {self.choice.name} cannot be "
@@ -388,7 +390,7 @@ class Context(Session):
 
         The reasons come from the modules tried so far, and from the configurations.
         """
-        if self.options.backend == "loop":
+        if self.options.machine.backend == "loop":
             return ()
         traits = known_traits(self.choice.module_class, self.data).values()
         remarks = []

@@ -62,7 +62,7 @@ def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...
 
 def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: Context) -> None:
     """Raise InputError if the starting points cannot be moved by hypergradients."""
-    if (transform := context.options.target_transform) is not None:
+    if (transform := context.options.rows.target_transform) is not None:
         raise InputError(
             "method='hypergradient'",
             "minimizes the squared error of the target without a transform",
@@ -273,7 +273,7 @@ def plan_points(
 
     Raises InputError if the points cannot be differentiated.
     """
-    method = context.options.method
+    method = context.options.search.method
     trainer = context.trainer
     assert isinstance(method, Hypergradient)
     job = trainer.job(

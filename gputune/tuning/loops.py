@@ -2,15 +2,15 @@
 
 import functools
 import inspect
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 import numpy as np
 
-from gputune.callbacks import Callbacks
-from gputune.engine.stop import Stop, entry
+from gputune.callbacks import Callback, Callbacks
+from gputune.engine.stop import entry, stop_after
 from gputune.errors import InputError, check_count
 from gputune.executors.executor import Executor, Queue
 from gputune.executors.processes import trial_processes
@@ -35,9 +35,9 @@ from gputune.study.ledger import open_ledger
 from gputune.study.record import DIRECTIONS, Arguments, SearchRecord
 from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.study.values import sha256
-from gputune.tuning.choices import method_name, method_to_json
+from gputune.tuning.choices import Method, method_name, method_to_json
 from gputune.tuning.interrupt import CTRL_C
-from gputune.tuning.options import Options
+from gputune.tuning.options import Options, SearchOptions
 from gputune.tuning.progress import Progress
 from gputune.tuning.random import sample, train_waiting
 from gputune.tuning.record import distributions, versions
@@ -70,16 +70,18 @@ def search_loop(
 
     ``max_epochs=None`` means that the user did not set it.
     """
-    stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
+    search = options.search
+    machine = options.machine
+    stop = stop_after(search.timeout)
     _check_objective(objective, direction)
-    if options.is_on_cluster:
+    if machine.is_on_cluster:
         raise InputError(
             "workers='ray'",
             "is only for gputune.tune, because search() trains on this machine",
             remedy="Pass a number of processes, or 'auto'.",
         )
-    space = check_own_space(to_scipy(options.space))
-    for study in options.warm_start:
+    space = check_own_space(to_scipy(search.space))
+    for study in search.warm_start:
         other = DIRECTIONS.get(study.record.scoring, direction)
         if other != direction:
             raise InputError(
@@ -88,49 +90,49 @@ def search_loop(
                 got=Verbatim(f"a study with direction={other!r}"),
                 remedy="Its best trials would be the worst ones here. Leave it out.",
             )
-    options = with_earlier(options, space)
-    first = _first_trials(options, space)
-    rule = _pruning_rule(options, max_epochs)
-    record = _record(objective, options, space, direction, max_epochs)
-    callbacks = Callbacks(options.callbacks, stop)
-    progress = Progress(options.verbose, lambda curves: callbacks.tell("on_epoch", curves))
+    search = with_earlier(search, space)
+    first = _first_trials(search, space)
+    rule = _pruning_rule(search.method, max_epochs)
+    record = _record(objective, search, space, direction, max_epochs, machine.callbacks)
+    callbacks = Callbacks(machine.callbacks, stop)
+    progress = Progress(machine.verbose, lambda curves: callbacks.tell("on_epoch", curves))
     progress.scoring = record.scoring
     make_study = partial(study_type.from_rows, record.to_json())
-    with open_ledger(options.study, record) as ledger, scratch_folder() as folder:
-        session = Session(ledger, options, progress, stop)
+    with open_ledger(machine.study, record) as ledger, scratch_folder() as folder:
+        session = Session(ledger, replace(options, search=search), progress, stop)
         session.add(first, space, plain_config)
         sign = 1.0 if direction == "maximize" else -1.0
         task = LoopTask(
-            objective, sign, options.random_state, Reports(folder / "reports"), rule, stop
+            objective, sign, search.random_state, Reports(folder / "reports"), rule, stop
         )
         # A rule compares new trials also with the finished trials of a resumed search.
         for result in ledger.results.values():
             task.reports.write(result.number, result.curve[:, 0], ended=True)
-        n_workers = options.workers if isinstance(options.workers, int) else None
-        n_calls = max(1, options.n_trials + len(options.include))
+        n_workers = machine.workers if isinstance(machine.workers, int) else None
+        n_calls = max(1, search.n_trials + len(search.include))
         with trial_processes(task, n_workers, n_calls, folder) as workers:
             train = partial(
                 train_waiting, session, partial(_train, session, task, workers), epochs=1
             )
             run: Callable[[], object] = train
-            if isinstance(options.method, OptunaSampler):
+            if isinstance(search.method, OptunaSampler):
                 run = partial(sample, session, space, train, epochs=1, check=plain_config)
             signals = session.run(run, callbacks, make_study, (CTRL_C,))
-    return check_ending(make_study(ledger.rows(), file=options.study), signals)
+    return check_ending(make_study(ledger.rows(), file=machine.study), signals)
 
 
-def _first_trials(options: Options, space: CheckedSpace) -> tuple[Candidate, ...]:
+def _first_trials(search: SearchOptions, space: CheckedSpace) -> tuple[Candidate, ...]:
     """Return the included trials, and the sampled trials unless an Optuna sampler proposes trials
     later."""
-    check_count(options.n_trials, "n_trials", least=0, remedy=_EXAMPLE)
-    first = numbered([(config, "include") for config in check_own_include(options.include, space)])
-    if not first and not options.n_trials:
+    check_count(search.n_trials, "n_trials", least=0, remedy=_EXAMPLE)
+    first = numbered([(config, "include") for config in check_own_include(search.include, space)])
+    if not first and not search.n_trials:
         rule = "must be at least 1 if include is empty"
         raise InputError("n_trials", rule, got=0, remedy=_EXAMPLE)
-    if isinstance(options.method, OptunaSampler):
+    if isinstance(search.method, OptunaSampler):
         check_askable(space)
-    if draws_at_once(options):
-        first += draw_trials(first, space, options, plain_config)
+    if draws_at_once(search):
+        first += draw_trials(first, space, search, plain_config)
     return first
 
 
@@ -163,9 +165,8 @@ def _function(objective: object) -> tuple[object, str]:
     return objective, str(getattr(objective, "__qualname__", type(objective).__name__))
 
 
-def _pruning_rule(options: Options, max_epochs: int | None) -> PruningRule | None:
+def _pruning_rule(method: Method, max_epochs: int | None) -> PruningRule | None:
     """Return the rule that ends trials early, or None."""
-    method = options.method
     if isinstance(method, Hypergradient):
         raise InputError(
             "method='hypergradient'",
@@ -196,21 +197,21 @@ cv splits objective code positive baseline dtype device
 
 def _record(
     objective: object,
-    options: Options,
+    search: SearchOptions,
     space: CheckedSpace,
     direction: Direction,
     max_epochs: int | None,
+    callbacks: Sequence[Callback],
 ) -> SearchRecord:
     """Return the record of a search for the study file."""
     function, name = _function(objective)
     # The source code, else the bytecode, else "".
     text = source_text(function if inspect.isroutine(function) else type(function))
-    callbacks = [type(callback).__name__ for callback in options.callbacks]
     arguments = Arguments(
-        kept={"n_trials": options.n_trials},
+        kept={"n_trials": search.n_trials},
         space=space_to_json(space),
         lacking=["objective, a function"],
-        callbacks=callbacks,
+        callbacks=[type(callback).__name__ for callback in callbacks],
     )
     return SearchRecord(
         face="loop",
@@ -218,12 +219,12 @@ def _record(
         spec={"kind": "objective", "name": name, "sha256": sha256(text) if text else ""},
         space=space_text(space),
         distributions=distributions(space),
-        method=method_to_json(options.method),
+        method=method_to_json(search.method),
         folds=0,
         scoring="objective" if direction == "maximize" else "neg_objective",
         epoch="last",
         max_epochs=max_epochs or 0,
-        seed=options.random_state,
+        seed=search.random_state,
         versions=versions(),
         arguments=arguments,
         absent=frozenset(_ABSENT),

@@ -5,7 +5,7 @@ from gputune.errors import InputError
 from gputune.scoring.losses import LOSS_OF_TASK
 from gputune.scoring.objective import Objective, make_objective
 from gputune.tuning.choices import ModelChoice
-from gputune.tuning.options import Options
+from gputune.tuning.options import MachineOptions, TrainingOptions
 from gputune.wording import option, per_interface
 
 _PASS_MODULE = per_interface(
@@ -13,23 +13,23 @@ _PASS_MODULE = per_interface(
 )
 
 
-def check_machine(choice: ModelChoice, options: Options) -> None:
+def check_machine(choice: ModelChoice, machine: MachineOptions) -> None:
     """Raise InputError for a precision or a backend that does not fit the model."""
     model = option("model", choice.name)
-    if options.precision == "bf16" and choice.kind != "module":
+    if machine.precision == "bf16" and choice.kind != "module":
         raise InputError(
             "precision='bf16'",
             f"is for your own modules, but {model} trains in full precision",
             remedy=f"Leave {option('precision')} out, or {_PASS_MODULE}.",
         )
-    if options.tf32 and choice.solved:
+    if machine.tf32 and choice.solved:
         raise InputError(
             "tf32=True",
             "is for matrix products in single precision, but the logistic regression solved with "
             f"{option('optimizer', 'exact')} uses double precision",
             remedy=f"Leave {option('tf32')} out.",
         )
-    if options.backend == "loop" and choice.kind != "module":
+    if machine.backend == "loop" and choice.kind != "module":
         raise InputError(
             "backend='loop'",
             f"trains the members of your own module one by one, but this is {model}",
@@ -37,13 +37,15 @@ def check_machine(choice: ModelChoice, options: Options) -> None:
         )
 
 
-def choose_objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
+def choose_objective(
+    target: Target, choice: ModelChoice, training: TrainingOptions
+) -> Objective | None:
     """Return the training objective of a module.
 
     Returns None for a built-in model with the loss of its task.
     """
     if choice.kind == "module":
-        return make_objective(options.loss, options.training_step, options.augment, target.task)
+        return make_objective(training.loss, training.training_step, training.augment, target.task)
     if target.values.ndim > 1 or target.task == "custom":
         raise InputError(
             f"model={choice.name!r}",
@@ -60,33 +62,33 @@ def choose_objective(target: Target, choice: ModelChoice, options: Options) -> O
             "linear regression.",
         )
     for name in ("training_step", "augment"):
-        if getattr(options, name) is not None:
+        if getattr(training, name) is not None:
             raise InputError(
                 name,
                 f"is for your own modules, but {option('model', choice.name)} trains on the loss "
                 "of its task",
                 remedy=f"Leave {option(name)} out, or {_PASS_MODULE}.",
             )
-    return None if options.loss is None else _built_in_objective(target, choice, options)
+    return None if training.loss is None else _built_in_objective(target, choice, training.loss)
 
 
-def _built_in_objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
+def _built_in_objective(target: Target, choice: ModelChoice, loss: object) -> Objective | None:
     """Return the named loss of a built-in model, or None if it is the loss of the task."""
     is_regression = target.task == "regression"
     names = "'mse', 'mae', 'huber' or 'quantile'" if is_regression else "'cross_entropy'"
     model = option("model", choice.name)
-    if not isinstance(options.loss, str):
+    if not isinstance(loss, str):
         raise InputError(
             "loss",
             f"must be {names} for {model}, not your own function",
             remedy=f"To train with your own loss, {_PASS_MODULE}.",
         )
-    objective = make_objective(options.loss, None, None, target.task)
+    objective = make_objective(loss, None, None, target.task)
     if objective.loss == LOSS_OF_TASK[target.task]:
         return None
     if not is_regression:
         raise InputError(
-            f"loss={options.loss!r}",
+            f"loss={loss!r}",
             f"does not fit {model}",
             remedy=f"Choose {names}, or {_PASS_MODULE}.",
         )

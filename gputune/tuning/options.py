@@ -1,8 +1,7 @@
-"""The options of a search, each with its rule.
+"""The options of a search in four groups, each option with its rule.
 
-A rule says how an option is checked, whether a study file stores it, and how it is typed on the
-command line. The checks import slow modules only when they run, because ``gputune --help`` reads
-this file and must not wait for torch.
+The checks import slow modules only when they run, because ``gputune --help`` reads this file and
+must not wait for torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gputune.tuning import checks
+from gputune.tuning.rules import COMPUTE, DATA, MODEL, OUTPUT, SEARCH, STOPPING, OptionGroup, Rule
 from gputune.types import NUMBERS, SCHEDULES, BackendWord, MethodWord, Numbers, Precision
 
 if TYPE_CHECKING:
@@ -29,69 +29,14 @@ if TYPE_CHECKING:
     from gputune.study.study import Study
     from gputune.tuning.choices import Method
 
-Takes = Literal[
-    "text", "number", "0..", "1..", "names", "scorers", "specs", "config", "workers", "yes or no"
-]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """The rule of an option, or of anything else on the command line.
-
-    Attributes:
-        flag: The flag on the command line. "--epochs <INT>" takes a value, "--tf32" takes none. ""
-            for an option that the command line lacks.
-        help: The help text, a noun phrase or an imperative without a full stop.
-        details: More sentences for the long help.
-        default: The default as the help shows it.
-        takes: The kind of value: integers from 0 or 1, names separated by commas, several KEY=SPEC,
-            and so on.
-        choices: The allowed strings, or None.
-        values: The possible values as the help shows them, if they are not ``choices``.
-        check: A function of a name and a value. It returns the value to use or raises InputError.
-        stored: If True, a study file stores the given value, for a resume and a refit.
-        resume: If True or a text, ``gputune resume`` may change the option. A text is its help text
-            there.
-        group: The section of the help that lists the option.
-    """
-
-    flag: str = ""
-    help: str = ""
-    details: str = ""
-    default: str = "none"
-    takes: Takes = "text"
-    choices: Sequence[str] | None = None
-    values: Sequence[str] = ()
-    check: Callable[[str, object], object] | None = None
-    stored: bool = False
-    resume: bool | str = False
-    group: str = ""
-
-    @property
-    def name(self) -> str:
-        """The flag without its value."""
-        return self.flag.partition(" ")[0]
-
-    @property
-    def metavar(self) -> str:
-        """The name of the value in the help; "" for a flag without a value."""
-        return self.flag.partition(" ")[2]
-
 
 def _option(value: object, *rule: Any, **settings: Any) -> Any:
-    """Return a field of ``Options`` with a default value and a rule."""
+    """Return a field of an option group with a default value and a rule."""
     return field(default=value, metadata={"rule": Rule(*rule, **settings)})
 
 
 _BACKENDS = get_args(BackendWord)
 
-DATA = "Data"
-MODEL = "Model"
-SEARCH = "Search"
-STOPPING = "Early stopping"
-HYPERGRADIENTS = "Hypergradients"
-COMPUTE = "Compute"
-OUTPUT = "Output"
 _data = partial(_option, group=DATA)
 _model = partial(_option, group=MODEL)
 _search = partial(_option, group=SEARCH)
@@ -101,8 +46,8 @@ _output = partial(_option, group=OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """The arguments of ``tune`` as they were given, except model, optimizer, X, y and groups."""
+class SearchOptions(OptionGroup):
+    """The options on the space, on the trials and their scores, and on the end of the search."""
 
     n_trials: int = _search(
         64,
@@ -138,27 +83,6 @@ class Options:
         takes="names",
         check=checks.studies,
     )
-    max_epochs: int = _search(
-        50,
-        "--epochs <INT>",
-        "Largest number of epochs",
-        "With --method hypergradient the derivative spans all epochs, so a short training favors "
-        "small learning rates.",
-        "50",
-        takes="1..",
-        check=checks.count,
-        stored=True,
-    )
-    patience: int | None = _stopping(
-        None,
-        "--patience <INT>",
-        "End a trial after this number of epochs without a better score",
-        "The score is the mean over the folds.",
-        "all train to the end",
-        takes="1..",
-        check=partial(checks.count, none=True),
-    )
-    epoch: Literal["best", "last"] = _option("best", check=checks.one_of("best", "last"))
     method: "Method" = _search(
         "random",
         "--method <NAME>",
@@ -195,14 +119,6 @@ class Options:
         takes="specs",
         values=("KEY=SPEC", "mlp", "realmlp", "realmlp-tabarena"),
     )
-    schedule: str = _model(
-        "constant",
-        "--schedule <NAME>",
-        "Schedule of the learning rate",
-        default="constant",
-        values=SCHEDULES,
-        check=checks.one_of(*SCHEDULES),
-    )
     random_state: int = _search(
         0, "--seed <INT>", "Random seed", default="0", takes="0..", check=checks.seed
     )
@@ -233,6 +149,11 @@ class Options:
         stored=True,
         resume=True,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions(OptionGroup):
+    """The options on the rows and their folds."""
 
     task: "TaskWord | None" = _data(
         None,
@@ -267,35 +188,6 @@ class Options:
         "5",
         values=("an integer from 2", "time:INT"),
     )
-    loss: str | Callable[..., object] | None = _model(
-        None,
-        "--loss <NAME>",
-        "Training loss",
-        "mse, mae, huber and quantile are for numbers, cross_entropy is for classes, and bce for "
-        "labels. mae and huber rank by absolute errors, quantile by the pinball loss.",
-        "the usual loss of the task",
-        values=(
-            "mse",
-            "mae",
-            "huber",
-            "huber:DELTA",
-            "quantile",
-            "quantile:LEVEL",
-            "cross_entropy",
-            "bce",
-        ),
-        stored=True,
-    )
-    training_step: Callable[..., object] | None = None
-    augment: Callable[..., object] | None = None
-    class_weight: "ClassWeight" = _model(
-        None,
-        "--class-weight <WEIGHTS>",
-        "Weights of the classes in the training loss",
-        values=("balanced", "CLASS=WEIGHT,... such as left=5,stayed=1"),
-        stored=True,
-    )
-    sample_weight: object = None
     drop: Sequence[str] = _data(
         (),
         "--drop <NAME,...>",
@@ -347,6 +239,75 @@ class Options:
         values=("auto", *NUMBERS),
         check=checks.one_of("auto", *NUMBERS),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(OptionGroup):
+    """The options on the training of one configuration."""
+
+    max_epochs: int = _search(
+        50,
+        "--epochs <INT>",
+        "Largest number of epochs",
+        "With --method hypergradient the derivative spans all epochs, so a short training favors "
+        "small learning rates.",
+        "50",
+        takes="1..",
+        check=checks.count,
+        stored=True,
+    )
+    patience: int | None = _stopping(
+        None,
+        "--patience <INT>",
+        "End a trial after this number of epochs without a better score",
+        "The score is the mean over the folds.",
+        "all train to the end",
+        takes="1..",
+        check=partial(checks.count, none=True),
+    )
+    epoch: Literal["best", "last"] = _option("best", check=checks.one_of("best", "last"))
+    schedule: str = _model(
+        "constant",
+        "--schedule <NAME>",
+        "Schedule of the learning rate",
+        default="constant",
+        values=SCHEDULES,
+        check=checks.one_of(*SCHEDULES),
+    )
+    loss: str | Callable[..., object] | None = _model(
+        None,
+        "--loss <NAME>",
+        "Training loss",
+        "mse, mae, huber and quantile are for numbers, cross_entropy is for classes, and bce for "
+        "labels. mae and huber rank by absolute errors, quantile by the pinball loss.",
+        "the usual loss of the task",
+        values=(
+            "mse",
+            "mae",
+            "huber",
+            "huber:DELTA",
+            "quantile",
+            "quantile:LEVEL",
+            "cross_entropy",
+            "bce",
+        ),
+        stored=True,
+    )
+    training_step: Callable[..., object] | None = None
+    augment: Callable[..., object] | None = None
+    class_weight: "ClassWeight" = _model(
+        None,
+        "--class-weight <WEIGHTS>",
+        "Weights of the classes in the training loss",
+        values=("balanced", "CLASS=WEIGHT,... such as left=5,stayed=1"),
+        stored=True,
+    )
+    sample_weight: object = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions(OptionGroup):
+    """The options on the machine, the study file and the output."""
 
     device: str = _compute(
         "auto",
@@ -442,23 +403,16 @@ class Options:
     verbose: int = _option(1, check=checks.verbosity)
 
     def __post_init__(self) -> None:
-        for name, rule in RULES.items():
-            if rule.check is not None:
-                # The dataclass is frozen, so this replaces a given value by the checked value.
-                object.__setattr__(self, name, rule.check(name, getattr(self, name)))
+        super().__post_init__()
         if self.is_on_cluster:
             from gputune.executors.ray_cluster import check_ray
 
             check_ray(self.device)
         device = self.device_here()
-        if self.tf32 is not False or self.precision != "full":
-            from gputune.engine.backend import check_precision, check_tf32
-            from gputune.methods.descent import Hypergradient
+        if self.tf32 is not False:
+            from gputune.engine.backend import check_tf32
 
             check_tf32(self.tf32, self.dtype, self.workers, device)
-            check_precision(
-                self.precision, self.dtype, device, descends=isinstance(self.method, Hypergradient)
-            )
 
     @property
     def is_on_cluster(self) -> bool:
@@ -478,12 +432,52 @@ class Options:
         return choose_device("auto" if self.is_on_cluster else self.device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The arguments of ``tune`` except model, optimizer, X, y and groups, in four groups."""
+
+    search: SearchOptions
+    rows: RowOptions
+    training: TrainingOptions
+    machine: MachineOptions
+
+    def __post_init__(self) -> None:
+        machine = self.machine
+        if machine.precision != "full":
+            from gputune.engine.backend import check_precision
+            from gputune.methods.descent import Hypergradient
+
+            descends = isinstance(self.search.method, Hypergradient)
+            device = machine.device_here()
+            check_precision(machine.precision, machine.dtype, device, descends=descends)
+
+    def values(self) -> dict[str, Any]:
+        """Return the values of all options by name."""
+        return {name: value for group in vars(self).values() for name, value in vars(group).items()}
+
+    def changed(self, **values: object) -> "Options":
+        """Return the options with some other values, checked again."""
+        return make_options(**{**self.values(), **values})
+
+
 def make_options(**values: Any) -> Options:
-    """Return the options of a search, made from unchecked values."""
-    return Options(**values)
+    """Return the options of a search, made from unchecked values by name."""
+    groups: dict[str, Any] = {}
+    for name, kind in GROUPS.items():
+        keys = {option.name for option in fields(kind)} & values.keys()
+        groups[name] = kind(**{key: values.pop(key) for key in keys})
+    return Options(**groups, **values)
 
 
+GROUPS: Mapping[str, type[OptionGroup]] = {
+    "search": SearchOptions,
+    "rows": RowOptions,
+    "training": TrainingOptions,
+    "machine": MachineOptions,
+}
 RULES: Mapping[str, Rule] = {
-    option.name: option.metadata.get("rule", Rule()) for option in fields(Options)
+    option.name: option.metadata.get("rule", Rule())
+    for kind in GROUPS.values()
+    for option in fields(kind)
 }
 STORED = tuple(name for name, rule in RULES.items() if rule.stored)

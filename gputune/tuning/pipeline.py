@@ -1,10 +1,10 @@
 """The pipeline of a search on rows, from the rows to a study."""
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Generic
 
 import torch
@@ -14,7 +14,7 @@ from gputune.data.dataset import Dataset, Rows, ScorerRows
 from gputune.engine.backend import matrix_products, other_gpus
 from gputune.engine.choice import DeviceChoice
 from gputune.engine.plan import Plan, parse_memory
-from gputune.engine.stop import Stop, entry
+from gputune.engine.stop import Stop, entry, stop_after
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.executors.ray_cluster import Ray, RayCluster, ray_cluster
 from gputune.garbage import without_collector
@@ -39,7 +39,6 @@ from gputune.tuning.choices import ModelChoice, check_patience
 from gputune.tuning.context import Context
 from gputune.tuning.descent import check_descent, descend, plan_points
 from gputune.tuning.interrupt import CTRL_C
-from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem, make_problem
 from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.random import check_sampling, sample, train_batches
@@ -100,14 +99,15 @@ def search(
         SearchInterrupted: One of the ``signals`` ended the search early.
     """
     options = call.options
-    stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
-    callbacks = Callbacks(options.callbacks, stop)
+    machine = options.machine
+    stop = stop_after(options.search.timeout)
+    callbacks = Callbacks(machine.callbacks, stop)
     # Callbacks get a copy of the curves, because the search continues to use its own.
     progress = Progress(
-        options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), interface
+        machine.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), interface
     )
     profile = Profile() if profile is None else profile
-    with _open_store(options) as store:
+    with _open_store(machine.study) as store:
         with profile.clock(PREPARING):
             setup = _prepare(call, progress, store)
         problem = setup.problem
@@ -119,7 +119,7 @@ def search(
             # An empty ledger for now: a new study file is created only after all checks have passed.
             context = Context(Ledger(None), options, progress, stop, trainer, problem, profile)
             context.check_module(setup.first, first=True)
-            remember_what_runs(problem.choice, options)
+            remember_what_runs(problem.choice, machine.workers)
             training = _training(setup, context)
             record = _record(setup, context)
             arguments = replace(record.arguments, final_model=dict(call.final_model))
@@ -128,23 +128,25 @@ def search(
             for note in (*problem.remarks(), *(record.notes if say_notes else ())):
                 progress.say(f"note: {note}")
             make_study = partial(study_type.from_rows, record.to_json())
-            with open_ledger(options.study, record, store) as ledger:
+            with open_ledger(machine.study, record, store) as ledger:
                 context = replace(
-                    context, ledger=ledger, checkpoints=checkpoint_folder(options.study, record)
+                    context,
+                    ledger=ledger,
+                    checkpoints=checkpoint_folder(machine.study, record),
                 )
                 context.add(setup.trials, setup.space)
                 train = partial(training, context)
-                with profile.clock("training"), matrix_products(tf32=options.tf32):
+                with profile.clock("training"), matrix_products(tf32=machine.tf32):
                     numbers = context.run(train, callbacks, make_study, signals)
                 profile.ended = stop.reason
                 context.tidy()
                 if context.faults:
                     ledger.note(list(context.faults))
                     record = replace(record, notes=[*record.notes, *context.faults])
-    refitted = replace(options, callbacks=(), warm_start=())  # a refit has no callbacks
+    refitted = options.changed(callbacks=(), warm_start=())  # a refit has no callbacks
     source = replace(call.source, original=None)
     data = SearchCall(problem.choice, source, refitted, outputs=ledger.outputs)
-    study = study_type.from_rows(record.to_json(), ledger.rows(), data=data, file=options.study)
+    study = study_type.from_rows(record.to_json(), ledger.rows(), data=data, file=machine.study)
     for remark in edge_remarks(study) if say_notes else ():
         progress.say(f"note: {remark}")
     return check_ending(study, numbers)
@@ -191,15 +193,15 @@ def preview(
         _training(setup, context)
         record = _record(setup, context)
         candidates = list(setup.trials)
-        if isinstance(options.method, OptunaSampler):
+        if isinstance(options.search.method, OptunaSampler):
             number = len(candidates)
             for params in draw(
-                setup.space, max(0, options.n_trials - number), options.random_state
+                setup.space, max(0, options.search.n_trials - number), options.search.random_state
             ):
                 candidates.append(Candidate(len(candidates), params, "random"))
         configs = [context.complete(candidate.params) for candidate in candidates]
         plan = None
-        if isinstance(options.method, Hypergradient) and not context.choice.solved:
+        if isinstance(options.search.method, Hypergradient) and not context.choice.solved:
             plan, _ = plan_points(configs, "exact", context)
         elif not context.choice.solved:
             plan = context.plan(configs, epochs=context.epochs)
@@ -209,14 +211,14 @@ def preview(
     return Preview(study, plan, setup.data.device, len(candidates) - len(setup.trials))
 
 
-def _open_store(options: Options) -> AbstractContextManager[Store | None]:
+def _open_store(study: Path | None) -> AbstractContextManager[Store | None]:
     """Open the study of a search that is resumed.
 
     Returns None for a new study. Also returns None for a faulty file, which is reported later.
     """
-    if options.study is not None:
+    if study is not None:
         with suppress(OSError, StudyCorruptError, StudyVersionError):
-            return Store.open(options.study)
+            return Store.open(study)
     return nullcontext()
 
 
@@ -227,9 +229,11 @@ def _prepare(call: SearchCall, progress: Progress, store: Store | None) -> _Setu
     folds = problem.folds()
     with without_collector():
         trials = first_trials(space, problem.choice, options, store, problem.portfolio)
-        configs = [problem.choice.complete(trial.params, options.schedule) for trial in trials]
+        configs = [
+            problem.choice.complete(trial.params, options.training.schedule) for trial in trials
+        ]
     encoded = _dataset(problem, folds, configs, progress)
-    first = trials[0].params if trials else draw(space, 1, options.random_state)[0]
+    first = trials[0].params if trials else draw(space, 1, options.search.random_state)[0]
     trained_problem, data = _with_objective(problem, space, encoded, first)
     scoring = _scoring(trained_problem, data, store)
     check_folds(scoring, data)
@@ -242,13 +246,13 @@ def _problem_and_space(call: SearchCall) -> tuple[Problem, CheckedSpace]:
     options = call.options
     # An invalid space is refused before the rows are encoded.
     checked_space(call.choice, options)
-    if options.patience is not None:
-        check_patience(options.method, options.epoch, solved=call.choice.solved)
+    if options.training.patience is not None:
+        check_patience(options.search.method, options.training.epoch, solved=call.choice.solved)
     task = chosen_task(call.source, call.choice, options)
     problem = make_problem(call.source, task, call.choice, options)
     # The space is checked again, because the target decides some defaults of the choice.
     space = checked_space(problem.choice, options)
-    return problem.with_space(space, with_earlier(options, space)), space
+    return problem.with_space(space, with_earlier(options.search, space)), space
 
 
 def _dataset(
@@ -259,15 +263,15 @@ def _dataset(
     options = problem.options
     # Data for a cluster stays in main memory.
     place = DeviceChoice(torch.device("cpu"))
-    if not options.is_on_cluster:
+    if not options.machine.is_on_cluster:
         # A sampler draws more configurations of this kind later.
-        repeats = max(1.0, options.n_trials / max(1, len(configs)))
+        repeats = max(1.0, options.search.n_trials / max(1, len(configs)))
         place = problem.device_choice(folds, configs, repeats=repeats)
     if place.why:
         gpu = option("device", "cuda")
         progress.say(f"note: trials train on the CPU ({gpu} takes the GPU): {place.why}")
     data = problem.dataset(folds, place.device)
-    if not has_function(options.scoring):
+    if not has_function(options.search.scoring):
         return data
     # A custom scoring function receives the original rows.
     return replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout))
@@ -282,8 +286,8 @@ def _with_objective(
     """
     loss = problem.default_loss(data, first)
     if loss:
-        objective = make_objective(loss, None, problem.options.augment, data.task)
-        options = replace(problem.options, loss=loss)
+        objective = make_objective(loss, None, problem.options.training.augment, data.task)
+        options = problem.options.changed(loss=loss)
         problem = replace(problem, options=options, objective=objective)
         data = data.with_one_logit()
     if problem.objective is not None:
@@ -296,11 +300,11 @@ def _scoring(problem: Problem, data: Dataset, store: Store | None) -> Scoring:
     options = problem.options
     # A hypergradient search has no best epoch, and outputs for a custom target have no mean.
     has_best = (
-        options.epoch == "best"
-        and not isinstance(options.method, Hypergradient)
+        options.training.epoch == "best"
+        and not isinstance(options.search.method, Hypergradient)
         and data.task != "custom"
     )
-    kept_bytes = KEPT_BYTES if options.keep_predictions and has_best else 0
+    kept_bytes = KEPT_BYTES if options.machine.keep_predictions and has_best else 0
     is_resumed = store is not None and "scoring" in store.meta
     scoring = problem.scoring(_earlier_scoring(store), is_resumed=is_resumed)
     return replace(scoring, kept_bytes=kept_bytes)
@@ -310,7 +314,7 @@ def _check_configs(
     problem: Problem, trials: Sequence[Candidate], configs: Sequence[Config]
 ) -> None:
     """Raise InputError for configurations that do not fit the objective or the optimizer."""
-    is_stacked = problem.options.backend == "stacked"
+    is_stacked = problem.options.machine.backend == "stacked"
     for trial, config in zip(trials, configs):
         if problem.objective is not None:
             problem.objective.check(trial.params)
@@ -336,7 +340,10 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
     remarks = [
         *problem.remarks_on_target(),
         *notes(
-            setup.trials, setup.space, include_default=options.include_default, defaults=defaults
+            setup.trials,
+            setup.space,
+            include_default=options.search.include_default,
+            defaults=defaults,
         ),
         *context.remarks_on(setup.configs),
         *problem.remarks_on_loss(setup.scoring),
@@ -345,7 +352,7 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
     # Outputs are stored as float32, 4 bytes for each output of each validation row.
     n_rows = sum(len(fold.valid) for fold in data.folds)
     n_kept = limit // (4 * data.n_outputs * n_rows)
-    if limit and n_kept < max(options.n_trials, len(setup.trials)):
+    if limit and n_kept < max(options.search.n_trials, len(setup.trials)):
         remarks.append(
             f"only the best trials, about {n_kept}, keep their predictions of validation rows, "
             f"because those of all trials take more than {size_words(limit)}; an ensemble of other "
@@ -355,17 +362,17 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
     return search_record(context, setup.space, setup.folds, remarks, without_model)
 
 
-def remember_what_runs(choice: ModelChoice, options: Options) -> None:
+def remember_what_runs(choice: ModelChoice, workers: object) -> None:
     """Remember the class and the cluster, so that later processes of this user trust them."""
     if choice.module_class is not None:
         remember_code(choice.module_class)
-    if isinstance(options.workers, Ray) and options.workers.is_elsewhere:
-        remember(options.workers.address)
+    if isinstance(workers, Ray) and workers.is_elsewhere:
+        remember(workers.address)
 
 
 def _cluster(problem: Problem) -> AbstractContextManager[RayCluster | None]:
     """Connect to the Ray cluster of a search during a ``with`` block, if it uses one."""
-    workers = problem.options.workers
+    workers = problem.options.machine.workers
     if not isinstance(workers, Ray):
         return nullcontext()
     if problem.choice.solved:
@@ -376,36 +383,37 @@ def _cluster(problem: Problem) -> AbstractContextManager[RayCluster | None]:
             remedy=f"Leave {option('workers', 'ray')} out, or train it with "
             f"{option('optimizer', 'adamw')}.",
         )
-    return ray_cluster(workers, device=problem.options.device)
+    return ray_cluster(workers, device=problem.options.machine.device)
 
 
 def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Progress) -> Trainer:
     """Return the trainer with the chosen backend. Slow backends are reported."""
     choice = setup.problem.choice
     options = setup.problem.options
+    machine = options.machine
     data = setup.data
-    workers = None if isinstance(options.workers, str | Ray) else int(options.workers)
+    workers = None if isinstance(machine.workers, str | Ray) else int(machine.workers)
     # TF32 can be set only in this process. On a cluster each worker has its own GPU.
-    uses_one_gpu = options.tf32 or cluster is not None
+    uses_one_gpu = machine.tf32 or cluster is not None
     trainer = Trainer(
         data=data,
         kind=choice.kind,
         module_class=choice.module_class,
         objective=setup.problem.objective,
-        seed=options.random_state,
-        horizon=1 if choice.solved else options.max_epochs,
+        seed=options.search.random_state,
+        horizon=1 if choice.solved else options.training.max_epochs,
         scoring=setup.scoring,
-        memory=parse_memory(options.memory),
-        precision=options.precision,
-        each_epoch=bool(options.callbacks),
+        memory=parse_memory(machine.memory),
+        precision=machine.precision,
+        each_epoch=bool(machine.callbacks),
         stop=stop,
         cluster=cluster,
         workers=workers if cluster is None else cluster.tasks,
-        others=() if uses_one_gpu else other_gpus(options.device, data.device),
+        others=() if uses_one_gpu else other_gpus(machine.device, data.device),
     )
     if choice.solved:
         return trainer
-    return trainer.with_backend(options.backend, setup.configs, progress.say)
+    return trainer.with_backend(machine.backend, setup.configs, progress.say)
 
 
 def _training(setup: _Setup, context: Context) -> Callable[[Context], object]:
@@ -414,7 +422,7 @@ def _training(setup: _Setup, context: Context) -> Callable[[Context], object]:
     Raises InputError if the method does not fit the search.
     """
     space = setup.space
-    match context.options.method:
+    match context.options.search.method:
         case Hypergradient() as descent:
             check_descent(descent, setup.trials, context)
             return lambda context: descend(context, space, descent)

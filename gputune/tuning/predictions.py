@@ -49,7 +49,7 @@ def predictions_of(
     values: dict[int, Sequence[Tensor]] = {}  # of each trial by fold
     if missing:
         reason = f"the search had {option('keep_predictions', False)}"
-        if search.options.keep_predictions:
+        if search.options.machine.keep_predictions:
             reason = "the study holds no predictions of them"
         progress.say(f"{count(len(missing), 'trial')} train on their folds once more: {reason}")
         members, data, scoring = members_of(search, missing, progress)
@@ -99,7 +99,7 @@ def _folds(search: ReopenedSearch, trials: Sequence[Trial]) -> tuple[Dataset, Sc
     trials."""
     record = search.study.record
     target = search.problem.target
-    scoring = search.options.scoring
+    scoring = search.options.search.scoring
     data = search.dataset(unpack_folds(record.arguments.folds), trials)
     positive = record.positive
     scorers = scorers_of(scoring)

@@ -43,7 +43,7 @@ from gputune.scoring.scoring import Scoring
 from gputune.study.model_fields import DTYPES
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.objective_choice import check_machine, choose_objective
-from gputune.tuning.options import Options
+from gputune.tuning.options import Options, SearchOptions
 from gputune.types import NUMBERS, TENSOR_NUMBERS, Config, Numbers
 from gputune.wording import option
 
@@ -70,25 +70,26 @@ class Problem:
     ) -> DeviceChoice:
         """Return the device on which configurations train, depending on the work and on X."""
         options = self.options
+        machine = options.machine
         choice = self.choice
-        if options.tf32 and options.device == "auto":
-            return DeviceChoice(options.device_here())  # TF32 exists only on a GPU
+        if machine.tf32 and machine.device == "auto":
+            return DeviceChoice(machine.device_here())  # TF32 exists only on a GPU
         parts = self.raw.parts if isinstance(self.raw, Arrays) else (self.raw,)
         work = Workload(
             kind=choice.kind,
-            configs=configs or [choice.complete({}, options.schedule)],
-            epochs=options.max_epochs,
+            configs=configs or [choice.complete({}, options.training.schedule)],
+            epochs=options.training.max_epochs,
             rows=[len(train) for train, _ in folds],
             repeats=repeats,
             n_outputs=self.target.n_outputs,
             n_features=self.n_features if isinstance(self.layout, Layout) else 1,
             solved=choice.solved,
-            differentiated=isinstance(options.method, Hypergradient),
-            backend=options.backend,
-            dtype=DTYPES[options.dtype],
+            differentiated=isinstance(options.search.method, Hypergradient),
+            backend=machine.backend,
+            dtype=DTYPES[machine.dtype],
             held_by=next((part.device for part in parts if isinstance(part, Tensor)), None),
         )
-        return device_for(options.device, work)
+        return device_for(machine.device, work)
 
     def dataset(self, folds: Sequence[Rows], device: torch.device) -> Dataset:
         """Return the data of some folds on a device.
@@ -96,13 +97,13 @@ class Problem:
         It can also scale the numeric columns in other ways, if trials search the option
         ``numbers``.
         """
-        options = self.options
+        training = self.options.training
         objective = self.objective
         trains = [train for train, _ in folds]
         # The tolerance of the solver is too small for single precision.
-        dtype = torch.float64 if self.choice.solved else DTYPES[options.dtype]
+        dtype = torch.float64 if self.choice.solved else DTYPES[self.options.machine.dtype]
         like = torch.empty(0, dtype=dtype, device=device)
-        weights = check_weights(options.sample_weight, options.class_weight, self.target)
+        weights = check_weights(training.sample_weight, training.class_weight, self.target)
         # A custom loss or training step receives the target in its own units.
         target = replace(self.target, standardize=objective is None or objective.is_named)
         data = make_dataset(
@@ -145,14 +146,14 @@ class Problem:
         groups = self.layout.groups(self.layout.places(numbers))
         return inputs_of(self.raw, self._statistics(trains, numbers), like, groups)
 
-    def with_space(self, space: CheckedSpace, options: Options) -> "Problem":
-        """Return the problem with the given options, for trials that may scale numeric columns
+    def with_space(self, space: CheckedSpace, search: SearchOptions) -> "Problem":
+        """Return the problem for the trials of a search, which may scale numeric columns
         differently.
 
         Raises InputError for a scaling that the rows do not allow.
         """
         ways = choices_of(space, "numbers", default=self.numbers)
-        included = {str(config["numbers"]) for config in options.include if "numbers" in config}
+        included = {str(config["numbers"]) for config in search.include if "numbers" in config}
         for way in sorted({*ways, *included} - {self.numbers}):
             if isinstance(self.raw, Arrays):
                 raise InputError(
@@ -164,7 +165,9 @@ class Problem:
             check_numbers(way, self.raw)
         # Prepare the data in a way that some trial uses.
         numbers = self.numbers if self.numbers in ways else ways[0]
-        return replace(self, numbers=numbers, options=replace(options, numbers=numbers))
+        rows = replace(self.options.rows, numbers=numbers)
+        options = replace(self.options, search=search, rows=rows)
+        return replace(self, numbers=numbers, options=options)
 
     @property
     def portfolio(self) -> list[Config]:
@@ -172,8 +175,9 @@ class Problem:
 
         A hypergradient search uses none, because it cannot average weights.
         """
-        space = self.options.space
-        if not isinstance(space, str) or isinstance(self.options.method, Hypergradient):
+        search = self.options.search
+        space = search.space
+        if not isinstance(space, str) or isinstance(search.method, Hypergradient):
             return []
         ways = TENSOR_NUMBERS if isinstance(self.raw, Tensor) else NUMBERS
         configs = PORTFOLIOS.get(space, ())
@@ -181,9 +185,9 @@ class Problem:
 
     def folds(self) -> list[Rows]:
         """Return the folds. A splitter receives the rows as the user gave them."""
-        cv = self.options.cv
+        cv = self.options.rows.cv
         groups = self.source.groups
-        seed = self.options.random_state
+        seed = self.options.search.random_state
         X = self.source.original_rows() if isinstance(cv, Splitter) else None
         if isinstance(X, Arrays):  # a splitter cannot count the rows of several inputs
             X = None if len(X.parts) > 1 else X.as_given()
@@ -206,14 +210,14 @@ class Problem:
         units that its loss gives to the outputs.
         """
         target = self.target
-        options = self.options
+        search = self.options.search
         if (
-            options.scoring is None
-            and isinstance(options.method, Hypergradient)
+            search.scoring is None
+            and isinstance(search.method, Hypergradient)
             and target.task != "custom"
         ):
-            return loss_scoring(target.task, target.classes, options.positive)
-        scorers = options.scoring if options.scoring is not None else earlier
+            return loss_scoring(target.task, target.classes, search.positive)
+        scorers = search.scoring if search.scoring is not None else earlier
         if self.has_soft_labels and earlier is None:
             scorers = soft_label_scoring(scorers)
         elif self.output_units and self.objective and not is_resumed:
@@ -222,14 +226,15 @@ class Problem:
             scorers,
             target.task,
             target.classes,
-            options.positive,
+            search.positive,
             self.objective,
             n_labels=target.n_outputs,
         )
-        if options.study is not None:
+        study = self.options.machine.study
+        if study is not None:
             for metric in (scoring, *scoring.others):
-                _check_has_name("scoring", metric.name, options.study)
-            _check_has_name("target_transform", repr(options.target_transform), options.study)
+                _check_has_name("scoring", metric.name, study)
+            _check_has_name("target_transform", repr(self.options.rows.target_transform), study)
         return scoring
 
     @property
@@ -258,8 +263,8 @@ class Problem:
         Otherwise return "".
         """
         module = self.choice.module_class
-        options = self.options
-        if module is None or options.loss is not None or options.training_step is not None:
+        training = self.options.training
+        if module is None or training.loss is not None or training.training_step is not None:
             return ""
         return "bce" if returns_one_logit(module, params, data) else ""
 
@@ -269,7 +274,7 @@ class Problem:
         target = self.target
         is_array = isinstance(layout, ArrayLayout)
         size = f" of {layout}" if is_array else f", {self.n_features} features"
-        is_guess = self.options.task is None or self.source.is_task_guessed
+        is_guess = self.options.rows.task is None or self.source.is_task_guessed
         override = f"; {target.override}" if target.override and is_guess else ""
         rows = f"{self.choice.name} on {len(self.source.X)} rows{size}"
         return f"{rows}; target {target.name!r}: {target.in_words}{override}"
@@ -311,7 +316,7 @@ class Problem:
         remarks = list[str]()
         if source.n_dropped:
             remarks.append(dropped_words(source.n_dropped, self.target.name))
-        is_guess = self.options.task is None or source.is_task_guessed
+        is_guess = self.options.rows.task is None or source.is_task_guessed
         if is_guess and are_many_whole_numbers(self.target):
             remarks.append(whole_numbers_words(self.target))
         if self.has_soft_labels:
@@ -402,15 +407,16 @@ def make_problem(
     source: Source, task: TaskWord | None, choice: ModelChoice, options: Options
 ) -> Problem:
     """Check the target and the loss, fix the column layout, and encode the rows."""
-    check_machine(choice, options)
+    rows = options.rows
+    check_machine(choice, options.machine)
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
-    target = with_transform(target, options.target_transform)
+    target = with_transform(target, rows.target_transform)
     check_spread(target)
-    objective = choose_objective(target, choice, options)
+    objective = choose_objective(target, choice, options.training)
     X = source.X
     # A custom module may rely on the number and order of the columns.
     is_own = choice.kind == "module" and not choice.recipe
-    keeps = options.columns == "keep" or (options.columns == "auto" and is_own)
+    keeps = rows.columns == "keep" or (rows.columns == "auto" and is_own)
     columns: Columns = "keep" if keeps else "drop-constant"
     # RealMLP uses robust scaling of tables, as in its paper.
     default: Numbers = "robust" if choice.recipe and not isinstance(X, Tensor) else "standard"
@@ -421,9 +427,9 @@ def make_problem(
         raw = X
         default = "none"
     else:
-        layout = fit_layout(X, columns=columns, max_levels=options.max_levels)
+        layout = fit_layout(X, columns=columns, max_levels=rows.max_levels)
         raw = layout.raw(X)
-    numbers = default if options.numbers == "auto" else options.numbers
+    numbers = default if rows.numbers == "auto" else rows.numbers
     choice = choice.of(target, objective)
     return Problem(choice, options, source, target, layout, raw, columns, numbers, objective)
 

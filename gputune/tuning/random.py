@@ -87,7 +87,7 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
             Job,
             epochs=epochs,
             checkpointing=context.checkpointing(numbers),
-            patience=context.options.patience,
+            patience=context.options.training.patience,
         )
         outcomes = context.trainer.train(
             job,
@@ -139,7 +139,7 @@ def _solve(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
 
 def _finish_chunk(context: Context, trials: Sequence[Candidate], outcome: Outcome) -> None:
     """Store the results of a chunk. With ``patience``, a curve is cut at the end of its trial."""
-    patience = context.options.patience
+    patience = context.options.training.patience
     results = []
     context.note_fault(outcome.fault)
     context.profile.spent += outcome.spent
@@ -156,7 +156,7 @@ def _finish_chunk(context: Context, trials: Sequence[Candidate], outcome: Outcom
                 epochs = int(ends[0]) + 1
                 curve = curve[:epochs]
         number = trials[i].number
-        rule = context.options.epoch
+        rule = context.options.training.epoch
         # The trials of a chunk train together, so each gets an equal share of the time.
         share = outcome.seconds / len(outcome.index)
         results.append(Result.of_curve(number, curve, epochs=epochs, rule=rule, seconds=share))
@@ -236,7 +236,7 @@ def sample(
     every result of the batch before. ``train`` returns whether the search continues.
     """
     ledger = session.ledger
-    method = session.options.method
+    method = session.options.search.method
     assert isinstance(method, OptunaSampler)
     if not train() or not _n_missing(session):
         return
@@ -263,7 +263,7 @@ def _n_missing(session: Session) -> int:
     """
     candidates = session.ledger.candidates
     proposed = sum(batch_of(candidate) > 0 for candidate in candidates)
-    return max(0, session.options.n_trials - proposed - n_counted(candidates))
+    return max(0, session.options.search.n_trials - proposed - n_counted(candidates))
 
 
 def train_batches(context: Context, halving: StoppingRule | None = None) -> bool:
@@ -292,7 +292,7 @@ def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaS
     progress = session.progress
     for reseed in (False, True):
         study = make(reseed=reseed)
-        for earlier in session.options.warm_start:
+        for earlier in session.options.search.warm_start:
             scoring = earlier.record.scoring
             if scoring != progress.scoring:
                 progress.say(

@@ -19,6 +19,7 @@ from gputune.data.source import (
     Source,
     digest_of,
     fingerprint,
+    read_source,
     read_with_held_out,
     rows_difference,
     table_size,
@@ -42,7 +43,7 @@ from gputune.study.record import RECORD_FIELDS, Arguments, SearchRecord
 from gputune.study.values import sha256, to_json
 from gputune.tuning.choices import ModelChoice, method_from_json, method_to_json, recorded_model
 from gputune.tuning.context import Context
-from gputune.tuning.options import RULES, STORED, Options
+from gputune.tuning.options import RULES, STORED, Options, RowOptions, make_options
 from gputune.types import Json, Outputs
 from gputune.version import __version__
 from gputune.wording import option, per_interface
@@ -65,6 +66,8 @@ def search_record(
     scoring = context.scoring
     choice = problem.choice
     options = problem.options
+    rows = options.rows
+    training = options.training
     target = problem.target
     objective = problem.objective
     classes = None if target.classes is None else target.classes.tolist()
@@ -86,32 +89,32 @@ def search_record(
     for fold in data.folds:
         split_rows += [fold.train.cpu().numpy(), fold.valid.cpu().numpy()]
     sample_weight = None
-    if options.sample_weight is not None:
-        sample_weight = digest_of(np.asarray(options.sample_weight))
-    is_number = isinstance(options.cv, int | np.integer)
+    if training.sample_weight is not None:
+        sample_weight = digest_of(np.asarray(training.sample_weight))
+    is_number = isinstance(rows.cv, int | np.integer)
     positives = (metric["positive"] for metric in metrics if metric["positive"] is not None)
     return SearchRecord(
         model=choice.name,
         spec=choice.spec,
         optimizer=choice.optimizer,
-        schedule=options.schedule,
+        schedule=training.schedule,
         space=space_text(space),
         distributions=distributions(space),
-        method=method_to_json(options.method),
+        method=method_to_json(options.search.method),
         task=target.task,
         target=target.name,
-        target_transform=transform_to_json(options.target_transform),
+        target_transform=transform_to_json(rows.target_transform),
         classes=classes,
         source=problem.source.origin,
         fingerprint=fingerprint(problem.source.X, target),
         features=problem.n_features,
         columns=problem.columns,
         numbers=problem.numbers,
-        max_levels=options.max_levels,
+        max_levels=rows.max_levels,
         notes=[*problem.layout.notes, *notes],
-        class_weight=None if options.class_weight is None else repr(options.class_weight),
+        class_weight=None if training.class_weight is None else repr(training.class_weight),
         sample_weight=sample_weight,
-        cv=repr(options.cv) if is_number else type(options.cv).__name__,
+        cv=repr(rows.cv) if is_number else type(rows.cv).__name__,
         folds=data.n_folds,
         splits=digest_of(*split_rows),
         objective="" if objective is None else objective.name_unless_default(target.task),
@@ -120,10 +123,10 @@ def search_record(
         metrics=metrics if scoring.others else [],
         positive=next(positives, None),
         baseline=baseline,
-        epoch=options.epoch,
-        patience=options.patience,
-        max_epochs=1 if choice.solved else options.max_epochs,
-        seed=options.random_state,
+        epoch=training.epoch,
+        patience=training.patience,
+        max_epochs=1 if choice.solved else training.max_epochs,
+        seed=options.search.random_state,
         dtype=str(data.dtype).removeprefix("torch."),
         device=str(data.device) if cluster is None else cluster.device,
         versions=versions(),
@@ -136,33 +139,32 @@ def _arguments(
 ) -> Arguments:
     """Return the arguments of a search that its study file stores, including a list of missing
     arguments."""
-    values = space_to_json(space)
+    described_space = space_to_json(space)
     has_group_column = bool((source.origin or {}).get("groups"))
-    transform = transform_to_json(options.target_transform)
+    transform = transform_to_json(options.rows.target_transform)
     is_missing = {
         "X and y, which were in memory": source.origin is None,
         "groups, which were in memory": source.groups is not None and not has_group_column,
-        "scoring, a function": has_function(options.scoring),
-        "loss, a function": callable(options.loss),
-        "training_step, a function": options.training_step is not None,
-        "augment, a function": options.augment is not None,
-        "class_weight": not _is_storable(options.class_weight),
-        "sample_weight": options.sample_weight is not None,
+        "scoring, a function": has_function(options.search.scoring),
+        "loss, a function": callable(options.training.loss),
+        "training_step, a function": options.training.training_step is not None,
+        "augment, a function": options.training.augment is not None,
+        "class_weight": not _is_storable(options.training.class_weight),
+        "sample_weight": options.training.sample_weight is not None,
         "target_transform, an object of your own": not is_known(transform),
-        "space, with an object of your own": values is None,
-        "method, with a sampler of Optuna's": isinstance(options.method, OptunaSampler),
+        "space, with an object of your own": described_space is None,
+        "method, with a sampler of Optuna's": isinstance(options.search.method, OptunaSampler),
     }
-    stored = {
-        name: getattr(options, name) for name in STORED if _is_storable(getattr(options, name))
-    }
-    if isinstance(options.workers, Ray):
-        stored["workers"] = asdict(options.workers)
+    values = options.values()
+    stored = {name: values[name] for name in STORED if _is_storable(values[name])}
+    if isinstance(options.machine.workers, Ray):
+        stored["workers"] = asdict(options.machine.workers)
     return Arguments(
         kept=stored,
-        space=values,
+        space=described_space,
         folds=pack_folds(folds),
         lacking=[description for description, missing in is_missing.items() if missing],
-        callbacks=[type(callback).__name__ for callback in options.callbacks],
+        callbacks=[type(callback).__name__ for callback in options.machine.callbacks],
     )
 
 
@@ -180,7 +182,7 @@ def recorded_options(record: SearchRecord, **changed: object) -> Options:
     for name, value in record.arguments.kept.items():
         if name in STORED:
             stored[name] = value
-    return Options(**{**stored, "method": method_from_json(record.method), **changed})
+    return make_options(**{**stored, "method": method_from_json(record.method), **changed})
 
 
 def versions() -> dict[str, str]:
@@ -316,6 +318,21 @@ def _check_resumable(path: Path, record: SearchRecord, stored: Mapping[str, obje
     else:
         return
     raise InputError(None, f"Study {file} {fault}", remedy=remedy)
+
+
+def read_rows(
+    choice: ModelChoice, rows: RowOptions, X: object, y: object, groups: object = None
+) -> Source:
+    """Return the rows of a call, read with its options."""
+    return read_source(
+        X,
+        y,
+        groups,
+        module=choice.takes_arrays,
+        drop=rows.drop,
+        kinds=rows.kinds,
+        missing_target=rows.missing_target,
+    )
 
 
 def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source | None]:

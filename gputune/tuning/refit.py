@@ -7,7 +7,6 @@ dropout. The solved logistic regression is solved to convergence and takes no tr
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import cast
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset, Rows
 from gputune.data.encode import Statistics
 from gputune.data.folds import all_rows
-from gputune.data.source import Source, fingerprint, read_again, read_source, rows_difference
+from gputune.data.source import Source, fingerprint, read_again, rows_difference
 from gputune.data.target import TaskWord
 from gputune.data.target_transform import is_known
 from gputune.engine.backend import choose_backend, choose_device, matrix_products
@@ -37,9 +36,9 @@ from gputune.study.record import RECORD_FIELDS, SearchRecord, lost_option
 from gputune.study.study import Study, Trial
 from gputune.study.trained_rows import sample_of_rows
 from gputune.tuning.choices import ModelChoice, recorded_model
-from gputune.tuning.options import Options
+from gputune.tuning.options import Options, RowOptions
 from gputune.tuning.problem import Problem, make_problem
-from gputune.tuning.record import SearchCall, recorded_options
+from gputune.tuning.record import SearchCall, read_rows, recorded_options
 from gputune.tuning.trainer import Trainer, unseen
 from gputune.types import Backend, Config
 from gputune.version import __version__
@@ -83,7 +82,7 @@ class ReopenedSearch:
         """Return the complete configuration of a trial, including its scaling of numeric
         columns."""
         return self.choice.complete(
-            {"numbers": self.problem.numbers, **trial.params}, self.options.schedule
+            {"numbers": self.problem.numbers, **trial.params}, self.options.training.schedule
         )
 
     def evaluation_draws(self, data: Dataset, trial: Trial) -> EvaluationDraws | None:
@@ -100,7 +99,9 @@ class ReopenedSearch:
         rows = data.n_rows
         if traits.alone:
             rows = drawing_rows(max(data.row_numbers, data.n_features, traits.widest))
-        return EvaluationDraws(self.options.random_state, trial.best_epoch, rows, traits.host_draws)
+        return EvaluationDraws(
+            self.options.search.random_state, trial.best_epoch, rows, traits.host_draws
+        )
 
     def note_on_draws(self, data: Dataset, trials: Sequence[Trial]) -> Config:
         """Return the ``info`` entry of a model that uses random numbers in predictions.
@@ -133,14 +134,16 @@ class ReopenedSearch:
                     numbers = range(c, data.n_folds * len(group), len(group))
                     members[place] = [solved_module(solution, number) for number in numbers]
         else:
-            trainer = self._trainer(data, self.options.random_state if seed is None else seed)
+            trainer = self._trainer(
+                data, self.options.search.random_state if seed is None else seed
+            )
             epochs = [trial.best_epoch for trial in trials]
-            descent = self.options.method
-            with matrix_products(tf32=self.options.tf32):
+            descent = self.options.search.method
+            with matrix_products(tf32=self.options.machine.tf32):
                 if isinstance(descent, Hypergradient):
                     members = [[trainer.train_scheduled(configs[0], descent, epochs=epochs[0])]]
                 else:
-                    if self.options.backend == "auto":
+                    if self.options.machine.backend == "auto":
                         trainer.take_code(configs, epochs)
                     members = trainer.train_members(configs, epochs, progress)
         for trial, modules in zip(trials, members):
@@ -156,17 +159,19 @@ class ReopenedSearch:
         options = self.options
         choice = self.choice
         backend: Backend = "eager"
-        if not isinstance(options.method, Hypergradient):
-            backend, _ = choose_backend(options.backend, data.device, data.dtype, choice.kind)
+        if not isinstance(options.search.method, Hypergradient):
+            backend, _ = choose_backend(
+                options.machine.backend, data.device, data.dtype, choice.kind
+            )
         return Trainer(
             data=data,
             kind=choice.kind,
             module_class=choice.module_class,
             objective=self.problem.objective,
             seed=seed,
-            horizon=options.max_epochs,
+            horizon=options.training.max_epochs,
             backend=backend,
-            precision=options.precision,
+            precision=options.machine.precision,
         )
 
     def dataset(self, folds: Sequence[Rows] | None, trials: Sequence[Trial]) -> Dataset:
@@ -199,7 +204,7 @@ class ReopenedSearch:
         # If the target was a Series, its name is the name of its column. DataFrames to predict may
         # still have this column.
         names = groups, getattr(self.problem.source.y, "name", None)
-        unread = [*self.options.drop, *(name for name in names if isinstance(name, str))]
+        unread = [*self.options.rows.drop, *(name for name in names if isinstance(name, str))]
         info = {
             **info,
             "scoring": record.scoring,
@@ -316,7 +321,7 @@ def refit_trial(search: ReopenedSearch, trial: Trial) -> TunedModel:
         **search.score(trial.score, trial.std_error),
         **search.note_on_draws(data, [trial]),
     }
-    seeds = search.seeds([search.options.random_state])
+    seeds = search.seeds([search.options.search.random_state])
     spec = {"kwargs": search.arguments(trial, data), **seeds}
     return search.model(module, data, spec, info)
 
@@ -330,13 +335,13 @@ def _read_search(access: Access) -> SearchCall:
         call: SearchCall = study.data
         if access.X is None:
             return call
-        if call.options.sample_weight is not None:
+        if call.options.training.sample_weight is not None:
             raise InputError(
                 None,
                 f"{access} cannot weight other rows, because the study used sample_weight",
                 remedy="Leave X and y out.",
             )
-        return replace(call, source=_source_of(access, call.choice, call.options))
+        return replace(call, source=_source_of(access, call.choice, call.options.rows))
     _check_refittable(access)
     for name in record.lost:
         if RECORD_FIELDS[name].training or name == "method":
@@ -359,7 +364,7 @@ def _read_search(access: Access) -> SearchCall:
         )
     options = recorded_options(record, **_machine(record), class_weight=class_weight)
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=access.trust_code)
-    return SearchCall(choice, _source_of(access, choice, options), options)
+    return SearchCall(choice, _source_of(access, choice, options.rows), options)
 
 
 def _check_refittable(access: Access) -> None:
@@ -376,13 +381,10 @@ def _check_refittable(access: Access) -> None:
     raise InputError(None, f"{access.called}() cannot refit a study of {kind}", remedy=remedy)
 
 
-def _source_of(access: Access, choice: ModelChoice, options: Options) -> Source:
+def _source_of(access: Access, choice: ModelChoice, rows: RowOptions) -> Source:
     """Return the rows of a call, or the study's own rows, read again."""
     if access.X is not None:
-        read = partial(
-            read_source, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds
-        )
-        return read(access.X, access.y, missing_target=options.missing_target)
+        return read_rows(choice, rows, access.X, access.y)
     origin = access.study.record.source
     if origin is None:
         raise InputError(

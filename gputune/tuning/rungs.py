@@ -194,7 +194,7 @@ class _RungTraining:
             self.states.park(trials[outcome.index[position]].number, outcome.state.select([row]))
         self.unsaved.append(tuple(trials[i].number for i in outcome.index))
         # The chunks are sorted, so the next chunk takes at most about as long as this one.
-        due = self.saved_at + self.context.options.checkpoint_seconds - outcome.seconds
+        due = self.saved_at + self.context.options.machine.checkpoint_seconds - outcome.seconds
         if time.monotonic() > max(due, self.earliest):
             self.save()
 
@@ -244,7 +244,7 @@ class _RungTraining:
         ``rung`` is the epoch at which the rule pruned them, or None.
         """
         epochs = self.context.epochs
-        epoch_rule = self.context.options.epoch
+        epoch_rule = self.context.options.training.epoch
         results = []
         for trial in trials:
             self.states.drop(trial.number)

@@ -40,7 +40,7 @@ from gputune.text import count
 from gputune.tuning.choices import ModelChoice, method_name
 from gputune.tuning.good_enough import GoodEnough
 from gputune.tuning.interrupt import ended_by_signals, interruption
-from gputune.tuning.options import Options
+from gputune.tuning.options import Options, SearchOptions
 from gputune.tuning.progress import Progress
 from gputune.types import DEFAULTS, Config
 from gputune.wording import Verbatim, option
@@ -64,20 +64,22 @@ _BEST = 5  # this number of trials of each earlier study is tried first
 
 def checked_space(choice: ModelChoice, options: Options) -> CheckedSpace:
     """Return the checked space of a call, by default the space of the model. Raises InputError."""
+    search = options.search
+    numbers = options.rows.numbers
     keys = legal_keys(choice.searched, choice.optimizer)
     module = choice.searched == "module"
-    check_include(options.include, keys=keys, module=module)
-    space = "realmlp" if options.space is None and choice.recipe else options.space
+    check_include(search.include, keys=keys, module=module)
+    space = "realmlp" if search.space is None and choice.recipe else search.space
     if isinstance(space, str):
         _check_named(space, choice)
         space = named_space(space, choice.goal)
     elif space is None:
         space = default_space(choice.searched, choice.optimizer, choice.module_class)
     checked = check_space(to_scipy(space), keys=keys, module=module)
-    ways = choices_of(checked, "numbers", default=options.numbers)
-    if options.numbers not in ("auto", *ways):
+    ways = choices_of(checked, "numbers", default=numbers)
+    if numbers not in ("auto", *ways):
         raise InputError(
-            f"numbers={options.numbers!r}",
+            f"numbers={numbers!r}",
             f"is not a value of numbers in the space ({', '.join(ways)}), so no trial would use it",
             remedy=f"Leave {option('numbers')} out, or add the value to the space.",
         )
@@ -125,38 +127,39 @@ def first_trials(
 
     Random trials that the study has stored come before new ones.
     """
+    search = options.search
     first = first_candidates(
         space,
-        n_trials=options.n_trials,
-        include=options.include,
-        include_default=options.include_default,
+        n_trials=search.n_trials,
+        include=search.include,
+        include_default=search.include_default,
         defaults=default_params(choice, options),
         portfolio=portfolio,
     )
-    if not draws_at_once(options):
+    if not draws_at_once(search):
         return first
     stored: tuple[Candidate, ...] = ()  # drawing many trials again would take long
     with suppress(OSError, StudyCorruptError):  # reported when the study is opened
         if (
             store is not None
-            and store.meta.get("seed") == options.random_state
+            and store.meta.get("seed") == search.random_state
             and store.meta.get("space") == space_text(space)
         ):
             stored = tuple(trial for trial in store.candidates() if trial.origin == "random")
-    known = first + stored[: max(0, options.n_trials - n_counted(first))]
-    return known + draw_trials(known, space, options, check_config)
+    known = first + stored[: max(0, search.n_trials - n_counted(first))]
+    return known + draw_trials(known, space, search, check_config)
 
 
-def draws_at_once(options: Options) -> bool:
+def draws_at_once(search: SearchOptions) -> bool:
     """Return True if all trials are sampled at the start. An Optuna sampler proposes its trials
     later."""
-    return not isinstance(options.method, OptunaSampler)
+    return not isinstance(search.method, OptunaSampler)
 
 
 def draw_trials(
     known: Sequence[Candidate],
     space: CheckedSpace,
-    options: Options,
+    search: SearchOptions,
     check: ConfigCheck,
     drawn: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
@@ -166,37 +169,38 @@ def draw_trials(
     them.
     """
     earlier = [
-        t.params for study in options.warm_start for t in study.trials if t.state != "waiting"
+        t.params for study in search.warm_start for t in study.trials if t.state != "waiting"
     ]
-    n_missing = options.n_trials - n_counted(known)
+    n_missing = search.n_trials - n_counted(known)
     if drawn and n_missing > 0:
         trials = numbered([(config, "random") for config in drawn], known, earlier)[:n_missing]
         if len(trials) == n_missing:
             return trials
     seconds = None
-    if options.timeout is not None:
-        seconds = max(_DRAWING_SECONDS, options.timeout * _DRAWING_SHARE)
-    return top_up(known, space, options.n_trials, options.random_state, check, earlier, seconds)
+    if search.timeout is not None:
+        seconds = max(_DRAWING_SECONDS, search.timeout * _DRAWING_SHARE)
+    return top_up(known, space, search.n_trials, search.random_state, check, earlier, seconds)
 
 
 def default_params(choice: ModelChoice, options: Options) -> Config:
     """Return the default values for keys that a configuration lacks."""
-    defaults: Config = {**DEFAULTS, "numbers": options.numbers}
+    training = options.training
+    defaults: Config = {**DEFAULTS, "numbers": options.rows.numbers}
     if choice.module_class is not None:  # the defaults in the signatures
-        defaults |= argument_defaults(choice.optimizer) | loss_defaults(options.loss)
+        defaults |= argument_defaults(choice.optimizer) | loss_defaults(training.loss)
         for name, parameter in parameters_of(choice.module_class).items():
             if parameter.default is not parameter.empty:
                 defaults[f"module__{name}"] = parameter.default
-    return defaults | choice.defaults(options.schedule)
+    return defaults | choice.defaults(training.schedule)
 
 
-def with_earlier(options: Options, space: CheckedSpace) -> Options:
+def with_earlier(search: SearchOptions, space: CheckedSpace) -> SearchOptions:
     """Return the options with the best trials of earlier studies included.
 
     Raises InputError if an earlier study has no usable trial.
     """
     configs: list[Mapping[str, object]] = []
-    for study in options.warm_start:
+    for study in search.warm_start:
         file = "a study in memory" if study.file is None else f"study {str(study.file)!r}"
         name = f"{option('warm_start')}: {file}"
         finished = [
@@ -215,7 +219,7 @@ def with_earlier(options: Options, space: CheckedSpace) -> Options:
                 remedy=f"Leave {option('warm_start')} out, or search that space.",
             )
         configs += usable[:_BEST]
-    return replace(options, include=[*options.include, *configs])
+    return replace(search, include=[*search.include, *configs])
 
 
 @dataclass(frozen=True)
@@ -246,13 +250,13 @@ class Session:
         These are all trials of a new study, or the additional trials of a call for an old study.
         """
         ledger = self.ledger
-        options = self.options
+        search = self.options.search
         ledger.on_wait = self._wait
         self.progress.on_look = ledger.show
         # Other methods than random search depend on the results of all trials. Only one process may
         # run such a search.
-        if not isinstance(options.method, str):
-            ledger.claim_search(method_name(options.method))
+        if not isinstance(search.method, str):
+            ledger.claim_search(method_name(search.method))
         known = len(ledger.candidates)
         with without_collector():
             new = self._missing(trials, space, check)
@@ -265,13 +269,13 @@ class Session:
         if ledger.results:
             trials_in_all = count(len(ledger.candidates), "trial")
             self.progress.say(f"resuming: {len(ledger.results)} of {trials_in_all} are finished")
-        if draws_at_once(options):
+        if draws_at_once(search):
             sentences = remarks(
                 ledger.candidates,
                 space,
-                n_trials=options.n_trials,
-                include_default=options.include_default,
-                timeout=options.timeout,
+                n_trials=search.n_trials,
+                include_default=search.include_default,
+                timeout=search.timeout,
             )
             for sentence in sentences:
                 self.progress.say(f"note: {sentence}")
@@ -281,7 +285,7 @@ class Session:
     ) -> Sequence[Candidate]:
         """Return the trials that the ledger lacks, with the next free trial numbers."""
         candidates = self.ledger.candidates
-        options = self.options
+        search = self.options.search
         if not candidates:
             return trials
         params = [candidate.params for candidate in candidates]
@@ -291,7 +295,7 @@ class Session:
         if any(candidate.origin == "default" for candidate in candidates):
             known_origins.add("default")
         # ``n_trials`` limits the portfolio, but not the included trials.
-        n_portfolio = max(0, options.n_trials - n_counted(candidates))
+        n_portfolio = max(0, search.n_trials - n_counted(candidates))
         number = 1 + max(candidate.number for candidate in candidates)
         added = list[Candidate]()
         for trial in trials:
@@ -302,11 +306,11 @@ class Session:
                 if n_portfolio < 0:
                     continue
             added.append(replace(trial, number=number + len(added)))
-        if not draws_at_once(options):
+        if not draws_at_once(search):
             return added
         stored = {candidate.number: candidate for candidate in candidates}
         drawn = [t.params for t in trials if t.origin == "random" and stored.get(t.number) != t]
-        return [*added, *draw_trials([*candidates, *added], space, options, check, drawn)]
+        return [*added, *draw_trials([*candidates, *added], space, search, check, drawn)]
 
     def _wait(self, reason: str) -> None:
         """Tell the user why this process waits before it has a plan. End the wait if training would
@@ -329,7 +333,7 @@ class Session:
         Returns the numbers of the signals that ended the training early.
         """
         ledger = self.ledger
-        file = self.options.study
+        file = self.options.machine.study
 
         def finished(rows: Sequence[tuple[Candidate, Result | None]]) -> None:
             callbacks.tell("on_trials_end", study(rows))
@@ -357,8 +361,8 @@ class Session:
     @cached_property
     def good_enough(self) -> GoodEnough:
         """The decision to end the search early, by ``target_score`` and ``patience_trials``."""
-        options = self.options
-        return GoodEnough(self.ledger, options.target_score, options.patience_trials, self.in_rungs)
+        search = self.options.search
+        return GoodEnough(self.ledger, search.target_score, search.patience_trials, self.in_rungs)
 
     def stop_where_enough(self) -> None:
         """Stop the training if ``target_score`` or ``patience_trials`` ends the search."""

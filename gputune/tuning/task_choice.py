@@ -31,13 +31,13 @@ def chosen_task(source: Source, choice: ModelChoice, options: Options) -> TaskWo
     loss is only for classes, or the module has one output for each distinct integer although it was
     asked for one output. Otherwise there is a warning if the integers are probably classes.
     """
-    if options.task is not None:
-        return options.task
+    if options.rows.task is not None:
+        return options.rows.task
     target = check_target(source.y, n_rows=len(source.X), name=source.target)
     if not are_many_whole_numbers(target):
         return None
     n_distinct = len(np.unique(target.values))
-    if only_classifies(options.loss) or _n_outputs(source, choice, options) == n_distinct:
+    if only_classifies(options.training.loss) or _n_outputs(source, choice, options) == n_distinct:
         return "classification"
     if _may_be_classes(target.values, n_distinct):
         task = option("task", "regression")

@@ -268,7 +268,7 @@ def _ensemble_runs(
     search: ReopenedSearch, data: Dataset, n_seeds: int | None
 ) -> list[tuple[Dataset, int]]:
     """Return the data and the random seed of each training run of an ensemble's trials."""
-    seed = search.options.random_state
+    seed = search.options.search.random_state
     if n_seeds is not None:
         later = [stream_seed(seed, "ensemble", number) for number in range(1, n_seeds)]
         return [(data, run_seed) for run_seed in (seed, *later)]

@@ -22,7 +22,6 @@ from gputune.methods.distributions import space_from_json, space_text, space_to_
 from gputune.methods.space import check_space
 from gputune.study.store import Store
 from gputune.tuning.choices import choose_model
-from gputune.tuning.options import Options
 from gputune.tuning.pipeline import remember_what_runs
 from gputune.tuning.record import recorded_search
 from moments import at_finish
@@ -101,7 +100,10 @@ def test_a_stopped_search_ends_as_one_that_was_never_stopped(bugs, options):
 def test_what_a_resumed_search_may_change_arrives(bugs, monkeypatch):
     tuned("--backend", "compiled", "--checkpoint-seconds", "7")
     assert (
-        recorded_search(STUDY, gputune.Study.open(STUDY).record, {}).options.checkpoint_seconds == 7
+        recorded_search(
+            STUDY, gputune.Study.open(STUDY).record, {}
+        ).options.machine.checkpoint_seconds
+        == 7
     )
     lose_results(STUDY, 1)
     seen = []
@@ -119,8 +121,9 @@ def test_what_a_resumed_search_may_change_arrives(bugs, monkeypatch):
     code, out, err = run("resume", FOLDER, *changed.split(), loud=True)
     assert code == 0 and ", eager" in err and "Where the time went:" in out
     (options,) = seen
-    assert (options.backend, options.checkpoint_seconds, options.memory) == ("eager", 3, "1MB")
-    assert (options.workers, options.timeout, options.device) == (1, 600, "cpu")
+    machine = options.machine
+    assert (machine.backend, machine.checkpoint_seconds, machine.memory) == ("eager", 3, "1MB")
+    assert (machine.workers, options.search.timeout, machine.device) == (1, 600, "cpu")
 
 
 def test_a_killed_command_is_resumed_in_a_new_process(tmp_path, monkeypatch):
@@ -229,12 +232,14 @@ def test_a_cluster_that_only_the_file_names_gets_no_rows(bugs, another_user):
             ):
                 recorded_search(Path("my.db"), record, {})
             assert (
-                recorded_search(Path("my.db"), record, {}, trust_code=True).options.workers
+                recorded_search(Path("my.db"), record, {}, trust_code=True).options.machine.workers
                 == wanted
             )
-            assert recorded_search(Path("my.db"), record, {"workers": 1}).options.workers == 1
-            remember_what_runs(choose_model("mlp", None), Options(workers=wanted))
-        assert recorded_search(Path("my.db"), record, {}).options.workers == wanted
+            assert (
+                recorded_search(Path("my.db"), record, {"workers": 1}).options.machine.workers == 1
+            )
+            remember_what_runs(choose_model("mlp", None), wanted)
+        assert recorded_search(Path("my.db"), record, {}).options.machine.workers == wanted
 
 
 def test_a_change_of_any_row_is_said_those_held_out_too(bugs):

@@ -3,6 +3,7 @@ same model."""
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def options_now(study):
 
 
 def as_option(read):
-    return lambda search, record: read(search.options)
+    return lambda search, record: read(SimpleNamespace(**search.options.values()))
 
 
 def as_field(read):
@@ -217,10 +218,13 @@ def test_what_a_resumed_search_is_given_is_stored_too(tmp_path, monkeypatch):
     output("resume", "out", "--calibrate", "--patience-trials", "40", "--target-score", "0.9")
     search = options_now(tmp_path / "out" / "study.db")
     assert search.final_model == {"ensemble": False, "intervals": False, "calibrate": True}
-    assert (search.options.patience_trials, search.options.target_score) == (40, 0.9)
+    assert (search.options.search.patience_trials, search.options.search.target_score) == (40, 0.9)
     output("resume", "out")
     assert options_now(tmp_path / "out" / "study.db").final_model == search.final_model
     output("tune", table, "--target", "kind", *SMALL, "--out", "out")  # which asks for none of them
     search = options_now(tmp_path / "out" / "study.db")
     assert not any(search.final_model.values())
-    assert (search.options.patience_trials, search.options.target_score) == (None, None)
+    assert (search.options.search.patience_trials, search.options.search.target_score) == (
+        None,
+        None,
+    )

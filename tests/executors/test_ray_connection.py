@@ -186,7 +186,7 @@ def test_a_signal_to_a_cluster_of_its_own_and_resume(tmp_path, monkeypatch):
     assert 2 <= done(path) < 12
     monkeypatch.chdir(tmp_path)
     record = gputune.Study.open(path).record
-    assert recorded_search(path, record, {}).options.workers == gputune.Ray("local")
+    assert recorded_search(path, record, {}).options.machine.workers == gputune.Ray("local")
     # it would go on with Ray, but may go on here
     code, _, err = run("resume", "out", "-q", "--workers", "1")
     assert code == 0, err

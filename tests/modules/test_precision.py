@@ -10,7 +10,7 @@ from torch import nn
 
 import gputune
 from gputune.errors import InputError
-from gputune.tuning.options import Options
+from gputune.tuning.options import MachineOptions, make_options
 from reference import train_module
 
 G = torch.Generator().manual_seed(0)
@@ -172,7 +172,7 @@ def test_where_it_means_nothing_it_is_refused(model, options, message):
 
 
 def test_a_gpu_without_it_is_named(monkeypatch):
-    monkeypatch.setattr(Options, "device_here", lambda options: torch.device("cuda"))
+    monkeypatch.setattr(MachineOptions, "device_here", lambda options: torch.device("cuda"))
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
     with pytest.raises(InputError, match="needs a GPU that computes in bfloat16"):
-        Options(precision="bf16")
+        make_options(precision="bf16")

@@ -19,7 +19,7 @@ from gputune.study import claims as claims_file
 from gputune.study.claims import Claims
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.store import PlannedChunk, Store
-from gputune.tuning.options import Options
+from gputune.tuning.options import make_options
 from gputune.tuning.progress import Progress
 from gputune.tuning.random import wait_for_others
 from gputune.tuning.session import Session
@@ -232,7 +232,7 @@ def test_ctrl_c_ends_the_wait_for_a_plan(path, mine, monkeypatch):
     stop = Stop()
     with Store.open(path) as store:
         ledger = Ledger(store, mine)
-        ledger.on_wait = Session(ledger, Options(), Progress(0), stop)._wait
+        ledger.on_wait = Session(ledger, make_options(), Progress(0), stop)._wait
         at_call(ledger, "on_wait", 2, stop.ask, patch=monkeypatch.setattr)
         with pytest.raises(KeyboardInterrupt), ledger.exclusive_setup():
             pass

@@ -24,7 +24,7 @@ from gputune.hypergradients.chunk import HypergradientJob, inner_problem
 from gputune.hypergradients.modes import differences, forward, reverse
 from gputune.population.population import complete, populations
 from gputune.tuning.choices import ModelChoice, choose_model
-from gputune.tuning.options import Options
+from gputune.tuning.options import make_options
 from gputune.tuning.problem import make_problem
 
 FOLDS = 5
@@ -155,7 +155,7 @@ def dataset(choice: ModelChoice) -> Dataset:
     rows = BATCH * STEPS_AN_EPOCH * FOLDS // (FOLDS - 1)
     X = rng.standard_normal((rows, 64))
     y = (X @ rng.standard_normal((64, 10)) + 4 * rng.standard_normal((rows, 10))).argmax(1)
-    options = Options(device="cpu", dtype="float32")
+    options = make_options(device="cpu", dtype="float32")
     problem = make_problem(read_source(X, y, None), None, choice, options)
     folds = make_folds(FOLDS, problem.target, seed=0)
     return problem.dataset(folds, torch.device("cpu"))

@@ -1,0 +1,78 @@
+"""The rule of an option: how it is checked, stored and typed.
+
+The sections are those of the help of the command line.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+DATA = "Data"
+MODEL = "Model"
+SEARCH = "Search"
+STOPPING = "Early stopping"
+HYPERGRADIENTS = "Hypergradients"
+COMPUTE = "Compute"
+OUTPUT = "Output"
+
+Takes = Literal[
+    "text", "number", "0..", "1..", "names", "scorers", "specs", "config", "workers", "yes or no"
+]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The rule of an option, or of anything else on the command line.
+
+    Attributes:
+        flag: The flag on the command line. "--epochs <INT>" takes a value, "--tf32" takes none. ""
+            for an option that the command line lacks.
+        help: The help text, a noun phrase or an imperative without a full stop.
+        details: More sentences for the long help.
+        default: The default as the help shows it.
+        takes: The kind of value: integers from 0 or 1, names separated by commas, several KEY=SPEC,
+            and so on.
+        choices: The allowed strings, or None.
+        values: The possible values as the help shows them, if they are not ``choices``.
+        check: A function of a name and a value. It returns the value to use or raises InputError.
+        stored: If True, a study file stores the given value, for a resume and a refit.
+        resume: If True or a text, ``gputune resume`` may change the option. A text is its help text
+            there.
+        group: The section of the help that lists the option.
+    """
+
+    flag: str = ""
+    help: str = ""
+    details: str = ""
+    default: str = "none"
+    takes: Takes = "text"
+    choices: Sequence[str] | None = None
+    values: Sequence[str] = ()
+    check: Callable[[str, object], object] | None = None
+    stored: bool = False
+    resume: bool | str = False
+    group: str = ""
+
+    @property
+    def name(self) -> str:
+        """The flag without its value."""
+        return self.flag.partition(" ")[0]
+
+    @property
+    def metavar(self) -> str:
+        """The name of the value in the help; "" for a flag without a value."""
+        return self.flag.partition(" ")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionGroup:
+    """Base class of a group of options, which checks each value by its rule."""
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            check = option.metadata.get("rule", Rule()).check
+            if check is not None:
+                # The dataclass is frozen, so this replaces a given value by the checked value.
+                object.__setattr__(
+                    self, option.name, check(option.name, getattr(self, option.name))
+                )
