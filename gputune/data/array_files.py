@@ -1,6 +1,7 @@
 """Read arrays from files that NumPy and torch wrote.
 
-Nothing is unpickled. A file that needs more memory than is free is refused.
+gputune never unpickles objects, because unpickling may run code. It refuses a file that needs more
+memory than is free.
 """
 
 import math
@@ -37,15 +38,15 @@ Version 3 is used only for named fields, which gputune refuses.
 
 
 class _Malformed(ValueError):
-    """An error with the reason why a file cannot be read as arrays."""
+    """Error raised if a file cannot be read as arrays. Its text is the reason."""
 
 
 def read_array_file(path: Path) -> dict[str, Any]:
-    """Return a dict from name to array of a file: the arrays of a .npz, or the tensors of a .pt
-    file.
+    """Return the arrays or tensors of a .npz, .npy or .pt file, as a dict from name to array.
 
     A .pt file must hold a dict of tensors. The array of a .npy file has the name "". Arrays of .npy
-    files and tensors are memory-mapped: their rows are read when they are gathered.
+    files and tensors are memory-mapped: gputune reads a row from the file only when it needs that
+    row.
 
     Args:
         path: the file, with one of the suffixes ``ARRAY_SUFFIXES``.
@@ -107,7 +108,9 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _check_array(file: IO[bytes], size: int, name: str = "the array") -> int:
-    """Return the bytes of memory that an array needs, read from its header in NumPy's format.
+    """Check an array in a .npy or .npz file, and return the bytes of memory that it needs.
+
+    The shape and the dtype come from the array's header. The values are not read.
 
     Args:
         file: the open file, at the start of the array.
@@ -180,11 +183,12 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 
 def _record_sizes(path: Path) -> set[int]:
-    """Return the sizes in bytes of the records in a torch archive.
+    """Return the sizes in bytes of the records in a file written by torch.save, to check its
+    tensors.
 
     Raises:
-        _Malformed: the records are compressed. torch maps the file, so it would read compressed
-            bytes as numbers.
+        _Malformed: the records are compressed. torch maps the file into memory, so it would read
+            compressed bytes as numbers.
     """
     with open_file(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
@@ -199,7 +203,7 @@ def _record_sizes(path: Path) -> set[int]:
 def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object]:
     """Read X, y and groups from an array file and return them.
 
-    X is a dict if more than one array is left after y and groups are taken out.
+    X holds all arrays except y and groups. If there are several, X is a dict from name to array.
 
     Args:
         path: the file of arrays.
@@ -232,7 +236,7 @@ def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object
 
 
 def _check_name(argument: str, name: object, arrays: Collection[str], path: Path) -> None:
-    """Raise InputError unless ``name`` is the name of an array in a file."""
+    """Raise InputError unless a file holds an array called ``name``."""
     if isinstance(name, str) and name in arrays:
         return
     holds = f"which holds {quoted(arrays)}" if arrays else "which holds no array"
@@ -283,9 +287,10 @@ def pick_inputs(
 
 
 def pick_target(path: Path, name: str) -> np.ndarray:
-    """Return the target array of a file by its name.
+    """Return the array with the target values, read from an array file by its name.
 
-    For a .npy file, ``name`` is the path of the .npy file of the target.
+    A .npy file holds only one array. For it, ``name`` is the path of a second .npy file, which
+    holds the target.
     """
     if path.suffix.lower() == ".npy":
         return _read_partner(path, "target", name)
@@ -298,7 +303,10 @@ def pick_target(path: Path, name: str) -> np.ndarray:
 
 
 def _read_partner(path: Path, argument: str, name: object) -> np.ndarray:
-    """Return the array of the .npy file ``name``, which belongs to the .npy file ``path``."""
+    """Return the target or the groups for the rows of the .npy file ``path``.
+
+    They are the array of a second .npy file, ``name``.
+    """
     if not isinstance(name, str | Path) or Path(name).suffix.lower() != ".npy":
         raise InputError(
             argument,

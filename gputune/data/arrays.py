@@ -1,7 +1,7 @@
-"""Inputs that are not tables: images, sequences, token ids, or several inputs at once.
+"""Inputs of a module that are not tables: images, sequences, token ids, or several inputs at once.
 
-The inputs stay unchanged or are scaled per channel. Nothing is copied: rows of memory-mapped arrays
-are read when they are gathered.
+gputune leaves the inputs unchanged or scales each channel. It does not copy them: it reads a row of
+a memory-mapped array from the file only when it needs that row.
 """
 
 import math
@@ -26,11 +26,11 @@ _TAKEN_AS = {torch.uint16: torch.int32, torch.uint32: torch.int64}
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """Inputs of a module: the tensors ``parts``, each (N, ...).
+    """The inputs of a module that are not tables, as tensors ``parts`` of shape (N, ...).
 
-    The module receives them in order, or as the keywords ``names``. ``places`` (n,) holds the
-    positions of the selected rows, or None if all rows are selected. Nothing is copied until the
-    rows are gathered.
+    The module receives the tensors in order, or as the keyword arguments ``names``. ``places`` (n,)
+    holds the positions of the selected rows, or None if all rows are selected. Selecting rows
+    copies no data. ``gathered`` copies the selected rows.
     """
 
     parts: tuple[Tensor, ...]
@@ -42,16 +42,16 @@ class Arrays:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of the inputs in messages."""
+        """The names of the module's inputs in error messages, such as X['image']."""
         return input_labels(len(self.parts), self.names)
 
     def select(self, rows: np.ndarray) -> "Arrays":
-        """Return the inputs with only the given rows, which are not gathered yet."""
+        """Return the inputs with only the selected rows, without copying data."""
         positions = np.asarray(rows, dtype=np.int64)
         return replace(self, places=positions if self.places is None else self.places[positions])
 
     def gathered(self) -> tuple[Tensor, ...]:
-        """Return the selected rows of all inputs, each (n, ...)."""
+        """Copy the selected rows of all inputs, and return one tensor (n, ...) per input."""
         return tuple(self._rows(x, slice(None)) for x in self.parts)
 
     def _rows(self, x: Tensor, rows: slice) -> Tensor:
@@ -60,15 +60,16 @@ class Arrays:
         return x.index_select(0, torch.from_numpy(self.places[rows]).to(x.device))
 
     def as_given(self) -> object:
-        """Return the rows in the form that a scorer reads: an array, a tuple, or a dict of
-        arrays."""
+        """Return the selected rows as the NumPy X of a custom scorer: an array, a tuple, or a dict
+        of arrays."""
         arrays = tuple(x.cpu().numpy() for x in self.gathered())
         if self.names is not None:
             return dict(zip(self.names, arrays))
         return arrays if len(arrays) > 1 else arrays[0]
 
     def blocks(self, part: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the rows of an input block by block, each with the position of its first row."""
+        """Yield one input's selected rows in blocks, with the position of each block's first
+        row."""
         x = self.parts[part]
         rows = max(1, _BLOCK // max(1, x[0].numel()))
         for start in range(0, len(self), rows):
@@ -76,16 +77,17 @@ class Arrays:
 
 
 def input_labels(number: int, names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of ``number`` inputs in messages: X, X[0] or X['image']."""
+    """Return the names that messages use for ``number`` inputs of a module: X, X[0] or
+    X['image']."""
     if number == 1 and names is None:
         return ("X",)
     return tuple(f"X[{name!r}]" for name in names or range(number))
 
 
 def as_arrays(X: object) -> Arrays | None:
-    """Return X as inputs of a module, or None if X is a table.
+    """Return X as checked inputs of a module, or None if X is a table.
 
-    X is taken as inputs if it is
+    X counts as inputs of a module if it is
 
     - an array or tensor with at least three axes,
     - a tensor of integers with two axes, or
@@ -139,7 +141,10 @@ _REMEDIES = {
 
 
 def _tensor(value: np.ndarray | Tensor, label: str) -> Tensor:
-    """Return a checked tensor that shares the memory of an array or a tensor."""
+    """Check an array or a tensor, and return it as a tensor without copying its memory.
+
+    Values that torch cannot represent, such as long double, are copied.
+    """
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biuf":
             raise InputError(
@@ -208,7 +213,10 @@ def refuse_kind(value: Tensor, label: str) -> None:
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """The form of a module's inputs: the row ``shapes``, ``dtypes`` and, if any, ``names``."""
+    """The shapes, dtypes and names of a module's inputs, to check later inputs against.
+
+    ``shapes`` are the shapes of one row. ``names`` is None if the inputs have no names.
+    """
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
@@ -222,7 +230,7 @@ class ArrayLayout:
         return ArrayLayout(shapes, dtypes, arrays.names)
 
     def raw(self, X: object) -> Arrays:
-        """Return X as checked arrays in the order of the training inputs.
+        """Check new inputs X against the training inputs, and return them in the same order.
 
         Raises:
             InputError: names, shapes or kinds of numbers differ from the training data.
@@ -258,12 +266,13 @@ class ArrayLayout:
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """The names of the inputs in messages and files."""
+        """The names of the module's inputs in messages and files. The default is input0, input1,
+        ..."""
         return self.names or tuple(f"input{i}" for i in range(len(self.shapes)))
 
     @property
     def n_features(self) -> int:
-        """The number of features with which a module is built.
+        """The number of input features for which gputune builds a module.
 
         It is the size of the last axis of the first input, or 1 if a row is a single value.
         """
@@ -271,11 +280,12 @@ class ArrayLayout:
 
     @property
     def row_numbers(self) -> int:
-        """The count of values in a row, summed over all inputs."""
+        """The number of values in one row, summed over all inputs."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     def in_words(self) -> str:
-        """Return the contents of a row as text: name, dtype and shape of each input."""
+        """Return a description of the inputs for messages: the name, dtype and shape of each
+        input."""
         names = self.names or [""] * len(self.shapes)
         parts = zip(names, self.dtypes, self.shapes)
         return " and ".join(
@@ -291,7 +301,7 @@ class ArrayLayout:
 
     @staticmethod
     def from_json(value: Json) -> "ArrayLayout":
-        """Return the layout that ``to_json`` wrote.
+        """Return the layout of the inputs from the JSON value that ``to_json`` wrote.
 
         Raises:
             ValueError: ``to_json`` cannot have written this value.
@@ -314,9 +324,10 @@ class ArrayLayout:
 
 @dataclass(frozen=True, eq=False)
 class ArrayStatistics:
-    """The mean and the scale of each channel of each input, float64.
+    """The mean and the scale (float64) by which gputune standardizes each channel of a module's
+    inputs.
 
-    An entry of ``channels`` is None for an input that stays unchanged.
+    ``channels`` has a (mean, scale) for each input, or None for an input that stays unchanged.
     """
 
     channels: tuple[tuple[np.ndarray, np.ndarray] | None, ...]
@@ -332,7 +343,8 @@ class ArrayStatistics:
         return ArrayStatistics(tuple(parts))
 
     def check(self, layout: ArrayLayout) -> None:
-        """Raise ValueError unless the statistics fit the inputs of a layout."""
+        """Raise ValueError unless the means and scales fit the shapes of the inputs in
+        ``layout``."""
         if len(self.channels) != len(layout.shapes):
             raise ValueError("its statistics belong to a different number of inputs")
         for channels, shape in zip(self.channels, layout.shapes):
@@ -344,10 +356,10 @@ class ArrayStatistics:
 def fit_channels(
     arrays: Arrays, folds: Sequence[np.ndarray], numbers: str
 ) -> tuple[ArrayStatistics, ...]:
-    """Return the channel statistics of each fold's training rows.
+    """Return the mean and the scale of each input channel, fitted on each fold's training rows.
 
-    With ``numbers="none"`` all inputs stay unchanged. With ``numbers="standard"`` the channels of
-    floats and of bytes (uint8) get mean 0 and variance 1. The channels are
+    With ``numbers="none"`` all inputs stay unchanged. With ``numbers="standard"`` each channel of
+    floats or of bytes (uint8) gets mean 0 and variance 1. The channels are
 
     - the first axis of a row with three axes or more,
     - each column of a row with one axis,
@@ -373,9 +385,9 @@ def fit_channels(
 def _fit(
     arrays: Arrays, part: int, folds: Sequence[np.ndarray]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return (mean, scale) of an input's channels for each fold.
+    """Return the mean and the scale of one input's channels, for each fold.
 
-    The sums of each row are computed once and shared by all folds.
+    All folds share the sums of each row, which are computed only once.
     """
     x = arrays.parts[part]
     row = tuple(x.shape[1:])

@@ -1,7 +1,7 @@
-"""Turn columns into features.
+"""Turn the columns of a table into numeric features for a network.
 
-``fit_layout`` decides once, from the values of the column. The decision is then applied to any
-other rows. In shapes, n counts rows, D features, and D' network inputs.
+``fit_layout`` decides once, from the values of each column. Later rows are converted by the same
+decision. In shapes, n counts rows, D features, and D' network inputs.
 
 number     its value
 boolean    1 or 0
@@ -39,8 +39,7 @@ DATE_PARTS = ("days", "month", "day", "weekday", "hour")
 
 
 def _parts(kind: Kind, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the features of a numeric, boolean or date column, keyed by the names in
-    ``Column.parts``."""
+    """Return the features of a numeric, boolean or date column, by their name in ``Column.parts``."""
     if kind != "date":
         return {"value": values}
     known = ~np.isnan(values)
@@ -60,7 +59,7 @@ def _parts(kind: Kind, values: np.ndarray) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Column:
-    """One input column and its features, in the order parts, levels, other, missing."""
+    """One column of a table and its features, in the order parts, levels, other, missing."""
 
     name: str
     kind: Kind
@@ -71,14 +70,14 @@ class Column:
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """The names of the features. Each begins with the name of the column."""
+        """The names of the features made from this column, such as "age" or "color=red"."""
         parts = [self.name if part == "value" else f"{self.name}.{part}" for part in self.parts]
         levels = [*self.levels, *["(other)"] * self.other, *["(missing)"] * self.missing]
         return (*parts, *(f"{self.name}={level}" for level in levels))
 
     @property
     def numeric(self) -> tuple[bool, ...]:
-        """One flag per feature: True if the feature is a number to be centered and scaled.
+        """A flag for each feature of this column: True if the feature is centered and scaled.
 
         The flag is True for the values of numeric columns and for the parts of dates.
         """
@@ -87,7 +86,7 @@ class Column:
         return (True,) * n_scaled + (False,) * n_flags
 
     def read(self, kind: Kind, values: np.ndarray) -> np.ndarray:
-        """Return values of another kind converted to the kind of this column.
+        """Return values of another kind converted to this column's kind, such as text to numbers.
 
         Raises:
             InputError: a value does not fit the kind of the column.
@@ -95,9 +94,10 @@ class Column:
         return convert(values, kind, self.kind, self.name, self.levels)
 
     def features(self, kind: Kind, values: np.ndarray) -> np.ndarray:
-        """Return the features (n, d) of values of a kind, float64.
+        """Return the features (n, d), float64, of values of this column.
 
-        A feature is NaN if the number, boolean or date in the cell is missing.
+        ``kind`` is the kind of the values. If a number, boolean or date is missing, its features
+        are NaN, except a feature that marks missing values.
         """
         values = self.read(kind, values)
         if self.kind != "category":
@@ -131,9 +131,9 @@ def fit_column(
     min_count: int,
     keep: bool = False,
 ) -> tuple[Column, tuple[str, ...]]:
-    """Decide the features of a column.
+    """Decide from a column's values which features the network receives for the column.
 
-    Returns the column and the remarks for the user. A column that is left out has no feature.
+    Returns the column and remarks for the user. A column without features is left out.
 
     A level is rare if it has fewer than ``min_count`` rows (or fewer than 1% of the rows, if that
     is less). It is also rare if it is not among the ``max_levels`` most frequent levels. With
@@ -203,7 +203,7 @@ def _fit_category(
 
 
 def _misread_remarks(counts: Counter[str]) -> tuple[str, ...]:
-    """Return remarks on text that looks like numbers or dates.
+    """Return remarks on a column of text that was probably meant as numbers or dates.
 
     One odd cell turns a whole column into text.
     """
@@ -224,7 +224,7 @@ def _misread_remarks(counts: Counter[str]) -> tuple[str, ...]:
 
 
 def _is_row_counter(values: np.ndarray) -> bool:
-    """Return True if numbers look like a row counter.
+    """Return True if the numbers of a column look like a row counter.
 
     A counter has more than 20 values that rise in whole steps. Gaps are allowed, because some rows
     may be held out.
@@ -264,9 +264,9 @@ def checked_tensor(X: Tensor) -> Tensor:
 
 
 def _summary(X: Tensor) -> Table:
-    """Return a table of three rows that stands for a tensor when its columns become features.
+    """Return a table of three rows that summarizes a tensor, from which its features are decided.
 
-    Each column holds its minimum, its maximum and, if the tensor has a missing value there, NaN.
+    Each column holds its minimum and its maximum, and NaN if the column has a missing value.
     """
     missing = X.isnan()
     low = torch.where(missing, torch.inf, X).amin(0)
@@ -289,7 +289,7 @@ N_BINS = 16
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns that become features, the names of all columns of X, and notes for the user.
+    """The columns of X that become features, the names of all columns of X, and notes for the user.
 
     Each note is one sentence.
     """
@@ -304,18 +304,19 @@ class Layout:
 
     @cached_property
     def numeric(self) -> np.ndarray:
-        """(D,) bool: True for features that are centered and scaled.
+        """Flags (D,) of all features: True if the feature is centered and scaled.
 
-        Indicators, booleans and levels are False.
+        The flag is False for booleans, for levels of categories, and for features that mark missing
+        values.
         """
         return np.array([flag for column in self.columns for flag in column.numeric], dtype=bool)
 
     @cached_property
     def feature_groups(self) -> tuple[int, ...]:
-        """(D,) index of each feature's group.
+        """The group of each feature, (D,), so that all levels of a category belong together.
 
-        The index is 0 for a numeric feature. Each category or flag has its own index, counted from
-        1, which all levels of the category share.
+        Numeric features have the group 0. Each category and each flag has its own group, counted
+        from 1.
         """
         groups: list[int] = []
         last = 0
@@ -331,18 +332,19 @@ class Layout:
         return tuple(groups)
 
     def groups(self, places: np.ndarray) -> tuple[int, ...]:
-        """Return the feature group of each network input.
+        """Return the group of each network input, as in ``feature_groups``.
 
-        ``places`` (D',) holds the feature of each input. If it is empty, each feature is one input.
+        ``places`` (D',) holds the index of each input's feature. If ``places`` is empty, each
+        feature is one input.
         """
         if not places.size:
             return self.feature_groups
         return tuple(self.feature_groups[j] for j in places.tolist())
 
     def places(self, numbers: Numbers) -> np.ndarray:
-        """Return the index of each network input's feature, (D',).
+        """Return for each network input the index of its feature, (D',).
 
-        A feature that is cut into bins appears several times.
+        A feature that is cut into bins becomes several inputs, so its index appears several times.
         """
         is_cut = self.numeric & numbers.startswith("piecewise")
         return np.repeat(np.arange(len(is_cut)), np.where(is_cut, N_BINS, 1))
@@ -356,7 +358,7 @@ class Layout:
         return widths
 
     def in_words(self) -> str:
-        """Return the contents of a row as text, for example "3 columns"."""
+        """Return a description of a row for messages, for example "3 columns"."""
         return count(len(self.columns), "column")
 
     @overload
@@ -364,8 +366,8 @@ class Layout:
     @overload
     def raw(self, X: Tensor) -> Tensor: ...
     def raw(self, X: Table | Tensor) -> Raw:
-        """Return the features before any statistics are applied, (n, D), NaN if a number is
-        missing.
+        """Return the features (n, D) of a table or tensor before scaling, with NaN for missing
+        numbers.
 
         The result of a table is float64. The result of a tensor stays on its device and keeps its
         float dtype (at least float32; float64 for integers). Columns are found by name. Extra
@@ -384,8 +386,8 @@ class Layout:
         return np.concatenate(parts, axis=1)
 
     def unseen(self, X: Table) -> dict[str, list[str]]:
-        """Return the new levels of each column: levels that training did not see and that no
-        feature represents."""
+        """Return the levels in X that training did not see and that no feature represents, by
+        column name."""
         names = set(X.names)
         unseen = dict[str, list[str]]()
         for column in self.columns:
@@ -397,7 +399,8 @@ class Layout:
         return unseen
 
     def _check(self, names: tuple[str, ...]) -> None:
-        """Raise InputError if a column is missing; warn about columns that are not read."""
+        """Raise InputError if X lacks a column, and warn about columns that the model does not
+        read."""
         present = set(names)
         missing = [column.name for column in self.columns if column.name not in present]
         if missing:

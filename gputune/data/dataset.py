@@ -1,4 +1,4 @@
-"""Checked X and y on one device: the data on which the engine trains.
+"""Checked X and y on one device: the data on which a search trains.
 
 A member is one trial on one fold. Positions are row indexes. In shapes, n counts rows, n_f and m_f
 the training and validation rows of a fold, F folds, and K classes or target columns.
@@ -32,7 +32,10 @@ Fitted: TypeAlias = Sequence[Statistics] | Sequence[ArrayStatistics]
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """The positions of one fold's training and validation rows, int64, on the dataset's device."""
+    """One fold of the cross-validation: the positions of its training and validation rows.
+
+    Both are int64 tensors on the device of the dataset.
+    """
 
     train: Tensor  # (n_f,)
     valid: Tensor  # (m_f,), empty for a refit
@@ -40,16 +43,16 @@ class Fold:
 
 @dataclass(frozen=True, eq=False)
 class ScorerRows:
-    """The rows that a custom scorer reads.
+    """The rows of X that a custom scorer receives.
 
-    ``X`` holds them as ``Source.original_rows`` returns them, or as features.
+    ``X`` is the result of ``Source.original_rows``, or the features.
     """
 
     X: object
     layout: Layout | ArrayLayout
 
     def rows(self, fold: Fold) -> object:
-        """Return the validation rows of a fold, in the type of X.
+        """Return a fold's validation rows for a custom scorer, in the type of X.
 
         A scorer cannot change the data by writing into the returned array.
         """
@@ -64,9 +67,10 @@ class ScorerRows:
     def encoded(
         self, X: object, statistics: Statistics | ArrayStatistics, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        """Return the module inputs for new rows X, each (m, ...), on the CPU.
+        """Return the module inputs (m, ...) for new rows X that a custom scorer passes, on the CPU.
 
-        The rows are prepared with the statistics of a fold, as for the fold's members.
+        The rows are scaled by the ``statistics`` of a fold, like the rows on which the fold's
+        members trained.
         """
         if isinstance(self.layout, Layout):
             X = as_table(checked_tensor(X).cpu().numpy() if isinstance(X, Tensor) else X)
@@ -75,7 +79,7 @@ class ScorerRows:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The fields of a ``Dataset`` that depend on the preparation of the table's numeric columns.
+    """The fields of a ``Dataset`` that depend on how numeric columns are scaled (``numbers``).
 
     The fields have the same names in ``Dataset``.
     """
@@ -89,9 +93,10 @@ class Inputs:
 
 
 class Preparations(dict[str, Inputs]):
-    """The inputs of one table, keyed by the preparation of its numeric columns.
+    """The prepared inputs of one table, keyed by the scaling of numeric columns, such as
+    "quantile".
 
-    Each entry is made at its first use.
+    The first use of a key prepares its inputs.
     """
 
     def __init__(self, make: Callable[[str], Inputs]) -> None:
@@ -108,9 +113,9 @@ class Dataset:
 
     Axes: V distinct copies of X, n rows, D features, F folds, K classes.
 
-    A copy of a table holds all rows. It is transformed by the statistics of the training rows of
-    the folds that read it. Large tables, and tensors of another shape, have only one copy if they
-    can be scaled when they are gathered.
+    A copy of a table holds all rows, transformed by the statistics of a fold's training rows, such
+    as mean and deviation. Folds with the same statistics share a copy. Large tables, and inputs
+    that are not tables, have only one copy if each minibatch can be scaled instead.
     """
 
     # each (V, n, ...); a table is one (V, n, D). Floats get ``dtype`` when rows are gathered.
@@ -151,9 +156,9 @@ class Dataset:
     on_host: bool = False
 
     def of(self, config: Config) -> "Dataset":
-        """Return the dataset that trials with a given configuration train on.
+        """Return the dataset on which trials with a given configuration train.
 
-        A configuration may set ``numbers``, the preparation of a table's numeric columns.
+        A configuration may set ``numbers``, the scaling of a table's numeric columns.
         """
         numbers = config.get("numbers", self.numbers)
         if numbers == self.numbers:
@@ -169,18 +174,19 @@ class Dataset:
 
     @property
     def x(self) -> Tensor:
-        """The table, (V, n, D), if it is the only input."""
+        """The table as a tensor (V, n, D). It must be the only input."""
         (x,) = self.inputs
         return x
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of the inputs in messages."""
+        """The names of the module's inputs in error messages, such as X['image']."""
         return input_labels(len(self.inputs), self.names)
 
     @property
     def device(self) -> torch.device:
-        """The device of all tensors, except for inputs that are ``on_host``."""
+        """The device of all tensors. Only inputs with ``on_host`` may lie in main memory
+        instead."""
         return self.folds[0].train.device
 
     @property
@@ -198,7 +204,8 @@ class Dataset:
 
     @property
     def input_bytes(self) -> int:
-        """The bytes of all inputs, summed over all preparations that have been made."""
+        """The memory of all inputs in bytes, including all scaled versions of a table made until
+        now."""
         tensors = list(self.inputs)
         for prepared in self.preparations.values():
             tensors += prepared.inputs
@@ -206,7 +213,7 @@ class Dataset:
 
     @property
     def row_numbers(self) -> int:
-        """The count of values in a row, summed over all inputs."""
+        """The number of values in one row, summed over all inputs."""
         return sum(x[0, 0].numel() for x in self.inputs)
 
     @property
@@ -215,11 +222,12 @@ class Dataset:
 
     @property
     def train_lengths(self) -> list[int]:
-        """The count of training rows of each fold."""
+        """The number of training rows in each fold."""
         return [len(fold.train) for fold in self.folds]
 
     def rows(self, fold: int, positions: Tensor) -> tuple[Tensor, ...]:
-        """Return the given rows of all inputs, prepared for a fold, each (m, ...)."""
+        """Return the rows at some positions, scaled for a fold, as one tensor (m, ...) per
+        input."""
         rows = []
         for number, x in enumerate(self.inputs):
             # (V, n, ...) -> (m, ...)
@@ -230,27 +238,29 @@ class Dataset:
         return tuple(rows)
 
     def training_rows(self, fold: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Return a fold's training rows of all inputs, prepared for the fold, and their targets.
+        """Return all training rows of a fold, scaled for the fold, and their targets.
 
-        Each tensor has the shape (n_f, ...).
+        The rows are a tuple with one tensor (n_f, ...) per input.
         """
         train = self.folds[fold].train
         return self.rows(fold, train), self.targets(fold)[train]
 
     def targets(self, fold: int) -> Tensor:
-        """Return the targets on which a fold trains, (n, ...)."""
+        """Return the targets (n, ...) of all rows, as a fold trains on them.
+
+        Regression targets are standardized by the fold's training rows, unless the loss is custom.
+        """
         return self.y if self.task in ("binary", "multiclass") else self.y[fold % len(self.y)]
 
     def read(self, number: int, rows: Tensor, folds: slice) -> Tensor:
-        """Return gathered rows (F, ..., *row) of one input, scaled for some folds and in
-        ``dtype``."""
+        """Scale rows (F, ..., *row) of one input for some folds, and return them in ``dtype``."""
         scaling = self.scaling[number]
         if scaling is not None:
             return scaling(rows, folds)
         return rows.to(self.dtype) if rows.is_floating_point() else rows
 
     def in_units(self, fold: int, outputs: Tensor) -> Tensor:
-        """Return outputs (..., K) of a regression in the units of the target.
+        """Convert a regression's outputs (..., K) to the units of the target.
 
         Outputs of other tasks stay unchanged.
         """
@@ -258,9 +268,10 @@ class Dataset:
         return self.transforms[fold].inverse(values) if self.transforms else values
 
     def example(self, number: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Return up to ``number`` training rows of the first fold and their targets, each (B, ...).
+        """Return up to ``number`` example rows and their targets, each (B, ...), to try out a
+        module.
 
-        The rows are spread evenly.
+        The rows are spread evenly over the first fold's training rows.
         """
         train = self.folds[0].train
         spaced = torch.linspace(0, len(train) - 1, min(number, len(train))).long()
@@ -268,15 +279,16 @@ class Dataset:
         return self.rows(0, rows), self.targets(0)[rows]
 
     def with_one_logit(self) -> "Dataset":
-        """Return the data of two classes for a module with one output.
+        """Return the dataset of a binary target for a module that returns one logit per row.
 
-        One logit covers both classes, so no class can be absent.
+        One logit covers both classes, so the new dataset has no absent class.
         """
         return replace(self, n_outputs=1, present=None)
 
     @cached_property
     def first_equal(self) -> tuple[Tensor | None, ...]:
-        """For each fold, the first validation row that equals each validation row, (m_f,) int64.
+        """For each fold and each validation row, the first validation row that is equal to it,
+        (m_f,) int64.
 
         The entry is None for a fold without equal rows.
         """
@@ -296,7 +308,7 @@ def make_dataset(
     weights: Weights,
     like: Tensor,
 ) -> Dataset:
-    """Return the dataset in the dtype and on the device of ``like``.
+    """Return the dataset of a search, in the dtype and on the device of the tensor ``like``.
 
     Args:
         raw: arrays, or the features (n, D) that ``Layout.raw`` returned.
@@ -348,8 +360,10 @@ def make_dataset(
 
 
 def _scattered(values: np.ndarray, *, places: np.ndarray, size: int, axis: int = 0) -> np.ndarray:
-    """Return an array with ``size`` rows along an axis, with values at ``places`` and 0
-    elsewhere."""
+    """Return an array of ``size`` rows that holds the values at ``places`` and 0 elsewhere.
+
+    The rows lie along ``axis``.
+    """
     shape = list(values.shape)
     shape[axis] = size
     scattered = np.zeros(shape, values.dtype)
@@ -361,7 +375,7 @@ def _scattered(values: np.ndarray, *, places: np.ndarray, size: int, axis: int =
 def inputs_of(
     raw: Raw | Arrays, statistics: Fitted, like: Tensor, groups: tuple[int, ...] | None = None
 ) -> Inputs:
-    """Return the inputs in the dtype and on the device of ``like``.
+    """Return the prepared inputs of all folds, in the dtype and on the device of ``like``.
 
     ``groups`` holds the feature groups of a table.
     """
@@ -378,16 +392,17 @@ _DEVICE_SHARE = 0.5  # share of a GPU's free memory that inputs may take
 
 
 def _stays_on_host(arrays: Arrays, device: torch.device) -> bool:
-    """Return True if inputs are too large for a GPU that must also hold the training."""
+    """Return True if inputs must stay in main memory, because the GPU needs its memory for
+    training."""
     if device.type != "cuda" or any(x.device.type == "cuda" for x in arrays.parts):
         return False
     return sum(x.nbytes for x in arrays.parts) > _DEVICE_SHARE * free_of_gpu(device)
 
 
 def stage_rows(rows: Tensor, device: torch.device) -> Tensor:
-    """Return gathered rows on a device.
+    """Copy the rows of a minibatch to a device, and return them.
 
-    Rows for a CUDA device are copied from pinned memory without waiting for the copy.
+    For a CUDA device, the copy runs from pinned memory, and the process does not wait for it.
     """
     if device.type == "cuda":
         return rows.pin_memory().to(device, non_blocking=True)
@@ -397,7 +412,9 @@ def stage_rows(rows: Tensor, device: torch.device) -> Tensor:
 def _present(
     target: Target, folds: Sequence[Rows], weights: Sequence[np.ndarray | None]
 ) -> np.ndarray | None:
-    """Return the presence (F, K) of each class among a fold's training rows with positive weight.
+    """Return a mask (F, K) of the classes that occur in each fold's training rows.
+
+    Rows of weight 0 do not count.
 
     None if every fold has all classes, or if the target has no classes.
     """
@@ -416,13 +433,13 @@ _ODD = 0x9E3779B97F4A7C15 - 2**64
 
 
 def first_equal(rows: Tensor) -> Tensor | None:
-    """Return the position of the first row that equals each of the rows (n, D), (n,) int64.
+    """Return for each row (n, D) the position of the first row that is equal to it, (n,) int64.
 
     None if all rows differ.
 
-    A matrix product computes rows at the edge of a block with other instructions than rows within
-    it. So equal rows may get outputs that differ in their last bits. In
-    ``outputs[first_equal(rows)]`` equal rows have equal outputs.
+    A matrix product uses different instructions for rows at the edge of a block. So equal rows may
+    get outputs that differ in their last bits. In ``outputs[first_equal(rows)]`` equal rows have
+    equal outputs.
     """
     bits = torch.int64 if rows.dtype == torch.float64 else torch.int32
     key = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
@@ -448,7 +465,8 @@ _MOST_COLUMNS = 64
 
 
 def outermost_rows(x: Tensor) -> list[int]:
-    """Return the positions of rows of an input (n, ...) with the largest and the smallest values.
+    """Return the positions of the rows that hold an input's largest and smallest values, such as
+    token ids.
 
     The list is empty for booleans, for floats with more than two axes such as images, and for long
     rows of floats.

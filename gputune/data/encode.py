@@ -1,4 +1,6 @@
-"""The statistics of each fold and one pure transform, which is used for training and prediction.
+"""Scale the features of a table by the statistics of each fold's training rows.
+
+``transform`` does so for training and prediction alike.
 
 Tables become NumPy arrays. A torch tensor (numbers only) stays on its device and gets the same
 values.
@@ -57,13 +59,13 @@ _no_places = partial(np.empty, 0, dtype=np.int64)
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """The values fitted on the training rows of one fold; float64 arrays.
+    """The means, scales and other values fitted on one fold's training rows, as float64 arrays.
 
     A missing value becomes ``fill`` (D,). Each input then becomes ``(x - center) / scale``.
 
     - ``center`` and ``scale`` are (D',), where D' is the number of inputs of the network.
-    - ``places`` (D',) holds the feature of each input, if a feature becomes several inputs.
-      Otherwise it is (0,), and D' = D.
+    - ``places`` (D',) holds the index of each input's feature, if a feature becomes several inputs.
+      Otherwise ``places`` is empty, and D' = D.
     - ``ranked`` (R,) holds the positions of the inputs with a quantile transform instead.
       ``quantiles`` (Q, R) are their quantiles at equally spaced probabilities from 0 to 1.
     - ``clipped`` holds the positions of the inputs that are clipped smoothly after scaling.
@@ -82,7 +84,8 @@ class Statistics:
 
     @property
     def n_inputs(self) -> int:
-        """The number of network inputs per row, with which a module is built."""
+        """The number of values per row that a network receives. gputune builds the network for this
+        number."""
         return len(self.center)
 
     def to_json(self) -> Json:
@@ -113,7 +116,7 @@ def fit_statistics(
     numbers: Numbers = "standard",
     target: np.ndarray | None = None,
 ) -> Statistics:
-    """Fit the statistics on the given rows only.
+    """Fit the statistics for scaling a table's features on the training rows ``rows`` only.
 
     The mean fills missing values. It is 0 if all values are missing. ``numbers`` selects the
     transform:
@@ -206,7 +209,9 @@ def fit_statistics(
 
 
 def _moments(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean, scale and largest distance from the mean of the known values (n, D), each (D,).
+    """Return each column's mean, scale and largest distance from the mean, each (D,).
+
+    Missing values among ``part`` (n, D) are ignored.
 
     Mean and scale are computed by scikit-learn's StandardScaler.
     """
@@ -224,7 +229,9 @@ def _moments(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def tensor_moments(part: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean, scale and largest distance from the mean of the known values, each (D,).
+    """Return each column's mean, scale and largest distance from the mean, each (D,), for a tensor.
+
+    Missing values are ignored.
 
     Sums are in float64 on the tensor's device. The scale is 1 if the deviation is not larger than a
     rounding error. Source: scikit-learn's StandardScaler.
@@ -246,8 +253,10 @@ def tensor_moments(part: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def check_numbers(numbers: str, raw: Raw) -> None:
-    """Raise InputError for an unknown preparation of numbers, or one that tensors do not
-    support."""
+    """Raise InputError for an unknown value of ``numbers``, or one that tensors do not support.
+
+    ``numbers`` names the scaling of numeric columns, such as "standard" or "quantile".
+    """
     if numbers not in NUMBERS:
         raise InputError("numbers", f"must be one of {', '.join(map(repr, NUMBERS))}", got=numbers)
     if isinstance(raw, Tensor) and numbers not in TENSOR_NUMBERS:
@@ -260,9 +269,9 @@ def check_numbers(numbers: str, raw: Raw) -> None:
 
 @np.errstate(over="ignore")  # a number that overflows is clipped anyway
 def transform(raw: Array, statistics: Statistics) -> Array:
-    """Return the inputs of a network, (n, D'), without NaN.
+    """Fill missing values and scale features (n, D). Return the inputs of a network, (n, D').
 
-    Type, device and dtype are those of ``raw``.
+    The result has the type, device and dtype of ``raw``, and no NaN.
     """
     if isinstance(raw, Tensor):
         to_tensor = partial(torch.as_tensor, dtype=raw.dtype, device=raw.device)
@@ -294,7 +303,7 @@ overflow."""
 
 
 def smooth_clip(x: Array) -> Array:
-    """Return x / sqrt(1 + (x / 3)^2), which is close to x near 0 and lies within +-3."""
+    """Limit values smoothly to +-3: x / sqrt(1 + (x / 3)^2), which is close to x near 0."""
     x = x.clip(-_FAR, _FAR)
     return x / (1 + (x / _BOUND) ** 2) ** 0.5
 
@@ -304,9 +313,9 @@ _LEAST = 1e-7 - 2.0**-52
 
 
 def fit_quantiles(part: np.ndarray) -> np.ndarray:
-    """Return the quantiles (Q, R) of R columns at Q equally spaced probabilities from 0 to 1.
+    """Return the quantiles (Q, R) of R columns, for scaling each column to a normal distribution.
 
-    NaN is left out.
+    The Q probabilities are equally spaced from 0 to 1. NaN is ignored.
     """
     from sklearn.preprocessing import QuantileTransformer
 
@@ -317,7 +326,9 @@ def fit_quantiles(part: np.ndarray) -> np.ndarray:
 
 
 def normal_scores(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
-    """Return the normal deviate at the rank of each value among the quantiles (Q,), within +-5.2.
+    """Map values to a standard normal distribution by their rank among the quantiles (Q,).
+
+    The results lie within +-5.2.
 
     A value that equals several quantiles gets the middle of their ranks. Departure from
     scikit-learn: scikit-learn also moves values within an absolute 1e-7 of the outermost quantiles
@@ -379,9 +390,10 @@ _TAIL_BELOW = (
 
 
 def normal_scores_of(values: Tensor, quantiles: Tensor) -> Tensor:
-    """Return the normal scores (n, R) of float64 values (n, R) by their quantiles (Q, R).
+    """Map float64 values (n, R) to a standard normal distribution by their quantiles (Q, R).
 
-    They equal the results of ``normal_scores``.
+    The results equal the results of ``normal_scores``, but torch.export and ONNX support all
+    operations used here.
     """
     below = 1.0 - _interpolate(-values, -quantiles.flip(0))
     rank = (_interpolate(values, quantiles) + below) / 2
@@ -390,7 +402,9 @@ def normal_scores_of(values: Tensor, quantiles: Tensor) -> Tensor:
 
 
 def normal_deviate(rank: Tensor) -> Tensor:
-    """Return the standard normal quantile of probabilities, which are kept 1e-7 away from 0 and 1.
+    """Return the standard normal quantiles of probabilities.
+
+    Probabilities are first limited to 1e-7 from 0 and 1, which keeps the result finite.
 
     Source: Wichura (1988), algorithm AS 241, doi:10.2307/2347330; relative error about 1e-16.
     """
@@ -417,7 +431,9 @@ def _double(number: float) -> Tensor:
 
 
 def _interpolate(values: Tensor, quantiles: Tensor) -> Tensor:
-    """Return ranks (n, R) between 0 and 1, linear between quantiles (Q, R).
+    """Return the ranks (n, R), from 0 to 1, of values among quantiles (Q, R).
+
+    Between two quantiles the rank is interpolated linearly.
 
     Ranks of values beyond the outermost quantiles are undefined.
     """
@@ -434,7 +450,9 @@ def _interpolate(values: Tensor, quantiles: Tensor) -> Tensor:
 
 
 def bin_edges(values: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
-    """Return the edges of the bins of a feature's values (n,), ascending, with NaN left out.
+    """Return the ascending edges of the bins into which a feature's values (n,) are cut.
+
+    NaN is ignored.
 
     Without a target, each bin holds equally many values. With a target (n, ...), the edges are the
     thresholds of a decision tree and the two ends. Equal edges are merged, so a feature with equal
@@ -467,7 +485,7 @@ def bin_edges(values: np.ndarray, target: np.ndarray | None = None) -> np.ndarra
 
 
 def bins_between(edges: np.ndarray) -> np.ndarray:
-    """Return the bins between edges, (4, N_BINS): lower edge, width, and limits of the feature."""
+    """Return the lower edge, width, lower limit and upper limit of each bin, (4, N_BINS)."""
     bins = np.zeros((4, N_BINS))
     count = len(edges) - 1
     bins[1] = 1.0

@@ -1,6 +1,6 @@
 """Read a table from a text file, a Parquet file or one of scikit-learn's data sets.
 
-polars reads text and Parquet. A file that needs more memory than is free is refused.
+polars reads text and Parquet. gputune refuses a file that needs more memory than is free.
 """
 
 import codecs
@@ -82,7 +82,7 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
 
 
 def read_columns(source: str | Path, names: Sequence[str]) -> list[list[object]]:
-    """Return columns of a file that ``read_table`` reads. Text is returned as written.
+    """Return columns of a table file by name, with text as written in the file.
 
     Raises:
         InputError: the file lacks a column.
@@ -120,7 +120,7 @@ _IMAGES_REMEDY = (
 
 
 def _read_parquet(path: Path) -> "pl.DataFrame":
-    """Return the columns of a Parquet file.
+    """Return a Parquet file as a polars DataFrame.
 
     Raises:
         InputError: memory cannot hold the columns, or a column is nested.
@@ -172,9 +172,10 @@ def _read_bundled_table(name: str) -> Table:
 
 @contextmanager
 def _read_errors(path: Path, form: str, remedy: str = "") -> Iterator[None]:
-    """Turn the error of a reader into an InputError for a file that is damaged or of another form.
+    """Inside a ``with`` block, turn polars' errors about a damaged or wrong file into an
+    InputError.
 
-    The message has the first line of the reader's error.
+    The message contains the first line of the original error. ``form`` names the expected format.
     """
     from polars import exceptions
 
@@ -202,13 +203,13 @@ def _read_errors(path: Path, form: str, remedy: str = "") -> Iterator[None]:
 
 
 def _text_suffix(path: Path) -> str:
-    """Return .csv or .tsv for a text file, which may be compressed, and "" for another file."""
+    """Return ".csv" or ".tsv" for a text file, which may end in .gz, and "" for any other file."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     return suffix if suffix in (".csv", ".tsv") else ""
 
 
 def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
-    """Return the names in the header line, and the fields below it as text."""
+    """Return the column names from the header line of a text file, and the fields below as text."""
     import polars as pl
 
     remedy = "Write UTF-8 text with one header line and the same number of fields in each line."
@@ -251,7 +252,7 @@ def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
 def _check_lines(path: Path, separator: str) -> None:
     """Raise InputError for the first line that has more or fewer fields than the header line.
 
-    The message has the number of the line.
+    The message contains the line number.
     """
     width = 0
     for line, fields in _lines(path, separator):
@@ -266,7 +267,7 @@ def _check_lines(path: Path, separator: str) -> None:
 
 
 def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the line number, from 1, and the fields of each line of a text file.
+    """Yield the line number (from 1) and the list of fields for each line of a text file.
 
     An empty line is a row without values. The iteration ends before a field that is too long for
     the csv module. An unmatched quotation mark causes such a field.
@@ -279,9 +280,9 @@ def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def line_of(source: str | Path, row: int) -> str:
-    """Return the place of a row in a file that ``read_table`` read, as text.
+    """Return the place of a row in a table file for messages, such as "line 12".
 
-    The place is a line number in a text file, and a row number in any other file.
+    For a text file the place is a line number. For any other file it is a row number, from 0.
     """
     path = Path(source)
     if not _text_suffix(path):
@@ -305,7 +306,7 @@ def _header(path: Path) -> tuple[bytes, str]:
 
 
 def _open_text(path: Path) -> IO[bytes]:
-    """Open a text file. A compressed file is decompressed in memory.
+    """Open a text file for reading bytes. A .gz file is decompressed in memory.
 
     Raises:
         InputError: memory cannot hold the fields, the encoding is not UTF-8, or the bytes are not
@@ -361,9 +362,10 @@ def _check_encoding(path: Path, sample: bytes) -> None:
 
 
 def _column(texts: "pl.Series", *, as_text: bool) -> tuple[Kind, np.ndarray]:
-    """Read a polars series of text as ``parse_text`` does.
+    """Return the kind and the values of a column of text, like ``parse_text``, but faster.
 
-    Numbers in a long series are read 20x faster than by ``parse_text``.
+    Numbers in a long column are read 20x faster than by ``parse_text``. With ``as_text``, the
+    column stays text.
     """
     import polars as pl
 

@@ -35,7 +35,8 @@ from gputune.wording import Verbatim, option
 
 @runtime_checkable
 class Splitter(Protocol):
-    """A CV splitter in the sense of scikit-learn."""
+    """A cross-validation splitter of scikit-learn, such as KFold, or any object with the same
+    ``split``."""
 
     def split(
         self, X: object, y: object = None, groups: object = None
@@ -45,7 +46,7 @@ class Splitter(Protocol):
 def make_folds(
     cv: object, target: Target, *, X: object = None, groups: object = None, seed: int
 ) -> list[Rows]:
-    """Return the row positions (train, valid) of each fold, int64.
+    """Return the positions of the training and validation rows of each fold, as int64 arrays.
 
     Args:
         cv: a number of folds, a scikit-learn splitter, or an iterable of pairs of positions, masks
@@ -105,9 +106,9 @@ def make_folds(
 
 
 def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> None:
-    """Raise InputError if a group has rows on both sides of a fold.
+    """Raise InputError if a group has both training and validation rows in a fold.
 
-    Splitters that work on single rows, and pairs of positions, ignore groups.
+    This happens with splitters that ignore groups, such as KFold, and with pairs of positions.
     """
     code_of: dict[object, int] = {}
     codes = np.array([code_of.setdefault(group, len(code_of)) for group in groups.tolist()])
@@ -129,7 +130,8 @@ def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> N
 
 
 def all_rows(n_rows: int) -> Rows:
-    """Return the single fold of a refit: all rows for training, and no validation rows."""
+    """Return one fold in which all rows are training rows, for training a model without
+    validation."""
     return np.arange(n_rows, dtype=np.int64), np.empty(0, dtype=np.int64)
 
 
@@ -145,7 +147,7 @@ def parse_cv(text: str) -> int | TimeSeriesSplit:
 
 
 def check_groups(groups: object, n_rows: int, cv: object = None) -> np.ndarray | None:
-    """Return groups as an array, (n,), or None.
+    """Check the group of each row, and return the groups as an array (n,), or None without groups.
 
     Raises:
         InputError: the length is wrong, a value is missing, or ``cv`` splits by time.
@@ -192,8 +194,10 @@ def _fold_splitter(cv: int, target: Target, groups: np.ndarray | None, seed: int
 
 
 def _are_small_classes(target: Target, n_folds: int) -> bool:
-    """Return True for more than ``MAX_CLASSES`` classes that all have fewer rows than there are
-    folds."""
+    """Return True if no class of a target can have a row in each fold.
+
+    The target must also have more than ``MAX_CLASSES`` classes.
+    """
     if target.classes is None or len(target.classes) <= MAX_CLASSES:
         return False
     return bool(np.bincount(target.values).max() < n_folds)
@@ -201,7 +205,7 @@ def _are_small_classes(target: Target, n_folds: int) -> bool:
 
 @dataclass(frozen=True)
 class _SpreadKFold:
-    """Shuffled folds of equal size.
+    """A splitter into shuffled folds of equal size, for targets with many small classes.
 
     The rows of each class are spread over the folds as evenly as possible.
     """
@@ -284,7 +288,11 @@ def _split(
 
 
 def _rows(part: object, n_rows: int, fold: int, use: str) -> np.ndarray:
-    """Return the checked row positions, (m,) int64, of one fold's training or validation part."""
+    """Check the training or validation rows that the user chose for a fold, and return their
+    positions.
+
+    The positions are int64, (m,).
+    """
     if isinstance(part, slice):
         part = np.arange(n_rows)[part]
     rows = np.asarray(part)
@@ -320,7 +328,7 @@ def _rows(part: object, n_rows: int, fold: int, use: str) -> np.ndarray:
 def _warn_of_missing_classes(
     folds: list[Rows], target: Target, classes: np.ndarray, least: int
 ) -> None:
-    """Warn about classes with at least ``least`` rows that a fold does not train on."""
+    """Warn if a fold has no training row of some class with at least ``least`` rows."""
     counts = partial(np.bincount, minlength=len(classes))
     train_counts = np.array([counts(target.values[train]) for train, _ in folds])
     # (F, K)
@@ -338,14 +346,15 @@ def _warn_of_missing_classes(
 def hold_out(
     target: Target, *, test_size: float, groups: object = None, cv: object = None, seed: int
 ) -> Rows:
-    """Return the rows to tune on and the held-out rows, both sorted, int64.
+    """Split rows into rows for the search and held-out rows, and return their sorted positions,
+    int64.
 
     The held-out rows are
 
-    - the last rows, if ``cv`` is a TimeSeriesSplit. Its ``gap`` rows before them belong to neither
-      side.
+    - the last rows, if ``cv`` is a TimeSeriesSplit. The ``gap`` rows before the held-out rows
+      belong to neither part.
     - whole groups, if there are ``groups``. Then ``test_size`` is a share of the groups.
-    - otherwise random rows, with the classes in proportion.
+    - otherwise random rows, with each class in the same proportion in both parts.
 
     The row of a class with only one row is never held out.
 
@@ -399,7 +408,10 @@ def _nothing_left(test_size: float, units: str) -> InputError:
 def _hold_out_classes(
     target: Target, n_test: int, seed: int, random_state: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows to tune on and the held-out rows, with the classes in proportion."""
+    """Return the rows for the search and the held-out rows of a target with classes.
+
+    Each class has the same proportion in both parts.
+    """
     counts = np.bincount(target.values, minlength=target.n_outputs)
     if (counts == 1).all():
         refuse_identifier(target)
@@ -430,11 +442,12 @@ def _hold_out_classes(
 
 
 def _spread_apart(codes: np.ndarray, n_test: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions to tune on and the held-out positions, if there are more classes than
-    rows in the smaller part.
+    """Choose held-out rows for a target with more classes than the smaller part of the split has
+    rows.
 
-    The held-out rows cover as many classes as possible, and each class keeps a row to tune on. If
-    the classes have too few rows for that, fewer than ``n_test`` rows are held out.
+    Returns the positions for the search and the held-out positions. The held-out rows cover as many
+    classes as possible, and each class keeps a row for the search. If the classes have too few
+    rows, fewer than ``n_test`` rows are held out.
     """
     rng = np.random.default_rng(stream_seed(seed, "hold out"))
     order = rng.permutation(len(codes))
@@ -449,7 +462,7 @@ def _spread_apart(codes: np.ndarray, n_test: int, seed: int) -> tuple[np.ndarray
 
 
 def pack_folds(folds: Sequence[Rows]) -> list[list[str]]:
-    """Return the (train, valid) row positions of each fold as pairs of text.
+    """Compress the row positions of each fold to a pair of texts (train, valid), for a study file.
 
     Sorted positions take a few bits per row.
     """
@@ -463,7 +476,11 @@ def pack_folds(folds: Sequence[Rows]) -> list[list[str]]:
 
 
 def unpack_folds(packed: Sequence[Sequence[str]]) -> list[Rows]:
-    """Return the row positions, int64, that ``pack_folds`` packed, in the same order."""
+    """Return the row positions (train, valid) of each fold from the texts that ``pack_folds``
+    returned.
+
+    The positions are int64, in their original order.
+    """
 
     def unpack(text: str) -> np.ndarray:
         steps = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<i8")

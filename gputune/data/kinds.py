@@ -35,7 +35,8 @@ _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 def is_missing(value: object) -> bool:
-    """Return True if a Python value means missing: None, NaN, pandas NA or NaT, or NumPy NaT."""
+    """Return True if a Python value is a missing value: None, NaN, pandas NA or NaT, or NumPy
+    NaT."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     if isinstance(value, np.datetime64 | np.timedelta64):
@@ -44,7 +45,7 @@ def is_missing(value: object) -> bool:
 
 
 def checked_labels(values: np.ndarray, name: str) -> np.ndarray:
-    """Return the values of a target, (n,).
+    """Return the values (n,) of a target, after checking that text is not mixed with other types.
 
     Raises:
         InputError: text is mixed with other objects, because 1 would become '1'.
@@ -64,18 +65,18 @@ def checked_labels(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def text_of(value: object) -> str:
-    """Return the text of one value as a category: 1 and 1.0 are both '1'."""
+    """Return the name of a value as a level of a category: 1 and 1.0 both become '1'."""
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return str(int(value))
     return str(value)
 
 
 def parse_text(values: np.ndarray) -> tuple[Kind, np.ndarray]:
-    """Return the kind and the values of a column of str (None = missing).
+    """Detect the kind of a column of text (None = missing), and return its kind and values.
 
-    Booleans, numbers or dates are recognized if every value is one. Otherwise the column is a
-    category. Dates are written as in ISO 8601 (2020-01-31, 2020-01-31 12:30, 20200131T123000Z), or
-    with slashes. Another order of day and month would be a guess.
+    The column is boolean, number or date if every value can be read as this kind. Otherwise the
+    column is a category. Dates are written as in ISO 8601 (2020-01-31, 2020-01-31 12:30,
+    20200131T123000Z), or with slashes. Another order of day and month would be a guess.
     """
     texts = texts_of(values)
     present = {*texts} - {None}
@@ -91,7 +92,8 @@ def parse_text(values: np.ndarray) -> tuple[Kind, np.ndarray]:
 
 
 def texts_of(values: np.ndarray) -> np.ndarray:
-    """Return texts without surrounding blanks, and None for texts that mean a missing value."""
+    """Strip blanks around texts, and replace texts that mean a missing value, such as "NA", by
+    None."""
     stripped = [None if value is None else value.strip() for value in values]
     return np.array([None if text in MISSING_TEXT else text for text in stripped], dtype=object)
 
@@ -101,10 +103,10 @@ def _read_date(text: str) -> float:
 
 
 def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarray:
-    """Return a column converted to the kind ``wanted`` that the user requests.
+    """Convert a column to the kind ``wanted``, which the user chose for the column.
 
     Raises:
-        InputError: a value cannot be converted. The message shows the first one.
+        InputError: a value cannot be converted. The message shows the first such value.
     """
     if kind == wanted or (wanted, kind) == ("number", "boolean"):
         return values
@@ -134,14 +136,16 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
 
 
 def value_texts(values: np.ndarray, kind: Kind) -> np.ndarray:
-    """Return numbers or booleans as texts, None if they are missing."""
+    """Return numbers or booleans as texts, and None for missing values."""
     text = (lambda value: str(bool(value))) if kind == "boolean" else text_of
     return np.array([None if np.isnan(value) else text(value) for value in values], dtype=object)
 
 
 def from_series(series: "nw.Series[Any]") -> tuple[Kind, np.ndarray]:
-    """Return the kind and the values of one column of a data frame. The type of the column
-    decides."""
+    """Return the kind and the values of one column of a data frame.
+
+    The kind follows from the type of the column.
+    """
     dtype = series.dtype
     if dtype == nw.Boolean or dtype.is_numeric():
         return "boolean" if dtype == nw.Boolean else "number", _floats(series)
@@ -170,7 +174,7 @@ def _category(values: Sequence[object]) -> np.ndarray:
 
 
 def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
-    """Return the kind and the values of one column of an array. The dtype decides."""
+    """Return the kind and the values of one column of an array. The kind follows from the dtype."""
     match column.dtype.kind:
         case "b" | "i" | "u" | "f":
             return "boolean" if column.dtype == bool else "number", column.astype(np.float64)
@@ -188,9 +192,9 @@ def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
 
 
 def from_values(values: Sequence[object], *, name: str, untyped: bool) -> tuple[Kind, np.ndarray]:
-    """Return the kind and the values of Python objects (None = missing).
+    """Return the kind and the values of a column of Python objects (None = missing).
 
-    The kind is the common kind of all objects, or a category if they have no common kind.
+    The kind is the common kind of all objects, or category if the objects have no common kind.
     """
     present = [value for value in values if value is not None]
     if not present:
@@ -255,7 +259,9 @@ _THOUSANDS = 4  # a number with this many digits has a comma if its column uses 
 
 
 def read_amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
-    """Return texts as numbers (n,) with a remark for the user, or None if they are not amounts.
+    """Read a column of amounts, such as "$1,200", as numbers (n,), with a remark for the user.
+
+    Returns None if the texts are not amounts.
 
     None becomes NaN, and 89.5% becomes 89.5. All texts must have one form:
 
@@ -281,7 +287,9 @@ def read_amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
 
 
 def _example(texts: Sequence[str]) -> str | None:
-    """Return an example from texts that are all amounts of one form, or None if they are not.
+    """Return an example of the amounts in a column for the remark to the user.
+
+    The result is None if the texts are not all amounts of one form.
 
     An example with a comma is preferred.
     """
@@ -308,11 +316,11 @@ def _example(texts: Sequence[str]) -> str | None:
 def convert(
     values: np.ndarray, kind: Kind, wanted: Kind, name: str, levels: Sequence[str] = ()
 ) -> np.ndarray:
-    """Return the values of a column converted to its kind at training, if each has one meaning in
-    it.
+    """Convert a column of new rows to the kind that the column had at training.
 
-    A file for prediction may hold only numbers in a column of codes, or no value at all. Then its
-    column is read as another kind than at training.
+    A file for prediction may hold only numbers in a column of codes, or no value at all. Then the
+    column was read as a different kind than at training. Values are converted only if their meaning
+    in the new kind is clear.
 
     Args:
         values: the values (n,) of the column.
@@ -358,9 +366,9 @@ def convert(
 
 
 def _as_levels(values: np.ndarray, kind: Kind, levels: Sequence[str]) -> np.ndarray:
-    """Return numbers or booleans as levels of a category.
+    """Convert numbers or booleans back to the levels of a category as they were at training.
 
-    For example, the level "007" was read as the number 7, and "true" as a boolean.
+    For example, if the column had the level "007" at training, the number 7 becomes "007".
     """
     level_of = dict(zip(levels, levels))
     for level in levels:
@@ -373,7 +381,8 @@ def _as_levels(values: np.ndarray, kind: Kind, levels: Sequence[str]) -> np.ndar
 
 
 def _read(texts: Iterable[str | None]) -> tuple[Kind, np.ndarray]:
-    """Return texts read as by ``parse_text``, and amounts as numbers."""
+    """Detect the kind of texts like ``parse_text``, and also read amounts such as "$1,200" as
+    numbers."""
     kind, values = parse_text(np.array([*texts], dtype=object))
     amounts = read_amounts(values) if kind == "category" else None
     return (kind, values) if amounts is None else ("number", amounts[0])

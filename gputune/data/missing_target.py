@@ -1,4 +1,5 @@
-"""Rows without a target: an error, or left out if the caller asks for that."""
+"""Rows with a missing target: raise an error, or leave the rows out if
+``missing_target="drop"``."""
 
 from collections.abc import Callable, Sized
 from typing import Any, Literal, get_args
@@ -21,7 +22,7 @@ _REMEDY = f"Fill it, or set {option('missing_target', 'drop')} to leave those ro
 def rows_with_target(
     y: object, name: str, missing_target: MissingTarget, place: Callable[[int], str]
 ) -> np.ndarray | None:
-    """Return the positions of the rows that have a target, or None if all rows have one.
+    """Return the positions of the rows that have a target, or None if no target is missing.
 
     Args:
         y: targets (n,) or (n, ...), as ``tune`` takes them.
@@ -42,9 +43,10 @@ def rows_with_target(
 
 
 def select_targets(y: Any, positions: np.ndarray, *, is_column: bool) -> np.ndarray | Tensor:
-    """Return the targets of rows that all have a target. ``is_column``: y is a table's column.
+    """Return the targets at ``positions``, which are the rows that have a target.
 
-    A table column with missing values holds floats. Its whole numbers become integers again.
+    ``is_column`` means that y is a column of a table. A column with missing values holds floats, so
+    its whole numbers become integers again.
     """
     if isinstance(y, Tensor):
         selected: Tensor = y[positions]
@@ -58,10 +60,10 @@ def select_targets(y: Any, positions: np.ndarray, *, is_column: bool) -> np.ndar
 
 
 def check_row_options(n_given: int, cv: object, sample_weight: object) -> None:
-    """Raise InputError for options that do not fit when rows are left out.
+    """Raise InputError for options that are invalid once rows with missing targets are dropped.
 
-    These are folds given as row positions, which would change, and sample weights with another
-    length than ``n_given``.
+    Folds as row positions are invalid, because the positions change. Sample weights must have the
+    length ``n_given``, as X before the rows were dropped.
     """
     if not isinstance(cv, int | np.integer | str) and not hasattr(cv, "split"):
         raise InputError(
@@ -79,14 +81,15 @@ def check_row_options(n_given: int, cv: object, sample_weight: object) -> None:
 
 
 def select_values(values: Any, positions: np.ndarray) -> Any:
-    """Return the values of the rows at some positions. None stays None."""
+    """Return the values, such as groups or weights, of the rows at ``positions``. None stays
+    None."""
     if values is None:
         return None
     return (values if isinstance(values, Tensor) else np.asarray(values))[positions]
 
 
 def dropped_words(n_dropped: int, name: str) -> str:
-    """Return the remark on rows that were left out."""
+    """Return a remark such as "2 rows without a value of 'price' were left out"."""
     verb = "was" if n_dropped == 1 else "were"
     return f"{count(n_dropped, 'row')} without a value of {name!r} {verb} left out"
 

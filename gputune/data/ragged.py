@@ -1,7 +1,7 @@
-"""Refuse rows of different lengths, which cannot form one array.
+"""Refuse inputs with rows of different lengths, which cannot form one array.
 
-The error shows how to pad the rows. Nested tensors have their own error. Lists and object arrays
-share one.
+The error shows how to pad the rows. Nested tensors have their own error message. Lists and object
+arrays share another.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,13 +16,13 @@ _FEW_INPUTS = 8
 
 
 def refuse_ragged(value: object, label: str) -> None:
-    """Raise InputError for rows of different lengths.
+    """Raise InputError if the rows of X, y or another argument have different lengths.
 
-    Rows of different lengths come as a nested tensor, a list, or an object array. The inputs in a
-    tuple or a dict are checked one by one.
+    Rows of different lengths come as a nested tensor, a list, or an object array. The function
+    checks each input of a tuple or a dict.
 
     Args:
-        value: the object that the user passed. Everything else is accepted.
+        value: the object that the user passed. An object without such rows raises no error.
         label: the name of the argument in the error.
     """
     if isinstance(value, tuple | Mapping):
@@ -59,7 +59,7 @@ def refuse_ragged(value: object, label: str) -> None:
 
 
 def pad_remedy(label: str) -> str:
-    """Return the sentence that shows how to turn rows of different lengths into one tensor."""
+    """Return advice for an error message: how to pad rows of different lengths to one tensor."""
     rows = f"[torch.as_tensor(row) for row in {label}]"
     pad = f"torch.nn.utils.rnn.pad_sequence({rows}, batch_first=True)"
     return (
@@ -69,7 +69,8 @@ def pad_remedy(label: str) -> str:
 
 
 def _shapes(rows: list[object]) -> Iterator[_Shape]:
-    """Yield the shape of each row that is an array, a tensor or a list, and () for other rows."""
+    """Yield the shape of each row: its length or shape if the row is a list, array or tensor, else
+    ()."""
     for row in rows:
         if isinstance(row, Tensor | np.ndarray):
             yield tuple(row.shape)

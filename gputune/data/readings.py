@@ -1,8 +1,9 @@
-"""Remarks on columns that gputune reads differently from a text file and from a data frame.
+"""Remarks on columns that gputune reads in one way from a text file and in another from a data
+frame.
 
 A text file has no types. As in pandas.read_csv, a column of only numeric text becomes numbers, and
 texts such as NA are missing values. In a data frame the owner chose the type of each column. So
-text stays text, and NA is a level (a category) like any other.
+text stays text, and "NA" is a category level like any other text.
 """
 
 from typing import TYPE_CHECKING
@@ -26,9 +27,11 @@ _LEADING_ZERO = r"^\s*[-+]?0[0-9]"
 
 
 def file_remark(kind: Kind, texts: "pl.Series") -> str:
-    """Return the remark on a column of a text file that was read as ``kind``.
+    """Return a remark on a column of a text file, for example that leading zeros are lost.
 
-    "" if a data frame would be read in the same way.
+    ``kind`` is the kind that gputune detected.
+
+    The remark is "" if gputune reads the column in the same way from a data frame.
     """
     if kind == "number" and texts.str.contains(_LEADING_ZERO).any():
         kinds = option("kinds", {EXAMPLE: "category"})
@@ -42,9 +45,11 @@ def file_remark(kind: Kind, texts: "pl.Series") -> str:
 
 
 def frame_remark(values: np.ndarray) -> str:
-    """Return the remark on a text column (None: missing) of a data frame.
+    """Return a remark on a text column of a data frame, for example that numbers stay text.
 
-    "" if a text file would be read in the same way.
+    A missing value is None.
+
+    The remark is "" if gputune reads the column in the same way from a text file.
     """
     present = [value for value in values if value is not None]
     first = next((value for value in present if value not in MISSING_TEXT), None)

@@ -1,7 +1,6 @@
-"""Scale a table for each fold: one copy per fold, or one copy that is scaled when rows are
-gathered.
+"""Scale a table for each fold: store one scaled copy per fold, or scale each minibatch.
 
-New rows are prepared in the same way as the rows of a fold. V counts the copies, n rows, D features
+New rows are scaled in the same way as the rows of a fold. V counts the copies, n rows, D features
 and F folds.
 """
 
@@ -21,11 +20,13 @@ from gputune.data.table import Table
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """The scaling of gathered rows of an input: ``(input - center) / scale`` of the fold.
+    """The scaling of one input's minibatches: ``(input - center) / scale``, with values for each
+    fold.
 
-    ``center`` and ``scale`` are (F, ...) in the dtype of the study. The other axes match those of a
-    row: size 1, or the size of an axis with its own values, such as channels. With ``missing``, NaN
-    means a missing value and becomes 0 after scaling, the mean of the fold's training rows.
+    ``center`` and ``scale`` are (F, ...) in the dtype of the study. The other axes match the axes
+    of a row. An axis such as channels has its own values. Any other axis has size 1. With
+    ``missing``, NaN means a missing value and becomes 0 after scaling, which is the mean of the
+    fold's training rows.
     """
 
     center: Tensor
@@ -36,20 +37,20 @@ class Scaling:
     def of(
         parts: Iterable[tuple[np.ndarray, np.ndarray]], like: Tensor, *, missing: bool = False
     ) -> "Scaling":
-        """Return the scaling made from the (center, scale) of each fold."""
+        """Return a scaling from pairs (center, scale), one pair per fold."""
         centers, scales = zip(*parts)
         center = torch.as_tensor(np.stack(centers)).to(like)
         scale = torch.as_tensor(np.stack(scales)).to(like)
         return Scaling(center, scale, missing)
 
     def of_fold(self, fold: int) -> "Scaling":
-        """Return the scaling of only one fold, on the CPU."""
+        """Return the scaling of one fold, copied to the CPU."""
         center = self.center[fold : fold + 1].cpu()
         scale = self.scale[fold : fold + 1].cpu()
         return Scaling(center, scale, self.missing)
 
     def __call__(self, rows: Tensor, folds: slice) -> Tensor:
-        """Return the scaled rows (F, ..., *row) of some folds."""
+        """Scale the rows (F, ..., *row) of some folds, and return them."""
         center = self.center[folds]
         # (F, *row) -> (F, 1, ..., 1, *row), to broadcast over the gathered rows
         shape = (len(center), *[1] * (rows.dim() - center.dim()), *center.shape[1:])
@@ -68,8 +69,11 @@ _BLOCK = 2**22  # numbers per transformed block
 def table_inputs(
     raw: np.ndarray | Tensor, statistics: Sequence[Statistics], like: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[Scaling | None, ...]]:
-    """Return a table's copies (V, n, D), the copy index of each fold, and the scaling of the
-    table."""
+    """Return the scaled copies (V, n, D) of a table, and for each fold the index of its copy.
+
+    The third result is the ``Scaling`` of the table's minibatches, or None if the copies are
+    completely scaled.
+    """
     if isinstance(raw, Tensor):
         has_missing = raw.isnan().any(0).cpu().numpy()
     else:
@@ -108,11 +112,12 @@ def _affine_maps(
     statistics: Sequence[Statistics],
     like: Tensor,
 ) -> Scaling | None:
-    """Return the affine map from the first fold's rows to the rows of each fold.
+    """Return the affine map from the rows scaled for the first fold to the rows scaled for each
+    fold.
 
-    None if the rows differ by more than a shift and a factor. ``has_missing`` marks the columns
-    with missing values. Missing values are filled with 0 after scaling, which is correct if the
-    fill is the center.
+    The result is None if the folds differ by more than a shift and a factor. ``has_missing`` marks
+    the columns with missing values. Missing values are filled with 0 after scaling, which is
+    correct if the fill is the center.
     """
     for fitted in statistics:
         if fitted.ranked.size or fitted.clipped.size or fitted.places.size:
@@ -131,9 +136,9 @@ def _affine_maps(
 
 
 def limited_features(raw: np.ndarray | Tensor, statistics: Sequence[Statistics]) -> list[int]:
-    """Return the positions of features with a value beyond the limits of a fold.
+    """Return the positions of features with values that at least one fold clips at its limits.
 
-    The features must be one input each.
+    Each feature must be one network input.
     """
     extremes: np.ndarray | Tensor  # (2, D): smallest and largest number of each column
     if isinstance(raw, Tensor):
@@ -152,7 +157,10 @@ def limited_features(raw: np.ndarray | Tensor, statistics: Sequence[Statistics])
 
 
 def scaling_of(statistics: Sequence[ArrayStatistics], like: Tensor) -> tuple[Scaling | None, ...]:
-    """Return the scaling of each input that is not a table, or None for an unscaled input."""
+    """Return the scaling of each input of a module, or None for an input that stays unchanged.
+
+    The inputs are arrays such as images. Tables have ``table_inputs``.
+    """
     by_input = zip(*(fitted.channels for fitted in statistics))
     # An input is scaled for all folds or for no fold.
     return tuple(None if folds[0] is None else Scaling.of(folds, like) for folds in by_input)
@@ -164,8 +172,10 @@ def encode(
     statistics: Statistics | ArrayStatistics,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Return the inputs of a module from a table or arrays, each (n, ...), as ``Dataset.rows``
-    does."""
+    """Convert new rows, a table or arrays, to the inputs (n, ...) of a network.
+
+    The rows are scaled like the rows of ``Dataset.rows``.
+    """
     if isinstance(layout, Layout):
         assert isinstance(statistics, Statistics) and isinstance(X, Table)
         return (torch.from_numpy(transform(layout.raw(X), statistics)).to(dtype),)
@@ -182,9 +192,13 @@ def encode(
 
 
 def joined_statistics(parts: Sequence[Statistics]) -> Statistics:
-    """Return joined statistics, which produce the inputs of all parts, one part after another.
+    """Join several scalings of the same table into one, for a network that receives all their
+    inputs.
 
-    The parts were fitted on the same rows with different preparations.
+    The joined statistics produce the inputs of the first part, then the inputs of the second part,
+    and so on.
+
+    The parts were fitted on the same rows with different values of ``numbers``.
     """
     begin = 0  # position of the part's first input among all inputs
     complete = []

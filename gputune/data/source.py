@@ -1,7 +1,7 @@
-"""The source of a study's rows.
+"""The rows of X and y of a study, and a record of how to read the same rows again.
 
-A study that is opened later reads the same rows again. A digest (SHA-256) proves that the rows are
-the same.
+A study that you open later reads the same file again. A digest (SHA-256) proves that the rows have
+not changed.
 """
 
 import hashlib
@@ -51,11 +51,13 @@ from gputune.wording import Verbatim, option, per_interface
 
 
 def fingerprint(X: AnyRows, y: Target | Tensor | np.ndarray) -> dict[str, object]:
-    """Return ``rows``, ``columns`` and ``sha256`` of X and y.
+    """Return the number of rows and columns of X, and a SHA-256 digest of X and y.
 
-    ``sha256`` is the hex digest of X's names, kinds and values, and of y. Equal values in an array,
-    a data frame or a file with the same names and kinds give the same digest. A tensor has a
-    different digest, which depends on its dtype.
+    The result is a dict with the keys ``rows``, ``columns`` and ``sha256``.
+
+    The digest, in hex, covers X's names, kinds and values, and y. Equal values in an array, a data
+    frame or a file with the same names and kinds give the same digest. A tensor has a different
+    digest, which depends on its dtype.
     """
     digest = hashlib.sha256()
 
@@ -88,13 +90,18 @@ def bytes_of(values: Tensor) -> memoryview:
 
 
 def table_size(sizes: Json, origin: Json | None) -> dict[str, int]:
-    """Return the rows and columns of a fingerprint. Rows that were held out count too."""
+    """Return the number of rows and columns of a study's data, including held-out rows.
+
+    ``sizes`` is a result of ``fingerprint``.
+    """
     return {"rows": (origin or {}).get("rows", sizes["rows"]), "columns": sizes["columns"]}
 
 
 def rows_difference(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """Return a text on the difference between a study's rows and the current rows, with their
-    sizes."""
+    """Return a text for an error: how a study's rows differ from the current rows.
+
+    For example, "150 rows then, 140 now".
+    """
     different = [noun for noun in ("rows", "columns") if before[noun] != now[noun]]
     if not different:
         return f"{before['rows']} rows then and now, with different names or values"
@@ -102,7 +109,7 @@ def rows_difference(before: Mapping[str, object], now: Mapping[str, object]) -> 
 
 
 def _add(digest: "hashlib._Hash", values: np.ndarray) -> None:
-    """Add the values of an array to a digest: numbers, booleans or text (None = missing).
+    """Add an array's values to a digest. The values are numbers, booleans or text (None = missing).
 
     Different lists of values always add different bytes.
     """
@@ -117,7 +124,7 @@ def _add(digest: "hashlib._Hash", values: np.ndarray) -> None:
 
 
 def digest_of(*arrays: np.ndarray) -> str:
-    """Return the SHA-256, in hex, of the shapes, types and contents of arrays."""
+    """Return a SHA-256 digest, in hex, of some arrays: their shapes, types and contents."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.shape} {array.dtype.str};".encode())
@@ -127,8 +134,9 @@ def digest_of(*arrays: np.ndarray) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Inputs and target as the user gave them: a table, arrays, or a tensor that stays on its
-    device.
+    """The X, y and groups of a search, as the user passed them and before scaling.
+
+    X is a table, arrays, or a tensor that stays on its device.
 
     ``origin`` describes how to read the same rows again: path, target, groups, and the held-out
     rows. It is None for data in memory. ``original`` is the data frame, array or list from which X
@@ -149,13 +157,15 @@ class Source:
 
     @property
     def n_dropped(self) -> int:
-        """The number of rows that were left out because their target is missing."""
+        """The number of rows that gputune left out because their target is missing."""
         return 0 if self.positions is None else self.n_given - len(self.positions)
 
     def with_target(
         self, missing_target: MissingTarget, place: Callable[[int], str], *, is_column: bool
     ) -> "Source":
-        """Return the rows that have a target. ``is_column`` means that y is a column of X.
+        """Return the source with only the rows that have a target.
+
+        ``is_column`` means that y is a column of X.
 
         Raises:
             InputError: a target is missing, and ``missing_target`` is not "drop".
@@ -182,8 +192,8 @@ class Source:
     def original_rows(self) -> object:
         """Return the rows of X in the user's own type, without the columns of target and groups.
 
-        This is the data frame or array that the user passed, or a polars frame for a file. A list
-        or a tensor becomes an array.
+        The result is the data frame or array that the user passed, or a polars DataFrame for a
+        file. A list or a tensor becomes an array.
         """
         if isinstance(self.X, Arrays):
             return self.X
@@ -216,7 +226,9 @@ def read_source(
     missing_target: MissingTarget = "error",
     place: Callable[[int], str] | None = None,
 ) -> Source:
-    """Return the rows of X. Rows without a target are an error, or are dropped.
+    """Read X, y and groups from a file or from objects in memory, as the rows of a search.
+
+    Rows with a missing target raise an error, or are dropped with ``missing_target="drop"``.
 
     The ``origin`` of a file records that rows were dropped.
 
@@ -261,7 +273,7 @@ def _read_values(
     *,
     module: bool,
 ) -> Source:
-    """Return the rows of a frame, an array, a tensor or a Dataset in memory."""
+    """Return the source for X in memory: a data frame, an array, a tensor or a torch Dataset."""
     for name, value in (("X", X), ("y", y), ("groups", groups)):
         refuse_ragged(value, name)
     refuse_loader(X)
@@ -309,7 +321,7 @@ def _read_values(
 def _read_table_file(
     X: str | Path, y: object, groups: object, drop: Sequence[str], kinds: Mapping[str, Kind]
 ) -> Source:
-    """Return the table of a file. Its target and groups are columns.
+    """Return the source for a table file, in which the target and the groups are columns.
 
     The default target of a scikit-learn data set is "target".
     """
@@ -344,7 +356,8 @@ def _source_of(
     kinds: Mapping[str, Kind],
     original: object = None,
 ) -> Source:
-    """Return a source from a table, after ``drop`` and ``kinds`` are applied.
+    """Return the source for a table, without the columns ``drop`` and with the column kinds
+    ``kinds``.
 
     Target and groups may be names of columns of the table.
     """
@@ -402,7 +415,10 @@ def _refuse_columns(drop: Sequence[str], kinds: Mapping[str, Kind]) -> None:
 
 
 def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
-    """Return the arrays of a file. ``y`` names the target in it, or is another .npy file."""
+    """Return the source for a file of arrays.
+
+    ``y`` is the name of the target array in the file, or the path of another .npy file.
+    """
     X, target, group_values = pick_arrays(path, y, groups)
     if module and isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind in "iu":
         X = (X,)  # token ids, like an integer tensor with two axes
@@ -420,13 +436,15 @@ def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
 
 
 def read_again(origin: Json, *, module: bool = False) -> Source:
-    """Read a study's rows again, and return the rows of its search without the held-out rows."""
+    """Read the rows of a study again from their file or data set, without the held-out rows."""
     return read_with_held_out(origin, module=module)[0]
 
 
 def read_with_held_out(origin: Json, *, module: bool = False) -> tuple[Source, Source | None]:
-    """Read a study's rows again, and return the rows of its search and the held-out rows or
-    None."""
+    """Read the rows of a study again from their file or data set.
+
+    Returns the rows of the search, and the held-out rows or None.
+    """
     source = read_source(
         origin["path"],
         origin["target"],
@@ -447,9 +465,9 @@ def read_with_held_out(origin: Json, *, module: bool = False) -> tuple[Source, S
 def split_held_out(
     source: Source, target: Target, *, test_size: float, cv: str, seed: int
 ) -> tuple[Source, Source | None]:
-    """Split rows into the rows of the search and the held-out rows, as ``hold_out`` does.
+    """Split a source into the rows of the search and the held-out rows, by ``hold_out``.
 
-    The second part is None if ``test_size=0``.
+    With ``test_size=0`` the second result is None.
     """
     rest, test = hold_out(
         target, test_size=test_size, groups=source.groups, cv=parse_cv(cv), seed=seed

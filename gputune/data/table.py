@@ -1,6 +1,7 @@
-"""Turn data frames, arrays and lists into a table of named columns, each with a kind.
+"""Convert data frames, arrays and lists to a table of named columns, each with a kind such as
+number.
 
-Other containers are refused.
+Containers of any other type raise an error.
 """
 
 from collections import Counter
@@ -34,7 +35,7 @@ _ONE_AXIS = (
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Named columns of equal length.
+    """A table of named columns, to which gputune converts data frames, files, arrays and lists.
 
     - Number and boolean columns are float64, with NaN for a missing value.
     - Category columns are object arrays of str, with None for a missing value.
@@ -60,7 +61,7 @@ class Table:
         return len(self.columns[0])
 
     def column(self, name: str) -> np.ndarray:
-        """Return the values of one column, (n,)."""
+        """Return the values (n,) of the column ``name`` of this table."""
         return self.columns[self._places[name]]
 
     def kind(self, name: str) -> Kind:
@@ -71,7 +72,7 @@ class Table:
         return {name: j for j, name in enumerate(self.names)}
 
     def select(self, rows: np.ndarray) -> "Table":
-        """Return the given rows (positions or a mask) of all columns."""
+        """Return a table with only the rows ``rows``, which are positions or a mask."""
         return replace(self, columns=tuple(column[rows] for column in self.columns))
 
     def drop(self, *names: str) -> "Table":
@@ -80,7 +81,9 @@ class Table:
         return Table(left, kinds, columns, self.amounts, _without(self.readings, names))
 
     def read_as(self, kinds: Mapping[str, Kind]) -> "Table":
-        """Return the table with some columns converted to the kinds in ``kinds``.
+        """Return a table with some columns converted to the kinds that the user chose.
+
+        ``kinds`` is a dict from column name to kind.
 
         Raises:
             InputError: a value cannot be converted.
@@ -97,11 +100,13 @@ class Table:
         )
 
     def with_readings(self, remarks: Mapping[str, str]) -> "Table":
-        """Return the table with these ``readings``. Empty remarks are left out."""
+        """Return the table with ``remarks`` (by column name) as its ``readings``. Empty remarks are
+        left out."""
         return replace(self, readings={name: remark for name, remark in remarks.items() if remark})
 
     def frame(self) -> object:
-        """Return the table as a polars frame: dates as Datetime, null for a missing value."""
+        """Return the table as a polars DataFrame, with dates as Datetime and null for missing
+        values."""
         import polars as pl
 
         def series(kind: Kind, values: np.ndarray) -> pl.Series:
@@ -120,9 +125,9 @@ def _without(remarks: Mapping[str, str], names: Container[str]) -> dict[str, str
 
 
 def as_table(X: object) -> Table:
-    """Return a table made from a 2-D array, a pandas or polars frame, or a list of rows.
+    """Convert a 2-D array, a pandas or polars DataFrame, or a list of rows to a table.
 
-    A Table is returned unchanged. Columns of arrays and lists are named x0, x1, ...
+    A Table stays unchanged. Columns of arrays and lists get the names x0, x1, ...
 
     Raises:
         InputError: X has any other type. The message shows how to convert it.
@@ -196,14 +201,16 @@ def _frame_table(frame: "nw.DataFrame[Any]") -> Table:
 
 
 def nameless(columns: int) -> tuple[str, ...]:
-    """Return the default names of unnamed columns: x0, x1, ..."""
+    """Return the names x0, x1, ... for the columns of an array or a list."""
     return tuple(f"x{j}" for j in range(columns))
 
 
 def as_rows(X: object, names: Collection[str]) -> object:
-    """Return X in the user's own type: a data frame with only the columns ``names``, or an array.
+    """Return X in the user's own type, for a custom scorer.
 
-    An array has all columns. X is anything that ``as_table`` takes.
+    A data frame keeps only the columns ``names``. Any other X becomes an array with all columns.
+
+    X is anything that ``as_table`` accepts.
     """
     frame = nw.from_native(X, pass_through=True)
     if not isinstance(frame, nw.DataFrame):
@@ -213,14 +220,16 @@ def as_rows(X: object, names: Collection[str]) -> object:
 
 
 def select_rows(X: Any, rows: np.ndarray) -> object:
-    """Return rows (positions) of the result of ``as_rows``, in the same type. An array is a
-    copy."""
+    """Return the rows at some positions of a data frame or an array, in the same type.
+
+    An array is a copy.
+    """
     frame = nw.from_native(X, pass_through=True)
     return frame[rows].to_native() if isinstance(frame, nw.DataFrame) else X[rows]
 
 
 def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
-    """Return the table without the target's column, and the target as a plain array, (n,).
+    """Split a table into the table without the target column, and the target as an array (n,).
 
     The array holds str (object; None if missing), bool, int64 if every number is an integer, or
     float64 (NaN if missing).
@@ -257,9 +266,9 @@ def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
 
 
 def quoted(names: Iterable[str], limit: int = 8) -> str:
-    """Return names for a message, in quotation marks and with commas.
+    """Return a list of names for a message, such as "'age', 'color' and 3 more".
 
-    At most ``limit`` names are written out.
+    The text shows at most ``limit`` names.
     """
     names = list(names)
     texts = []
@@ -270,13 +279,15 @@ def quoted(names: Iterable[str], limit: int = 8) -> str:
 
 
 def two_axes(ndim: int) -> str:
-    """Return the advice on how to turn an array with ``ndim`` axes into a table."""
+    """Return advice for an error: how to reshape an array with ``ndim`` axes to two axes."""
     return ("One value is X.reshape(1, 1).", _ONE_AXIS, _FLATTEN)[min(ndim, 2)]
 
 
 def _rows_to_array(X: object) -> np.ndarray:
-    """Return nested lists, or another library's array, as a NumPy array. Values of lists keep
-    their types."""
+    """Convert nested lists, or an array of another library, to a NumPy array.
+
+    The values of lists keep their types.
+    """
     if not isinstance(X, list | tuple):
         return np.asarray(X)
     if not all(isinstance(row, list | tuple | np.ndarray) for row in X):
@@ -297,10 +308,11 @@ def _rows_to_array(X: object) -> np.ndarray:
 def checked_table(
     names: Sequence[str], columns: Sequence[tuple[Kind, np.ndarray]], typed: Collection[str] = ()
 ) -> Table:
-    """Return a table with at least one row and one column, distinct names and finite values.
+    """Return a table after checking that it has rows, columns, distinct names and no infinite
+    value.
 
-    Text that is all amounts becomes numbers, except in the columns ``typed``, whose owner chose
-    their type.
+    A text column of amounts, such as "$1,200", becomes numbers. Columns in ``typed`` stay text,
+    because the user chose their type.
     """
     if not columns:
         raise InputError(None, "The table has no columns", remedy="Add at least one column.")
@@ -337,7 +349,7 @@ def checked_table(
 
 
 def _refuse_containers(X: object) -> None:
-    """Raise InputError for containers of several inputs, and for torch containers of rows."""
+    """Raise InputError if X is a dict, a torch Dataset or another container that is not a table."""
     refuse_loader(X)
     name = type(X).__name__
     if isinstance(X, TensorDataset):
@@ -371,7 +383,7 @@ def _refuse_containers(X: object) -> None:
 
 
 def refuse_loader(X: object) -> None:
-    """Raise InputError for a DataLoader, which draws minibatches itself."""
+    """Raise InputError if X is a DataLoader, because gputune draws minibatches itself."""
     if isinstance(X, DataLoader):
         raise InputError(
             "X",
@@ -381,10 +393,7 @@ def refuse_loader(X: object) -> None:
 
 
 def refuse_lists(X: object) -> None:
-    """Raise InputError for lists that look like inputs of a module but are not arrays or a table.
-
-    The message shows how to convert them.
-    """
+    """Raise InputError for lists of images, texts or arrays, and show how to convert them."""
     if is_image(X):
         raise InputError("X", "is one PIL image", remedy=f"Pass all images: {_STACK_IMAGES}")
     if isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1:
@@ -437,7 +446,7 @@ def refuse_lists(X: object) -> None:
 
 
 def is_image(value: object) -> bool:
-    """Return True for a PIL image. PIL need not be installed."""
+    """Return True if a value is a PIL image. The check does not import PIL."""
     return type(value).__module__.partition(".")[0] == "PIL" and hasattr(value, "getpixel")
 
 

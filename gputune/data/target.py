@@ -1,4 +1,4 @@
-"""The target of a study: its task, and y as class codes or numeric values.
+"""The target of a study: the task (such as "binary"), and y as class codes or numbers.
 
 In shapes, n counts rows, F folds, and K classes, labels or target columns.
 """
@@ -36,7 +36,7 @@ TASKS = get_args(TaskWord)
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A checked target.
+    """The target y of a study after all checks, with its task.
 
     ``values`` depends on the task:
 
@@ -67,12 +67,14 @@ class Target:
 
     @property
     def n_outputs(self) -> int:
-        """The number of classes (2 for a binary task), of labels, or of numbers per row."""
+        """The number of values that a model predicts per row: classes (2 for a binary task), labels
+        or numbers."""
         return int(np.prod(self.values.shape[1:])) if self.classes is None else len(self.classes)
 
     @property
     def in_words(self) -> str:
-        """The kind of prediction as text, such as "3 classes" or "numbers (regression)"."""
+        """A description of the target for messages, such as "3 classes" or "numbers
+        (regression)"."""
         if self.classes is not None:
             return f"{len(self.classes)} classes"
         nouns = {"multilabel": "labels", "custom": "numbers, unchanged"}
@@ -81,9 +83,9 @@ class Target:
 
     @property
     def override(self) -> str:
-        """The option that switches whole numbers between classes and numbers, as text.
+        """A hint for messages: the option that makes whole numbers classes, or classes numbers.
 
-        "" if the target has no alternative.
+        The hint is "" if the target does not consist of whole numbers.
         """
         labels = self.labels
         if self.task == "custom" or labels.ndim > 1 or labels.dtype.kind not in "iuf":
@@ -96,18 +98,18 @@ class Target:
 
     @property
     def labels(self) -> np.ndarray:
-        """The target as it was given: class labels (n,), or numbers as float64."""
+        """The target in the user's own values: class labels (n,), or numbers as float64."""
         return self.values if self.classes is None else self.classes[self.values]
 
     def select(self, rows: np.ndarray) -> "Target":
-        """Return the given rows. All classes stay, even if no row has them."""
+        """Return the target of the rows ``rows``. All classes stay, even if no row has them."""
         return replace(self, values=self.values[rows])
 
 
 def check_target(
     y: object, *, task: TaskWord | None = None, n_rows: int, name: str = "y"
 ) -> Target:
-    """Return the checked target: y, (n, ...), as class codes or numeric values.
+    """Check the target y (n, ...) of a search, and return it as class codes or numbers.
 
     Without ``task``:
 
@@ -184,7 +186,7 @@ def check_target(
 
 
 def with_transform(target: Target, transform: TargetTransform | None) -> Target:
-    """Return a target with its transformation.
+    """Return a copy of a target that will be transformed, for example to its logarithm.
 
     Raises:
         InputError: the target has classes, or values for which the transformation is undefined.
@@ -207,8 +209,7 @@ def _all_equal(name: str, value: object) -> InputError:
 
 
 def check_spread(target: Target) -> None:
-    """Raise InputError if all target values are equal, or seem equal because of one extreme
-    value."""
+    """Raise InputError if all target values are equal, or nearly equal next to one extreme value."""
     if target.task != "regression" or target.transform is not None:
         return
     values = target.values.reshape(len(target), -1)
@@ -235,9 +236,9 @@ def standardized(
     folds: Sequence[tuple[np.ndarray, np.ndarray]],
     weights: Sequence[np.ndarray | None],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[FittedTransform, ...]]:
-    """Return y, center (F, ...), scale (F, ...) and the transformation of each fold.
+    """Return y standardized for each fold, with the center, scale and transformation of each fold.
 
-    Here, y is one of
+    ``center`` and ``scale`` are (F, ...). The returned y is one of
 
     - (n,) class codes,
     - (F, n, ...) standardized numbers,
@@ -281,7 +282,8 @@ def standardized(
 
 
 def _values(values: np.ndarray, name: str) -> np.ndarray:
-    """Return an array (n, ...) as bool, integers, floats or text, without missing values."""
+    """Check that target values (n, ...) are present and finite. Return them as bool, numbers or
+    text."""
     if values.ndim == 0 or 0 in values.shape:
         raise InputError(
             None, f"{name} must have one value per row", got=Verbatim(f"shape {values.shape}")
@@ -316,7 +318,7 @@ def _values(values: np.ndarray, name: str) -> np.ndarray:
 def refuse_missing(
     values: np.ndarray, name: str, remedy: str, place: Callable[[int], str] = "row {}".format
 ) -> None:
-    """Raise InputError if one of the values (n,), of any type, is missing.
+    """Raise InputError if a value (n,) of the target or the groups is missing.
 
     ``place`` returns the place of a row as text.
     """
@@ -337,9 +339,9 @@ def _first_row(mask: np.ndarray) -> int:
 
 
 def target_array(y: object, name: str) -> np.ndarray:
-    """Return y as an array in its own type.
+    """Convert y, such as a tensor or a Series, to a NumPy array of the same type.
 
-    A list of text, or of values of different types, becomes an array of Python objects.
+    A list of text, or of mixed types, becomes an array of Python objects.
     """
     from scipy.sparse import issparse
 
@@ -380,16 +382,16 @@ def target_array(y: object, name: str) -> np.ndarray:
 
 
 def _series(series: "nw.Series[Any]") -> np.ndarray:
-    """Return a column of a data frame: its numbers, or otherwise its Python values."""
+    """Return a column of a data frame as an array: numbers, or Python objects for other types."""
     is_number = series.dtype.is_numeric() or series.dtype == nw.Boolean
     has_all = is_number and not series.is_null().any()
     return np.asarray(series.to_numpy()) if has_all else np.array(series.to_list(), dtype=object)
 
 
 def _several(values: np.ndarray, task: TaskWord | None, name: str) -> Target:
-    """Return the target of several columns, or a custom target.
+    """Return the checked target for y with several columns, or for a custom target.
 
-    Without a task, columns that hold only 0 and 1 are labels, other columns are numbers.
+    Without a task, columns that hold only 0 and 1 are labels. Other columns are numbers.
     """
     are_flags = values.dtype.kind != "U" and bool(np.isin(values, (0, 1)).all())
     if task is None and values.ndim == 2 and are_flags and (values.sum(1) == 1).all():
@@ -443,9 +445,9 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def are_soft_labels(target: Target) -> bool:
-    """Return True if a target (n, K) holds a probability for each class.
+    """Return True if a target (n, K) holds class probabilities (soft labels).
 
-    Then all values are at least 0 and each row sums to 1.
+    All values must be at least 0, and each row must sum to 1.
     """
     values = target.values
     if target.task != "regression" or values.ndim != 2 or values.shape[1] < 2:
@@ -464,10 +466,7 @@ def are_many_whole_numbers(target: Target) -> bool:
 
 
 def whole_numbers_words(target: Target) -> str:
-    """Return the remark on whole numbers that are predicted as numbers.
-
-    It names the option that changes this.
-    """
+    """Return a remark that many whole numbers are a regression, and how to make them classes."""
     return (
         f"{target.name} has {len(np.unique(target.values))} distinct whole numbers in "
         f"{len(target)} rows. Because these are more than {MAX_CLASSES}, gputune predicts a number "

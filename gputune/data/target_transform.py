@@ -1,6 +1,6 @@
-"""A transformation of a numeric target, such as a logarithm.
+"""Train on a transformed numeric target, such as its logarithm, and predict in original units.
 
-The transformation is fitted on the training rows of a fold and inverted in predictions.
+gputune fits the transformation on the training rows of each fold, and inverts it in predictions.
 
 Source: sklearn.compose.TransformedTargetRegressor. Its transformer reads columns (n, K) and must be
 invertible. Departure: some predictions have no inverse, for example extreme values of a
@@ -28,7 +28,7 @@ _CHOICES = per_interface("'log', 'log1p' or a scikit-learn transformer", "'log' 
 
 
 class Transformer(Protocol):
-    """A scikit-learn transformer of columns (n, K)."""
+    """The methods of a scikit-learn transformer for columns (n, K), such as PowerTransformer."""
 
     def fit(self, X: np.ndarray) -> Self: ...
     def transform(self, X: np.ndarray) -> np.ndarray: ...
@@ -46,16 +46,17 @@ _WORDS: Mapping[object, tuple[Callable[..., np.ndarray], Callable[[Tensor], Tens
 
 @dataclass(frozen=True)
 class FittedTransform:
-    """The name of a transformation, or a fitted transformer with the range of its training values.
+    """A target transformation that is ready to use: a name such as "log", or a fitted transformer.
 
-    ``limits`` (2, K) holds the smallest and the largest training value, after the transformation.
+    ``limits`` (2, K) holds the smallest and the largest transformed training value of each column.
+    A named transformation needs no limits.
     """
 
     transform: TargetTransform
     limits: np.ndarray | None = None
 
     def forward(self, values: np.ndarray) -> np.ndarray:
-        """Return transformed values in the shape of ``values``, (n,) or (n, K), float64."""
+        """Transform target values (n,) or (n, K), and return them in the same shape, float64."""
         if isinstance(self.transform, str):
             return _WORDS[self.transform][0](values)
         columns = np.asarray(self.transform.transform(values.reshape(len(values), -1)), np.float64)
@@ -67,7 +68,7 @@ class FittedTransform:
         return columns.reshape(values.shape)
 
     def inverse(self, values: Tensor) -> Tensor:
-        """Return values (..., K) in the units of the target, float64.
+        """Convert transformed values (..., K) back to the units of the target, float64.
 
         A transformer returns NaN for values that are not finite.
         """
@@ -85,7 +86,8 @@ class FittedTransform:
         return restored.view(values.shape).to(values.device)
 
     def to_json(self) -> Json | str:
-        """Return the name, or the class and the fitted state of a scikit-learn transformer.
+        """Return a JSON value for a model file: the name, or the transformer's class and fitted
+        state.
 
         Raises:
             InputError: the transformer is not from sklearn.preprocessing.
@@ -104,7 +106,7 @@ class FittedTransform:
 
     @staticmethod
     def from_json(value: Json | str) -> "FittedTransform":
-        """Return the transformation that ``to_json`` wrote.
+        """Return the fitted target transformation from the JSON value that ``to_json`` wrote.
 
         Raises:
             ValueError: ``to_json`` cannot have written this value.
@@ -126,9 +128,9 @@ class FittedTransform:
 
 
 def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTransform:
-    """Return a transformation fitted on the training values (n, ...) of a fold.
+    """Fit a target transformation on the training values (n, ...) of a fold, and return it.
 
-    Warns if the inverse does not return the values.
+    Warns if the inverse transformation does not restore the values.
 
     Raises:
         InputError: the transformer raised an error.
@@ -160,7 +162,7 @@ def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTrans
 
 
 def check_values(transform: TargetTransform, values: np.ndarray, name: str) -> None:
-    """Raise InputError if the logarithm of a value (n, ...) is undefined."""
+    """Raise InputError if a target value is too small for the logarithm "log" or "log1p"."""
     lowest = _WORDS[transform][2] if isinstance(transform, str) else -np.inf
     is_bad = values <= lowest
     if not is_bad.any():
@@ -178,7 +180,7 @@ def check_values(transform: TargetTransform, values: np.ndarray, name: str) -> N
 
 
 def check_transform(name: str, value: object) -> "TargetTransform | None":
-    """Return a checked target transformation: a name, a transformer or None.
+    """Check a value of ``target_transform`` and return it: "log", "log1p", a transformer or None.
 
     Raises:
         InputError: ``value`` is anything else.
@@ -196,9 +198,9 @@ def _is_transformer(value: object) -> bool:
 
 
 def transform_to_json(transform: TargetTransform | None) -> Json | str | None:
-    """Return the form of a transformation in a study file.
+    """Return a target transformation, not fitted, as a JSON value for a study file.
 
-    An object that is not from sklearn.preprocessing is stored only as its text.
+    For an object that is not from sklearn.preprocessing, the value holds only the object's repr.
     """
     if transform is None or isinstance(transform, str):
         return transform
@@ -209,12 +211,13 @@ def transform_to_json(transform: TargetTransform | None) -> Json | str | None:
 
 
 def is_known(recorded: Json | str | None) -> bool:
-    """Return True if ``transform_from_json`` can build this transformation from a study file."""
+    """Return True if gputune can create the target transformation that a study file records."""
     return not isinstance(recorded, Mapping) or "object" not in recorded
 
 
 def transform_from_json(value: Json | str) -> TargetTransform:
-    """Return a transformation from a study file (not fitted) or from a model file.
+    """Return the target transformation recorded in a study file (not fitted) or in a model file
+    (fitted).
 
     Raises:
         ValueError: the value does not describe a transformation.
@@ -228,8 +231,10 @@ def transform_from_json(value: Json | str) -> TargetTransform:
 
 
 def _plain(value: object, *, fitted: bool) -> Json:
-    """Return an object of sklearn.preprocessing as its class and parameters, or as its fitted
-    state.
+    """Return a dict that describes an object of sklearn.preprocessing: its class and its
+    parameters.
+
+    With ``fitted``, the dict has the object's fitted state instead of the parameters.
 
     Raises:
         TypeError: the object is not from sklearn.preprocessing.
@@ -258,9 +263,9 @@ def _part(value: object) -> object:
 
 
 def _from_plain(value: object) -> object:
-    """Return the value that ``_part`` wrote.
+    """Return the object that a dict of ``_plain`` or a value of ``_part`` describes.
 
-    Only classes of sklearn.preprocessing and ufuncs of NumPy are created.
+    For safety, only classes of sklearn.preprocessing and ufuncs of NumPy are created.
     """
     if not isinstance(value, dict):
         return value

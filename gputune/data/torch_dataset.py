@@ -1,4 +1,4 @@
-"""Read the inputs and the target of a map-style torch Dataset once."""
+"""Read X and y from a map-style torch Dataset. Each item is read only once."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,9 +14,9 @@ Bar = Callable[[Sequence[int]], Iterable[int]]
 
 
 def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tuple[object, object]:
-    """Return X and y of a map-style torch Dataset with items (inputs, target).
+    """Read X and y from a map-style torch Dataset.
 
-    Each item is read once. A TensorDataset returns its tensors without a copy.
+    The function reads each item once. For a TensorDataset it returns the tensors without a copy.
 
     Args:
         dataset: the dataset.
@@ -72,9 +72,9 @@ def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tupl
 
 
 def read_inputs(dataset: "Dataset[object]", number: int) -> Any:
-    """Return the inputs of a dataset for a model with ``number`` inputs.
+    """Read the inputs for predictions from a torch Dataset. The model has ``number`` inputs.
 
-    The items are inputs, or pairs (inputs, target), see ``read_dataset``.
+    The items are inputs, or pairs (inputs, target), where the target is ignored.
     """
     inputs, _ = read_dataset(dataset, ())
     # If the model has several inputs, a pair of tensors is two inputs.
@@ -88,7 +88,8 @@ def read_inputs(dataset: "Dataset[object]", number: int) -> Any:
 
 
 def _split(item: object, y: object, name: str) -> tuple[object, object]:
-    """Return inputs and target from the stacked items. Several inputs become a tuple."""
+    """Split the stacked items of a dataset into inputs and target. Several inputs become a
+    tuple."""
     if y is None:
         if not isinstance(item, list | tuple) or len(item) != 2:
             raise InputError(

@@ -18,11 +18,13 @@ ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Checked weights: ``rows`` (n,) and ``classes`` (K,), float64, each None if all weights are 1.
+    """The user's sample weights ``rows`` (n,) and class weights ``classes`` (K,), checked, float64.
+
+    A field is None if all its weights are 1.
 
     With ``classes="balanced"`` all classes have the same total weight among the training rows of a
-    fold. With ``of_target`` the weights also count when a target is standardized, and classes with
-    zero weight are left out.
+    fold. With ``of_target`` the mean and deviation of a numeric target are weighted too, and a
+    class with zero weight counts as absent.
     """
 
     rows: np.ndarray | None
@@ -30,9 +32,10 @@ class Weights:
     of_target: bool = False
 
     def for_fold(self, target: Target, train: np.ndarray) -> np.ndarray | None:
-        """Return the weight of each row in a fold, (n,) float64, or None if all weights are 1.
+        """Return the weight (n,) of each row in the training loss of a fold, or None if all weights
+        are 1.
 
-        Rows outside ``train`` have weights too.
+        The weights are float64. Rows outside ``train`` have weights too.
         """
         weights = self.rows
         per_class = self.classes
@@ -59,8 +62,10 @@ class Weights:
 
 
 def check_weights(sample_weight: object, class_weight: ClassWeight, target: Target) -> Weights:
-    """Return the user's weights, checked. Classes that ``class_weight`` does not name have weight
-    1."""
+    """Check the user's sample weights and class weights, and return them.
+
+    Classes that ``class_weight`` does not name have weight 1.
+    """
     rows = None if sample_weight is None else _check_rows(sample_weight, target)
     classes = None if class_weight is None else _check_classes(class_weight, target)
     return Weights(rows, classes)
