@@ -23,6 +23,7 @@ extensions = [
     "api",
     "command_line",
     "figures",
+    "live_report",
     "names",
     "navigation",
 ]
