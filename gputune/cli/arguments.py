@@ -135,7 +135,7 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, rule: Rule) -> None:
         action = argparse.BooleanOptionalAction
         parser.add_argument(rule.name, dest=name, action=action, default=None)
         return
-    settings: dict[str, Any] = {"type": _READERS[rule.takes], "metavar": rule.metavar}
+    settings: dict[str, Any] = {"type": READERS[rule.takes], "metavar": rule.metavar}
     names = [rule.name]
     if rule.choices is not None:
         settings = {"choices": rule.choices}
@@ -175,7 +175,7 @@ def _reader(
 
 
 _WHOLE = "a whole number of at least"
-_READERS: dict[Takes, Callable[[str], object]] = {
+READERS: dict[Takes, Callable[[str], object]] = {
     "text": str,
     "specs": str,
     "config": str,

@@ -102,7 +102,12 @@ def _training() -> dict[str, dict[str, Rule]]:
     return {
         DATA: groups[DATA],
         MODEL: groups[MODEL],
-        "Training": {"config": _SET, **training, "timeout": timeout},
+        "Training": {
+            "config_file": groups[SEARCH]["config_file"],
+            "config": _SET,
+            **training,
+            "timeout": timeout,
+        },
         COMPUTE: groups[COMPUTE],
         OUTPUT: output,
     }

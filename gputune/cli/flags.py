@@ -125,7 +125,14 @@ _FIRST_RULES: dict[str, dict[str, Rule]] = {
             values=(*OPTIMIZERS, "exact"),
         ),
     },
-    SEARCH: {},
+    SEARCH: {
+        "config_file": Rule(
+            "--config <FILE>",
+            "TOML file with options",
+            "A key is a flag without dashes, or an argument of Python. [space] is a table. Flags "
+            "on the command line win.",
+        ),
+    },
     STOPPING: {**METHOD_RULES["halving"], **METHOD_RULES["median"]},
     HYPERGRADIENTS: METHOD_RULES["hypergradient"],
     COMPUTE: {},

@@ -38,6 +38,7 @@ _SHORT = (
     "test_size",
     "cv",
     "model",
+    "config_file",
     "config",
     "space",
     "n_trials",

@@ -142,8 +142,10 @@ def _run(arguments: argparse.Namespace, interface: Interface) -> int:
     try:
         if arguments.command in _READING:
             # It imports numpy, for which --help must not wait.
+            from gputune.cli.config_file import add_config
             from gputune.cli.paths import check_paths
 
+            add_config(arguments)
             check_paths(arguments)
         with without_collector():
             module = import_module(f"gputune.cli.{_MODULES[arguments.command]}")

@@ -134,6 +134,7 @@ NOT_STORED = {
     "timeout": "is for one run: each has the time that it was given",
     "profile": "is a text about one run",
     "dry_run": "writes no study",
+    "config_file": "gives other options",
     "verbose": "is what one run prints",
     "ray": "is stored as workers; tests/executors/test_ray_cluster.py resumes such a search",
     "sampler": "is an object of Optuna: resume says that it is missing, and the same command resumes",

@@ -1,0 +1,156 @@
+"""Options of ``gputune tune`` and ``train`` from a TOML file.
+
+A key is the name of a flag without its dashes, or the name of an argument in Python. Flags on the
+command line win over the file.
+"""
+
+import argparse
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from gputune.cli.arguments import READERS
+from gputune.cli.commands import COMMANDS, Command
+from gputune.cli.typed import aliases
+from gputune.errors import InputError
+from gputune.input_files import check_file
+from gputune.text import did_you_mean
+from gputune.tuning.options import Rule
+
+_NO_VALUE = "config_file"  # a file cannot name another file
+_MOST_BYTES = 1 << 20
+
+
+def add_config(arguments: argparse.Namespace) -> None:
+    """Add the options of the file of ``--config`` that were not typed. Raises InputError."""
+    file = getattr(arguments, "config_file", None)
+    if file is None:
+        return
+    options = _options(COMMANDS[arguments.command])
+    keys: dict[str, str] = {}  # the key of each option
+    for key, value in _table(file).items():
+        place = f"{file}: {key}"
+        if key.replace("_", "-") not in options:
+            remedy = did_you_mean(key, options).strip() or "Remove it."
+            message = f"is not an option of gputune {arguments.command}"
+            raise InputError(place, message, remedy=remedy)
+        name, rule, is_opposite = options[key.replace("_", "-")]
+        if name in keys:
+            raise InputError(place, f"is the same option as {keys[name]}", remedy="Remove one.")
+        keys[name] = key
+        converted = _value(place, rule, value, is_opposite=is_opposite)
+        if name == "verbose":
+            arguments.verbose = 0 if converted else arguments.verbose
+        elif getattr(arguments, name) is None:
+            setattr(arguments, name, converted)
+
+
+def _table(file: str) -> Mapping[str, object]:
+    """Return the content of a TOML file. Raises InputError."""
+    path = Path(file)
+    check_file(path)
+    if path.stat().st_size > _MOST_BYTES:
+        raise InputError("--config", "must be a TOML file of at most 1 MiB", got=file)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise InputError("--config", "must be a TOML file in UTF-8", got=file) from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError("--config", f"must be a TOML file, but {file}: {error}") from None
+
+
+def _options(command: Command) -> dict[str, tuple[str, Rule, bool]]:
+    """Return the options of a command by each of their names: (name, rule, is_opposite).
+
+    ``is_opposite`` marks a name that means the opposite of the flag, such as ``include-default``
+    for ``--no-default``.
+    """
+    options = {}
+    flags = {}
+    for rules in command.groups.values():
+        for name, rule in rules.items():
+            if name != _NO_VALUE:
+                flags[rule.name] = (name, rule)
+                options[rule.name[2:]] = (name, rule, False)
+    for alias, flag in aliases(command).items():
+        name, rule = flags[flag]
+        options[alias[2:]] = (name, rule, False)
+        if alias.startswith("--no-"):
+            options[alias.removeprefix("--no-")] = (name, rule, True)
+    return options
+
+
+def _value(place: str, rule: Rule, value: object, *, is_opposite: bool) -> object:
+    """Return the value of an option as the command line would give it. Raises InputError."""
+    if not rule.metavar or rule.takes == "yes or no":
+        if not isinstance(value, bool):
+            raise InputError(place, "must be true or false", got=value)
+        # The option of --no-default is false if the flag is given.
+        is_negative = rule.name.startswith("--no-") and not is_opposite
+        return not value if is_negative else value
+    if rule.choices is not None:
+        if value not in rule.choices:
+            remedy = did_you_mean(value, rule.choices).strip()
+            names = ", ".join(map(repr, rule.choices))
+            raise InputError(place, f"must be one of {names}", got=value, remedy=remedy)
+        return value
+    if rule.takes == "specs":
+        return _specs(place, value)
+    if rule.takes == "config":
+        return _configurations(place, value)
+    if rule.takes in ("names", "scorers"):
+        return _names(place, rule, value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if rule.takes in ("0..", "1..", "number") and not is_number:
+        raise InputError(place, "must be a number", got=value)
+    if not is_number and not isinstance(value, str):
+        raise InputError(place, "must be text or a number", got=value)
+    try:
+        return READERS[rule.takes](str(value))
+    except argparse.ArgumentTypeError as error:
+        raise InputError(place, str(error).partition(", got ")[0], got=value) from None
+
+
+def _names(place: str, rule: Rule, value: object) -> object:
+    """Return one name, or several as a list. Raises InputError."""
+    if isinstance(value, str):
+        return READERS[rule.takes](value)
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise InputError(place, "must be a name or a list of names", got=value)
+    return value
+
+
+def _specs(place: str, value: object) -> list[str]:
+    """Return KEY=SPEC texts of a table, of a list of texts, or of the name of a space. Raises
+    InputError."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
+        return value
+    if not isinstance(value, dict):
+        raise InputError(place, "must be a table, a list of texts or a text", got=value)
+    return [f"{key}={_spec(f'{place}.{key}', entry)}" for key, entry in value.items()]
+
+
+def _configurations(place: str, value: object) -> list[list[str]]:
+    """Return the KEY=VALUE texts of each table. Raises InputError."""
+    tables = value if isinstance(value, list) else [value]
+    if not all(isinstance(table, dict) for table in tables):
+        raise InputError(place, "must be a table or a list of tables", got=value)
+    return [_specs(place, table) for table in tables]
+
+
+def _spec(place: str, value: object) -> str:
+    """Return the text of one value, of a list of values, or of a tuple in a list. Raises
+    InputError."""
+    if isinstance(value, list):
+        parts = []
+        for entry in value:
+            text = _spec(place, entry)
+            parts.append(f"({text})" if isinstance(entry, list) else text)
+        return ",".join(parts)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise InputError(place, "must be text, a number, true, false or a list of these", got=value)
