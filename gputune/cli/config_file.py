@@ -15,7 +15,7 @@ from gputune.cli.typed import aliases
 from gputune.errors import InputError
 from gputune.input_files import check_file
 from gputune.text import did_you_mean
-from gputune.tuning.options import Rule
+from gputune.tuning.rules import Rule
 
 _NO_VALUE = "config_file"  # a file cannot name another file
 _MOST_BYTES = 1 << 20
