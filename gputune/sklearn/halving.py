@@ -6,14 +6,14 @@ best of them are selected.
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from sklearn.model_selection import _search_successive_halving as successive_halving
 
 from gputune.sklearn.base import constructor, last_step
 from gputune.sklearn.networks import TrainedEstimator
-from gputune.sklearn.recipe import RungState, TrainedMember
+from gputune.sklearn.recipe import FitOptions, FoldStates, TrainedMember
 from gputune.sklearn.record import RecordedFit
 from gputune.sklearn.replay import Candidates, SearchRun
 from gputune.sklearn.search import FusedSearch
@@ -29,20 +29,20 @@ class HalvingRun(SearchRun):
 
     resource: str = ""
     horizon: int = 0
-    states: dict[Hashable, RungState] = field(default_factory=dict)
-    """The states of the candidates after the last rung, by key."""
+    states: dict[Hashable, tuple[int, FoldStates]] = field(default_factory=dict)
+    """The seed and the states of each candidate after the last rung, by key."""
 
-    def train(
-        self, candidates: Candidates, fits: Sequence[RecordedFit], states: object = None
-    ) -> None:
+    def fit_options(self, candidates: Candidates) -> FitOptions:
+        keys = enumerate(map(self._key, candidates))
+        states = {trial: self.states[key] for trial, key in keys if key in self.states}
+        return replace(super().fit_options(candidates), horizon=self.horizon, states=states)
+
+    def train(self, candidates: Candidates, fits: Sequence[RecordedFit]) -> None:
         """Train the fits up to the rung, and store the state of every candidate.
 
         A candidate that failed in a fold at the previous rung begins again.
         """
-        keys = list(map(self._key, candidates))
-        begin = RungState(0, self.horizon, None, {})
-        states = {trial: self.states.get(key, begin) for trial, key in enumerate(keys)}
-        super().train(candidates, fits, states)
+        super().train(candidates, fits)
         by_trial: dict[int, list[RecordedFit]] = defaultdict(list)
         for fit in fits:
             by_trial[fit.trial].append(fit)
@@ -51,10 +51,9 @@ class HalvingRun(SearchRun):
             members = [fit.fitted for fit in trial_fits if isinstance(fit.fitted, TrainedMember)]
             if len(members) < len(trial_fits):
                 continue  # a fold failed
-            # The buffers hold the parameters too, so the rest of a member is not stored.
-            buffers = {fit.fold: member.buffers for fit, member in zip(trial_fits, members)}
-            state = RungState(members[0].epochs, self.horizon, members[0].seed, buffers)
-            self.states[keys[trial]] = state
+            # The states hold the parameters too, so the rest of a member is not stored.
+            states = {fit.fold: member.state for fit, member in zip(trial_fits, members)}
+            self.states[self._key(candidates[trial])] = members[0].seed, states
 
     def _key(self, params: Config) -> Hashable:
         """Return the key of a candidate across rungs.

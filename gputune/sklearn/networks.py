@@ -77,7 +77,7 @@ class RecipeBatch:
             module_class=recipe.module,
             objective=self.objective,
             seed=recipe.seed,
-            horizon=recipe.horizon,
+            horizon=recipe.horizon or recipe.epochs,
             scoring=None if recipe.patience is None else TrainingLoss(),
             workers=training.workers,
             stop=Stop(training.deadline),
@@ -109,7 +109,7 @@ def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[RecipeB
             n_outputs=1 if rows.classes is None else len(rows.classes),
             # A training that stops at rungs stays on the device where it began, the CPU, however
             # few epochs are left.
-            epochs=first.epochs if first.state is None else 0,
+            epochs=first.epochs if first.horizon is None else 0,
             dtype=rows.X.parts[0].dtype,
         )
         x = rows.inputs(device_for(first.device, work).device)
@@ -159,10 +159,10 @@ def fit_members(recipes: Mapping[int, Recipe], folds: FoldGroup, training: FitOp
             error = with_estimator_names(error)
             members |= {(fold, trial): error for fold in folds.numbers}
             continue
-        state = training.states.get(trial)
-        if state is not None:
-            seed = recipe.seed if state.seed is None else state.seed
-            recipe = replace(recipe, state=state, seed=seed, patience=None)
+        if training.horizon is not None:
+            seed, states = training.states.get(trial, (recipe.seed, {}))
+            horizon = training.horizon
+            recipe = replace(recipe, horizon=horizon, seed=seed, states=states, patience=None)
         fitting[trial] = recipe if training.patient else replace(recipe, patience=None)
     for batch in batches(fitting, folds):
         members |= _fit_batch(batch, training)
@@ -216,7 +216,7 @@ def _fit_batch(batch: RecipeBatch, training: FitOptions) -> Members:
     plan = replace(plan, chunks=chunks)
     patiences = {i: r.patience for i, r in enumerate(batch.recipes) if r.patience is not None}
     job = trainer.job(
-        MemberJob, epochs=recipe.epochs, keeps_state=recipe.state is not None, patiences=patiences
+        MemberJob, epochs=recipe.epochs, keeps_state=recipe.horizon is not None, patiences=patiences
     )
     # Members have this error until their training replaces it below.
     late = TimeoutError("this fit had not finished at the timeout. Pass a longer timeout.")
@@ -306,16 +306,11 @@ def training_slopes(
 def _resumed_chunk(chunk: Population, batch: RecipeBatch) -> BegunChunk:
     """Return the chunk with the states from which its members continue training."""
     folds = batch.folds.numbers
-    members: list[tuple[Tensor, ...]] = []
-    for i in chunk.index:
-        state = batch.recipes[i].state
-        assert state is not None
-        members.extend(state.buffers[fold] for fold in folds)
+    state = State.stack([batch.recipes[i].states[fold] for i in chunk.index for fold in folds])
+    # (C * F, 1, N) -> (C, F, N)
     shape = (len(chunk.index), len(folds), -1)
-    # (C * F, N) -> (C, F, N)
-    buffers = tuple(torch.stack(tensors).view(shape) for tensors in zip(*members))
-    state_of_chunk = State(batch.recipes[0].begin, buffers)
-    return BegunChunk(chunk.kind, chunk.index, chunk.configs, state_of_chunk)
+    state = replace(state, buffers=tuple(buffer.view(shape) for buffer in state.buffers))
+    return BegunChunk(chunk.kind, chunk.index, chunk.configs, state)
 
 
 ROWS = 8192

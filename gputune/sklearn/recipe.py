@@ -25,7 +25,7 @@ from gputune.annotations import FloatArray, IntArray
 from gputune.data.dataset import Dataset
 from gputune.data.scaling import Scaling
 from gputune.engine.job import Job, Outcome, ProgressCallback, train_chunk
-from gputune.engine.train import Trained
+from gputune.engine.train import State, Trained
 from gputune.errors import DivergedError
 from gputune.modules.construction import Builder
 from gputune.population.population import ModelKind, Population
@@ -35,6 +35,7 @@ from gputune.scoring.objective import Objective, make_objective
 from gputune.types import Config, Task
 
 FoldTrial = tuple[int, int]  # (fold, trial): which member of a search
+FoldStates = Mapping[int, State]  # the state (1, 1, N) of one trial in each fold
 MemberSlope = tuple[float, ...]
 """For one member: its validation loss, the slope of the loss in each hyperparameter, the chaos
 ratio."""
@@ -78,8 +79,8 @@ class TrainedMember:
         epochs: number of trained epochs.
         stalled: number of epochs at the end without an improvement.
         seed: seed of its random numbers.
-        buffers: the engine's buffers of this member if it can continue training. Empty if its
-            training is over.
+        state: the state (1, 1, N) of this member if it can continue training. It has no buffers if
+            the training is over.
         losses: (epochs,) loss on its training rows after each epoch. Empty if the loss was not
             watched.
         draws: whether the module draws random numbers in predictions.
@@ -95,26 +96,9 @@ class TrainedMember:
     epochs: int
     stalled: int
     seed: int
-    buffers: tuple[Tensor, ...]
+    state: State
     losses: FloatArray
     draws: bool
-
-
-@dataclass(frozen=True, eq=False)
-class RungState:
-    """The state of one configuration between the rungs of successive halving.
-
-    Attributes:
-        epoch: number of epochs trained so far.
-        horizon: number of epochs of the schedule.
-        seed: seed of the configuration's random numbers. None before the first rung.
-        buffers: for each fold the engine's buffers of one member, parameters first.
-    """
-
-    epoch: int
-    horizon: int
-    seed: int | None
-    buffers: Mapping[int, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -125,13 +109,17 @@ class FitOptions:
         workers: number of processes. None lets an estimate decide.
         deadline: a ``time.monotonic()`` time. Fits that have not ended by then fail with
             TimeoutError.
-        states: the state from which each trial continues, in a search that stops at rungs.
+        horizon: number of epochs of the schedule, in a search that stops at rungs. None in other
+            searches.
+        states: the seed and the state in each fold with which a trial continues at a rung. Empty at
+            the first rung.
         patient: False makes members train to their last epoch, even if their loss stalls.
     """
 
     workers: int | None = 1
     deadline: float | None = None
-    states: Mapping[int, RungState] = field(default_factory=dict)
+    horizon: int | None = None
+    states: Mapping[int, tuple[int, FoldStates]] = field(default_factory=dict)
     patient: bool = True
 
 
@@ -144,7 +132,7 @@ class Recipe:
         config: the engine's complete configuration. Its weight decay does not include ``alpha``
             yet.
         alpha: scikit-learn's L2 penalty. None if ``weight_decay`` replaces it. See ``config_for``.
-        epochs: number of epochs, and horizon of the schedule.
+        epochs: number of epochs.
         seed: seed of initial weights, row orders and dropout.
         device: the device as the user wrote it.
         module: function or class that makes the user's module, for kind "module".
@@ -152,7 +140,9 @@ class Recipe:
         step: the user's training step for a minibatch, as in ``Objective``.
         augment: the user's augmentation of a minibatch, as in ``Objective``.
         numbers: "standard" scales the channels of each input by the training rows, "none" does not.
-        state: state of a training that stops at rungs. None for a training without rungs.
+        horizon: number of epochs of the schedule, if the training stops at rungs. None for a
+            training without rungs.
+        states: the states from which the training continues. Empty if it begins.
         patience: rule that ends the training before its last epoch. None: never.
     """
 
@@ -167,23 +157,19 @@ class Recipe:
     step: Callable[..., object] | None = None
     augment: Callable[..., object] | None = None
     numbers: str = "none"
-    state: RungState | None = None
+    horizon: int | None = None
+    states: FoldStates = field(default_factory=dict)
     patience: Patience | None = None
 
     @property
     def begin(self) -> int:
         """The number of epochs that the configuration has trained already."""
-        return 0 if self.state is None else self.state.epoch
-
-    @property
-    def horizon(self) -> int:
-        """The number of epochs that the learning rate schedule spans."""
-        return self.epochs if self.state is None else self.state.horizon
+        return max((state.epoch for state in self.states.values()), default=0)
 
     @property
     def family(self) -> Hashable:
         """The key of recipes that train together, on one device and for the same time."""
-        length = (self.begin, self.epochs, self.horizon, self.state is None)
+        length = (self.begin, self.epochs, self.horizon)
         functions = tuple(map(content, (self.module, self.loss, self.step, self.augment)))
         never_stops = self.patience is None
         return self.device, self.kind, functions, self.numbers, self.seed, length, never_stops
@@ -411,6 +397,7 @@ class MemberJob(Job):
                     members.append(_diverged(config))
                     continue
                 epochs, stalled = weights.ends[:, c, f].tolist()
+                buffers = tuple(buffer[c : c + 1, f : f + 1] for buffer in weights.buffers)
                 member = TrainedMember(
                     partial(network.member, params, f, c),
                     classes,
@@ -422,7 +409,7 @@ class MemberJob(Job):
                     epochs=epochs,
                     stalled=stalled,
                     seed=self.seed,
-                    buffers=tuple(buffer[c, f] for buffer in weights.buffers),
+                    state=State(epochs, buffers),
                     losses=-weights.curves[c, : epochs if self.patiences else 0, f],
                     draws=network.evaluation_draws,
                 )

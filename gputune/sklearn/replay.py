@@ -24,7 +24,7 @@ from sklearn.utils.validation import check_memory
 from gputune.errors import warn
 from gputune.sklearn.base import FusedEstimator, fit_hook, fit_together, hooked, last_step
 from gputune.sklearn.dataset import FoldRows
-from gputune.sklearn.recipe import FitOptions, RungState
+from gputune.sklearn.recipe import FitOptions
 from gputune.sklearn.record import (
     Event,
     FitRecorder,
@@ -252,15 +252,11 @@ class SearchRun:
             )
         return events
 
-    def train(
-        self,
-        candidates: Candidates,
-        fits: Sequence[RecordedFit],
-        states: Mapping[int, RungState] | None = None,
-    ) -> None:
-        """Train the fits of candidates.
-
-        In a search that stops at rungs, ``states`` gives the state from which each trial continues.
-        """
+    def fit_options(self, candidates: Candidates) -> FitOptions:
+        """Return the options with which the fits of candidates train."""
         del candidates
-        train(fits, FitOptions(workers(), self.deadline, states or {}, self.patient))
+        return FitOptions(workers(), self.deadline, patient=self.patient)
+
+    def train(self, candidates: Candidates, fits: Sequence[RecordedFit]) -> None:
+        """Train the fits of candidates."""
+        train(fits, self.fit_options(candidates))
