@@ -129,8 +129,8 @@ class _WithReferences(BaseException):
 class DivergedError(_WithReferences, ArithmeticError):
     """A training run that must return a finite result went to infinity or NaN.
 
-    ``Study.best_model``, ``Study.ensemble`` and the ``fit`` of an estimator of ``gputune.sklearn``
-    raise it. In a search, a trial that diverges is "failed" instead, and the search continues. It
+    ``Study.best_model``, ``Study.ensemble``, the ``fit`` of an estimator of ``gputune.sklearn``, and
+    ``hypergradient`` with optimizer="exact" raise it. In a search, a trial that diverges is "failed" instead, and the search continues. It
     is an ArithmeticError. Lower the learning rate, or scale the inputs.
     """
 
@@ -175,8 +175,8 @@ class StudyCorruptError(InputError):
 class StudyVersionError(InputError):
     """A study file has a format that this version of gputune cannot read.
 
-    ``Study.open``, ``tune(study=...)`` and the commands on a study raise it. Install the version
-    that the message names. It is an ``InputError``.
+    ``Study.open``, ``tune(study=...)`` and the commands on a study raise it. Upgrade gputune if a
+    newer version wrote the file. It is an ``InputError``.
     """
 
 

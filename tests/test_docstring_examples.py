@@ -35,7 +35,8 @@ def public_objects():
     for place, module in PLACES.items():
         for name in module.__all__:
             value = getattr(module, name)
-            if callable(value) and not is_error(value):
+            has_example = "Example:" in (inspect.getdoc(value) or "")
+            if callable(value) and (has_example or not is_error(value)):
                 yield pytest.param(value, id=f"{place}.{name}")
 
 

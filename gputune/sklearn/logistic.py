@@ -183,6 +183,9 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
 
     Sparse X is converted to a dense array, if memory holds it.
 
+    Sources: truncated Newton, Nocedal and Wright (2006), algorithm 7.1. For the L1 penalty: Chen,
+    Curtis and Robinson (2017), doi:10.1137/16M1062259.
+
     Args:
         C: inverse strength of the penalty, above 0 [default: 1]. inf is no penalty.
         l1_ratio: 0 is L2, 1 is L1, and values between are the elastic net.

@@ -277,12 +277,12 @@ class Study:
 
     @property
     def best_params(self) -> Config:
-        """A copy of the configuration of ``best_trial``."""
+        """A copy of the configuration of ``best_trial``, a dict from name to value."""
         return dict(self.best_trial.params)
 
     @property
     def best_score(self) -> float:
-        """The score of ``best_trial``.
+        """The score of ``best_trial``. Greater is better, also for losses: -0.3 for a log loss of 0.3.
 
         It is optimistic: it is the best of many scores on the folds that chose it.
         """
