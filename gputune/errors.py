@@ -130,8 +130,9 @@ class DivergedError(_WithReferences, ArithmeticError):
     """A training run that must return a finite result went to infinity or NaN.
 
     ``Study.best_model``, ``Study.ensemble``, the ``fit`` of an estimator of ``gputune.sklearn``, and
-    ``hypergradient`` with optimizer="exact" raise it. In a search, a trial that diverges is "failed" instead, and the search continues. It
-    is an ArithmeticError. Lower the learning rate, or scale the inputs.
+    ``hypergradient`` with optimizer="exact" raise it. In a search, a trial that diverges is
+    "failed" instead, and the search continues. It is an ArithmeticError. Lower the learning rate,
+    or scale the inputs.
     """
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,10 +15,13 @@ def parts_together(pairs: Sequence[GradientPair], foreach: bool | None) -> list[
 
     A group has all tensors of one device and dtype, or with ``foreach=False`` one tensor.
     """
-    groups = defaultdict(list)
+    groups: dict[Hashable, list[int]] = defaultdict(list)
     together = all(x.is_cuda for x, _ in pairs) if foreach is None else foreach
-    for i, (x, y) in enumerate(pairs):
-        groups[(x.device, x.dtype, y.dtype) if together else i].append(i)
+    for place, (x, y) in enumerate(pairs):
+        key: Hashable = place
+        if together:
+            key = (x.device, x.dtype, y.dtype)
+        groups[key].append(place)
     return list(groups.values())
 
 
@@ -28,13 +31,15 @@ def sums_of_products(products: list[list[GradientPair]], foreach: bool | None) -
     owners = []  # the position of each dot's list
     for number, pairs in enumerate(products):
         for part in parts_together(pairs, foreach):
-            left, right = zip(*(pairs[i] for i in part))
-            dots.append(torch.dot(_flat(left), _flat(right)))
+            left = _flat([pairs[place][0] for place in part])
+            right = _flat([pairs[place][1] for place in part])
+            dots.append(torch.dot(left, right))
             owners.append(number)
     sums = [0.0] * len(products)
     if dots:
         # All sums are transferred in one synchronization with the GPU.
-        values = torch.stack([dot.to(dots[0].device) for dot in dots]).tolist()
+        device = dots[0].device
+        values = torch.stack([dot.to(device) for dot in dots]).tolist()
         for number, value in zip(owners, values):
             sums[number] += value
     return sums
@@ -52,5 +57,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 def share(part: float, whole: float) -> float:
     """Return part / whole, or 0 if ``whole`` is zero or the quotient is not finite."""
-    share = part / whole if whole > 0 else 0.0
-    return share if math.isfinite(share) else 0.0
+    if not whole > 0:  # also for NaN
+        return 0.0
+    quotient = part / whole
+    return quotient if math.isfinite(quotient) else 0.0
