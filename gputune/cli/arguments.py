@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from gputune.cli.commands import COMMANDS, Command, Flag
+from gputune.cli.commands import COMMANDS, SHELLS, Command, Flag
 from gputune.cli.help import command_help, overview
 from gputune.cli.style import Style
 from gputune.cli.typed import SEVERAL, rewritten
@@ -37,7 +37,8 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("-h", "--help", action=_Help)
         for place, (metavar, _) in description.places.items():
             nargs = "?" if metavar.startswith("[") else None
-            command.add_argument(place, metavar=metavar, nargs=nargs)
+            choices = SHELLS if place == "shell" else None
+            command.add_argument(place, metavar=metavar, nargs=nargs, choices=choices)
         for rules in description.groups.values():
             for dest, rule in rules.items():
                 _add_flag(command, dest, rule)

@@ -147,6 +147,8 @@ _TUNE_EXAMPLES = (
     "gputune tune houses.csv --target price --model net.py:Net --cv 3",
 )
 
+SHELLS = ("bash", "zsh", "fish")
+
 _ALL = (
     Command(
         "tune",
@@ -321,6 +323,15 @@ _ALL = (
         "Save the intact part of a damaged study into a new file",
         {"study": ("STUDY", f"{_STUDY[1]}; it is only read")},
         _flags(Flag("--out <FILE>", "The new file, in an existing folder", required=True)),
+    ),
+    Command(
+        "completion",
+        "Print a script that completes commands, flags and values in a shell",
+        {"shell": ("SHELL", f"Shell: {', '.join(SHELLS)}")},
+        examples=(
+            "source <(gputune completion bash)",
+            "gputune completion fish | source",
+        ),
     ),
     Command(
         "help",

@@ -16,7 +16,7 @@ SECTIONS = {
     "Search": ("tune", "train", "resume"),
     "Inspect": ("status", "trials", "best", "report"),
     "Model": ("predict", "evaluate", "export"),
-    "Maintenance": ("check", "repair", "help"),
+    "Maintenance": ("check", "repair", "completion", "help"),
 }
 """The sections of the list of commands."""
 

@@ -40,6 +40,7 @@ _MODULES = {
     **dict.fromkeys(("trials", "best", "status", "report", "repair"), "study"),
     **dict.fromkeys(("predict", "evaluate", "export"), "model"),
     **dict.fromkeys(("check", "help"), "main"),
+    "completion": "completion",
 }
 """Command -> the module of its function, which returns the text for standard output."""
 
