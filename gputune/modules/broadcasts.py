@@ -43,7 +43,7 @@ with itself, so it is a correct loss."""
 
 
 def in_one_shape(pair: Shapes, place: str) -> str:
-    """Return advice, a sentence, on giving outputs and targets the same shape."""
+    """Return a sentence that tells users how to give their outputs and targets the same shape."""
     if len(pair[0]) == 2:
         return (
             f"Take outputs[:, 0] or y[:, None] in the {place}, or return (rows,) from the module."
@@ -94,12 +94,16 @@ class BroadcastWatch(TorchFunctionMode):
 
     @property
     def pair(self) -> Shapes | None:
-        """Shapes of the outputs and the target in the first operation that pairs all rows, or
-        None."""
+        """The shapes of outputs and target in the first operation that pairs each output with all
+        targets.
+
+        None if there was no such operation, or if the loss used only the diagonal of the result.
+        """
         return None if self._takes_diagonal and not self._uses_others else self._pair
 
     def _follow(self, func: Function, result: object) -> None:
-        """Note whether an operation on a matrix of all pairs uses only its diagonal."""
+        """Note whether an operation reads only the diagonal of a matrix of all (output, target)
+        pairs."""
         if func in _DIAGONALS:
             self._takes_diagonal = True
         elif isinstance(result, Tensor) and tuple(result.shape) == (self._rows, self._rows):
@@ -108,8 +112,8 @@ class BroadcastWatch(TorchFunctionMode):
             self._uses_others = True
 
     def _is_broadcast(self, func: Function, result: object) -> bool:
-        """Return whether an operation broadcasts outputs and targets to a matrix of all pairs of
-        rows."""
+        """Return whether an operation broadcasts outputs and targets of n rows to an (n, n)
+        matrix."""
         square = (self._rows, self._rows)
         # Losses return one number or (n,), so their result does not show the (n, n) comparison.
         return func in _BROADCASTING_LOSSES or (
@@ -117,8 +121,11 @@ class BroadcastWatch(TorchFunctionMode):
         )
 
     def _pair_of(self, outputs: list[Tensor], targets: list[Tensor]) -> Shapes | None:
-        """Return the shapes of the first output and target with shapes (n, 1) and (n,), or the
-        reverse."""
+        """Return the shapes of an output and a target if they broadcast to an (n, n) matrix.
+
+        These shapes are (n, 1) and (n,), or (n,) and (n, 1). Return None if no output and target
+        have them.
+        """
         row = (self._rows,)
         column = (self._rows, 1)
         for output in outputs:

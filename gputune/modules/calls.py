@@ -1,8 +1,8 @@
-"""Calls of a module with substituted tensors, in bfloat16, or with random draws made in advance.
+"""Calls a user's module with other parameters, in bfloat16, or with random numbers made in advance.
 
-A draw is a call that makes random numbers, or its result. A recorded step is the list of operations
-of one training step, which is replayed for the next steps. A member is one trial on one fold.
-Stacked members share one call of the module, by torch.func.vmap.
+A draw is an operation that makes random numbers, or the tensor of these numbers. A recorded step is
+the list of operations of one training step, which is replayed for the next steps. A member is one
+trial on one fold. Stacked members share one call of the module, by torch.func.vmap.
 
 A module that trains in bfloat16 rounds the same operations as torch.autocast. Under vmap, autocast
 reaches only some operations (in torch 2.13), so stacked members have their own mode. Parameters,
@@ -10,9 +10,9 @@ buffers and updates stay in single precision, and so does the loss of a module's
 
 Source: https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference
 
-To record a module's draws, a forward pass in training is tried once for each number of rows. From
-then on, every step finds its random numbers in a buffer. They equal the random numbers that the
-step itself would have drawn. The step can therefore be recorded.
+To record a module's draws, gputune tries a forward pass in training once for each number of rows.
+From then on, every step reads its random numbers from a buffer. They equal the random numbers that
+the step itself would have drawn. The step can therefore be recorded.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -43,11 +43,11 @@ from gputune.types import Params
 
 
 class Stateless:
-    """A module with tensors that ``substitute`` can replace for the time of a ``with`` block.
+    """Wraps a module so that ``substitute`` can replace its tensors inside a ``with`` block.
 
-    ``substitute`` then restores the attributes of every submodule: parameters, buffers, hooks, the
-    mode, and values that a forward pass keeps in ``self`` or in a dict, list or set there. Tensors
-    that are written in place are not restored.
+    After the block, ``substitute`` restores the attributes of every submodule: parameters, buffers,
+    hooks, the mode, and values that a forward pass keeps in ``self`` or in a dict, list or set
+    there. Tensors that the module has written in place are not restored.
     """
 
     # torch.func.functional_call is not used, because it leaves the second value in a submodule with
@@ -73,7 +73,8 @@ class Stateless:
 
     @contextmanager
     def substitute(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Use ``tensors`` as the parameters and buffers with these names, inside the context.
+        """Inside the context, replace the module's parameters and buffers by ``tensors`` of the
+        same names.
 
         A tensor with several names is replaced under all of them.
         """
@@ -95,7 +96,7 @@ class Stateless:
                 table[key] = tensor
 
     def current(self, names: Container[str]) -> Params:
-        """Return the current parameters and buffers with some names.
+        """Return the module's current parameters and buffers that are listed in ``names``.
 
         Inside ``substitute``, these are the tensors that a forward pass has written.
         """
@@ -108,13 +109,15 @@ def named_tensors(module: nn.Module) -> Params:
 
 
 def not_trained(module: nn.Module) -> Params:
-    """Return the tensors that the optimizer does not train: buffers and frozen parameters."""
+    """Return the tensors of a module that the optimizer does not train: buffers and frozen
+    parameters."""
     frozen = {name: w for name, w in module.named_parameters() if not w.requires_grad}
     return frozen | dict(module.named_buffers())
 
 
 def state_of(module: nn.Module, names: Iterable[str]) -> Params:
-    """Return the buffers, frozen parameters and Python numbers with some names, as tensors."""
+    """Return some attributes of a module as tensors, by name: buffers, frozen parameters or
+    numbers."""
     state = {}
     for name in names:
         value = attrgetter(name)(module)
@@ -126,8 +129,8 @@ def state_of(module: nn.Module, names: Iterable[str]) -> Params:
 
 
 def put_numbers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Set the attributes of a module that are Python numbers to new values. Tensors do not
-    change."""
+    """Set a module's attributes that are Python numbers, such as counters, to new values. Tensors
+    do not change."""
     for name, value in values.items():
         before = attrgetter(name)(module)
         if not isinstance(before, Tensor):
@@ -151,7 +154,8 @@ def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _functions(owner: object, names: str) -> set[Callable[..., object]]:
-    """Return the functions with some names in a module or class."""
+    """Return the functions of a module or class with the names in ``names``, separated by
+    blanks."""
     return {getattr(owner, name) for name in names.split()}
 
 
@@ -174,10 +178,10 @@ _WIDE = (
 
 
 class Rounded(TorchFunctionMode):
-    """Rounds the same operations as torch.autocast to bfloat16, also under vmap.
+    """Inside the context, PyTorch computes the same operations in bfloat16 as under torch.autocast.
 
-    Products are computed in bfloat16. Sums, norms, losses, softmax and functions such as exp are
-    computed in single precision.
+    This also works under vmap. PyTorch computes products in bfloat16. It computes sums, norms,
+    losses, softmax and functions such as exp in single precision.
     """
 
     def __torch_function__(
@@ -223,9 +227,11 @@ _DROPOUT = torch.ops.aten.native_dropout.default
 
 
 class _Draw(NamedTuple):
-    """One random operation of a forward pass, which can be repeated.
+    """A recorded random operation of a forward pass, which ``make`` repeats with new random
+    numbers.
 
-    The tensors among ``args`` are made again as empty tensors, because only their layout matters.
+    ``make`` passes empty tensors in place of the recorded tensors in ``args``, because only their
+    layout matters.
     """
 
     function: Operator
@@ -233,17 +239,18 @@ class _Draw(NamedTuple):
     kwargs: Kwargs
 
     def make(self) -> Tensor:
-        """Draw new random numbers by the same operation, and return them."""
+        """Run the recorded random operation again, and return its new random numbers."""
         args = [x() if isinstance(x, partial) else x for x in self.args]
         result: Tensor = self.function(*args, **self.kwargs)
         return result
 
 
 class ModuleDraws:
-    """The random numbers of the next steps, for each size of minibatch.
+    """Makes the random numbers of the next training steps in advance, for each minibatch size.
 
-    They are recorded from one member's ``forward`` in training. Raises TraceError if a draw depends
-    on values other than the key (epoch and step) of its random stream.
+    A call of one member's ``forward`` in training shows the random operations of a step. Raises
+    TraceError if the random numbers depend on values other than the key (epoch and step) of their
+    random stream.
     """
 
     def __init__(self, forward: Callable[[Batch], object], batches: Batches, seed: int) -> None:
@@ -264,7 +271,7 @@ class ModuleDraws:
         self.ahead = max(1, min(len(self.rows), _DRAW_BYTES // max(1, size)))
         self.buffers: dict[int, list[Tensor]] = {}
         self.uniform = set[int]()
-        """Minibatch sizes for which compiled code makes the draws. The random numbers are the
+        """Minibatch sizes for which compiled C code makes the random numbers. The numbers are the
         same."""
         for rows, results in samples.items():
             self.buffers[rows] = [
@@ -277,8 +284,8 @@ class ModuleDraws:
                 self.uniform.add(rows)
 
     def fill(self, epoch: int, step: int) -> None:
-        """Fill the buffer with draws for a step and the next steps, if it has none for this
-        step."""
+        """Write the random numbers of a step and of the next steps into a buffer, unless they are
+        already there."""
         if step % self.ahead or not any(self.draws.values()):
             return
         with keyed_draws(self.device, self.seed, "dropout", epoch, step):
@@ -294,27 +301,29 @@ class ModuleDraws:
                             part.copy_(draw.make())
 
     def at(self, step: Tensor, rows: int) -> tuple[Tensor, ...]:
-        """Return the draws for a minibatch of ``rows`` rows. The step is read from a counter on the
-        device."""
+        """Return the random tensors that a step needs for a minibatch of ``rows`` rows. ``step`` is
+        a counter on the device."""
         slot = torch.remainder(step, self.ahead).view(1)
         return tuple(buffer.index_select(0, slot)[0] for buffer in self.buffers[rows])
 
 
 def draws_of(forward: Callable[[], object]) -> tuple[Tensor, ...]:
-    """Return the random tensors of a forward pass in their order. Raises TraceError like
-    ``ModuleDraws``."""
+    """Run a forward pass, and return its random tensors in the order in which the pass made them.
+
+    Raises TraceError under the same conditions as ``ModuleDraws``.
+    """
     return tuple(_recorded(forward).results)
 
 
 def _recorded(forward: Callable[[], object]) -> "_DrawRecorder":
-    """Run a forward pass once, and return the recorder of its draws."""
+    """Run a forward pass once, and return the object that recorded its random numbers."""
     with torch.no_grad(), (recorder := _DrawRecorder()):
         forward()
     return recorder
 
 
 class _DrawRecorder(DispatchMode):  # type: ignore[no-untyped-call]
-    """Records the draws inside it, and the operations that make them."""
+    """Inside the context, records every random tensor and the operation that made the tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -344,7 +353,8 @@ class _DrawRecorder(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _dropout(x: Tensor, mask: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Return the results of dropout in training: the scaled rows, and the mask."""
+    """Apply a dropout mask to rows in training. Return the scaled rows, and the mask as
+    booleans."""
     return x * mask * (1 / (1 - p)), mask.bool()
 
 
@@ -354,7 +364,7 @@ def _empty_like(x: Tensor) -> partial[Tensor]:
 
 
 def replay_draws(draws: Sequence[Tensor]) -> AbstractContextManager[object]:
-    """Inside the context, random operations return the given tensors, one after the other."""
+    """Inside the context, random operations return the tensors ``draws``, one after the other."""
     # a mode slows down every call, so it is left out without draws
     return _DrawReplayer(draws) if draws else nullcontext()
 

@@ -1,8 +1,8 @@
 """Builds a user's module from a class, a function or a partial, with its own random stream.
 
-Further functions inspect a module: its layers, hidden matrices, dropout rates and lazy parts. A
-builder is the class or function that makes the module. A member is one trial on one fold, with its
-own module.
+Further functions inspect a module: its layers, hidden matrices, dropout rates and lazy submodules.
+A builder is the class or function that makes the module. A member is one trial on one fold, with
+its own module.
 """
 
 import copy
@@ -31,7 +31,7 @@ Builder = Callable[..., nn.Module]
 
 
 def name_of(builder: Builder) -> str:
-    """Return the name of a builder for messages."""
+    """Return the name of a module class or of a function that builds modules, for messages."""
     inner = builder.func if isinstance(builder, partial) else builder
     return str(getattr(inner, "__name__", type(inner).__name__))
 
@@ -65,9 +65,9 @@ def what_to_pass(instance: nn.Module) -> str:
 def build_module(
     builder: Builder, arguments: Config, shape: Shape, *, seed: int, columns: str = ""
 ) -> nn.Module:
-    """Build a user's module with a random stream that depends only on ``seed``.
+    """Build a user's module. Its random initial weights depend only on ``seed``.
 
-    Raises InputError, with ``columns`` at the end of the message, if this fails.
+    Raises InputError if this fails. The message ends with the sentence ``columns``.
     """
     row = (shape.n_features,) if shape.input_shape is None else shape.input_shape
     sizes = {name: getattr(shape, name) for name in ("n_features", "n_outputs", "feature_groups")}
@@ -89,8 +89,8 @@ def build_module(
 
 @contextmanager
 def module_stream(seed: int) -> Iterator[None]:
-    """Inside the context, constructors draw from the seed's stream, on the CPU in single
-    precision."""
+    """Inside the context, random initial weights depend only on ``seed``. They are made on the CPU
+    in single precision."""
     # A constructor may draw on the current GPU, if this process has used it. The generators of
     # other GPUs are not saved, because that would make a context there of some hundred megabytes.
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")  # type: ignore[no-untyped-call]
@@ -112,9 +112,9 @@ A name is "" if every module of the builder owns all of its tensors.
 
 
 def construct(builder: Builder, kwargs: Config, columns: str = "") -> nn.Module:
-    """Return a user's module that owns its tensors.
+    """Call a builder, and return a module that shares no tensor with the builder's other modules.
 
-    The module is a copy if the builder returns the same tensors each time. Members then start from
+    If the builder returns the same tensors each time, the module is a copy. Members then start from
     a pretrained part, and the user's own copy of this part never trains. If the builder returns
     ``torch.compile(module)``, the result is ``module``. Raises InputError if the builder fails, or
     if a shared tensor cannot be copied.
@@ -151,10 +151,10 @@ def construct(builder: Builder, kwargs: Config, columns: str = "") -> nn.Module:
 
 
 def _call_builder(builder: Builder, kwargs: Config, columns: str) -> tuple[nn.Module, bool]:
-    """Call a builder; return its module and whether torch.compile had wrapped it.
+    """Call a builder. Return its module, and whether torch.compile had wrapped the module.
 
-    A module inside torch.compile is returned itself. Raises InputError if the builder fails, or if
-    its result is not an initialized torch module.
+    A wrapped module is returned without torch.compile. Raises InputError if the builder fails, or
+    if its result is not an initialized torch module.
     """
     name = name_of(builder)
     cause = None
@@ -184,13 +184,13 @@ def _call_builder(builder: Builder, kwargs: Config, columns: str) -> tuple[nn.Mo
 
 
 def call_text(name: str, kwargs: Config) -> str:
-    """Return a call with keyword arguments as Python code."""
+    """Return a call with keyword arguments as Python code for messages, such as Net(width=8)."""
     arguments = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
     return f"{name}({arguments})"
 
 
 def _remedy(builder: Builder, kwargs: Config, error: str) -> str:
-    """Return the remedy, a sentence, for an error that a builder raised."""
+    """Return a sentence that tells the user how to correct an error raised by a builder."""
     refused = re.search(r"unexpected keyword argument '(n_features|n_outputs)'", error)
     if refused and refused[1] in kwargs and refused[1] not in parameters_of(builder):
         name = name_of(builder)
@@ -226,7 +226,7 @@ def has_gradient_hook(parameter: Tensor) -> bool:
 
 
 def start_from(module: nn.Module, inputs: Sequence[Tensor], y: Tensor, *, seed: int) -> None:
-    """Call a module's ``start_from(*inputs, y)`` with its own random stream, if the module has one.
+    """Call a module's method ``start_from(*inputs, y)``, if it exists, with its own random stream.
 
     Raises InputError if the call fails.
     """
@@ -243,16 +243,16 @@ def start_from(module: nn.Module, inputs: Sequence[Tensor], y: Tensor, *, seed: 
 
 
 def dropout_rates(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the buffers that hold the rates of ``gputune.models.Dropout`` in a
-    module."""
+    """Return the names of all buffers that hold dropout rates in a module's
+    ``gputune.models.Dropout`` layers."""
     parts = module.named_modules()
     return tuple(f"{path}.rate".lstrip(".") for path, part in parts if isinstance(part, Dropout))
 
 
 def layers_of(module: nn.Module) -> list[str]:
-    """Return the names of the layers, in ``named_modules()`` order.
+    """Return the names of a module's layers, in the order of ``named_modules()``.
 
-    Layers are the submodules that own trained parameters.
+    A layer is a submodule that owns trained parameters.
     """
     # named_parameters() visits the modules in that order, and assigns a shared parameter to its
     # first owner.
@@ -261,7 +261,7 @@ def layers_of(module: nn.Module) -> list[str]:
 
 
 def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
-    """Return the larger dimension of each hidden weight matrix.
+    """Return the longer side of each hidden weight matrix, by parameter name.
 
     Hidden matrices are all weights except embeddings and the last weight. Without embeddings, the
     first weight is also left out. The matrix of a convolution has all axes except the first as its
@@ -282,7 +282,8 @@ def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
 
 
 def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Config) -> Config:
-    """Return the arguments for a builder: the ``sizes`` in its signature, and the ``arguments``.
+    """Return the keyword arguments for a builder: the ``sizes`` in its signature, and the user's
+    ``arguments``.
 
     ``num_classes`` without a default gets ``n_outputs``, because torchvision uses this name. A
     builder that accepts any keyword gets the counts of features and outputs, unless it is a
@@ -328,10 +329,10 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
 
 
 def outputs_hint(builder: Builder, arguments: Config, actual: int, n_outputs: int) -> str:
-    """Return a remedy that names the parameter of a builder with the default ``actual``.
+    """Return a sentence that names the builder's parameter for the number of outputs.
 
-    ``actual`` is the number of outputs that the module returned. The result is "" if no parameter
-    has this default.
+    ``actual`` is the wrong number of outputs that the module returned. The sentence names the
+    parameter with the default ``actual``. It is "" if no parameter has this default.
     """
     for name, parameter in parameters_of(builder).items():
         default = parameter.default
@@ -365,8 +366,8 @@ def parameters_of(builder: Builder) -> dict[str, inspect.Parameter]:
 def materialise(
     module: nn.Module, inputs: Sequence[InputKind], names: Sequence[str] | None
 ) -> None:
-    """Initialize the parameters of lazy submodules, such as ``nn.LazyLinear``, like a first
-    batch."""
+    """Initialize the parameters of lazy submodules, such as ``nn.LazyLinear``, by a forward pass on
+    two rows of zeros."""
     if any(map(is_lazy, named_tensors(module).values())):
         with torch.no_grad():
             call_module(module.eval(), _zeros(inputs), names)
@@ -387,9 +388,10 @@ def _zeros(inputs: Sequence[InputKind]) -> list[Tensor]:
 
 
 def note_of_cast(module: nn.Module, dtype: torch.dtype) -> str:
-    """Return a note, a sentence, about the first tensor that a builder made in another dtype.
+    """Return a sentence about the first tensor that the module's builder created in an unexpected
+    dtype.
 
-    The note is "" if all tensors have the expected dtype.
+    The sentence is "" if all tensors have an expected dtype.
     """
     for name, tensor in named_tensors(module).items():
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, dtype):
@@ -402,9 +404,9 @@ def note_of_cast(module: nn.Module, dtype: torch.dtype) -> str:
 
 
 def hint(error: str, inputs: Sequence[Tensor]) -> str:
-    """Return the remedy for an error of torch as a sentence with a leading blank.
+    """Return a sentence that tells the user how to correct an error raised by torch.
 
-    The result is "" if no remedy is known.
+    The sentence begins with a blank. It is "" if gputune knows no correction.
     """
     if "scalar types: Long, Int" in error:
         if any(x.is_floating_point() and x.dim() == 2 for x in inputs):
@@ -459,5 +461,5 @@ def hint(error: str, inputs: Sequence[Tensor]) -> str:
 
 
 def _pass(code: str) -> str:
-    """Return the remedy to pass X in another form, without a full stop."""
+    """Return advice to replace X by the expression ``code``, without a full stop at its end."""
     return per_interface(f"Pass {code}", f"Write the file again with {code}")

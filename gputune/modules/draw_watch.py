@@ -1,4 +1,4 @@
-"""Observes random draws and submodules of a user's module while it is tried on a few rows."""
+"""Watches a user's module in trial calls on a few rows: its random numbers and submodules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from gputune.seeding import keyed_draws
 
 
 class DrawWatch:
-    """Watches the random draws of a module in trial calls.
+    """Watches how a module makes random numbers while gputune tries the module on a few rows.
 
     Attributes:
         draws: Whether a call in training drew from PyTorch's default generator.
@@ -39,10 +39,9 @@ class DrawWatch:
         self._passed: list[torch.Generator] = []
 
     def outside(self) -> str:
-        """Return a reason if the module draws random numbers that gputune cannot draw for all
-        members.
+        """Return the reason why gputune cannot make the module's random numbers for all members.
 
-        The reason is "" if it does not.
+        The reason is "" if gputune can make them.
         """
         code = drawing_code(self._module, self._functions, self._step)
         if not code and not self.generator:
@@ -54,8 +53,8 @@ class DrawWatch:
 
     @contextmanager
     def watching(self, *, training: bool) -> Iterator[None]:
-        """Note the generators used inside the context, and reads of tensor values by a call that
-        draws."""
+        """Inside the context, note the random generators that the module uses. If a call makes
+        random numbers, also note whether Python reads a tensor's value."""
         with keyed_draws(CPU, 0, "check", host=True):
             default = torch.get_rng_state()
             others = generator_states(self._module, self._functions)
@@ -75,7 +74,8 @@ class DrawWatch:
 
 
 class _OperationWatch(DispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the generators that operations use, and whether Python reads a tensor's value."""
+    """Notes the random generators that operations use, and whether Python reads a tensor's
+    value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class _OperationWatch(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Trail:
-    """Remembers the submodule that runs now, for error messages, and the largest result's size."""
+    """Remembers the running submodule, for error messages, and the size of the largest result."""
 
     def __init__(self, module: nn.Module) -> None:
         self.open: list[str] = []
@@ -107,13 +107,14 @@ class Trail:
                 part.register_forward_hook(self._leave)
 
     def _leave(self, _module: nn.Module, _args: object, result: object) -> None:
-        """Forward hook: a submodule has returned ``result``."""
+        """Forward hook: note the end of a submodule's call and the size of its ``result``."""
         self.open.pop()
         if isinstance(result, Tensor):
             self.largest = max(self.largest, result.numel())
 
     @property
     def submodule(self) -> str:
-        """Description of the submodule that was running, for messages; "" for the module itself."""
+        """The submodule that was running, as text for messages, such as submodule 'layers.0'. It is
+        "" for the module itself."""
         name = next((name for name in reversed(self.open) if name), "")
         return f"submodule {name!r}" if name else ""

@@ -1,4 +1,5 @@
-"""Checks for state in plain attributes, which gputune does not keep in members or saved models.
+"""Checks for state in a module's plain attributes, which gputune does not keep in members or saved
+models.
 
 A member (one trial on one fold) consists of its parameters, its buffers, and the Python numbers in
 its attributes that training changes (counters). A tensor in a plain attribute, or in a list or an
@@ -26,7 +27,8 @@ _LARGEST = 1 << 16  # most bytes of an array that is compared
 
 
 class KeptState:
-    """Snapshot of the buffers and the plain attributes of a module, by their names."""
+    """A snapshot of a module's buffers and plain attributes, by name, to find values that change
+    later."""
 
     def __init__(self, module: nn.Module) -> None:
         # keeps objects alive, so that no other object gets their ids
@@ -34,13 +36,13 @@ class KeptState:
         self._marks = self._marks_of(module)
 
     def changed(self, module: nn.Module) -> list[str]:
-        """Return the names of the values that have changed since the snapshot, by submodule
-        order."""
+        """Return the names of the buffers and attributes that changed since the snapshot, in
+        submodule order."""
         marks = self._marks_of(module)
         return [name for name, mark in marks.items() if self._marks.get(name) != mark]
 
     def _marks_of(self, module: nn.Module) -> dict[str, object]:
-        """Return the marks of all buffers and plain attributes, by name."""
+        """Return a comparable value for each buffer and plain attribute of a module, by name."""
         marks = {name: self._mark(tensor, 0) for name, tensor in module.named_buffers()}
         for path, part in module.named_modules():
             if isinstance(part, torch.jit.ScriptModule):
@@ -51,7 +53,7 @@ class KeptState:
         return marks
 
     def _mark(self, value: object, depth: int) -> object:
-        """Return a value's mark: it changes if the value is replaced or written into."""
+        """Return a comparable value that changes if ``value`` is replaced or written into."""
         if value is None or isinstance(value, bool | int | float | str):
             return repr(value)
         self._alive.append(value)
@@ -107,7 +109,8 @@ def check_hidden_state(
 
 
 def buffers_at_start(trial: ModuleTrial) -> list[str]:
-    """Return the names of the buffers with ``persistent=False`` that ``start_from`` changes.
+    """Return the names of the buffers with ``persistent=False`` that a module's ``start_from``
+    changes.
 
     Raises InputError if predictions depend on values that ``start_from`` stores in plain
     attributes.
@@ -148,9 +151,9 @@ def _check_same(
     finding: str,
     name: str,
 ) -> None:
-    """Raise InputError if a new module with the member's complete state has different outputs.
+    """Raise InputError if a new module with the member's complete state predicts differently.
 
-    It lacks the plain attribute ``name`` of the trial's module.
+    The new module lacks only the plain attribute ``name`` of the tried module.
     """
     _copy_state(trial.module, other, counted)
     if not _close(trial.of_module(other).forward(trial.inputs, training=False), outputs):
@@ -164,7 +167,8 @@ def _check_same(
 
 
 def _value_of(module: nn.Module, name: str) -> object:
-    """Return the plain attribute at a path, or None if it no longer exists."""
+    """Return the value of a module's plain attribute at a dotted path, or None if it no longer
+    exists."""
     value: object = module
     for part in name.split("."):
         value = getattr(value, part, None)
@@ -172,7 +176,7 @@ def _value_of(module: nn.Module, name: str) -> object:
 
 
 def _remedy(key: str, value: object) -> str:
-    """Return advice, a sentence, on keeping a plain attribute in a saved model."""
+    """Return a sentence that tells the user how to keep a plain attribute in saved models."""
     if isinstance(value, Tensor):
         return f"Make it a buffer in __init__: self.register_buffer({key!r}, tensor)."
     if isinstance(value, np.ndarray):

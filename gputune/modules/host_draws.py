@@ -1,12 +1,12 @@
-"""Finds generators outside of PyTorch that a module's code can draw from, by reading that code.
+"""Reads a module's code to find random generators that do not belong to PyTorch.
 
-A stacked step runs the Python code of a forward pass once for many members. A recorded step runs it
-once for many steps. A random number from Python or NumPy would then be the same in all these
-members or steps. A trial call cannot rule this out, because the draw may be in a branch that is
-taken in one step of a hundred. Therefore gputune reads the bytecode of a forward pass and of the
-functions that it refers to, together with the objects that their names refer to. The code of
-libraries is not read. Draws in libraries show in a trial call, which changes the generators'
-states.
+A stacked step runs the Python code of a forward pass once for many members. A recorded step
+(recorded once and replayed) runs the code once for many steps. A random number from Python or NumPy
+would then be the same in all these members or steps. A trial call cannot rule this out, because the
+draw may be in a branch that is taken in one step of a hundred. Therefore gputune reads the bytecode
+of a forward pass and of the functions that it refers to, together with the objects that their names
+refer to. The code of libraries is not read. Draws in libraries show in a trial call, which changes
+the generators' states.
 """
 
 import builtins
@@ -38,8 +38,7 @@ _UNKNOWN = object()
 
 
 def drawing_code(module: nn.Module, functions: Iterable[object] = (), step: object = None) -> str:
-    """Return the place in a module's or function's code that can draw outside of PyTorch's
-    generator.
+    """Return the place in user code that can make random numbers outside of PyTorch's generator.
 
     Args:
         module: The module. Its forward passes, hooks and submodules are read.
@@ -59,7 +58,7 @@ def drawing_code(module: nn.Module, functions: Iterable[object] = (), step: obje
 
 
 def _defaults_of(function: types.FunctionType) -> Env:
-    """Return the default values of the parameters of a function."""
+    """Return the default values of a function's parameters, by name."""
     code = function.__code__
     values = function.__defaults__ or ()
     names = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
@@ -68,8 +67,8 @@ def _defaults_of(function: types.FunctionType) -> Env:
 
 @lru_cache(4096)
 def _instructions(code: types.CodeType) -> tuple[tuple[str, Any], ...]:
-    """Return the bytecode operations of a code object. An operation that loads two names is
-    split."""
+    """Return the bytecode operations of a code object, with their arguments. An operation on two
+    names becomes two operations."""
     operations: list[tuple[str, Any]] = []
     for instruction in dis.get_instructions(code):
         name = instruction.opname
@@ -115,9 +114,10 @@ _ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD"}
 
 
 class _Reader:
-    """Reads code and the objects that it refers to, until it finds code that draws random numbers.
+    """Reads Python code, and the objects that the code uses, until it finds code that makes random
+    numbers.
 
-    ``finding`` then describes the place.
+    ``finding`` then describes the place, for example "Net.forward calls random.random".
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class _Reader:
         self.place = ""
 
     def visit(self, value: object) -> None:
-        """Read a value that code uses: it may draw random numbers, or run code when it is
+        """Read a value that code uses, because the value may make random numbers or run code when
         called."""
         if self.finding or value is _UNKNOWN or value is None:
             return
@@ -176,7 +176,8 @@ class _Reader:
                 self.visit(list(hooks.values()))
 
     def _visit_class(self, cls: type) -> None:
-        """Read the functions of a class, because code that is read makes instances of the class.
+        """Read the functions of a class, because the code that refers to the class makes instances
+        of it.
 
         For a module class, only the forward pass is read.
         """
@@ -194,7 +195,8 @@ class _Reader:
                     self._read(value, [])
 
     def _visit_instance(self, value: object) -> None:
-        """Read the ``__call__`` of an object that code uses, and the generators that it holds."""
+        """Read the ``__call__`` method of an object, and the random generators in its
+        attributes."""
         if self._is_read(value, []):
             return
         call = getattr_static(type(value), "__call__", None)
@@ -205,7 +207,7 @@ class _Reader:
                 self.visit(item)
 
     def call(self, value: object, arguments: Sequence[object]) -> None:
-        """Read a function together with the objects that it is called with."""
+        """Read a function together with the arguments of its call, as far as they are known."""
         if is_a(value, functools.partial):
             arguments = [*value.args, *arguments]
             value = value.func
@@ -238,7 +240,7 @@ class _Reader:
         self.place = before
 
     def _read_code(self, code: types.CodeType, env: Env, outside: Mapping[str, Any]) -> None:
-        """Follow the names of a code object, from a load through its attributes to its use."""
+        """Follow each name in a code object from its load, through its attributes, to its use."""
         # The values that were loaded last. The list is empty if their number is not known.
         stack: list[object] = []
         keywords = 0  # keyword arguments of the next call
@@ -280,8 +282,8 @@ class _Reader:
                 self._read_code(constant, dict(env), outside)
 
     def _attribute(self, value: object, name: str) -> object:
-        """Return an attribute without running code of the user. The getter of a property is read
-        instead."""
+        """Return an object's attribute without running the user's code. For a property, the code of
+        its getter is read instead."""
         if value is _UNKNOWN or is_a(value, torch.Tensor):
             return _UNKNOWN
         if source_name(value) and not is_a(value, types.ModuleType):

@@ -1,6 +1,6 @@
 """Names and states of random generators other than PyTorch's default generator.
 
-gputune can set only PyTorch's default generator to a separate stream for each step of all members.
+gputune can seed only PyTorch's default generator separately for each step of all members.
 """
 
 import functools
@@ -48,9 +48,9 @@ Env: TypeAlias = dict[str, object]
 
 
 def generator_states(module: nn.Module, functions: Iterable[object] = ()) -> dict[str, bytes]:
-    """Return the states of all generators by their names.
+    """Return the states of all random generators that are not PyTorch's default generator, by name.
 
-    They are the global generators of Python and NumPy, and the generators that a module or a
+    These are the global generators of Python and NumPy, and the generators that a module or a
     function holds. A module holds a generator as an attribute, or in a list or dict there. A
     function holds a generator in its closure or its file.
     """
@@ -66,7 +66,8 @@ def generator_states(module: nn.Module, functions: Iterable[object] = ()) -> dic
 
 
 def changed_generator(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> str:
-    """Return the name of a generator with a changed state, or "" if all states are equal."""
+    """Return the name of the first random generator with a changed state, or "" if all states are
+    equal."""
     for name, state in after.items():
         if before.get(name, state) != state:
             return name.rstrip("0123456789 ")
@@ -74,7 +75,7 @@ def changed_generator(before: Mapping[str, bytes], after: Mapping[str, bytes]) -
 
 
 def _held_generators(module: nn.Module, functions: Iterable[object]) -> Iterator[object]:
-    """Yield each generator that the module or the functions hold, once."""
+    """Yield each random generator that the module or the functions hold, once."""
     seen: set[int] = set()
     holders = []
     forwards: dict[type, object] = {}
@@ -94,16 +95,17 @@ def _held_generators(module: nn.Module, functions: Iterable[object]) -> Iterator
 
 
 def is_a(value: object, *kinds: type[Instance]) -> TypeGuard[Instance]:
-    """Return whether the type of a value is one of some classes or a subclass.
+    """Return whether a value's type is one of the classes ``kinds``, or a subclass of one.
 
-    The function ``isinstance`` also asks the value for its ``__class__``, which may run code of the
-    user.
+    The function ``isinstance`` would also ask the value for its ``__class__``, which may run the
+    user's code.
     """
     return issubclass(type(value), kinds)
 
 
 def items_of(value: object) -> list[object]:
-    """Return the items of a plain container, or an empty list for other values."""
+    """Return the first items of a plain dict, list, tuple or set. Return an empty list for other
+    values."""
     if type(value) is dict:
         return list(value.values())[:_MOST_ITEMS]
     if type(value) is list or type(value) is tuple or type(value) is set:
@@ -112,7 +114,8 @@ def items_of(value: object) -> list[object]:
 
 
 def _state_of(generator: object) -> bytes | None:
-    """Return a generator's state, or None if the operating system makes its random numbers."""
+    """Return a random generator's state as bytes, or None if the operating system makes its
+    numbers."""
     if isinstance(generator, torch.Generator):
         if generator is torch.default_generator:
             return None
@@ -130,7 +133,7 @@ def _state_of(generator: object) -> bytes | None:
 
 
 def _kind_of(generator: object) -> str:
-    """Return the full name of a generator's class."""
+    """Return the full name of a random generator's class, such as numpy.random.Generator."""
     name = next(kind.__name__ for kind in GENERATORS if isinstance(generator, kind))
     package = "numpy.random"
     if isinstance(generator, random.Random):
@@ -141,7 +144,8 @@ def _kind_of(generator: object) -> str:
 
 
 def source_name(value: object) -> str:
-    """Return the name of a value that draws outside of PyTorch's default generator.
+    """Return the name of a function, class or generator that makes random numbers outside of
+    PyTorch's default generator.
 
     The result is "" for any other value.
     """
@@ -170,7 +174,8 @@ def source_name(value: object) -> str:
 
 
 def is_library(function: types.FunctionType) -> bool:
-    """Return whether a function belongs to Python or to a package in ``_LIBRARIES``."""
+    """Return whether a function belongs to Python's standard library or to a package in
+    ``_LIBRARIES``."""
     top = str(function.__globals__.get("__name__", "")).partition(".")[0]
     return top in _LIBRARIES or (top in sys.stdlib_module_names and top != "__main__")
 

@@ -59,7 +59,7 @@ _ADVICE = {
         "which needs results of a fixed size: use torch.where instead of a mask as an index"
     ),
 }
-"""Advice by parts of a vmap error: the unsupported operation and its replacement."""
+"""Maps parts of vmap's error messages to advice: the unsupported operation and its replacement."""
 
 # Traits by data, builder and arguments; seconds that compiled code saves, by builder and arguments.
 _known: WeakKeyDictionary[Dataset, dict[Builder, dict[str, Traits]]] = WeakKeyDictionary()
@@ -67,8 +67,8 @@ _gains: WeakKeyDictionary[Builder, dict[str, float]] = WeakKeyDictionary()
 
 
 def known_traits(builder: Builder | None, data: Dataset) -> dict[str, Traits]:
-    """Return the traits of a user's module on some data that are known so far, by
-    ``arguments_text``."""
+    """Return the known traits (properties) of a user's module on some data, by arguments as
+    text."""
     return {} if builder is None else dict(_known.get(data, {}).get(builder, {}))
 
 
@@ -80,7 +80,7 @@ def traits_of(
     columns: str = "",
     objective: Objective | None = None,
 ) -> Traits:
-    """Return the traits of a user's module on rows of the first fold.
+    """Return a module's traits: properties found by trying the module on rows of the first fold.
 
     A module is tried once for each text of its arguments. Raises InputError for a module that
     fails, returns outputs of another shape, or has nothing to train. If shapes may be the cause,
@@ -148,7 +148,7 @@ def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> 
 
 
 def gain_of_code(builder: Builder, config: Config) -> float:
-    """Return the seconds that compiled code saved per step, measured on any data.
+    """Return the seconds per step that compiled code saved, as measured before on any data.
 
     The result is 0.0 if it saved no time, or if nothing was measured yet.
     """
@@ -177,7 +177,7 @@ def note_fastest(
 
 
 def inspect_module(trial: ModuleTrial) -> Traits:
-    """Try a module in training mode, in evaluation mode, and stacked, and return its traits."""
+    """Try a module in training, in evaluation and stacked, and return its properties (traits)."""
     module = trial.module
     x = trial.inputs
     start = trial.numbers()
@@ -239,9 +239,9 @@ def inspect_module(trial: ModuleTrial) -> Traits:
 
 
 def _module_reason(module: nn.Module, counted: Sequence[str], changing: Sequence[str]) -> str:
-    """Return a reason in the module itself, not in its outputs, against stacked members, or "".
+    """Return the property of a module that makes stacked members impossible, as text, or "".
 
-    The reasons are Python numbers that the module changes, complex tensors that change, and
+    The properties are Python numbers that the module changes, complex tensors that change, and
     gradient hooks.
     """
     if counted:
@@ -256,7 +256,7 @@ def _module_reason(module: nn.Module, counted: Sequence[str], changing: Sequence
 
 
 def _advice(message: str) -> str:
-    """Return advice on replacing an operation that vmap refused with an error message."""
+    """Return advice for a vmap error: the unsupported operation, and its replacement."""
     for parts, advice in _ADVICE.items():
         if any(part in message for part in parts):
             return f"{_VMAP}, {advice}"
@@ -267,7 +267,7 @@ _DIFFERS = "when its members are stacked than alone"
 
 
 def _stacking_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
-    """Return the reason against stacking two members, and the parameters that a step does not use.
+    """Return the reason why members cannot be stacked, and the parameters that a step does not use.
 
     The reason is "" if stacked members give the same results as plain modules.
     """
@@ -285,7 +285,7 @@ def _stacking_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str
 
 
 def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
-    """Return the result of ``_stacking_traits``. Tensors are compared up to rounding in the trial's
+    """Return the result of ``_stacking_traits``, comparing tensors up to rounding in the trial's
     dtype."""
     stacked = StackedModule(
         trial.builder,
@@ -411,10 +411,10 @@ def explain(
 ) -> Exception:
     """Find the member and row that cause an error, and return an InputError that names them.
 
-    The InputError names the fold and the row on which the member fails like the chunk. If a forward
-    pass raised, but a member fails on no row or on any row, the InputError names the configuration.
-    In other cases the result is ``error`` itself. ``flat`` has the members' parameters after
-    ``epoch`` epochs. Members run in evaluation mode.
+    The InputError names the fold and the row on which a single member raises the same error. If a
+    forward pass raised, but a member fails on no row or on every row, the InputError names the
+    configuration. In other cases the result is ``error`` itself. ``flat`` has the members'
+    parameters after ``epoch`` epochs. Members run in evaluation mode.
     """
     cause = error.__cause__ if isinstance(error, InputError) else error
     if not isinstance(network, ModuleNetwork) or not isinstance(cause, Exception):
@@ -467,7 +467,7 @@ def _sentence(text: str) -> str:
 
 
 def _failing_part(parts: Sequence[Tensor], fails: Callable[[Tensor], bool]) -> Tensor | None:
-    """Search for the smallest part of some rows that fails; None if all parts pass.
+    """Return the smallest part of some rows on which ``fails`` is True, or None if all parts pass.
 
     Halves of the failing rows are tried until one row is left, or until both halves pass.
     """

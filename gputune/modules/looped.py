@@ -37,11 +37,11 @@ from gputune.wording import option
 
 
 class LoopedModule(ModuleNetwork):
-    """The members of one population, each stored as one row of its parameters.
+    """The members of one population, trained one by one: each member's parameters are one row.
 
-    The block "trained" is (F, C, N). The block "mutable" is (F, C, M), if training changes other
-    tensors. ``running`` has the modules of members in training by fold and trial, if they are
-    scored without averaging.
+    The block "trained" (F, C, N) holds the parameters of C trials on F folds. The block "mutable"
+    (F, C, M) holds other tensors, if training changes any. ``running`` has the modules of members
+    in training by fold and trial, if they are scored without averaging.
     """
 
     # All members read the same rows. A module that cannot be stacked may write into them depending
@@ -86,13 +86,14 @@ class LoopedModule(ModuleNetwork):
         }
 
     def parts(self, row: Tensor, name: str = "trained") -> Params:
-        """Split a row (N,) of a block into its named tensors."""
+        """Split a member's row (N,) into its tensors, by name. ``name`` is the row's block."""
         tensors = self.rows[name]
         parts = torch.split(row, [_real(w).numel() for w in tensors.values()])
         return {k: _reshape(part, w).to(w.dtype) for (k, w), part in zip(tensors.items(), parts)}
 
     def leaves(self, row: Tensor) -> Params:
-        """Split a row (N,) into real parameters for an optimizer. Complex ones become pairs."""
+        """Split a member's row (N,) into real tensors for an optimizer, by parameter name. A
+        complex parameter becomes pairs of real numbers."""
         return {k: _real(part) for k, part in self.parts(row).items()}
 
     def outputs(
@@ -109,7 +110,7 @@ class LoopedModule(ModuleNetwork):
         return torch.stack(outputs)
 
     def _outputs(self, params: Params, fold: int, trial: int, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the outputs (m, K) of one member on m rows."""
+        """Run one member in evaluation mode, and return its outputs (m, K) for m rows."""
         names = self.shape.names
         # not "or": a module may have a length, of 0
         module = self.running.get((fold, trial))
@@ -124,13 +125,13 @@ class LoopedModule(ModuleNetwork):
         return None
 
     def _refuse(self, *_: object) -> NoReturn:
-        """Raise an error: this method needs stacked members."""
+        """Raise InputError, because the called method needs stacked members."""
         raise self.refusal()
 
     gradient = differentiable = row_losses = _refuse
 
     def refusal(self) -> InputError:
-        """Return the error that methods for stacked members raise here."""
+        """Return the error of methods that need stacked members: these members train one by one."""
         return InputError(
             None,
             f"The members of {name_of(self.builder)} train one by one, {self.reason}. "
@@ -140,13 +141,14 @@ class LoopedModule(ModuleNetwork):
 
 
 def _real(tensor: Tensor) -> Tensor:
-    """View a complex tensor (...) as real and imaginary parts (..., 2). Others are unchanged."""
+    """View a complex tensor (...) as real and imaginary parts (..., 2). A real tensor is
+    unchanged."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _reshape(part: Tensor, like: Tensor) -> Tensor:
-    """Return a part of a row in the shape of the tensor ``like``, complex if ``like`` is
-    complex."""
+    """Return values from a member's row in the shape of the tensor ``like``. They are complex if
+    ``like`` is complex."""
     return (
         torch.view_as_complex(part.view(*like.shape, 2))
         if like.is_complex()
@@ -160,9 +162,10 @@ _AHEAD_NUMBERS = 1 << 22  # of the rows of several minibatches, which are gather
 def _stacked_optimizer(
     network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int
 ) -> Optimizer:
-    """Return gputune's optimizer for one member if no class of torch.optim can take its steps.
+    """Return gputune's own optimizer for one member, used if no class of torch.optim can take its
+    steps.
 
-    This includes optimizers that adapt their own rate.
+    This includes optimizers that adapt their own learning rate.
     """
     sides = (
         hidden_sides(network.template, network.trainable) if config["optimizer"] == "muon" else {}
@@ -187,8 +190,11 @@ def _stacked_optimizer(
 
 
 class _Member:
-    """One member: a plain module and its optimizer. Its parameters and gradients are views of two
-    rows."""
+    """A member in training: a plain module and its optimizer.
+
+    The module's parameters are views of one contiguous row, and their gradients are views of
+    another.
+    """
 
     def __init__(
         self, network: LoopedModule, config: Config, start: Params, *, steps: int, horizon: int
@@ -254,7 +260,8 @@ class _Member:
         return [float(self.config["dropout"] * factor) for factor in factors]
 
     def resume(self, values: Params, moments: Sequence[Tensor]) -> None:
-        """Continue training from saved tensors of a member and the saved rows of its moments."""
+        """Continue the training of a member from its saved tensors and its saved optimizer
+        state."""
         for name, tensor in named_tensors(self.module).items():
             if name in values:
                 tensor.data.copy_(values[name])
@@ -263,7 +270,8 @@ class _Member:
 
 
 class LoopChunk:
-    """The members of a chunk, which train one after another, fold by fold."""
+    """The members of trials that train together (a chunk), trained one after another, fold by
+    fold."""
 
     scoring_share = 0.0
 
@@ -287,22 +295,25 @@ class LoopChunk:
             for f, start in enumerate(network.starts())
             for c, config in enumerate(network.configs)
         }
-        """Members by (fold, trial), fold after fold."""
+        """All members by (fold, trial), in the order of the folds."""
 
     @property
     def flat(self) -> Tensor:
-        """Flat buffer with the tensors of all members, in the layout of the network's blocks."""
+        """One flat buffer with the parameters and other changing tensors of all members. The
+        network's ``blocks`` give its layout."""
         return self._with_mutable([member.row for member in self.members.values()])
 
     @property
     def scored(self) -> Tensor:
-        """Flat buffer to score and save: the parameters or their averages, and changed tensors."""
+        """Flat buffer to score and save: parameters or their averages, then other tensors that
+        training changes."""
         return self._with_mutable(
             [member.update.scored(member.row) for member in self.members.values()]
         )
 
     def _with_mutable(self, trained: list[Tensor]) -> Tensor:
-        """Return a flat buffer: parameters, then the other tensors that training changes."""
+        """Return a flat buffer of all members: ``trained``, then the other tensors that training
+        changes."""
         states = (state_of(member.module, self.network.mutable) for member in self.members.values())
         return torch.cat(
             trained + (list(map(self.network.as_row, states)) if self.network.mutable else [])
@@ -310,13 +321,14 @@ class LoopChunk:
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
-        """Flat buffers with the optimizer's moments of all members."""
+        """Flat buffers with the optimizer state (moments) of all members."""
         return tuple(
             map(torch.cat, zip(*(member.update.state() for member in self.members.values())))
         )
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Continue from flat buffers: first the members' tensors, then the optimizer's moments."""
+        """Continue training from saved flat buffers: first the members' tensors, then the
+        optimizer's moments."""
         params = self.network.blocks.views(buffers[0])
         moments = [self.network.trained.views(buffer)["trained"] for buffer in buffers[1:]]
         for (f, c), member in self.members.items():
@@ -360,7 +372,7 @@ class LoopChunk:
                 self._train(member, f, epoch, minibatches)
 
     def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:
-        """Train one member for one epoch: this is the plain training loop."""
+        """Train one member for one epoch, in a plain PyTorch training loop."""
         module = member.module.train()
         network = self.network
         objective = self.network.objective
@@ -410,8 +422,8 @@ class LoopChunk:
     def _gather(
         self, fold: int, minibatches: Sequence[Tensor]
     ) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor | None]]:
-        """Yield the inputs, targets and weights of each minibatch. Several minibatches are gathered
-        at once."""
+        """Yield the inputs, targets and weights of each minibatch. The rows of several minibatches
+        are copied at once."""
         data = self.data
         size = len(minibatches[0])
         ahead = max(1, _AHEAD_NUMBERS // (size * data.row_numbers))

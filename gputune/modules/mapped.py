@@ -29,7 +29,8 @@ _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 class Mapped(TorchFunctionMode):
-    """Applies the rules of this file to layers, only inside the context and in this thread."""
+    """Inside the context, computes layers of all members by the rules of this file, only in this
+    thread."""
 
     def __torch_function__(
         self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
@@ -48,7 +49,8 @@ class Mapped(TorchFunctionMode):
 
 
 def _is_mapped(tensor: Tensor) -> bool:
-    """Return whether a tensor has a vmap axis of members that no inner derivative hides."""
+    """Return whether a tensor has a vmap axis for members, and vmap is torch's innermost
+    transform."""
     if not torch._C._functorch.is_batchedtensor(tensor):
         return False
     return retrieve_current_functorch_interpreter().key() == TransformType.Vmap
@@ -64,8 +66,8 @@ The rule returns None for unsupported arguments.
 def _call_rule(
     rule: MemberRule, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> Tensor | None:
-    """Apply a rule like vmap does for an ``autograd.Function``, at a tenth of the cost of a
-    call."""
+    """Apply a rule for all members as vmap would for an ``autograd.Function``, at a tenth of the
+    cost."""
     interpreter = retrieve_current_functorch_interpreter()
     assert isinstance(interpreter, VmapInterpreter)
     level = interpreter.level()
@@ -86,7 +88,7 @@ def _call_rule(
 def _embedding(
     ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Look up rows of an embedding; its padding row gets no gradient."""
+    """Look up rows of an embedding, also under vmap, so that its padding row gets no gradient."""
     if padding_idx is None or not _is_mapped(weight):
         return functional.embedding(ids, weight, padding_idx, *args, **kwargs)
     # torch's vmap rule gives the padding row a gradient, but it must have none.
@@ -95,14 +97,15 @@ def _embedding(
 
 
 def _linear(input: Tensor, weight: Tensor, bias: OptionalTensor = None) -> WithAxis:
-    """Compute the linear layers of all members: rows (P, ..., I) -> (P, ..., O)."""
+    """Compute one linear layer for all members at once: inputs (P, ..., I) -> outputs (P, ...,
+    O)."""
     rows = input.flatten(1, -2) if input.dim() > 2 else input[:, None]
     result: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
     return result.view(*input.shape[:-1], -1), 0
 
 
 class _Linear(torch.autograd.Function):
-    """The linear layers of all members as one operation with derivatives.
+    """One linear layer for all members, as a single autograd function.
 
     Shapes: rows (P, N, I), weights (P, O, I), biases (P, O) or None; the result is (P, N, O).
 
@@ -244,17 +247,17 @@ def _pool(
 
 
 def _flat(table: OptionalTensor) -> OptionalTensor:
-    """Flatten a table of each member's channels, (P, C) -> (P*C,)."""
+    """Flatten a table with one value per member and channel, (P, C) -> (P*C,)."""
     return None if table is None else table.reshape(-1)
 
 
 def _by_channels(x: Tensor) -> Tensor:
-    """Move the members into the channels: (P, B, C, ...) -> (B, P*C, ...)."""
+    """Merge the member axis into the channel axis: (P, B, C, ...) -> (B, P*C, ...)."""
     return x.movedim(0, 1).flatten(1, 2)
 
 
 def _by_members(rows: Tensor, members: int) -> Tensor:
-    """Split the channels by members: (B, P*C, ...) -> (B, P, C, ...)."""
+    """Split the channel axis into members and channels: (B, P*C, ...) -> (B, P, C, ...)."""
     return rows.view(len(rows), members, -1, *rows.shape[2:])
 
 

@@ -43,12 +43,12 @@ _TILE = 96
 
 
 def _pick(values: Sequence[int], axes: Iterable[int]) -> list[int]:
-    """Pick the sizes or strides of some axes."""
+    """Return the sizes or strides of the selected axes."""
     return [values[axis] for axis in axes]
 
 
 def _product(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the calls of a matrix product, with an added matrix or bias."""
+    """Yield the C kernel calls for a matrix product with an added matrix or bias."""
     names = ("self", "mat2")
     added = None
     for pair in (("batch1", "batch2"), ("mat1", "mat2")):
@@ -90,7 +90,7 @@ def _product(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Itera
 
 
 def _reduce(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the call of a sum or mean over some axes."""
+    """Yield the C kernel call for a sum or mean over some axes."""
     x: Place = kwargs["self"]
     require(kwargs.get("dtype") in (None, out.dtype), op, "another type")
     axes = kwargs.get("dim")
@@ -131,11 +131,11 @@ _ALONG = {
     "_softmax_backward_data": "T s = 0;\nSUM(s) s += p1[X] * p2[Y];\nEACH p0[O] = (p1[X] - s) * p2[Y];",
     "_log_softmax_backward_data": "T s = 0;\nSUM(s) s += p1[X];\nEACH p0[O] = p1[X] - exponential(p2[Y]) * s;",
 }
-"""Code of operations along one axis, which is repeated for all other axes."""
+"""C code of operations along one axis. Loops repeat the code for all other axes."""
 
 
 def _along(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the call that computes a softmax or its gradient along one axis."""
+    """Yield the C kernel call that computes a softmax or its gradient along one axis."""
     body = _ALONG[op.name]
     places: list[Place] = [out]
     for name in ("grad_output", "output") if "output" in kwargs else ("self",):
@@ -154,7 +154,7 @@ def _along(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterato
 
 
 def _concatenate(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield a copy for each part of a concatenation or a stack."""
+    """Yield the C kernel calls for a concatenation or a stack: one copy for each part."""
     axis = kwargs["dim"] % len(out.shape)
     begin = 0
     for part in kwargs["tensors"]:
@@ -167,7 +167,7 @@ def _concatenate(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> I
 
 
 def _part(place: Place, axis: int, begin: int, size: int, step: int = 1) -> Place:
-    """Return the slice of a place along an axis."""
+    """Return the place in memory of a tensor's slice along one axis."""
     along = place.stride[axis]
     shape = with_entry(place.shape, axis, size)
     stride = with_entry(place.stride, axis, along * step)
@@ -176,7 +176,8 @@ def _part(place: Place, axis: int, begin: int, size: int, step: int = 1) -> Plac
 
 
 def _without(place: Place, axis: int, index: int) -> Place:
-    """Return the part of a place at one index of an axis. The axis is removed."""
+    """Return the place in memory of a tensor's entries at one index of an axis. The axis is
+    removed."""
     shape = [*place.shape]
     stride = [*place.stride]
     del shape[axis], stride[axis]
@@ -185,7 +186,8 @@ def _without(place: Place, axis: int, index: int) -> Place:
 
 
 def _part_gradient(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the calls of the gradient of a selection or a slice: zeros, and one part."""
+    """Yield the C kernel calls for the gradient of a selection or a slice: zeros, then one copied
+    part."""
     axis = kwargs["dim"] % len(out.shape)
     gradient = kwargs["grad_output"]
     n = out.shape[axis]
@@ -200,7 +202,7 @@ def _part_gradient(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) ->
 
 
 def _is_contiguous(place: Place) -> bool:
-    """Return whether a place is contiguous, row by row."""
+    """Return whether a tensor's place in memory is contiguous, row by row."""
     # A tensor on this device has no memory.
     return torch.empty_strided(place.shape, place.stride, device="meta").is_contiguous()
 
@@ -208,7 +210,7 @@ def _is_contiguous(place: Place) -> bool:
 def _layer_norm_gradient(
     writer: Writer, kwargs: Kwargs, op: Operation, out: Place
 ) -> Iterator[Line]:
-    """Yield the call of the gradient of a layer norm without weights."""
+    """Yield the C kernel call for the gradient of a layer norm without weights."""
     places = [out, kwargs["grad_out"], kwargs["input"], kwargs["mean"], kwargs["rstd"]]
     is_plain = kwargs["weight"] is None and op.makes == [out]
     require(is_plain and all(map(_is_contiguous, places)), op)
@@ -219,7 +221,7 @@ def _layer_norm_gradient(
 
 
 def _batch_norm(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the call of a batch norm in training, or of its gradient."""
+    """Yield the C kernel call for a batch norm in training, or for its gradient."""
     rows = kwargs["input"].shape
     is_training = bool(kwargs.get("training") or kwargs.get("train"))
     require(is_training and len(rows) == 2 and len(op.makes) == 3, op)
@@ -239,7 +241,8 @@ def _batch_norm(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> It
 
 
 def _class_loss(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the calls of a negative log-likelihood of classes, or of its gradient."""
+    """Yield the C kernel calls for a negative log-likelihood loss of classes, or for its
+    gradient."""
     is_gradient = "grad_output" in kwargs
     y = kwargs["target"]
     x = kwargs["grad_output"] if is_gradient else kwargs["self"]
@@ -270,7 +273,7 @@ LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
     **dict.fromkeys(("native_batch_norm", "native_batch_norm_backward"), _batch_norm),
     **dict.fromkeys(("nll_loss_forward", "nll_loss_backward"), _class_loss),
 }
-"""Functions that write the calls of an operation, by its name."""
+"""Functions that yield the kernel calls of an operation, by the operation's name in torch."""
 
 # Passes over at least ``_LARGE`` numbers in the same memory run together, ``_BLOCK`` numbers at a
 # time.
@@ -280,10 +283,10 @@ _BLOCK = 2048
 
 @dataclass(frozen=True, eq=False)
 class CodedStep:
-    """One training step in the form that compiled code runs.
+    """One training step as data for compiled C code: a list of kernel calls.
 
-    It has its kernel calls (in the format of ``native/steps.h``), the host's numeric values that
-    these calls read, and the bytes of working memory.
+    ``calls`` is in the format of ``native/steps.h``. ``numbers`` are Python's numeric values that
+    these calls read. ``workspace`` is the size of the working memory in bytes.
     """
 
     calls: np.ndarray
@@ -292,9 +295,9 @@ class CodedStep:
 
 
 class MemberCode:
-    """The code of several steps in one precision, float32 or float64.
+    """The C code of several training steps in one precision, float32 or float64.
 
-    ``kernels`` maps the code of each kernel to its index, in the order of writing.
+    ``kernels`` maps the code of each kernel (a C function) to its index, in the order of writing.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -302,8 +305,10 @@ class MemberCode:
         self.kernels: dict[str, int] = {}
 
     def add(self, trace: Trace, memories: Storages) -> CodedStep:
-        """Write the code of a step, and add the memories that it uses by address. Raises
-        TraceError."""
+        """Write the C code of a traced training step, and return the step's kernel calls.
+
+        The memory that the step uses is added to ``memories``, by address. Raises TraceError.
+        """
         trace = simplify_trace(trace)
         trace.operations = _small_first(trace.operations)
         writer = Writer(self.dtype, self.kernels, trace, memories)
@@ -318,8 +323,8 @@ class MemberCode:
 
 
 def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
-    """Yield the calls that an operation becomes. Raises TraceError for an operation that is not
-    supported."""
+    """Yield the C kernel calls that compute one operation. Raises TraceError for an operation that
+    is not supported."""
     base = op.name.removeprefix("new_").removesuffix("_like")
     name = op.name.removesuffix("_")
     kwargs = kwargs_of(op)
@@ -361,9 +366,9 @@ def _small_first(operations: Sequence[Operation]) -> list[Operation]:
 
 
 def _in_blocks(lines: Sequence[Line]) -> Iterator[int]:
-    """Yield the numeric code of the calls. Calls that can share blocks run block by block.
+    """Yield all kernel calls as integers. Calls that can share blocks run block by block.
 
-    A block of values stays in the cache from one call to the next.
+    A block of values then stays in the processor's cache from one call to the next.
     """
     runs: list[list[Line]] = []
     for line in lines:
@@ -382,7 +387,7 @@ def _in_blocks(lines: Sequence[Line]) -> Iterator[int]:
 
 
 def _go_together(lines: Sequence[Line]) -> bool:
-    """Return whether several calls can run together, block by block.
+    """Return whether several kernel calls can run together, block by block.
 
     The calls must pass over equally many values. No call may read or write another row of memory
     that another call writes.

@@ -21,20 +21,24 @@ from gputune.modules.trace import Kwargs, Operation, Place, TraceError
 
 
 def require(is_supported: bool, op: Operation, arguments: str = "these arguments") -> None:
-    """Raise TraceError for an operation with unsupported arguments, unless ``is_supported``."""
+    """Raise TraceError, which names an operation and its unsupported arguments, unless
+    ``is_supported``."""
     if not is_supported:
         raise TraceError(f"{op.function} with {arguments} is not supported")
 
 
 def loops_over(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[Loops, list[int]]:
-    """Return loops over a shape, with names in place of its sizes, and the sizes."""
+    """Return C loops over a tensor shape with named sizes, and the values of these sizes."""
     sizes = list[int]()
     loops = over(shape, strides)
     return loops.named(sizes), sizes
 
 
 def _only_index(op: Operation, indices: Sequence[Place | None]) -> tuple[int, Place]:
-    """Return the only index of an operation, with its axis. Raises TraceError for other indices."""
+    """Return the axis and the place in memory of an operation's only index tensor.
+
+    Raises TraceError if there are several, or if the index is boolean or has several axes.
+    """
     axis, *others = [i for i, index in enumerate(indices) if index is not None]
     index = indices[axis]
     assert index is not None
@@ -44,7 +48,8 @@ def _only_index(op: Operation, indices: Sequence[Place | None]) -> tuple[int, Pl
 
 
 def chosen_rows(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the call that copies the rows or entries at the positions in an index tensor."""
+    """Yield the C kernel call that copies the rows or entries at the positions in an index
+    tensor."""
     if op.name == "embedding":
         x = kwargs["weight"]
         axis = 0
@@ -73,7 +78,8 @@ def chosen_rows(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> It
 
 
 def embedding_gradient(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the calls of the gradient of an embedding: zeros, then each row's gradient is added."""
+    """Yield the C kernel calls for the gradient of an embedding: zeros, then each row's gradient is
+    added."""
     gradient = kwargs["grad_output"]
     index = kwargs["indices"]
     require(kwargs["padding_idx"] < 0 and not kwargs["scale_grad_by_freq"], op)
@@ -90,7 +96,8 @@ def embedding_gradient(writer: Writer, kwargs: Kwargs, op: Operation, out: Place
 
 
 def added_at_places(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the calls that add values at the positions in an index tensor. Positions may repeat."""
+    """Yield the C kernel calls that add values at the positions in an index tensor. Positions may
+    repeat."""
     x = kwargs["self"]
     if op.name.startswith("index_put"):
         axis, index = _only_index(op, kwargs["indices"])

@@ -1,4 +1,5 @@
-"""Writes the C kernels of a member's training step: one for each kind of loops and formula.
+"""Writes C functions (kernels) for a member's training step, one for each kind of loops and
+formula.
 
 A member is one trial on one fold. A place is a tensor's position and layout in memory. The host is
 the Python program that calls the kernels.
@@ -103,7 +104,8 @@ FORMULAS = {
     "clamp": "{self} < {min} ? {min} : {self} > {max} ? {max} : {self}",
     **{name: f"{{self}} {sign} {{other}}" for name, sign in _COMPARED.items()},
 }
-"""Formula of each operation for one entry. The names in braces are the operation's arguments."""
+"""C formula for one entry of each operation's result. The names in braces are the operation's
+arguments."""
 
 # Operations that are computed in the type of their arguments.
 _OF_INPUTS = {*_COMPARED, "logical_not", "isinf", "isnan"}
@@ -124,7 +126,7 @@ def c_type(dtype: torch.dtype) -> str:
 
 
 def kwargs_of(op: Operation) -> Kwargs:
-    """Return all arguments of an operation by name, as in torch's schema."""
+    """Return all arguments of a recorded operation by name, with the defaults of torch's schema."""
     kwargs = {}
     for i, argument in enumerate(op.function._schema.arguments):
         if i < len(op.args):
@@ -135,8 +137,8 @@ def kwargs_of(op: Operation) -> Kwargs:
 
 
 def formula_of(name: str, kwargs: Kwargs) -> str:
-    """Return the formula of an operation with these arguments. Raises TraceError for other
-    options."""
+    """Return the C formula that computes one entry of an operation's result. Raises TraceError for
+    unsupported options."""
     for key, value in _DEFAULTS.items():
         if kwargs.get(key, value) != value:
             raise TraceError(f"{name} with {key}={kwargs[key]!r} is not supported")
@@ -155,18 +157,17 @@ _SMALL = 32
 
 @dataclass(frozen=True)
 class Loops:
-    """Nested loops with some ``sizes``, the outermost first, and each operand's ``strides`` in
-    them."""
+    """Nested C loops: their ``sizes``, the outermost first, and the ``strides`` of each operand."""
 
     sizes: tuple[int | str, ...]
     strides: tuple[tuple[int | str, ...], ...]
     variable: str = "i"
 
     def named(self, sizes: list[int]) -> "Loops":
-        """Return the loops with names in place of sizes and strides. Their values are appended to
-        ``sizes``.
+        """Return the loops with names, such as n0, in place of all except small sizes and strides.
 
-        The outermost size is appended last.
+        The values of the names are appended to ``sizes``. The outermost size always has a name, and
+        its value is appended last.
         """
 
         def names(values: Sequence[int | str], most: int = _SMALL) -> tuple[int | str, ...]:
@@ -178,12 +179,13 @@ class Loops:
         return replace(self, sizes=outer + inner, strides=strides)
 
     def index(self, operand: int) -> str:
-        """Return the C code for an operand's position, in terms of the loop variables."""
+        """Return C code that computes an operand's position in memory from the loop variables."""
         steps = enumerate(self.strides[operand])
         return " + ".join(f"{self.variable}{i} * {step}" for i, step in steps if step) or "0"
 
     def nest(self, body: str, pragma: str = "GCC ivdep") -> str:
-        """Return the code of the loops around a body. The innermost loop may be vectorized."""
+        """Return the C code of the loops around a loop body. The innermost loop may be
+        vectorized."""
         lines = []
         for i, size in enumerate(self.sizes):
             name = f"{self.variable}{i}"
@@ -194,7 +196,7 @@ class Loops:
 
 
 def named(size: int, sizes: list[int], *, most: int = _SMALL) -> int | str:
-    """Return a small size (up to ``most``) as a constant, or a name for a larger size.
+    """Return a small size (up to ``most``) as a constant, or a name such as n0 for a larger size.
 
     Loops over small sizes are unrolled. A larger size is appended to ``sizes``.
     """
@@ -205,8 +207,8 @@ def named(size: int, sizes: list[int], *, most: int = _SMALL) -> int | str:
 
 
 def over(shape: Sequence[int], strides: Sequence[Sequence[int]], variable: str = "i") -> Loops:
-    """Return the loops over a shape. The innermost loop follows the first operand's densest
-    axis."""
+    """Return nested C loops over a tensor shape. The innermost loop runs along the first operand's
+    densest axis."""
     # (size, strides of all operands) of each axis
     axes = [(n, steps) for n, *steps in zip(shape, *strides, strict=True) if n != 1]
     axes.sort(key=lambda axis: -axis[1][0])
@@ -226,7 +228,7 @@ def with_entry(values: Sequence[int], axis: int, entry: int) -> list[int]:
 
 
 def broadcast_strides(place: Place, dim: int) -> list[int]:
-    """Return the strides of a place after broadcasting it to ``dim`` axes."""
+    """Return a tensor's strides after broadcasting the tensor to ``dim`` axes."""
     strides = [0 if n == 1 else step for n, step in zip(place.shape, place.stride)]
     # axes are added in front
     return [0] * (dim - len(strides)) + strides
@@ -234,9 +236,10 @@ def broadcast_strides(place: Place, dim: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Span:
-    """The bytes from ``begin`` to ``end`` of a memory that a loop reads or writes.
+    """The bytes of a memory, from ``begin`` to ``end``, that a C loop reads or writes.
 
-    The loop moves by ``step`` bytes in each pass. 0 means that it uses all bytes at once.
+    The loop moves by ``step`` bytes in each pass. A ``step`` of 0 means that the loop uses all
+    bytes at once.
     """
 
     memory: int
@@ -245,24 +248,27 @@ class Span:
     step: int
 
     def overlaps(self, other: "Span") -> bool:
-        """Return whether two spans have bytes in common."""
+        """Return whether two byte ranges in memory have bytes in common."""
         return self.memory == other.memory and self.begin < other.end and other.begin < self.end
 
     def in_rows(self, unit: int, rows: int) -> tuple[int, int, bool]:
-        """Split the span into ``rows`` parts of ``unit`` steps: first byte, bytes per part,
-        disjointness."""
+        """Split the bytes into ``rows`` parts of ``unit`` steps each.
+
+        Return the first byte, the bytes per part, and whether the parts are disjoint.
+        """
         step = self.step * unit
         return self.begin, step, self.end - self.begin - (rows - 1) * step <= step
 
 
 @dataclass
 class Line:
-    """A call of a kernel on places. Each place is a memory and the byte at which it begins.
+    """One call of a C kernel on tensors. Each tensor's place is a memory and the byte at which the
+    tensor begins.
 
-    ``first`` is the index of the call's first numeric value from the host. The last of its sizes is
-    the length of an outer loop that may be split, with ``unit`` values in each pass. A ``unit`` of
-    0 means that the call has no loop to split. The ``spans`` are the bytes that this loop writes
-    (the first) and reads.
+    ``first`` is the index of the first numeric value that Python passes to the call. The last of
+    its sizes is the length of an outer loop that may be split, with ``unit`` values in each pass. A
+    ``unit`` of 0 means that the call has no loop to split. The ``spans`` are the bytes that this
+    loop writes (the first) and reads.
     """
 
     kernel: int
@@ -278,9 +284,9 @@ class Line:
         return self.sizes[-1] * self.unit if self.unit else 0
 
     def call(self, unit: int = 0) -> list[int]:
-        """Return the call in the format of ``native/steps.h``.
+        """Return the kernel call as integers, in the format of ``native/steps.h``.
 
-        With ``unit``, the call runs in rows of ``unit`` values. With 0, it runs at once.
+        With ``unit``, the call runs in rows of ``unit`` values. With 0, the call runs at once.
         """
         passes = unit // self.unit if unit else 0
         numbers = [self.kernel, len(self.places), len(self.sizes), self.first, passes]
@@ -290,7 +296,8 @@ class Line:
 
 
 class Writer:
-    """Writes one training step: each operation becomes kernel calls."""
+    """Turns one traced training step into calls of C kernels, and writes the code of these
+    kernels."""
 
     def __init__(
         self,
@@ -313,7 +320,8 @@ class Writer:
         self.workspace = 0
 
     def _begin(self, place: Place) -> tuple[int, int]:
-        """Return the index of a place's memory, and the byte at which the place begins there."""
+        """Return the index of the memory that holds a tensor, and the byte at which the tensor
+        begins there."""
         # Memory 0 is the working memory of the step; the others were there before.
         if place.memory in self.begin:
             return 0, self.begin[place.memory] + place.extent[0]
@@ -330,9 +338,9 @@ class Writer:
         sizes: Sequence[int],
         workspace: int = 0,
     ) -> Line:
-        """Return the call of a kernel with code ``body`` on some places.
+        """Return a call of the kernel with the C code ``body`` for the tensors at some places.
 
-        The kernel's code uses the names p0, ... for places, s0, ... for numeric values, n0, ... for
+        The code uses the names p0, ... for these tensors, s0, ... for numeric values, n0, ... for
         sizes, and w for working memory.
         """
         code = []
@@ -353,7 +361,8 @@ class Writer:
         return Line(kernel, begins, len(self.numbers) - len(numbers), [*sizes])
 
     def pointwise(self, name: str, kwargs: Kwargs, out: Place) -> Line:
-        """Return the call that computes each entry of ``out`` by a formula."""
+        """Return the kernel call that computes each entry of the tensor ``out`` by an operation's
+        formula."""
         formula = formula_of(name, kwargs)
         variables: dict[str, str] = dict.fromkeys(re.findall(r"{(\w+)}", formula), "")
         dtype = out.dtype
@@ -398,16 +407,17 @@ class Writer:
         return line
 
     def filled(self, out: Place, value: float) -> Line:
-        """Return the call that fills a place with one value."""
+        """Return the kernel call that fills the tensor ``out`` with one value."""
         return self.pointwise("fill", {"value": value}, out)
 
     def copied(self, out: Place, source: Place) -> Line:
-        """Return the call that copies a place."""
+        """Return the kernel call that copies the tensor ``source`` to ``out``."""
         return self.pointwise("clone", {"self": source}, out)
 
 
 def _example(value: Place | float) -> Tensor | float:
-    """Return a tensor without data in a place's layout. A Python number is returned unchanged."""
+    """Return a tensor without data with the shape and dtype of a place. A Python number is returned
+    unchanged."""
     if isinstance(value, Place):
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     return value

@@ -1,4 +1,4 @@
-"""Stacked members of any nn.Module.
+"""Trains many members of any nn.Module at once, with stacked parameters.
 
 A member is one trial on one fold. In shapes, P counts members, F folds, C configurations (trials),
 B rows of a minibatch and K outputs. Draws are random numbers, for example of dropout.
@@ -62,7 +62,8 @@ WithBuffers: TypeAlias = tuple[Tensor, Params]
 
 
 class ModuleNetwork:
-    """Members (F, C) of a user's module, all with the same ``module__*`` values."""
+    """Base class for the members of a user's module: C trials on F folds with equal ``module__*``
+    values."""
 
     exact = True
     kind: ModelKind = "module"
@@ -118,8 +119,8 @@ class ModuleNetwork:
         self.stateless = Stateless(self.template)
 
     def _lay_out(self) -> None:
-        """Set the layout of the members' flat buffers: ``trained``, and ``blocks`` for the complete
-        state."""
+        """Set the layout of the members' flat buffers: ``trained`` for the parameters, and
+        ``blocks`` for the complete state."""
         raise NotImplementedError
 
     def values(self, params: Params, fold: int, trial: int) -> Params:
@@ -183,7 +184,7 @@ class ModuleNetwork:
 
 
 class StackedModule(ModuleNetwork):
-    """Members with stacked parameters. One forward pass is mapped over them by vmap."""
+    """Members with stacked parameters. vmap maps one forward pass over all members."""
 
     def _lay_out(self) -> None:
         make_mappable(self.template)  # before ``stateless`` keeps the module's state
@@ -207,9 +208,10 @@ class StackedModule(ModuleNetwork):
         return flat
 
     def draws(self, batches: Batches, *, ahead: bool) -> ModuleDraws | None:
-        """Return the random numbers of the next steps; none if only dropout draws, at rate 0.
+        """Return the object that makes the random numbers of the next steps in advance.
 
-        Raises TraceError if ``augment`` is set.
+        It makes none if only dropout is random, at rate 0. The result is None unless ``ahead`` is
+        True. Raises TraceError if ``augment`` is set.
         """
         if not ahead:
             return None  # the step draws for itself, by the key of the minibatch
@@ -228,14 +230,14 @@ class StackedModule(ModuleNetwork):
         return draws
 
     def _plain_values(self) -> Params:
-        """Return the initial tensors of a plain module. Its forward pass may write into them."""
+        """Return the initial tensors for one call of a plain module, which may write into them."""
         # Clones, because draws depend on a tensor's layout in memory, and a member's part of a
         # stacked tensor has another layout.
         mutable = {name: w.clone() for name, w in self.mutable.items()}
         return self.trainable | mutable | self.frozen
 
     def plain_losses(self, batch: Batch) -> object:
-        """Compute the losses of one member as a plain module, to record its draws."""
+        """Compute the losses of one member as a plain module, to record its random numbers."""
         # Copies, because the members read these rows next.
         inputs = [x[0].clone() for x in batch.inputs]
         y = batch.y[0].clone()
@@ -277,8 +279,8 @@ class StackedModule(ModuleNetwork):
             members[name].copy_(buffer.detach())
 
     def _draws(self, batch: Batch) -> AbstractContextManager[object]:
-        """Inside the context, use the minibatch's draws: made in advance, or from its random
-        stream."""
+        """Inside the context, random operations use the minibatch's random numbers. These were made
+        in advance, or come from the minibatch's random stream."""
         if isinstance(batch.draws, tuple):
             return replay_draws(batch.draws)
         if not self.traits.draws:
@@ -288,8 +290,8 @@ class StackedModule(ModuleNetwork):
     def _draws_of(
         self, forward: Callable[[], object], *key: object
     ) -> AbstractContextManager[object]:
-        """Inside the context, use the draws that one plain member makes in ``forward``, from the
-        stream of ``key``."""
+        """Inside the context, all members use the random numbers that one plain member makes in
+        ``forward``. They come from the random stream of ``key``."""
         keyed = partial(keyed_draws, self.shape.device, self.seed, *key)
         try:
             with keyed():
@@ -339,7 +341,7 @@ class StackedModule(ModuleNetwork):
 
     def _plain_outputs(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the outputs of one member as a plain module in evaluation mode, to record its
-        draws."""
+        random numbers."""
         copies = clones(inputs)  # the members read these rows next
         with self.stateless.substitute(self._plain_values()) as module, Substitutes():
             return self.objective.outputs(module.eval(), copies, self.shape.names)
@@ -393,10 +395,11 @@ class StackedModule(ModuleNetwork):
         tensors: Sequence[Tensor],
         training: bool,
     ) -> WithBuffers:
-        """Return the result of a function for each member and its part of tensors (P, ...).
+        """Call a function for each member with the member's part of tensors (P, ...), and return
+        the results.
 
-        Also returns the buffers afterwards. The tensors are copied if the module may write into
-        rows that members share.
+        Also returns the members' buffers afterwards. The tensors are copied if the module may write
+        into rows that members share.
         """
         call = training, torch.is_grad_enabled(), *(x.shape for x in tensors)
         # In training, members of several folds have separate rows, which no other step reads.
@@ -415,7 +418,7 @@ class StackedModule(ModuleNetwork):
         return result
 
     def _with_copies_if_refused(self, compute: Callable[[], Result]) -> Result:
-        """Return the result of a function that reads rows shared by several members.
+        """Return the result of ``compute``, which reads rows shared by several members.
 
         PyTorch refuses a write into shared rows. A module that writes for the first time in the
         middle of the training therefore gets copies from then on.
@@ -469,5 +472,6 @@ class StackedModule(ModuleNetwork):
 
 
 def _with_columns(outputs: Tensor) -> Tensor:
-    """Give outputs (P, B) with one value per row a third axis, (P, B, 1). Others are unchanged."""
+    """Add a third axis of length 1 to outputs (P, B) with one value per row. Other outputs are
+    unchanged."""
     return outputs if outputs.dim() > 2 else outputs[..., None]

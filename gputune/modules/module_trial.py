@@ -1,4 +1,4 @@
-"""Trial calls of a user's module on a few rows, and the messages about its problems.
+"""Tries a user's module on a few rows, and describes the module's problems in messages.
 
 Draws are random numbers, for example of dropout. A ModuleTrial is not a trial of the search.
 """
@@ -44,7 +44,8 @@ _EXAMPLES = 31
 
 
 class ModuleTrial:
-    """A user's module, the rows for its trial calls, and the messages about its problems."""
+    """Tries a user's module on a few rows before training, and raises errors that describe its
+    problems."""
 
     def __init__(
         self,
@@ -84,13 +85,14 @@ class ModuleTrial:
         return convert(module, self.shape.dtype)
 
     def of_module(self, module: nn.Module) -> Self:
-        """Return a copy of this trial for another module."""
+        """Return a copy of this ModuleTrial that tries another module."""
         other = copy.copy(self)
         other.module = module
         return other
 
     def in_double(self) -> Self:
-        """Return a copy of this trial in double precision. The original module does not change."""
+        """Return a copy of this ModuleTrial in double precision. The original module does not
+        change."""
 
         def double(x: Tensor) -> Tensor:
             return x.double() if x.is_floating_point() else x
@@ -165,7 +167,7 @@ class ModuleTrial:
             raise errors[0]
 
     def rows(self, part: slice) -> list[Tensor]:
-        """Return a slice of the rows of all inputs."""
+        """Return a slice of the tried rows, one tensor for each input of the module."""
         return [x[part] for x in self.inputs]
 
     def numbers(self) -> dict[str, float]:
@@ -178,9 +180,9 @@ class ModuleTrial:
         return numbers
 
     def forward(self, inputs: Sequence[Tensor], *, training: bool, watched: bool = False) -> Tensor:
-        """Return the outputs for some rows. Every call uses the same random numbers.
+        """Return the module's outputs for some rows. Every call uses the same random numbers.
 
-        With ``watched``, the call's draws are noted.
+        With ``watched``, ``watch`` notes how the call makes random numbers.
         """
         self.trail.largest = 0  # reset, because earlier calls may have had other numbers of rows
         try:
@@ -250,8 +252,8 @@ class ModuleTrial:
         return losses.detach()
 
     def _try_loss(self, inputs: Sequence[Tensor], y: Tensor) -> tuple[Tensor, Shapes | None]:
-        """Return the losses of some rows, and the shapes that broadcast across rows by mistake, if
-        any."""
+        """Compute the losses of some rows. If outputs and targets broadcast across rows by mistake,
+        also return their shapes."""
         copies = self.writes.copies([*inputs, y])
         try:
             watching = self.watch.watching(training=True)
@@ -290,7 +292,7 @@ class ModuleTrial:
         return losses, watch.pair
 
     def _loss_remedy(self) -> str:
-        """Return the remedy for an error of the loss: sentences about its arguments."""
+        """Return sentences that tell the user how gputune calls a loss that has raised an error."""
         y = f"y has shape {tuple(self.y.shape)} and type {self.y.dtype}"
         if self.objective.step is not None:
             x = " and ".join(map(describe_tensor, self.inputs))
@@ -344,8 +346,8 @@ class ModuleTrial:
             ) from error
 
     def draws_in_augment(self) -> str:
-        """Compare two calls of ``augment`` on the same rows. Returns the reason for a difference,
-        or ""."""
+        """Call ``augment`` twice on the same rows. Return the reason if the results differ,
+        otherwise ""."""
         if self.objective.augment is None:
             return ""
         rows = slice(0, len(self.y))
@@ -436,9 +438,9 @@ def is_close(a: Tensor, b: Tensor) -> bool:
 
 
 def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
-    """Return a warning, a sentence, about outputs or losses that are not finite before training.
+    """Return a warning text about outputs or losses that are not finite before training.
 
-    The result is "" if all are finite. An output of -inf for a class is allowed.
+    The text is "" if all are finite. An output of -inf for a class is allowed.
     """
     if bool(losses.isfinite().all()) and not bool((outputs.isnan() | (outputs == torch.inf)).any()):
         return ""
@@ -452,7 +454,7 @@ def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
 
 
 def _shape_hint(shape: tuple[int, ...] | str, n_outputs: int, *, binary: bool) -> str:
-    """Return a sentence about the usual cause of outputs of this shape or type, or ""."""
+    """Return a sentence on how to correct outputs of a wrong shape or type, or "" if none fits."""
     if shape in ("tuple", "list", "dict"):
         step = option("training_step")
         return f" If there are several outputs, return only the first, or pass a {step}."

@@ -76,7 +76,7 @@ _ROUNDING = 1e-3  # the logarithm of a probability of 1 may lie above 0
 
 
 class LikelihoodWatch(TorchFunctionMode):
-    """Watches a loss for logits or probabilities that it gives to ``nll_loss``.
+    """Watches whether a loss passes logits or probabilities to a function of log-probabilities.
 
     Outputs count as logits if one row has values above and below 0. Other values pass, even if
     their exponentials do not have the sum 1: a focal loss and a policy gradient weigh the
@@ -102,7 +102,7 @@ class LikelihoodWatch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _check(self, outputs: object, func: Function) -> None:
-        """Note the form of the outputs if they are not log-probabilities."""
+        """Note whether a loss received logits or probabilities instead of log-probabilities."""
         if not isinstance(outputs, Tensor) or not outputs.requires_grad or outputs.dim() < 2:
             return
         rows = outputs.detach().flatten(1)

@@ -54,13 +54,14 @@ Called from Python, the function in ``torch`` takes half the time.
 
 
 def compile_trace(trace: Trace) -> TakeStep:
-    """Return a function that repeats the traced step on the current values of its memory. Raises
-    TraceError."""
+    """Return a function that repeats a traced training step on the current values in its memory.
+    Raises TraceError."""
     return _Source(simplify_trace(trace, _with_out)).function()
 
 
 def _with_place(op: Operation) -> Operation:
-    """Return an operation with a single result in a form that writes into given memory."""
+    """Return a copy of an operation with a single result that writes into given memory. Other
+    operations are returned unchanged."""
     return op if op.writes or len(op.results) != 1 else replace(op, out="out")
 
 
@@ -112,7 +113,8 @@ def simplify_trace(trace: Trace, with_out: Callable[[Operation], Operation] = _w
 
 
 def _with_out(op: Operation) -> Operation:
-    """Return an operation that writes into given memory, if it has a kernel for this."""
+    """Return a form of an operation that writes into given memory, if torch has a kernel for
+    this."""
     if op.function is aten.max_pool2d_with_indices.default:
         x = op.args[0]
         is_wide = x.shape[-3] >= _CHANNELS and x.stride[-3] > 1
@@ -240,9 +242,11 @@ def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
 
 
 def _destination(maker: Operation, source: Place, target: Place) -> Place | None:
-    """Return the place where an operation must write so that ``source`` coincides with ``target``.
+    """Return the place in memory where an operation must write to make a copy of its result
+    unnecessary.
 
-    The result is None if that is impossible.
+    ``source`` is the place that the copy reads, and ``target`` the place that it writes. The result
+    is None if that is impossible.
     """
     if maker.out is None or len(maker.makes) != 1 or maker.function in (_zero, _do_nothing):
         return None
@@ -272,8 +276,8 @@ def _layout(place: Place) -> list[tuple[int, int]]:
 
 
 class _Source:
-    """Writes the function's source. Every line is an operation, and every tensor a global
-    variable."""
+    """Writes the source code of the compiled step. Every line is an operation, and every tensor a
+    global variable."""
 
     def __init__(self, trace: Trace) -> None:
         self.operations = trace.operations
@@ -290,8 +294,8 @@ class _Source:
         self.results: dict[int, tuple[Place, str]] = {}
 
     def function(self) -> TakeStep:
-        """Return the compiled function. Results in their own memory are deleted after their last
-        use."""
+        """Compile the source code, and return the function. It deletes results in their own memory
+        after their last use."""
         unused = defaultdict(list)
         for memory, i in self.last.items():
             if memory not in self.begin and memory not in self.storages:
@@ -307,7 +311,7 @@ class _Source:
         return step
 
     def _line(self, op: Operation) -> str:
-        """Return the source code, one line, of an operation."""
+        """Return the line of Python source code that runs an operation."""
         arguments = [*map(self._text, op.args)]
         for key, value in op.kwargs.items():
             arguments.append(f"{key}={self._text(value)}")
@@ -352,7 +356,8 @@ class _Source:
         return f"as_strided({name}, {value.shape}, {value.stride}, {value.offset})"
 
     def _name(self, value: object, prefix: str) -> str:
-        """Return the global name of a value, and define it at the first use."""
+        """Return the name of a value's global variable, and define the variable at the first
+        use."""
         if value not in self.names:
             name = f"{prefix}{len(self.names)}"
             self.names[value] = name

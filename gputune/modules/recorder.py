@@ -40,12 +40,13 @@ class Direct:
 
 
 class Replays:
-    """Takes the first steps of each shape directly, then records a step and replays it.
+    """Runs the first steps of each shape directly, then records a step and replays the recording.
 
-    The first steps warm up everything that a recording needs. ``expected`` is the number of steps
-    of each shape that may come. A rare shape is recorded after as many steps as would have repaid
-    its recording. A replay may change the tensors of ``state`` differently from the step, by a
-    share (``tolerance``) of the sum of each tensor.
+    Steps have the same shape if their tensors have the same sizes. The first steps warm up
+    everything that a recording needs. ``expected`` is the number of steps of each shape that may
+    come. A rare shape is recorded after as many steps as would have repaid its recording. A replay
+    may change the tensors of ``state`` differently from the step, by a share (``tolerance``) of the
+    sum of each tensor.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Replays:
     def begun(self) -> bool:
         """True after the first step, which already prepares a recording.
 
-        Recordings are bound to the memory of the chunk.
+        A recording works only with the memory of the trials for which it was made.
         """
         return bool(self.taken)
 
@@ -102,9 +103,11 @@ class Replays:
             self.steps[shape] = recording
 
     def _record(self, shape: Hashable, step: TakeStep) -> tuple[TakeStep | None, str]:
-        """Record a step if it is due. Returns the recording, or None and an error text.
+        """Record a step if enough steps were taken before, and if the recording will repay its
+        cost.
 
-        On a CPU, the returned recording has already taken the step once.
+        Returns the recording, or None and an error text. On a CPU, the returned recording has
+        already taken the step once.
         """
         taken = self.taken[shape]
         repaid = max(self.expected[shape], taken) > self.recorder.repays
@@ -131,8 +134,8 @@ class Replays:
         return recording, ""
 
     def _take_both_ways(self, recording: TakeStep, step: TakeStep) -> str:
-        """Replay a step, take the same step directly, and describe their difference, or return
-        ""."""
+        """Run a step once by its recording and once directly. Return a description of the
+        difference, or ""."""
         state = self.state()
         others = clones(state)
         recording()
@@ -147,10 +150,11 @@ class Replays:
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of |a - b| over the sum of |b|. Equal entries and pairs of NaN do not count.
+    """Return the relative difference of two tensors: the sum of |a - b| over the sum of |b|.
 
-    Sums are compared, because the gradient of a few entries is only rounding. Adam moves these
-    entries by the full learning rate in either direction.
+    Equal entries and pairs of NaN do not count. Sums are compared, because the gradient of a few
+    entries is only rounding. Adam moves these entries by the full learning rate in either
+    direction.
     """
     size = b.abs().nan_to_num(0.0, 0.0, 0.0).sum(dtype=torch.float64)
     apart = (
@@ -160,14 +164,14 @@ def _difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 class CudaRecorder:
-    """CUDA graphs as in PyTorch's documentation: warmed up and captured on one side stream.
+    """Records steps as CUDA graphs: warmed up and captured on a side stream, as PyTorch documents.
 
     After a capture has failed, this process captures no other step and takes all steps directly.
     CUDA would refuse such a step again, and the allocator of torch < 2.13 is damaged by a failed
     capture. The same holds after a capture whose first replay differs from the step itself.
 
-    The graphs share a memory pool. This is safe because no graph leaves a tensor there that
-    another one would overwrite.
+    The graphs share a memory pool. This is safe because no graph leaves a tensor there that another
+    one would overwrite.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
@@ -175,11 +179,12 @@ class CudaRecorder:
     # as in PyTorch's documentation
     before = 3
     repays = 3
-    """Steps of one shape before it is recorded, and steps that together repay its recording."""
+    """The number of steps of one shape before gputune records a step, and the number of steps that
+    repay a recording."""
     # A pass over 4 MB takes a GPU about as long as launching it.
     spare = 1 << 20
     failure: ClassVar[str] = ""
-    """Sentence with the reason for which this process has stopped recording, or ""."""
+    """The reason, a sentence, why this process has stopped recording, or ""."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -196,7 +201,8 @@ class CudaRecorder:
         current.wait_stream(self.stream)
 
     def capture(self, step: TakeStep) -> TakeStep:
-        """Record a step, and wait for the device. If that fails, warn and raise TraceError."""
+        """Record a step as a CUDA graph, and wait for the device. If that fails, warn and raise
+        TraceError."""
         if CudaRecorder.failure:
             raise TraceError("a capture failed before")
         graph = torch.cuda.CUDAGraph()

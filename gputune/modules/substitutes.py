@@ -27,7 +27,7 @@ _ATTENDS = signature(functional.multi_head_attention_forward)
 
 
 class Substitutes(TorchFunctionMode):
-    """Replaces a module's operations, only inside the context and in this thread.
+    """Inside the context, replaces attention operations that vmap cannot map, only in this thread.
 
     In evaluation mode, ``nn.MultiheadAttention`` takes a fast path if it sees no tensor that
     requires a gradient, and under vmap it sees none. The fast path has no derivative and no
@@ -51,7 +51,10 @@ class Substitutes(TorchFunctionMode):
 
 
 def _is_self_attention(arguments: Kwargs) -> bool:
-    """Return whether rows (T, B, E) attend to themselves, unmasked, with one matrix of weights."""
+    """Return whether a call of multi-head attention is self-attention of rows (T, B, E).
+
+    It must have no mask and one matrix of weights.
+    """
     for name in ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask", "is_causal"):
         value = arguments.get(name)
         if value is not None and value is not False:
@@ -63,9 +66,9 @@ def _is_self_attention(arguments: Kwargs) -> bool:
 
 
 def _self_attention(arguments: Kwargs) -> Tensor:
-    """Return the self-attention of rows (T, B, E).
+    """Compute the self-attention of rows (T, B, E).
 
-    Rows are read in the layout of ``batch_first``, so that they are not copied.
+    The rows are read in the layout of ``batch_first``, so that they are not copied.
     """
     rows = arguments["query"].transpose(0, 1)
     dropout = arguments["dropout_p"] if arguments.get("training", True) else 0.0
@@ -111,8 +114,7 @@ def _attention(
 
 
 def make_mappable(module: nn.Module) -> None:
-    """Replace computations of a module, in place, that torch cannot map. The results stay the
-    same."""
+    """Replace a module's computations that vmap cannot map, in place. The results stay the same."""
     for part in module.modules():
         if _averages(part):
             part.forward = partial(_cumulative_batch_norm, part)  # type: ignore[method-assign]
@@ -127,7 +129,8 @@ def _averages(module: nn.Module) -> TypeGuard[_BatchNorm]:
 
 @contextmanager
 def counting_on_device(module: nn.Module) -> Iterator[None]:
-    """Inside the context, the BatchNorms of a module compute like after ``make_mappable``."""
+    """Inside the context, BatchNorms with a cumulative average compute as after
+    ``make_mappable``."""
     changed = [part for part in module.modules() if _averages(part) and "forward" not in vars(part)]
     for part in changed:
         make_mappable(part)
@@ -139,7 +142,7 @@ def counting_on_device(module: nn.Module) -> Iterator[None]:
 
 
 def running_norms(module: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BatchNorms with running statistics and torch's own forward pass, by their
+    """Return the BatchNorm layers with running statistics and torch's own forward pass, by their
     paths."""
     norms = {}
     for path, part in module.named_modules():
@@ -153,7 +156,8 @@ def running_norms(module: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def differentiate_statistics(module: nn.Module) -> tuple[str, ...]:
-    """Make the running statistics of each BatchNorm functions of its input, in place.
+    """Make the running statistics of each BatchNorm differentiable functions of its input, in
+    place.
 
     Returns the names of the statistics.
     """
@@ -217,7 +221,10 @@ cell."""
 def run_recurrent(
     rnn: nn.RNNBase, x: Tensor, hx: RecurrentState | None = None
 ) -> tuple[Tensor, RecurrentState]:
-    """Return the result of ``rnn(x, hx)``: outputs at all times, and the state after the last."""
+    """Compute ``rnn(x, hx)`` by operations that vmap supports.
+
+    Returns the outputs at all times, and the state after the last time.
+    """
     if isinstance(x, PackedSequence):
         raise TypeError("a packed sequence has other rows at every time, which are not mapped")
     is_one_row = x.dim() == 2
@@ -299,8 +306,8 @@ def _gru(w_hh: Tensor, b_hh: Tensor | None, gates: Tensor, x: Tensor, h: Tensor)
 def _lstm(w_hh: Tensor, project: Tensor | None, x: Tensor, h: Tensor, c: Tensor) -> list[Tensor]:
     """Return the next hidden state and cell of an LSTM.
 
-    i, f, g, o of x's part + W h; c = sigmoid(f) c + sigmoid(i) tanh(g); h = sigmoid(o) tanh(c),
-    projected if ``project`` is given.
+    The gates i, f, g, o are the parts of x's part + W h; c = sigmoid(f) c + sigmoid(i) tanh(g); h =
+    sigmoid(o) tanh(c), projected if ``project`` is given.
     """
     i, f, g, o = (x + functional.linear(h, w_hh)).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)

@@ -25,7 +25,7 @@ Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = dict[str, Any]
 TakeStep: TypeAlias = Callable[[], None]
 Storages: TypeAlias = dict[int, torch.UntypedStorage]
-"""Memories, by their identifier or their address."""
+"""Storages of blocks of memory, by their identifier or their address."""
 
 ALIGNED = 64  # bytes: a cache line, and the widest vector
 
@@ -60,7 +60,8 @@ class TraceError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor's place: its memory, and its dtype, offset, shape and strides there."""
+    """The place of a tensor in memory: the memory's identifier, and dtype, offset, shape and
+    strides."""
 
     memory: int
     dtype: torch.dtype
@@ -75,8 +76,8 @@ class Place:
         return Place(*at, tuple(tensor.shape), tuple(tensor.stride()))
 
     def on(self, storage: torch.UntypedStorage, begin: int = 0) -> Tensor:
-        """Return the tensor at this place of a memory that begins at byte ``begin`` of a
-        storage."""
+        """Return the tensor at this place. The place's memory begins at byte ``begin`` of
+        ``storage``."""
         offset = begin // self.dtype.itemsize + self.offset
         return torch.empty(0, dtype=self.dtype).set_(storage, offset, self.shape, self.stride)
 
@@ -87,7 +88,7 @@ class Place:
         return self.offset * self.dtype.itemsize, (self.offset + last + 1) * self.dtype.itemsize
 
     def overlaps(self, other: "Place") -> bool:
-        """Return whether two places may share bytes."""
+        """Return whether the tensors at two places may share bytes of memory."""
         begin, end = self.extent
         other_begin, other_end = other.extent
         return self.memory == other.memory and begin < other_end and other_begin < end
@@ -95,7 +96,7 @@ class Place:
 
 @dataclass
 class Operation:
-    """One recorded call of an operation.
+    """One recorded call of a torch operation, with the places in memory of its tensors.
 
     ``results`` are in memory that the operation makes, ``writes`` in memory that existed before. If
     ``out`` is set, it is the keyword by which the call receives the memory of its only result or of
@@ -117,22 +118,22 @@ class Operation:
 
     @property
     def reads(self) -> list[Place]:
-        """Places that the operation reads: the tensors among its arguments."""
+        """The places in memory that the operation reads: the tensors among its arguments."""
         return leaves((self.args, self.kwargs), Place)
 
     @property
     def makes(self) -> list[Place]:
-        """Places of the results, in memory that the operation makes."""
+        """The places of the operation's results, in memory that the operation makes."""
         return [place for place in self.results if place is not None]
 
     @property
     def outputs(self) -> list[Place]:
-        """Places that the operation makes or writes."""
+        """The places in memory of the operation's new results and of the tensors that it writes."""
         return self.makes + self.writes
 
     @property
     def places(self) -> list[Place]:
-        """All places that the operation reads, makes or writes."""
+        """All places in memory that the operation reads, makes or writes."""
         return self.reads + self.outputs
 
 
@@ -149,7 +150,8 @@ class Trace:
     sizes: dict[int, int]
 
     def last_uses(self) -> dict[int, int]:
-        """Return the index of the last operation that uses each memory."""
+        """Return the index of the last operation that uses each memory, by the memory's
+        identifier."""
         last = {}
         for i, op in enumerate(self.operations):
             for place in op.places:
@@ -157,9 +159,10 @@ class Trace:
         return last
 
     def arranged(self, made: dict[int, int]) -> tuple[dict[int, int], int]:
-        """Arrange memories in one block: return their first bytes, and the block's size in bytes.
+        """Arrange the memories of a step in one block, so that later results reuse free bytes.
 
-        ``made`` has the index of the operation that makes each memory, in ascending order.
+        Return the first byte of each memory, and the block's size in bytes. ``made`` has the index
+        of the operation that makes each memory, in ascending order.
         """
         last = self.last_uses()
         uses = [(i, last[memory], self.sizes[memory]) for memory, i in made.items()]
@@ -168,7 +171,10 @@ class Trace:
 
 
 def trace(step: TakeStep) -> Trace:
-    """Run a step, record its operations, and undo all of its writes. Raises TraceError."""
+    """Run a step, record its operations, and undo all of its writes.
+
+    Raises TraceError if the step does something that cannot be recorded.
+    """
     mode = _OperationRecorder()
     try:
         with mode:
@@ -237,7 +243,7 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _knows(self, tensor: Tensor) -> bool:
-        """Return whether the memory of a tensor is known."""
+        """Return whether the recorder has already seen the memory of a tensor."""
         return memory_of(tensor) in self.sizes or memory_of(tensor) in self.outside
 
 
@@ -271,7 +277,7 @@ def memory_of(tensor: Tensor) -> int:
 
 
 def memories_of(places: Iterable[Place]) -> set[int]:
-    """Return the identifiers of the memories that some places are in."""
+    """Return the identifiers of the memories that contain some places."""
     return {place.memory for place in places}
 
 
@@ -286,7 +292,7 @@ def tensors(value: object) -> list[Tensor]:
 
 
 def leaves(value: object, kind: type[Leaf]) -> list[Leaf]:
-    """Return every value of a type in nested tuples, lists and dicts."""
+    """Return every value of the type ``kind`` in nested tuples, lists and dicts."""
     # torch's tree_leaves() is not used: it makes half a million Python calls in a search of a small
     # module.
     if isinstance(value, kind):
@@ -302,7 +308,8 @@ def leaves(value: object, kind: type[Leaf]) -> list[Leaf]:
 
 
 def arrange(uses: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
-    """Arrange results in one block: return their first bytes, and the block's size in bytes.
+    """Arrange results in one block of memory: return their first bytes, and the block's size in
+    bytes.
 
     ``uses`` has (creation time, time of last use, bytes) of each result. In the order of creation,
     each result takes the smallest free gap between the results that are in use at that time.

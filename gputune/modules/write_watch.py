@@ -28,7 +28,8 @@ class WriteWatch:
 
     @contextmanager
     def copies(self, originals: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Yield copies of tensors, and note afterwards whether they were written into."""
+        """Yield copies of tensors. Afterwards, note whether the user's code has written into the
+        copies."""
         copies = clones(originals)
         with Writes(copies) as writes:
             yield copies
