@@ -97,7 +97,7 @@ def _time_text(planned: Preview[Study], options: Options) -> str:
     if options.search.timeout is not None:
         limits.append(f"the timeout ends it after {seconds_text(options.search.timeout)}")
     text = (
-        f"about {seconds_text(seconds)} of training, an estimate of the planner's cost model "
-        "(nothing was measured)"
+        f"about {seconds_text(seconds)} of training on idle cores, an estimate of the planner's "
+        "cost model (nothing was measured)"
     )
     return "; ".join([text, *limits])

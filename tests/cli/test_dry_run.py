@@ -43,8 +43,8 @@ def test_a_dry_run_says_what_a_search_would_do(bugs):
     )
     assert re.match(r"cpu, 1 process with \d+ threads?$", value(text, "Device"))
     expected = (
-        r"about [\d.]+ s of training, an estimate of the planner's cost model \(nothing was "
-        r"measured\)"
+        r"about [\d.]+ s of training on idle cores, an estimate of the planner's cost model "
+        r"\(nothing was measured\)"
     )
     assert re.fullmatch(expected, value(text, "Time"))
     assert "Method" not in text
