@@ -13,9 +13,9 @@ def check_size(name: str, value: int, low: int) -> None:
 class Dropout(nn.Module):
     """``nn.Dropout`` with its rate in a buffer, so that a search can change the rate in training.
 
-    Use it instead of ``nn.Dropout`` to search the dropout rate. The key ``dropout`` then gives each
-    member its own rate, and ``dropout_schedule`` changes the rate over time. The search sets the
-    rate before every step. Without the key ``dropout`` the rate is 0.
+    Use this layer instead of ``nn.Dropout`` to search the dropout rate. The key ``dropout`` then
+    gives each member its own rate, and ``dropout_schedule`` changes the rate over time. The search
+    sets the rate before every step. Without the key ``dropout`` the rate is 0.
 
     Shape: any shape, unchanged.
 

@@ -12,8 +12,8 @@ class LogisticRegression(nn.Module):
     """Logistic regression (multinomial for more than two outputs), or linear regression for one
     output.
 
-    ``gputune.tune("logistic", ...)`` solves it for each C instead of training it. Use the class to
-    train it in your own loop, or with ``gputune.hypergradient(optimizer="exact")``.
+    ``gputune.tune("logistic", ...)`` solves the regression for each C instead of training it. Use
+    the class to train it in your own loop, or with ``gputune.hypergradient(optimizer="exact")``.
 
     Shape: ``(B, D) -> (B, K)`` logits.
 

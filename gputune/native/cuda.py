@@ -57,7 +57,7 @@ def kernels(
 def attempt(
     name: str, device: torch.device, compile_it: Callable[[], Code]
 ) -> tuple[Code | None, str]:
-    """Call ``compile_it`` for a GPU, and return the compiled code and "".
+    """Compile code for a GPU by calling ``compile_it``. Return the compiled code and "".
 
     If it fails, warn, and return None and the reason.
     """
@@ -94,7 +94,8 @@ def launch(
 
 
 def without_nvrtc() -> str:
-    """Return the reason why NVRTC cannot be loaded, and the pip command that installs it.
+    """Return the reason why NVRTC (NVIDIA's runtime compiler) cannot be loaded, and the pip command
+    that installs it.
 
     Return "" if it can be loaded.
     """
@@ -106,7 +107,7 @@ def without_nvrtc() -> str:
 
 
 def _install() -> str:
-    """Return the pip command that installs NVRTC."""
+    """Return a sentence with the pip command that installs NVRTC (NVIDIA's runtime compiler)."""
     major = (torch.version.cuda or "13").split(".")[0]
     wheel = "nvidia-cuda-nvrtc" if int(major) >= 13 else f"nvidia-cuda-nvrtc-cu{major}"
     return f"pip install '{wheel}=={torch.version.cuda}.*' brings the library."
@@ -137,11 +138,11 @@ _MOST = {"inputs": 256, "width": 128, "depth": 4, "outputs": 64}
 
 @dataclass(frozen=True)
 class MemberKernel:
-    """The kernel that trains members of one tensor shape, and its sizes.
+    """The GPU kernel that trains members of one tensor shape, described by its sizes.
 
-    The padded width of the hidden layers is ``width``. ``depth`` is the count of hidden layers (0:
-    a linear model). ``rows`` is the count of minibatch rows in a tile, whose activations are on
-    chip at once.
+    The padded width of the hidden layers is ``width``. ``depth`` is the number of hidden layers (0:
+    a linear model). ``rows`` is the number of minibatch rows in a tile, which has its activations
+    on chip at once.
     """
 
     inputs: int
@@ -158,7 +159,7 @@ class MemberKernel:
 
     @property
     def layers(self) -> list[tuple[int, int]]:
-        """The pair (inputs, outputs) of each layer, including padding with zeros."""
+        """The numbers of inputs and outputs of each layer, including padding with zeros."""
         full = 16 if self.tf32 else 4  # padded to multiples of the numbers that are read at once
         first = -(-self.inputs // full) * full
         last = -(-self.outputs // full) * full
@@ -166,7 +167,7 @@ class MemberKernel:
 
     @property
     def threads(self) -> int:
-        """The count of threads in a thread block.
+        """The number of threads in a thread block of the GPU kernel.
 
         There is one thread for each 4 x 4 part of the widest activations, within bounds.
         """
@@ -175,7 +176,7 @@ class MemberKernel:
 
     @property
     def shared(self) -> int:
-        """The bytes of shared memory of a block."""
+        """The shared memory that a thread block of the kernel needs, in bytes."""
         size = self.dtype.itemsize
         # These sums repeat the layout of struct Shared in block.h.
         rates = -(-(8 + 5 * size) // 8) * 8
@@ -187,12 +188,12 @@ class MemberKernel:
 
     @property
     def _parameters(self) -> int:
-        """The count of weights and biases, including padding with zeros."""
+        """The number of weights and biases of one member, including padding with zeros."""
         return sum(below * _row(above) + above for below, above in self.layers)
 
     @property
     def scratch(self) -> int:
-        """The count of values in a thread block's scratch memory. It holds the gradients of a
+        """The number of values in a thread block's scratch memory, which holds the gradients of a
         part of a minibatch."""
         slots = 0
         warps = self.threads // _WARP
@@ -216,9 +217,10 @@ class MemberKernel:
         return slots * self.threads
 
     def with_largest_tile(self, shared: int) -> "MemberKernel":
-        """Return the kernel with the largest tile that fits into ``shared`` bytes.
+        """Return a copy of the kernel with the largest tile (rows per pass) that fits into
+        ``shared`` bytes.
 
-        ``shared`` is the shared memory of a block.
+        ``shared`` is the shared memory of a thread block.
         """
         # A tensor core cannot process the smallest tile.
         sizes = TILES[:-1] if self.tf32 else TILES
@@ -273,8 +275,8 @@ class MemberKernel:
 
 
 def _row(n: int) -> int:
-    """Return the padded length of a row with ``n`` values. It must equal ``row_of`` in the
-    kernel."""
+    """Return the padded length of a row with ``n`` values. It must equal the result of ``row_of``
+    in the kernel."""
     return n if n % 8 else n + 4
 
 
@@ -290,7 +292,7 @@ def tile_of(batch: int) -> int:
 
 
 def compile_kernel(kernel: MemberKernel, device: torch.device, say: Say = str) -> Kernel:
-    """Return the kernel for a GPU; NVRTC compiles it once per machine.
+    """Return the compiled kernel for a GPU. NVRTC compiles it once per machine.
 
     Raises the errors of NVRTC and of the driver.
     """

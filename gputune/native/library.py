@@ -40,7 +40,7 @@ class NotBuiltError(Exception):
 
 @functools.lru_cache(maxsize=2)
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """Load the library for a dtype (float32 or float64) at the highest level of the processor.
+    """Load gputune's compiled C library for float32 or float64, at the processor's highest level.
 
     Raises NotBuiltError if there is no library or it cannot be loaded.
     """
@@ -71,7 +71,7 @@ def fill_uniform(seed: int, parts: Sequence[torch.Tensor]) -> bool:
     """Fill float32 tensors, one after the other, with the random numbers of ``torch.rand`` for a
     seed.
 
-    Returns False if there is no library.
+    Returns False if gputune's compiled C library is missing.
     """
     assert all(part.is_contiguous() and part.dtype == torch.float32 for part in parts)
     try:
@@ -175,9 +175,9 @@ def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """Load a library file from the cache.
+    """Load a compiled library from a file in the cache.
 
-    If the cache is on a file system mounted with noexec, a copy of it is loaded.
+    If the cache is on a file system mounted with noexec, a copy of the file is loaded.
     """
     try:
         return ctypes.CDLL(str(path))
@@ -188,10 +188,10 @@ def _load(path: Path) -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The built kernels of a member's step.
+    """The compiled C functions (kernels) of a member's training step.
 
-    ``addresses`` has their addresses. ``take_steps`` is the function that runs the kernel calls of
-    a step.
+    ``addresses`` has their memory addresses. ``take_steps`` is the C function that runs the kernel
+    calls of a step.
     """
 
     addresses: "ctypes.Array[ctypes.c_void_p]"
@@ -202,11 +202,12 @@ _kernels: dict[tuple[str, torch.dtype], tuple[int | None, ctypes.CDLL]] = {}
 
 
 def build_kernels(bodies: Sequence[str], dtype: torch.dtype) -> Kernels:
-    """Build C functions with these bodies, and return their addresses and the function that calls
-    them.
+    """Compile C functions with the given bodies. Return their addresses, and the function that
+    calls them.
 
-    Only kernels that this process has not built yet are built. Raises NotBuiltError. A body refers
-    to its arrays as P, to numbers from the host as S, and to sizes as N (``native/steps.h``).
+    Only functions that this process has not built yet are compiled. Raises NotBuiltError. A body
+    refers to its arrays as P, to Python's numeric values as S, and to sizes as N
+    (``native/steps.h``).
     """
     new = sorted(body for body in {*bodies} if (body, dtype) not in _kernels)
     if new:
@@ -257,12 +258,12 @@ def code_folder() -> Path | None:
 
 
 def _is_own(path: Path) -> bool:
-    """Return whether a file or folder is no link and only this user can write to it."""
+    """Return whether a path is no link, and only this user can write to the file or folder."""
     return is_users(path.lstat()) and not path.is_symlink()
 
 
 def _cached(folder: Path | None, name: str, ending: str) -> Iterator[Path]:
-    """Yield the cached files of a name that have not changed since they were built. Remove the
+    """Yield the cached files with a name that have not changed since they were built. Remove the
     others."""
     for path in [] if folder is None else folder.glob(f"{name}-*{ending}"):
         with contextlib.suppress(OSError):
@@ -285,9 +286,9 @@ def _put(built: Path, path: Path, ending: str) -> Path:
 
 
 def kept_binary(name: str, source: str, make: Callable[[], bytes]) -> bytes:
-    """Return the binary that ``make`` builds from a source.
+    """Return the binary that ``make`` builds from a source, or the cached binary of an earlier run.
 
-    If the user's cache has this binary from an earlier run, the cached binary is returned.
+    If possible, the binary is stored in the user's cache.
     """
     name = f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     folder = code_folder()

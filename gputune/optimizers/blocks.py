@@ -19,7 +19,8 @@ from gputune.types import Params
 
 @dataclass(frozen=True)
 class Block:
-    """One parameter of all members: ``shape[0]`` is F, ``shape[trial_axis]`` is C."""
+    """One parameter of all members: ``shape[0]`` counts the folds, ``shape[trial_axis]`` the
+    trials."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,7 +31,10 @@ class Block:
 
 
 class Blocks:
-    """The blocks of one chunk, stored one after the other in a flat buffer."""
+    """The layout of a flat buffer, which stores all parameters of all members one after the other.
+
+    A block is one parameter of all members that train together.
+    """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.blocks = tuple(blocks)
@@ -38,12 +42,14 @@ class Blocks:
         self.size = sum(self.sizes)
 
     def views(self, flat: Tensor) -> Params:
-        """Return the parameters of a flat buffer in their own shapes, as views of its memory."""
+        """Return the parameters in a flat buffer, each in its own shape, as views of the buffer's
+        memory."""
         parts = zip(self.blocks, torch.split(flat, self.sizes))
         return {block.name: part.view(block.shape) for block, part in parts}
 
     def by_member(self, flat: Tensor) -> Params:
-        """Return the parameters with axes (F, C, ...), as views of the buffer's memory."""
+        """Return the parameters in a flat buffer with axes (F, C, ...), as views of the buffer's
+        memory."""
         views = self.views(flat)
         return {b.name: views[b.name].movedim(b.trial_axis, 1) for b in self.blocks}
 
@@ -59,14 +65,15 @@ class Blocks:
         return flat
 
     def put_rows(self, flat: Tensor, rows: Tensor) -> None:
-        """Write rows (C, F, N) into a flat buffer."""
+        """Write rows (C, F, N), one for each trial and fold, into a flat buffer in place."""
         views = self._pairs(flat)
         sizes = [view[0, 0].numel() for view in views]
         for view, part in zip(views, torch.split(rows, sizes, 2)):
             view.copy_(part.transpose(0, 1).view(view.shape))
 
     def _pairs(self, flat: Tensor) -> list[Tensor]:
-        """Return the parameters as (F, C, ...), with at least one axis after the first two."""
+        """Return the parameters in a flat buffer as (F, C, ...), with at least one axis after the
+        first two."""
         views = self.by_member(flat).values()
         return [view if view.dim() > 2 else view[..., None] for view in views]
 
@@ -79,11 +86,11 @@ class Blocks:
         return flat
 
     def first(self, flat: Tensor) -> Tensor:
-        """Return the first entry of each member, (F, C). It undoes ``expand``."""
+        """Return the first entry of each member in a flat buffer, (F, C). It undoes ``expand``."""
         return self._pairs(flat)[0].flatten(2)[..., 0].clone()
 
     def total(self, flat: Tensor) -> Tensor:
-        """Return the sum of each member's entries, (F, C)."""
+        """Return the sum of each member's entries in a flat buffer, (F, C)."""
         sums = []
         for block, view in zip(self.blocks, self.views(flat).values()):
             inner = [axis for axis in range(1, len(block.shape)) if axis != block.trial_axis]
@@ -98,10 +105,11 @@ class Blocks:
         values: Tensor,
         factors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Compute total += value * flat in place.
+        """Compute total += value * flat in place, with one value in ``values`` (F, C) for each
+        member.
 
-        ``values`` (F, C) has one value for each member. If ``factors`` has a table (F, C) for a
-        block, the values are multiplied by this table there.
+        If ``factors`` has a table (F, C) for a block (a parameter), the values are multiplied by
+        this table there.
         """
         factors = factors or {}
         if values.numel() == 1 and not factors:
@@ -112,16 +120,16 @@ class Blocks:
             a.addcmul_(b, with_axes_of(block, scaled))
 
     def lerp_(self, flat: Tensor, end: Tensor, values: Tensor) -> None:
-        """Move ``flat`` towards ``end`` in place.
+        """Interpolate the flat buffer ``flat`` towards the buffer ``end``, in place.
 
-        Each member moves by its fraction of the way, in ``values`` (F, C).
+        ``values`` (F, C) has each member's fraction: 0 changes nothing, and 1 copies ``end``.
         """
         for value, part, toward in self.by_block(values, flat, end):
             part.lerp_(toward, value)
 
     def by_block(self, values: Tensor, *flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Yield for each block the ``values``, reshaped to broadcast, and the block's view of each
-        buffer.
+        """Yield, for each block (a parameter), the ``values`` reshaped to broadcast, and the
+        block's view of each buffer.
 
         ``values`` (F, C) has one value for each member. With a single member, the complete buffers
         are yielded at once.
@@ -133,7 +141,7 @@ class Blocks:
             yield (with_axes_of(block, values), *parts)
 
     def select(self, flat: Tensor, keep: Tensor) -> Tensor:
-        """Return the buffer of only the trials ``keep`` (positions along C)."""
+        """Return a flat buffer with only the trials at the positions ``keep``."""
         views = self.views(flat)
         parts = []
         for block in self.blocks:
@@ -141,7 +149,8 @@ class Blocks:
         return torch.cat(parts)
 
     def put(self, flat: Tensor, keep: Tensor, part: Tensor) -> None:
-        """Write the buffer ``part`` of the trials ``keep`` into the buffer of all trials, in place.
+        """Write the flat buffer ``part`` of the trials ``keep`` into the flat buffer of all trials,
+        in place.
 
         This is the inverse of ``select``.
         """
@@ -151,7 +160,7 @@ class Blocks:
             views[block.name].index_copy_(block.trial_axis, keep, parts[block.name])
 
     def subset(self, trials: int) -> "Blocks":
-        """Return the blocks of a chunk with another number of trials."""
+        """Return the same layout of a flat buffer for a different number of trials."""
         blocks = []
         for block in self.blocks:
             shape = list(block.shape)
@@ -161,7 +170,8 @@ class Blocks:
 
 
 def with_axes_of(block: Block, values: Tensor) -> Tensor:
-    """Return one value for each member, (F, C), reshaped to broadcast against a block."""
+    """Return one value for each member, (F, C), reshaped to broadcast against a block (a
+    parameter)."""
     shape = [1] * len(block.shape)
     shape[0], shape[block.trial_axis] = values.shape
     return values.reshape(shape)

@@ -110,7 +110,8 @@ def optimizer_word(value: object, name: str, *, more: Collection[str] = ()) -> s
 
 
 def optimizer_arguments(config: Config) -> Config:
-    """Return the ``optimizer__*`` values of a configuration under the class's argument names."""
+    """Return the ``optimizer__*`` values of a configuration, keyed by the argument names of the
+    optimizer's class."""
     keys = keys_with(config, OPTIMIZER_PREFIX)
     return {key.removeprefix(OPTIMIZER_PREFIX): config[key] for key in keys}
 
@@ -127,7 +128,7 @@ def _keys_with(keys: tuple[str, ...], prefixes: tuple[str, ...]) -> tuple[str, .
 
 
 def class_of(config: Config) -> Class | None:
-    """Return the class of torch.optim that trains each member separately.
+    """Return the class of torch.optim for a configuration that trains each member separately.
 
     Return None if an update rule trains all members at once. A rule with ``optimizer__*`` values is
     replaced by its class. Raises InputError if the rule has no class.
@@ -188,20 +189,20 @@ def has_weight_decay(word: str) -> bool:
 
 
 def argument_defaults(word: str) -> Config:
-    """Return the default of each ``optimizer__*`` key of an optimizer."""
+    """Return the default of each ``optimizer__*`` key that an optimizer supports."""
     kind = CLASSES.get(word, _CLASS_OF_RULE.get(word))
     return {} if kind is None else _defaults_of(kind)
 
 
 def _defaults_of(kind: Class) -> Config:
-    """Return the default of each ``optimizer__*`` key of a class."""
+    """Return the default of each ``optimizer__*`` key that an optimizer class supports."""
     parameters = signature(kind).parameters
     names = [name for name in parameters if name not in (*_MACHINERY, *_OWN_KEYS)]
     return {f"{OPTIMIZER_PREFIX}{name}": parameters[name].default for name in names}
 
 
 def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """Return the optimizer of one member.
+    """Build the torch.optim optimizer of one member from its configuration.
 
     Raises InputError for arguments that the optimizer's class does not have, or for values that the
     class refuses.
@@ -246,7 +247,7 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
 
 
 def _check_arguments(kind: Class, arguments: Config) -> None:
-    """Raise InputError if a class does not have some ``optimizer__*`` arguments."""
+    """Raise InputError for ``optimizer__*`` arguments that an optimizer class does not have."""
     keys = _defaults_of(kind)
     for name in arguments:
         key = OPTIMIZER_PREFIX + name
@@ -294,7 +295,7 @@ NORM_EPS = 1e-6  # the same number as in torch.nn.utils.clip_grad_norm_
 
 
 class RowUpdate:
-    """The optimizer of one member, by a class of torch.optim.
+    """The optimizer of one member: a class of torch.optim with gradient clipping and averaging.
 
     The member's parameters and gradients are views of a row (N,). In each step the gradient is
     clipped, the class takes its step, and the weights are averaged. A schedule runs over
@@ -340,14 +341,15 @@ class RowUpdate:
         return rows if self.average is None else [*rows, self.average]
 
     def _tensors(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
-        """Return the tensors of one parameter's state."""
+        """Return the state tensors that a torch.optim optimizer holds for one parameter."""
         state = dict(optimizer.state.get(parameter, {}))
         if not self.by_parameter:
             state.pop("step", None)
         return [value for value in state.values() if isinstance(value, Tensor)]
 
     def _as_row(self, value: Tensor | None, parameter: Tensor) -> Tensor:
-        """Return a state tensor as a row of the parameter's length, padded with zeros."""
+        """Return a state tensor as a row of the parameter's length, padded with zeros for
+        storage."""
         row = parameter.new_zeros(0) if value is None else value.detach().flatten().to(parameter)
         if len(row) > parameter.numel():
             raise InputError(
@@ -359,7 +361,7 @@ class RowUpdate:
         return pad(row, (0, parameter.numel() - len(row)))
 
     def resume(self, rows: Sequence[Tensor]) -> None:
-        """Continue from the rows that ``state`` returned."""
+        """Restore the optimizer's state from the rows that ``state`` returned."""
         if self.average is not None:
             *rows, average = rows
             self.average.copy_(average)
@@ -388,7 +390,7 @@ class RowUpdate:
             state["step"].fill_(self.done)
 
     def step(self, row: Tensor, grad: Tensor) -> None:
-        """Take one step with the gradient (N,) of the row, which is clipped in place."""
+        """Take one optimizer step with the gradient (N,) of the row, which is clipped in place."""
         if self.clip_norm < math.inf:
             grad.mul_((self.clip_norm / (grad.norm() + NORM_EPS)).clamp(max=1.0))
         for group in self.optimizer.param_groups:

@@ -25,9 +25,7 @@ from gputune.types import DEFAULTS, Config
 
 
 def number_of(config: Config, key: str) -> float:
-    """Return a hyperparameter of a configuration, or its default if the configuration does not have
-    it.
-    """
+    """Return a numeric hyperparameter of a configuration, or its default if the key is missing."""
     return float(config[key] if key in config else DEFAULTS[key])
 
 
@@ -52,11 +50,11 @@ class Clock:
                 self.schedules[key][SCHEDULES[name]] = members
 
     def begin(self, epoch: int) -> None:
-        """Set the count of finished steps to the start of an epoch."""
+        """Set each member's count of finished steps to the start of an epoch."""
         torch.mul(self.steps, epoch, out=self.done)
 
     def factor(self, key: str = "schedule") -> Tensor:
-        """Return the current factor of each member's schedule, (F, C).
+        """Return the factor by which each member's schedule currently scales a rate, (F, C).
 
         ``key`` is the hyperparameter that names the schedule. By default it is the schedule of the
         learning rate.
@@ -82,7 +80,7 @@ class Clock:
 
 
 class Optimizer:
-    """Base class of the optimizers of a chunk.
+    """Base class of the optimizer for trials that train together (a chunk).
 
     The optimizer changes the parameters in place and holds all optimizer state. A subclass
     implements the step of its update rule. ``steps`` (F, C) is the number of steps of each member
@@ -104,7 +102,7 @@ class Optimizer:
         self._start(configs, flat)
 
     def _start(self, configs: Sequence[Config], flat: Tensor) -> None:
-        """Create the state that steps change, as it is before the first step."""
+        """Create the optimizer state (moments and averages) as it is before the first step."""
         moments = n_moments(self.optimizer, (config["momentum"] for config in configs))
         self.moments = [torch.zeros_like(flat) for _ in range(moments)]
         averages = any(number_of(config, "ema") for config in configs)
@@ -113,7 +111,7 @@ class Optimizer:
     def _set_trials(
         self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor
     ) -> None:
-        """Compute everything that depends on the trials of the chunk, except the state."""
+        """Compute all values that depend on the chunk's trials, except the optimizer state."""
         self.blocks = blocks
         self.dtype = flat.dtype
         self.clock = Clock(configs, steps, self.horizon)
@@ -127,12 +125,13 @@ class Optimizer:
         return self.moments
 
     def state(self) -> list[Tensor]:
-        """Return the flat buffers that a later step depends on; ``resume`` fills them again."""
+        """Return the flat buffers of optimizer state that a later step depends on. ``resume`` fills
+        them again."""
         buffers = self._buffers()
         return buffers if self.average is None else [*buffers, self.average]
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Continue from the buffers that ``state`` returned."""
+        """Restore the optimizer's state from the flat buffers that ``state`` returned."""
         for buffer, stored in zip(self.state(), buffers, strict=True):
             buffer.copy_(stored)
 
@@ -145,7 +144,7 @@ class Optimizer:
         *,
         steps: Tensor,
     ) -> None:
-        """Keep only the trials at the positions ``keep``.
+        """Keep the optimizer state of only the trials at the positions ``keep``.
 
         The other arguments describe the remaining trials.
         """
@@ -153,22 +152,25 @@ class Optimizer:
         self._set_trials(configs, blocks, flat, steps)
 
     def _select_state(self, keep: Tensor) -> None:
-        """Keep only the state of the trials at the positions ``keep``."""
+        """Drop the moments and averages of all trials except the trials at the positions
+        ``keep``."""
         self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
         self.average = None if self.average is None else self.blocks.select(self.average, keep)
 
     def prepare(self) -> None:
-        """Prepare for steps that will be recorded and replayed. By default nothing is needed."""
+        """Prepare the optimizer for steps that are recorded and replayed. By default, this does
+        nothing."""
 
     def begin(self, epoch: int) -> None:
-        """Start an epoch: count from its first step."""
+        """Start an epoch: set the step counters to the epoch's first step."""
         self.clock.begin(epoch)
 
     def step(self, theta: Tensor, grad: Tensor, active: Tensor | None = None) -> None:
-        """Take one step of the members that are ``active`` (F, C), or of all members if it is None.
+        """Take one optimizer step of the members that are ``active`` (F, C), or of all members if
+        None.
 
-        ``grad`` is overwritten: its values after the step have no meaning. The host does not wait
-        for the device.
+        ``grad`` is overwritten: its values after the step have no meaning. Python does not wait for
+        the device.
         """
         if self.clip_norm is not None and self.squares is not None:
             norm = self.blocks.total(torch.mul(grad, grad, out=self.squares)).double().sqrt()

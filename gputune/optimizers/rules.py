@@ -39,7 +39,7 @@ MUON_SCALE = 0.2  # makes a step as long as a step of AdamW, so the same rates w
 
 @dataclass(frozen=True)
 class Rates:
-    """The hyperparameters of one step.
+    """The hyperparameters of one optimizer step.
 
     ``count`` (P,) is the index of this step, starting at 1.
     """
@@ -131,7 +131,7 @@ def muon(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple
 
     Source: Jordan et al. (2024), in the form of torch.optim.Muon. The scale follows Liu et al.
     (2025), arXiv:2502.16982.
-    Departure: it computes in the precision of the parameters; torch rounds to bfloat16.
+    Departure: this rule computes in the precision of the parameters; torch rounds to bfloat16.
     """
     rest = {k: g for k, g in grads.items() if k not in rates.sides}
     new, after = adamw({k: params[k] for k in rest}, rest, moments, rates)
@@ -203,8 +203,8 @@ def n_moments(optimizer: str, momentum: Iterable[float]) -> int:
     """Return how many flat buffers of moments an optimizer keeps for members with these
     ``momentum`` values.
 
-    Gradient descent without momentum needs none. An optimizer that adapts its rate has the same
-    number as its namesake, for example "adamhd" as "adam".
+    Gradient descent without momentum needs no buffer. An optimizer that adapts its rate has the
+    same number as the optimizer in its name: "adamhd" has the number of "adam".
     """
     rule = optimizer.removesuffix("hd")
     return int(any(momentum)) if rule == "sgd" else len(MOMENTS[rule])
@@ -215,7 +215,7 @@ def _per_member(values: Tensor, like: Tensor) -> Tensor: ...
 @overload
 def _per_member(values: Tensor | float, like: Tensor) -> Tensor | float: ...
 def _per_member(values: Tensor | float, like: Tensor) -> Tensor | float:
-    """Return values (P,) with axes that broadcast against a parameter (P, ...).
+    """Return one value per member, (P,), with axes that broadcast against a parameter (P, ...).
 
     A float, which applies to all members, is returned unchanged.
     """
@@ -252,7 +252,7 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def _with_l2(params: Params, grads: Params, rates: Rates) -> Params:
-    """Return the gradients plus L2 weight decay."""
+    """Return the gradients with L2 weight decay added: g + wd * w."""
     return {k: g + _per_member(rates.weight_decay, g) * params[k] for k, g in grads.items()}
 
 
@@ -304,12 +304,12 @@ _RISING = 0.3
 
 
 def constant(done: Tensor, _total: Tensor) -> Tensor:
-    """Return 1 for every step."""
+    """Constant schedule: return the factor 1 for every step."""
     return torch.ones_like(done)
 
 
 def cosine(done: Tensor, total: Tensor) -> Tensor:
-    """Half a cosine from 1 to 0, without restarts, computed per step.
+    """Cosine schedule: half a cosine from 1 to 0, without restarts, computed per step.
 
     Source: Loshchilov and Hutter (2017).
     """
@@ -317,12 +317,12 @@ def cosine(done: Tensor, total: Tensor) -> Tensor:
 
 
 def linear(done: Tensor, total: Tensor) -> Tensor:
-    """A straight line from 1 to 0."""
+    """Linear schedule: the factor follows a straight line from 1 to 0."""
     return 1 - done / total
 
 
 def warmup_cosine(done: Tensor, total: Tensor) -> Tensor:
-    """A straight line up to 1, then half a cosine to 0.
+    """Cosine schedule with warm-up: a straight line up to 1, then half a cosine to 0.
 
     The warm-up has a tenth of the steps, rounded down.
     """
@@ -332,7 +332,7 @@ def warmup_cosine(done: Tensor, total: Tensor) -> Tensor:
 
 
 def one_cycle(done: Tensor, total: Tensor) -> Tensor:
-    """Half a cosine from 1/25 up to 1, then half a cosine down to 1/250000.
+    """One-cycle schedule: half a cosine from 1/25 up to 1, then half a cosine down to 1/250000.
 
     The maximum is at three tenths of the steps, the minimum at the last step. Momentum does not
     change.
@@ -345,7 +345,7 @@ def one_cycle(done: Tensor, total: Tensor) -> Tensor:
 
 
 def coslog4(done: Tensor, total: Tensor) -> Tensor:
-    """Four waves from 0 to 1 and back, each twice as long as the one before.
+    """Schedule with four waves from 0 to 1 and back, each twice as long as the wave before.
 
     Source: Holzmueller et al. (2024), arXiv:2407.04491, section 3.
     """
@@ -353,7 +353,7 @@ def coslog4(done: Tensor, total: Tensor) -> Tensor:
 
 
 def flat_cos(done: Tensor, total: Tensor) -> Tensor:
-    """1 over the first half of the steps, then half a cosine to 0.
+    """Flat cosine schedule: 1 over the first half of the steps, then half a cosine to 0.
 
     Source: the same as for ``coslog4``.
     """
@@ -370,6 +370,6 @@ SCHEDULES: Mapping[str, Schedule] = dict(
 
 
 def schedule_factor(name: str, done: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Return the factors of a schedule, computed on the host."""
+    """Return a schedule's factors after ``done`` finished steps, computed on the CPU."""
     steps = torch.as_tensor(done, dtype=torch.float64)
     return np.asarray(SCHEDULES[name](steps, torch.as_tensor(total, dtype=torch.float64)))

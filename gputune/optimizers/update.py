@@ -52,13 +52,16 @@ _DECOUPLED = ("adamw", "lion")
 def optimizer_of(
     configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int
 ) -> Optimizer:
-    """Return the optimizer for a chunk of complete configurations, before its first step."""
+    """Return the optimizer, before its first step, for trials that train together (a chunk).
+
+    ``configs`` are the trials' complete configurations.
+    """
     kind = OnlineUpdate if configs[0]["optimizer"] in ONLINE else Update
     return kind(configs, blocks, flat, steps=steps, horizon=horizon)
 
 
 def factor_of(config: Config, prefixes: Sequence[str], parameter: str) -> float:
-    """Return the factor of a configuration on the rate of one parameter.
+    """Return the factor by which a configuration scales the rate of one parameter.
 
     A configuration may have keys that consist of one of the ``prefixes`` and a name. The value
     applies if the name is a part of the parameter's dotted path. All values that apply are
@@ -69,7 +72,10 @@ def factor_of(config: Config, prefixes: Sequence[str], parameter: str) -> float:
 
 
 class Update(Optimizer):
-    """The optimizer of one chunk by an update rule, at given learning rates."""
+    """An optimizer that applies an update rule at given learning rates to a chunk.
+
+    A chunk holds trials that train together.
+    """
 
     def _set_trials(
         self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor
@@ -98,8 +104,8 @@ class Update(Optimizer):
         self.kernel: UpdateKernel | None = None
 
     def _factors(self, configs: Sequence[Config], *prefixes: str) -> dict[str, Tensor]:
-        """Return tables (F, C) with each member's factor on a rate, for the blocks with a factor
-        other than 1."""
+        """Return tables (F, C) of the factors that scale each member's rate, for blocks
+        (parameters) with a factor other than 1."""
         tables = {}
         for block in self.blocks.blocks:
             factors = [factor_of(config, prefixes, block.name) for config in configs]
@@ -119,9 +125,8 @@ class Update(Optimizer):
         return min(values.pop(), torch.finfo(self.dtype).max)
 
     def prepare(self) -> None:
-        """Prepare for steps that will be recorded: on a GPU, kernels replace the PyTorch
-        operations.
-        """
+        """Prepare for steps that are recorded and replayed: on a GPU, kernels replace the PyTorch
+        operations."""
         if self.optimizer in _RULES and self.lr.device.type == "cuda":
             compiled = kernels(SOURCE, NAMES, self.lr.device, self.dtype)
             self.kernel = None if compiled is None else UpdateKernel(compiled, self)
@@ -160,8 +165,8 @@ class Update(Optimizer):
     def _take_in_place(
         self, theta: Tensor, grad: Tensor, factor: Tensor, active: Tensor | None
     ) -> None:
-        """Take the step of a rule that is written here, at ``factor`` (F, C) times the learning
-        rate.
+        """Take a step of SGD, Nesterov, Adam or AdamW in place, at ``factor`` (F, C) times the
+        learning rate.
 
         ``factor`` is 0 for members that take no step.
         """
@@ -171,7 +176,7 @@ class Update(Optimizer):
             self._sgd(theta, grad, factor, active)
 
     def _adam(self, theta: Tensor, grad: Tensor, factor: Tensor, active: Tensor | None) -> None:
-        """Take a step of Adam or AdamW."""
+        """Take a step of Adam or AdamW for all members, in place in the flat buffers."""
         m, v = self.moments
         scratch = self.scratch
         assert scratch is not None
@@ -199,7 +204,8 @@ class Update(Optimizer):
         self._add(theta, scratch, -rate.to(self.dtype), self.lr_factors)
 
     def _sgd(self, theta: Tensor, grad: Tensor, factor: Tensor, active: Tensor | None) -> None:
-        """Take a step of gradient descent, with or without momentum."""
+        """Take a step of gradient descent, with or without momentum, in place in the flat
+        buffers."""
         direction = grad
         for buffer in self.moments:
             if active is None:
@@ -216,7 +222,7 @@ class Update(Optimizer):
         self._add(theta, direction, -(self.lr * factor).to(self.dtype), self.lr_factors)
 
     def _by_rule(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
-        """Take a step with the pure function of ``rules.py``, one block at a time."""
+        """Take a step with the pure function of ``rules.py``, one block (a parameter) at a time."""
         names = MOMENTS[self.optimizer]
         lr = self.lr * self.clock.factor()
         count = self.clock.done + 1
@@ -251,15 +257,16 @@ class Update(Optimizer):
         amount: Amount,
         factors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Compute total += amount * tensor in place. In blocks with ``factors``, the amount is
-        multiplied by them."""
+        """Compute total += amount * tensor in place. For blocks (parameters) in ``factors``, the
+        amount is multiplied by their factors."""
         if isinstance(amount, Tensor):
             self.blocks.add_product_(total, tensor, amount, factors)
         elif amount != 0.0:
             total.add_(tensor, alpha=amount)
 
     def _scale(self, flat: Tensor, amount: Amount) -> None:
-        """Multiply a flat buffer by an amount, in place."""
+        """Multiply a flat buffer in place by one value for all members, or by one value for each
+        member."""
         if isinstance(amount, Tensor):
             for value, part in self.blocks.by_block(amount, flat):
                 part.mul_(value)
@@ -328,7 +335,7 @@ class OnlineUpdate(Update):
         self._add(theta, self.direction, -rate)
 
     def _adapt(self, grad: Tensor, moves: Tensor) -> None:
-        """Change the rate of each member with 1 in ``moves`` (F, C).
+        """Adapt the learning rate of each member with 1 in ``moves`` (F, C).
 
         A rate does not change if its rule has no finite result, for example if a norm is zero.
         """
@@ -350,7 +357,7 @@ class OnlineUpdate(Update):
 
 
 class UpdateKernel:
-    """The optimizer of one chunk by kernels: their input tables and their launches.
+    """Launches the GPU kernels of an optimizer step, and holds their input tables.
 
     ``table`` has the schedules' factors of one epoch. It has one row for each pair (schedule, steps
     per epoch) that occurs. ``rows`` (2, F, C) has two row indices for each member: for the factors
@@ -382,7 +389,8 @@ class UpdateKernel:
             self.factors = torch.stack(factors)
 
     def _hyperparameters(self, update: Update) -> Tensor:
-        """Return the table of hyperparameters, (7, F, C), in the order that the kernels read."""
+        """Return the members' hyperparameters as a table (7, F, C), in the order that the GPU
+        kernels read."""
         zero = torch.zeros_like(update.lr)
         decoupled = update.optimizer in _DECOUPLED
         return torch.stack(
@@ -398,7 +406,7 @@ class UpdateKernel:
         )
 
     def _make_schedules(self, update: Update) -> None:
-        """Create the table of schedule factors and the row indices of the members."""
+        """Create the table of schedule factors, and each member's row indices in the table."""
         device = update.lr.device
         steps = update.clock.steps.cpu()
         rows = torch.full((2, *update.lr.shape), -1)
@@ -419,7 +427,7 @@ class UpdateKernel:
         self.table = torch.ones(shape, dtype=torch.float64).to(device)
 
     def _sizes(self, update: Update) -> list[int]:
-        """Return the sizes and flags that the kernels read, in the kernels' order."""
+        """Return the sizes and flags that the GPU kernels read, in the kernels' order."""
         blocks = update.blocks
         heavy_ball = update.optimizer == "sgd" and update.moments
         sizes = [
@@ -447,8 +455,10 @@ class UpdateKernel:
             self.table[begin:end] = schedule(done[begin:end], total[begin:end])
 
     def step(self, update: Update, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
-        """Take a step of the members that are ``active`` (F, C), or of all members if it is None,
-        and count it.
+        """Launch the kernels of one step for the members that are ``active`` (F, C), and count the
+        step.
+
+        If ``active`` is None, all members take the step.
         """
         # The kernel needs two pointers. A rule with fewer moments does not read the placeholders.
         m, v = (*update.moments, grad, grad)[:2]

@@ -35,11 +35,11 @@ SOURCE = Path(__file__).with_name("minibatch.cu")
 
 
 class HostRows:
-    """Gathers the rows of steps from main memory.
+    """Copies the rows of each training step from main memory to the device.
 
     ``order`` (F, longest fold) has positions in ``inputs``, each (V*n, ...). ``taken`` (F, 1 or C)
-    is the number of rows in a member's minibatch. While a step trains, a separate thread gathers
-    and sends the rows of the next step. For a CUDA device, they pass through pinned memory.
+    is the number of rows in a member's minibatch. While a step trains, a separate thread copies the
+    rows of the next step. For a CUDA device, these rows pass through pinned memory.
     """
 
     def __init__(self, inputs: Sequence[Tensor], device: torch.device) -> None:
@@ -63,7 +63,7 @@ class HostRows:
         *,
         last: bool,
     ) -> list[Tensor]:
-        """Return rows (F * (1 or C) * B, ...) of each input on the device.
+        """Return the rows of one step on the device, (F * (1 or C) * B, ...) for each input.
 
         Unless ``last`` is True, a thread begins to gather the rows of the next step. The next step
         is assumed to have the same number of rows. If it has a different number, its rows are
@@ -81,7 +81,7 @@ class HostRows:
         return gathered
 
     def _gather(self, folds: slice, step: int, rows: int, taken: np.ndarray) -> list[Tensor]:
-        """Return the rows of one step on the device, for each input."""
+        """Copy the rows of one step to the device, and return one tensor for each input."""
         begin = step * taken[folds]  # (F, 1 or C)
         # (F, 1 or C, B) -> (F, (1 or C) * B)
         places = (begin[..., None] + np.arange(rows)).reshape(len(begin), -1)
@@ -126,14 +126,15 @@ class Batch:
 
     @property
     def x(self) -> Tensor:
-        """Rows of a table, (F or P, B, D)."""
+        """The rows of a table, (F or P, B, D), for a model with this single input."""
         (x,) = self.inputs
         return x
 
 
 @dataclass(frozen=True)
 class Part:
-    """Neighboring folds with equally long minibatches in a step: from ``begin`` up to ``end``.
+    """A group of neighboring folds, ``begin`` to ``end - 1``, with equally long minibatches in a
+    step.
 
     Their minibatches have ``rows`` rows. ``full`` says that they contain no padded rows.
     """
@@ -150,10 +151,10 @@ class Part:
 
 @dataclass(frozen=True)
 class StepShape:
-    """The properties of a step that are constant in its recording. Steps with equal shapes share a
-    recording.
+    """The properties of a training step that are constant in its recording. Steps with equal
+    properties share a recording.
 
-    ``parts`` has one part for each group of neighboring folds with equally long minibatches.
+    ``parts`` has one entry for each group of neighboring folds with equally long minibatches.
     ``all_active`` says that all members take the step.
     """
 
@@ -162,7 +163,7 @@ class StepShape:
 
 
 class Batches:
-    """The minibatches of a chunk: F folds x C trials.
+    """The minibatches of trials that train together (a chunk): C trials on F folds.
 
     Args:
         data: The rows and the folds.
@@ -232,7 +233,8 @@ class Batches:
         self.shapes = [self._shape(step) for step in range(self.steps.max())]
 
     def _shape(self, step: int) -> StepShape:
-        """Return the ``StepShape`` of the step with index ``step`` in an epoch."""
+        """Return the ``StepShape`` of a step: the properties on which its recording depends.
+        ``step`` is the step's index in an epoch."""
         taken = self.host_taken
         counts = np.clip(self.lengths - step * taken, 0, taken)  # (F, 1 or C) rows that count
         bounds = [0, len(counts)]
@@ -252,14 +254,14 @@ class Batches:
         return StepShape(tuple(parts), all_active)
 
     def prepare(self) -> None:
-        """Prepare for recorded steps. On a GPU, a kernel then replaces the operations of
-        ``_rows``."""
+        """Prepare for steps that are recorded and replayed. On a GPU, this compiles a kernel that
+        replaces the operations of ``_rows``."""
         if self.data.device.type == "cuda" and self.host is None:
             compiled = kernels(SOURCE, ("minibatch",), self.data.device, self.data.dtype)
             self.kernel = None if compiled is None else compiled[0]
 
     def select(self, keep: np.ndarray) -> None:
-        """Keep only the trials at the positions ``keep``."""
+        """Keep only the minibatches of the trials at the positions ``keep``."""
         self._set_sizes(self.sizes[:, keep])
 
     def begin(self, epoch: int) -> None:
@@ -284,11 +286,12 @@ class Batches:
         return self.step < self.active_until
 
     def parts(self, shape: StepShape, key: StepKey) -> tuple[Batch, ...]:
-        """Return the minibatches of the current step, which the step counter gives."""
+        """Return the minibatches of the current step, one for each group of neighboring folds. The
+        step counter on the device gives the step."""
         return tuple(self._batch(part, key) for part in shape.parts)
 
     def _batch(self, part: Part, key: StepKey) -> Batch:
-        """Return the minibatch of one part (neighboring folds) of the current step."""
+        """Return the minibatch of a group of neighboring folds in the current step."""
         # The kernel runs only while a step is recorded. The first replay is checked against a step
         # by the plain operations.
         if self.kernel is not None and torch.cuda.is_current_stream_capturing():
@@ -315,7 +318,7 @@ class Batches:
 
     def _rows(self, part: Part) -> tuple[Tensor, Tensor | float]:
         """Return the positions of a minibatch's rows in weights, inputs and target, and the rows'
-        shares.
+        shares of the weight.
 
         The positions are (3, F, 1 or C, B).
         """
@@ -346,7 +349,8 @@ class Batches:
         return rows, share[..., None]
 
     def _by_kernel(self, kernel: Kernel, part: Part) -> tuple[Tensor, Tensor | float]:
-        """Return the result of ``_rows``, computed in one launch."""
+        """Return the same positions and shares as ``_rows``, computed by one launch of a GPU
+        kernel."""
         shape = (part.end - part.begin, self.taken.shape[1], part.rows)
         rows = self.order.new_empty((3, *shape))
         share = self.order.new_empty((*shape, 1), dtype=self.data.dtype)
@@ -369,8 +373,8 @@ def for_members(x: Tensor, trials: int) -> Tensor:
 
 
 def steps_of(lengths: np.ndarray, sizes: np.ndarray, least_rows: int) -> np.ndarray:
-    """Return the number of steps of an epoch, for folds of ``lengths`` rows and batch sizes
-    ``sizes``.
+    """Return the number of training steps in an epoch, for folds of ``lengths`` rows and batch
+    sizes ``sizes``.
 
     A last minibatch of fewer than ``least_rows`` rows is left out.
     """

@@ -94,13 +94,18 @@ def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
 
 @lru_cache  # 100,000 trials have the same defaults
 def _defaults(word: str) -> Config:
-    """Return the default configuration of an optimizer."""
+    """Return the default configuration of an optimizer, with a value for every key that training
+    reads."""
     return {**DEFAULTS, **optimizer_defaults(word), "optimizer": word}
 
 
 def beyond_adam(config: Config) -> list[str]:
     """Return the keys of a complete configuration that change the steps of Adam and similar
-    optimizers."""
+    optimizers.
+
+    Such keys are a beta2 or a weight_decay_schedule that is not the default, and factors on the
+    rates of some parameters.
+    """
     changed = [key for key in ("beta2", "weight_decay_schedule") if config[key] != DEFAULTS[key]]
     return changed + sorted(keys_with(config, LR_FACTOR, DECAY_FACTOR))
 
@@ -124,12 +129,14 @@ class Population:
         return arguments_text(self.configs[0])
 
     def select(self, places: Sequence[int]) -> "Population":
-        """Return the trials at the positions ``places`` as a separate population."""
+        """Return the trials at the positions ``places`` of the population as a separate
+        population."""
         index = tuple(self.index[c] for c in places)
         return Population(self.kind, index, tuple(self.configs[c] for c in places))
 
     def part(self, start: int, stop: int) -> "Population":
-        """Return the trials start..stop-1 as a separate population."""
+        """Return the trials ``start`` to ``stop - 1`` of the population as a separate
+        population."""
         return self.select(range(len(self.index))[start:stop])
 
 
@@ -181,8 +188,8 @@ def populations(
 
 
 def by_numbers(configs: Sequence[Config]) -> list[list[int]]:
-    """Group configurations by the hyperparameter ``numbers``, and return the positions in each
-    group.
+    """Group configurations by the preparation of numeric columns (``numbers``). Return the
+    positions in each group.
 
     Configurations of one group read the same data (``Dataset.of``).
     """
@@ -202,7 +209,7 @@ def is_plain(config: Config) -> bool:
 
 
 def arguments_of(config: Config, prefix: str) -> Config:
-    """Return the values of all keys with a prefix. Their new keys are without the prefix."""
+    """Return the values of all keys that begin with a prefix, under the keys without the prefix."""
     return {
         key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)
     }
@@ -222,8 +229,10 @@ def arguments_text(config: Config) -> str:
 
 
 def shape_of(population: Population) -> tuple[object, ...]:
-    """Return a lookup key: on one dataset, trials of populations with equal keys take the same
-    memory."""
+    """Return a lookup key for the memory that a population's trials need.
+
+    On one dataset, trials of populations with equal keys take the same memory.
+    """
     rows = max(config["batch_size"] for config in population.configs)
     return (*_shape(population.configs[0], population.kind), (rows - 1).bit_length())
 
@@ -247,12 +256,12 @@ def _shape(config: Config, kind: ModelKind) -> tuple[object, ...]:
 
 
 InputKind = tuple[tuple[int, ...], torch.dtype]
-"""Shape of a row of an input, and its dtype."""
+"""The shape of one row of an input, and the input's dtype."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes, dtypes and other data properties that a stacked model of a chunk is built for."""
+    """The sizes, dtypes and other properties of the data for which a stacked model is built."""
 
     n_features: int
     n_outputs: int
@@ -273,7 +282,7 @@ class Shape:
 
     @staticmethod
     def of(data: Dataset, precision: Precision = "full") -> "Shape":
-        """Return the shape of members that train on some data. Scaled bytes reach the members as
+        """Return the Shape for members that train on a dataset. Scaled bytes reach the members as
         floats."""
         inputs: list[InputKind] = []
         for x, scaling in zip(data.inputs, data.scaling, strict=True):
@@ -296,10 +305,10 @@ class Shape:
 
 
 class Draws(Protocol):
-    """The random numbers of a model's training steps, made in advance on the device."""
+    """Protocol: the random numbers of a model's training steps, made in advance on the device."""
 
     def fill(self, epoch: int, step: int) -> None:
-        """Make sure that the random numbers of a step are in the buffer."""
+        """Write the random numbers of a step into the buffer, unless they are already there."""
 
     def at(self, step: Tensor, rows: int) -> Tensor | tuple[Tensor, ...]:
         """Return the random numbers of one step for ``rows`` rows. ``step`` is a counter on the
@@ -307,8 +316,10 @@ class Draws(Protocol):
 
 
 class Network(Protocol):
-    """A stacked model: F x C members of one tensor shape (C trials on F folds). No method mixes
-    members."""
+    """Protocol of a stacked model: F x C members of one tensor shape (C trials on F folds).
+
+    No method mixes members.
+    """
 
     kind: ModelKind
     shape: Shape
@@ -336,13 +347,14 @@ class Network(Protocol):
         """Return the random numbers that ``gradient`` reads from the minibatch.
 
         Returns None if ``gradient`` needs no random numbers or makes them itself. If ``ahead`` is
-        True, ``gradient`` must not make them itself. Raises TraceError if it does so anyway.
+        True, ``gradient`` must not make the random numbers itself. Raises TraceError if
+        ``gradient`` does so anyway.
         """
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         """Write the gradient of every member's minibatch loss into ``grads``.
 
-        Buffers in ``params`` are updated by one step.
+        This also updates the buffers in ``params`` by one step.
         """
 
     def outputs(
@@ -357,14 +369,14 @@ class Network(Protocol):
     def differentiable(
         self, params: Params, inputs: Sequence[Tensor], key: StepKey | None
     ) -> Tensor:
-        """Return the outputs (P, B, K) of the members of whole folds, twice differentiable.
+        """Return twice differentiable outputs (P, B, K) of all members of some folds.
 
         The rows of each input are (P, B, ...). ``params`` are (P, ...), with P = F*C for some folds
         F. ``key`` is the key of the minibatch. It is None in evaluation mode.
         """
 
     def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Return the losses (F, C, B) of outputs (F, C, B, K), twice differentiable.
+        """Return the loss of each row, (F, C, B), from outputs (F, C, B, K), twice differentiable.
 
         The targets are (F, 1 or C, B, ...).
         """
@@ -373,7 +385,7 @@ class Network(Protocol):
         """Return the index of each parameter's layer, by parameter name."""
 
     def subset(self, keep: list[int]) -> "Network":
-        """Return the stacked model of only the trials at the positions ``keep``."""
+        """Return a stacked model with only the trials at the positions ``keep``."""
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module in evaluation mode, on the CPU."""
@@ -413,7 +425,7 @@ def two_logits(outputs: Tensor) -> Tensor:
 def is_one_logit(outputs: Tensor, task: Task, axes: int) -> bool:
     """Return whether outputs have one logit for each row, for two classes.
 
-    The logit follows ``axes`` axes. It has an axis of length 1, or no axis.
+    The logit follows ``axes`` axes, as a last axis of length 1 or without an axis.
     """
     return task == "binary" and (outputs.dim() == axes or outputs.shape[-1] == 1)
 
@@ -433,7 +445,7 @@ class Ensemble(nn.Module):
 
     For a regression it returns the weighted mean of their predictions. ``weights`` (M,) add up to
     1. Shape: inputs -> (B, K), the same as for each module. With ``columns``, the input is a table
-    (B, D). Each member reads its columns from a first one to an end.
+    (B, D). Each module then reads only its own columns, from a first index up to an end index.
     """
 
     weights: Tensor

@@ -59,7 +59,8 @@ def descend(
     tolerance: float,
     max_steps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Repeat ``step`` for all members until each member has converged or no longer changes.
+    """Repeat the solver's ``step`` for all members until each member has converged or no longer
+    changes.
 
     Finished members are removed from the computation and cost no time. Returns the weights (m, K,
     E) and three tensors (m,): the count of steps, the residual, and whether the member converged.
@@ -117,7 +118,7 @@ class Model:
         return Model(**{name: part[members] for name, part in vars(self).items()})
 
     def single(self) -> "Model":
-        """Return the model in single precision."""
+        """Return the quadratic model with its numbers in single precision."""
         parts = vars(self).items()
         numbers = {name: part.float() for name, part in parts if part.dtype != torch.bool}
         return replace(self, **numbers)
@@ -197,9 +198,9 @@ def _coarse_step(rows: SolverRows, model: Model) -> Tensor:
 def line_search(rows: SolverRows, point: Point, step: Tensor, slope: Tensor) -> Point:
     """Halve each member's step until the member's objective falls enough, and return the new point.
 
-    A member does not move if no step length is good enough. ``slope`` (m,) is the objective's slope
-    along the step. The logits are linear in the length, so no length needs a matrix product for its
-    logits.
+    A member's weights do not change if no step length is good enough. ``slope`` (m,) is the
+    objective's slope along the step. The logits are linear in the step length, so trying a length
+    needs no matrix product for the logits.
     """
     before = point.objective
     turn = rows.change_of_logits(step)
@@ -230,7 +231,7 @@ def line_search(rows: SolverRows, point: Point, step: Tensor, slope: Tensor) -> 
 
 
 def _replace(point: Point, members: Tensor, by: Point) -> Point:
-    """Return the point with the state of some members taken from another point."""
+    """Return a copy of ``point`` in which ``members`` have the state of the point ``by``."""
     state = {}
     for name in ("weight", "logits", "chance", "loss", "slope", "error"):
         state[name] = getattr(point, name).index_copy(0, members, getattr(by, name))

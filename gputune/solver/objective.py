@@ -25,7 +25,8 @@ STRONGEST = 1e150
 
 @dataclass(frozen=True)
 class SolverRows:
-    """The rows of one fold with a weight above zero; all members of the fold share them."""
+    """The training rows of one fold with a weight above zero, which all members of the fold
+    share."""
 
     # (n, E) inputs, then a column of 1 if there is an intercept; each row is multiplied by ``root``
     design: Tensor
@@ -43,7 +44,8 @@ class SolverRows:
     coarse: Tensor  # (n, E) the design in single precision
 
     def single(self) -> "SolverRows":
-        """Return the rows with the single-precision design in place of the double-precision one."""
+        """Return the rows with the design matrix in single precision instead of double
+        precision."""
         return replace(self, design=self.coarse)
 
     def scaled(self, scale: Tensor) -> "SolverRows":
@@ -55,8 +57,8 @@ class SolverRows:
         return replace(self, penalised=self.penalised / whole)
 
     def change_of_logits(self, step: Tensor) -> Tensor:
-        """Return by how much the logits change, (m, K, n), if the weights change by ``step`` (m,
-        K, E)."""
+        """Return the change of the logits, (m, K, n), if the weights change by ``step`` (m, K,
+        E)."""
         return product(step, self.design.T).div_(self.root)
 
     @property
@@ -68,8 +70,7 @@ class SolverRows:
 
 @dataclass(frozen=True)
 class Point:
-    """The weights of each member, the loss and slope at these weights, and the penalty
-    strengths."""
+    """The weights of each member in the solver, with their loss, slope and penalty strengths."""
 
     weight: Tensor  # (m, K, E)
     logits: Tensor  # (m, K, n)
@@ -86,13 +87,13 @@ class Point:
 
     @property
     def objective(self) -> Tensor:
-        """The value (m,) that is minimized: mean loss plus penalties."""
+        """The value of the objective for each member, (m,): the mean loss plus the penalties."""
         penalty = self.ridge / 2 * self.weight**2 + self.lasso * self.weight.abs()
         return self.loss + penalty.sum((1, 2))
 
     @property
     def steepest(self) -> Tensor:
-        """The smallest element of the subdifferential, (m, K, E).
+        """The smallest subgradient of each member's objective, (m, K, E).
 
         It is zero exactly at the optimum.
         """
@@ -203,9 +204,9 @@ def origin(rows: SolverRows, ridge: Tensor, lasso: Tensor) -> Point:
 
 
 def misfit(rows: SolverRows, chance: Tensor) -> Tensor:
-    """Return chance minus truth, (m, K, n).
+    """Return the predicted minus the true class probabilities, (m, K, n).
 
-    It avoids the cancellation of 1 - chance if the chance is near 1.
+    This avoids the cancellation of 1 - chance if the chance is near 1.
     """
     if rows.outputs == 1:
         return (1 - 2 * rows.truth) * chance

@@ -130,10 +130,10 @@ def solve(problem: LogisticProblem) -> Solution:
 
 
 def _run(jobs: Jobs, device: torch.device) -> None:
-    """Run all jobs.
+    """Run the solver's jobs, on a CPU in parallel.
 
-    On a CPU as many jobs run at once as torch has threads, because the products of one chunk are
-    too small to use several threads.
+    On a CPU as many jobs run at once as torch has threads, because the products of one job are too
+    small to use several threads.
     """
     threads = min(torch.get_num_threads(), len(jobs)) if device.type == "cpu" else 1
     if threads <= 1:
@@ -145,8 +145,8 @@ def _run(jobs: Jobs, device: torch.device) -> None:
 
 
 def _fold(problem: LogisticProblem, fold: int) -> tuple[Solution, Iterator[tuple[Jobs, int]]]:
-    """Return a solution of one fold that still has zero coefficients, and the jobs that compute
-    it."""
+    """Return a solution of one fold that still has zero coefficients, and the jobs that compute the
+    coefficients."""
     weights = problem.weights[fold]
     is_training = weights > 0
     x = problem.x[fold, is_training]
@@ -180,7 +180,8 @@ def _groups(
     weights: Tensor,
     classes: Tensor,
 ) -> Iterator[tuple[Jobs, int]]:
-    """Yield the jobs that solve all C of one fold, chunk by chunk, and write to ``solution``.
+    """Yield the jobs that solve one fold for all values of C, group by group, and write to
+    ``solution``.
 
     Jobs on the same rows come together, with the number of entries of these rows. ``x`` has the
     fold's rows and is changed in place. ``classes`` (K,) is True for each class that occurs in
@@ -253,7 +254,8 @@ def _groups(
 def solve_chunk(
     data: Dataset, configs: Sequence[Config], index: Sequence[int], scoring: Scoring
 ) -> Outcome:
-    """Solve the trials ``index`` of ``configs`` in all folds.
+    """Solve the logistic regression of the trials ``index`` of ``configs`` in all folds, and score
+    it.
 
     The trials must have the same value of ``numbers`` (the preparation of numeric columns). The
     curves of the outcome are (C, 1, F).
@@ -275,7 +277,8 @@ def score_solution(
     scoring: Scoring,
     best: BestOutputs | None = None,
 ) -> np.ndarray:
-    """Return the curves (C, 1, F) of the trials on the validation rows of each fold.
+    """Score the solutions on the validation rows of each fold, and return the trials' curves (C, 1,
+    F).
 
     ``trials`` is the count C of trials. ``best``, if given, receives the outputs of the trials.
     """
@@ -299,12 +302,14 @@ def score_solution(
 
 
 def _member(solution: Solution, first: int, trial: int) -> LogisticRegression:
-    """Return one trial's module of a fold; ``first`` is the fold's first member."""
+    """Return the solution of one trial in a fold as a module. ``first`` is the index of the fold's
+    first member."""
     return solved_module(solution, first + trial)
 
 
 def solve_all(data: Dataset, configs: Sequence[Config]) -> Solution:
-    """Solve C configurations in F folds. Member f * C + c is configuration c on fold f.
+    """Solve the logistic regression of C configurations in F folds. Member f * C + c is
+    configuration c on fold f.
 
     Warns about members that did not converge.
     """
@@ -322,7 +327,8 @@ def solve_all(data: Dataset, configs: Sequence[Config]) -> Solution:
 
 
 def problem_of(data: Dataset, configs: Sequence[Config]) -> LogisticProblem:
-    """Return the problem of C configurations (``C``, ``l1_ratio``) in F folds of float64 data."""
+    """Return the minimization problem of C configurations (``C``, ``l1_ratio``) in F folds of
+    float64 data."""
     weights = torch.zeros(data.n_folds, data.n_rows, dtype=torch.float64, device=data.device)
     for f, fold in enumerate(data.folds):
         if data.weights is None:
@@ -335,7 +341,7 @@ def problem_of(data: Dataset, configs: Sequence[Config]) -> LogisticProblem:
 
 
 def as_softmax(solution: Solution) -> tuple[Tensor, Tensor]:
-    """Return coefficients (P, K, D) and intercepts (P, K) of a softmax.
+    """Return a solution as the coefficients (P, K, D) and intercepts (P, K) of a softmax.
 
     For two classes, the first class gets zeros.
     """
@@ -352,7 +358,7 @@ def as_softmax(solution: Solution) -> tuple[Tensor, Tensor]:
 
 
 def solved_module(solution: Solution, member: int) -> LogisticRegression:
-    """Return one member as a plain float64 module on the CPU."""
+    """Return one member's solution as a plain float64 LogisticRegression module on the CPU."""
     coef, intercept = (part[member].cpu() for part in as_softmax(solution))
     module = LogisticRegression(coef.shape[1], coef.shape[0]).double()
     module.layers[0].load_state_dict({"weight": coef, "bias": intercept})
