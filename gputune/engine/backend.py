@@ -1,10 +1,10 @@
-"""Choose the backend and the numeric settings for training on this machine.
+"""Choose how this machine runs training steps, and set the numeric precision and the CPU threads.
 
-A backend is a way to run the training steps of a chunk (trials of one tensor shape that train
-together). The backends are compiled code on a CPU, a kernel on a GPU, recorded steps (the
-operations of one step, recorded once and replayed) and eager steps. A member is one trial on one
-fold. The settings are the precision of float32 matrix products on a GPU (full, or TF32 on request)
-and the number of CPU threads.
+A backend is a way to run the training steps of trials that train together as stacked tensors. The
+backends are compiled code on a CPU, a kernel on a GPU, recorded steps (the operations of one step,
+recorded once and replayed) and eager steps. A member is one trial on one fold. The settings are the
+precision of float32 matrix products on a GPU (full, or TF32 on request) and the number of CPU
+threads.
 
 ``gputune check`` measures a device: it finds the backends that break a guarantee there, and the
 speed of each backend. The user's cache keeps these findings for one device, one version of torch
@@ -45,14 +45,15 @@ _DEEPEST = 63  # most hidden layers that the compiled code can hold
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured time of one training step: ``step`` seconds for any number of members, plus
-    ``member`` seconds for each member (one trial on one fold)."""
+    """Measured time of one training step. The step takes ``step`` seconds, plus ``member`` seconds
+    for each member (one trial on one fold)."""
 
     step: float
     member: float
 
     def of(self, members: float) -> float:
-        """Return the estimated seconds of one step in which ``members`` members train together."""
+        """Return the estimated seconds of one training step of ``members`` members that train
+        together."""
         return self.step + members * self.member
 
 
@@ -60,29 +61,29 @@ class Speed:
 class Findings:
     """Results of ``gputune check`` for one device.
 
-    ``failed`` maps a backend to the guarantee that it breaks. It is None if no guarantee was
-    checked. ``speeds`` maps a backend to its measured speed.
+    ``failed`` maps a backend to the guarantee that the backend breaks. ``failed`` is None if no
+    guarantee was checked. ``speeds`` maps a backend to its measured speed.
     """
 
     failed: Mapping[Backend, str] | None = None
     speeds: Mapping[Backend, Speed] = field(default_factory=dict)
 
     def why_not(self, backend: Backend) -> str:
-        """Return the reason against a backend as a sentence, or "" if there is no reason."""
+        """Return a sentence that says which guarantee a backend breaks on this device, or ""."""
         law = (self.failed or {}).get(backend)
         return "" if law is None else f"gputune check found that {law!r} does not hold for it here"
 
 
 def device_name(device: torch.device) -> str:
-    """Return the product name of a device: of the GPU, or of the processor."""
+    """Return the product name of a torch device: the name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return processor_name() or platform.machine()
 
 
 def read_findings(device: torch.device) -> Findings:
-    """Return the cached findings of a device. They are empty if the cache has none or cannot be
-    read."""
+    """Return the stored results of ``gputune check`` for a device. The results are empty if the
+    cache has none or cannot be read."""
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         path = _path(device)
         if path is not None:
@@ -93,9 +94,10 @@ def read_findings(device: torch.device) -> Findings:
 
 
 def keep_findings(device: torch.device, findings: Findings) -> Path | None:
-    """Store findings in the cache, together with the speeds that it already has.
+    """Store results of ``gputune check`` for a device in the cache file, and keep the speeds that
+    the file already has.
 
-    Returns the path of the file, or None if there is no cache or it cannot be written.
+    Returns the path of the file, or None if there is no cache or if the file cannot be written.
     """
     stored = read_findings(device)
     failed = stored.failed if findings.failed is None else findings.failed
@@ -109,7 +111,7 @@ def keep_findings(device: torch.device, findings: Findings) -> Path | None:
 
 
 def _path(device: torch.device) -> Path | None:
-    """Return the cache file of a device, or None if the GPU is not in this machine."""
+    """Return the path of the cache file for a device, or None if the GPU is not in this machine."""
     if device.type == "cuda" and not torch.cuda.is_available():  # the GPU belongs to a cluster
         return None
     folder = cache_folder()
@@ -121,10 +123,10 @@ def _path(device: torch.device) -> Path | None:
 def choose_backend(
     word: BackendWord, device: torch.device, dtype: torch.dtype, kind: ModelKind = "mlp"
 ) -> tuple[Backend, str]:
-    """Return the backend for the user's choice ``word``, and a reason.
+    """Return the backend for the user's option ``word``, and the reason if "auto" chose a slower
+    backend.
 
-    The reason says why "auto" is not the fast backend. It is "" if "auto" is the fast backend.
-    "auto" becomes one of these backends:
+    The reason is "" if "auto" chose the fast backend. "auto" becomes one of these backends:
 
     - "graph" on a GPU, for a user's module, and if gputune has no compiled code;
     - "eager" on a GPU if ``gputune check`` found that recorded steps are wrong or slower;
@@ -187,8 +189,8 @@ def choose_backend(
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the torch device for the user's choice "auto", "cpu", "cuda" or "cuda:1". Raises
-    InputError if it does not exist."""
+    """Return the torch device for the user's choice, such as "auto", "cpu", "cuda" or "cuda:1".
+    Raises InputError if this machine has no such device."""
     on_gpu = torch.cuda.is_available()
     if device == "auto":
         return torch.device("cuda" if on_gpu else "cpu")
@@ -209,7 +211,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def _why_no_gpu() -> str:
-    """Return the reason why torch cannot use a GPU, and the remedy."""
+    """Return a sentence that says why torch cannot use a GPU, and the remedy if it is known."""
     if torch.version.cuda is None:
         page = "https://pytorch.org/get-started/locally"
         return f"torch {torch.__version__} is built without CUDA. Install a build with it: {page}."
@@ -224,7 +226,7 @@ def _why_no_gpu() -> str:
 
 
 def other_gpus(word: str, device: torch.device) -> tuple[torch.device, ...]:
-    """Return the other visible GPUs that train together with a device.
+    """Return the other visible GPUs on which a search trains, in addition to ``device``.
 
     The result is empty unless the user asked for "auto" or "cuda".
     """
@@ -244,9 +246,9 @@ def trains_as(
     *,
     data: Dataset | None = None,
 ) -> Backend:
-    """Return the backend that trains a trial if ``backend`` was chosen for the search.
+    """Return the backend that trains one trial, if the search chose ``backend``.
 
-    It is ``backend`` itself, unless ``backend`` cannot train this trial:
+    The result is ``backend`` itself, unless ``backend`` cannot train the trial:
 
     - A user's module trains in a loop if ``traits`` say that its members cannot be stacked, or if
       the optimizer is a class of torch.optim.
@@ -297,8 +299,8 @@ _before_tf32 = "none"
 
 @contextmanager
 def matrix_products(*, tf32: bool) -> Iterator[None]:
-    """Let float32 matrix products on a GPU round their factors to TF32 inside the context. TF32 has
-    10 bits of mantissa.
+    """Let float32 matrix products on a GPU round their factors to TF32 inside the ``with`` block.
+    TF32 has 10 bits of mantissa.
 
     If ``tf32`` is False, torch's setting does not change.
 
@@ -326,9 +328,10 @@ def matrix_products(*, tf32: bool) -> Iterator[None]:
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Inside the context, let torch use ``threads`` threads and round denormal numbers to zero.
+    """Let torch use ``threads`` threads and round denormal numbers to zero inside the ``with``
+    block.
 
-    Denormal numbers are those below 1e-38 in float32. The momentum of units that no longer learn
+    Denormal numbers are values below 1e-38 in float32. The momentum of units that no longer learn
     decays into them, and a CPU handles them very slowly. Rounding them to zero made the training of
     a wide network 2x faster.
     """
@@ -344,7 +347,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 @contextmanager
 def on_threads(threads: int) -> Iterator[None]:
-    """Let torch use ``threads`` threads inside the context."""
+    """Let torch use ``threads`` threads inside the ``with`` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -354,7 +357,8 @@ def on_threads(threads: int) -> Iterator[None]:
 
 
 def check_tf32(tf32: object, dtype: str, workers: object, device: torch.device) -> None:
-    """Raise InputError if TF32 is requested but not available. TF32 is set only in this process."""
+    """Raise InputError if the user requested TF32, but the device, the dtype or the workers exclude
+    it. gputune sets TF32 only in this process."""
     if not isinstance(tf32, bool):
         raise InputError("tf32", "must be True or False", got=tf32)
     if not tf32:
@@ -387,7 +391,7 @@ def check_tf32(tf32: object, dtype: str, workers: object, device: torch.device) 
 def check_precision(
     precision: Precision, dtype: str, device: torch.device, *, descends: bool
 ) -> None:
-    """Raise InputError if bfloat16 is requested but has no effect or is not supported.
+    """Raise InputError if the user requested bfloat16, but it has no effect or is not supported.
 
     Args:
         descends: Whether this is a hypergradient search. bfloat16 would round the values that the

@@ -1,9 +1,9 @@
-"""Checkpoints: files from which a stopped search resumes the training of a chunk. They are next to
-the study. A chunk is a group of trials of one tensor shape that train together.
+"""Checkpoint files, from which a stopped search resumes the training of unfinished trials. The
+files are next to the study. A chunk is a group of trials of one tensor shape that train together.
 
 A checkpoint file stores the identity of its search, its trials and configurations, and a checksum
-of its content. It is written completely or not at all, and is removed when its trials have ended.
-This module also stores the states of trials that wait for their next rung.
+of its content. gputune writes a file completely or not at all, and removes the file when its trials
+have ended. This module also stores the states of trials that wait for their next rung.
 """
 
 import errno
@@ -43,12 +43,14 @@ _NAME = re.compile(r"\d+-[0-9a-f]{16}\.(safetensors|tmp)")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The curves and the state of some trials in the middle of their training.
+    """The scores so far and the state of trials in the middle of their training, to resume them
+    later.
 
-    ``trials`` are trial numbers. ``curves`` (C, epochs, F) are the scores so far, for C trials and
-    F folds.
+    ``trials`` are the trial numbers. ``curves`` (C, epochs, F) are the scores of C trials on F
+    folds after each epoch.
 
-    ``state`` (parameters and optimizer state) has only the trials that are still ``alive``.
+    ``state`` has the parameters and the optimizer state of only the trials that still train
+    (``alive``).
     """
 
     trials: tuple[int, ...]
@@ -59,7 +61,8 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The folder with the checkpoint files of one search.
+    """The folder with the checkpoint files of one search, and methods to write, read and remove
+    them.
 
     ``identity`` is a digest of everything that the search's results depend on, except the trials.
     """
@@ -72,16 +75,16 @@ class CheckpointFolder:
         self._trials: dict[Path, set[int]] = {}
 
     def path(self, trials: Sequence[int]) -> Path:
-        """Return the path of the checkpoint of these trials. ``drop`` removes the file when they
-        have ended."""
+        """Return the path of the checkpoint file for these trials. ``drop`` removes the file when
+        all of the trials have ended."""
         name = hashlib.sha256(json.dumps(list(trials)).encode()).hexdigest()[:16]
         path = self.folder / f"{min(trials)}-{name}.safetensors"
         self._trials.setdefault(path, set(trials))
         return path
 
     def write(self, checkpoint: Checkpoint, configs: Sequence[Config]) -> None:
-        """Write a checkpoint, which replaces an older one of the same trials. Raises OSError if
-        this fails."""
+        """Write a checkpoint file, which replaces an older file of the same trials. Raises OSError
+        if writing fails."""
         tensors = _numbered(checkpoint.state)
         tensors["curves"] = torch.from_numpy(np.ascontiguousarray(checkpoint.curves))
         facts = {
@@ -118,10 +121,11 @@ class CheckpointFolder:
         flush(self.folder)
 
     def read(self, configs: Mapping[int, Config]) -> list[Checkpoint]:
-        """Return the checkpoints of trials that are not finished yet.
+        """Return the stored checkpoints of unfinished trials.
 
-        ``configs`` maps the trial number of each unfinished trial to its configuration. Files that
-        are damaged or belong to another search are skipped, with one warning for all of them.
+        ``configs`` maps the trial number of each unfinished trial to its configuration. The method
+        skips files that are damaged or belong to another search, with one warning for all of these
+        files.
         """
         checkpoints = []
         ignored = []
@@ -144,7 +148,7 @@ class CheckpointFolder:
         return checkpoints
 
     def _read(self, path: Path, configs: Mapping[int, Config]) -> Checkpoint:
-        """Return the checkpoint in a file. Raises ValueError if it does not belong to this
+        """Return the checkpoint in a file. Raises ValueError if the file does not belong to this
         search."""
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
@@ -163,8 +167,8 @@ class CheckpointFolder:
         return Checkpoint(trials, tuple(facts["alive"]), curves, state, facts["seconds"])
 
     def drop(self, ended: Iterable[int]) -> None:
-        """Remove each file when all of its trials have ended. The folder is removed with its last
-        file."""
+        """Remove each checkpoint file when all of its trials have ended. Removes the folder with
+        its last file."""
         ended = set(ended)
         for path, trials in list(self._trials.items()):
             trials -= ended
@@ -174,8 +178,8 @@ class CheckpointFolder:
         self._remove()
 
     def clear(self) -> None:
-        """Remove all files, also files that could not be used. No trial of the search waits any
-        longer."""
+        """Remove all checkpoint files, including unusable files, after every trial of the search
+        has ended."""
         with suppress(OSError):  # there is no folder
             files = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
             self._remove(*files)
@@ -191,9 +195,9 @@ class CheckpointFolder:
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Settings for the checkpoints that the chunks of a job write.
+    """Settings for writing checkpoint files while the trials of a search train.
 
-    ``numbers`` has the trial number for each position in the search.
+    ``numbers`` has the trial number for each position of a trial in the search.
     """
 
     folder: CheckpointFolder
@@ -201,13 +205,13 @@ class Checkpointing:
     seconds: float  # least time between two checkpoints of a chunk
 
     def expect(self, index: Sequence[int]) -> None:
-        """Remember that a worker may write a checkpoint of the trials at these positions in the
-        search."""
+        """Register the checkpoint file that a worker may write for the trials at these positions in
+        the search."""
         self.folder.path([self.numbers[i] for i in index])
 
     def keep(self, checkpoint: Checkpoint, configs: Sequence[Config]) -> float:
-        """Write a checkpoint and return the seconds until the next one is due. Warns if it cannot
-        write."""
+        """Write a checkpoint file and return the seconds until the next checkpoint is due. Warns if
+        writing fails."""
         begin = time.monotonic()
         try:
             self.folder.write(checkpoint, configs)
@@ -221,32 +225,33 @@ class Checkpointing:
 
 
 def pause_after(writing: float) -> float:
-    """Return the seconds of training before the next checkpoint.
+    """Return the least seconds of training before the next checkpoint file is written.
 
-    ``writing`` is the time in seconds that writing the last one took.
+    ``writing`` is the time in seconds that writing the last checkpoint took.
     """
     return _WRITING_SHARE * writing
 
 
 def _digest_of_configs(configs: Sequence[Config]) -> str:
-    """Return a digest of the values of some configurations, independent of the order of their
+    """Return a SHA-256 digest of configurations, which does not depend on the order of their
     keys."""
     text = repr([sorted(config.items()) for config in configs])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _numbered(state: State) -> dict[str, Tensor]:
-    """Return the buffers of a state on the CPU. The key of a buffer is its index as text."""
+    """Return the tensors of a training state as a dict on the CPU, for a safetensors file. The key
+    of a tensor is its index as text."""
     return {str(i): buffer.cpu().contiguous() for i, buffer in enumerate(state.buffers)}
 
 
 def _numbered_state(epoch: int, tensors: Mapping[str, Tensor]) -> State:
-    """Return the state that ``_numbered`` has turned into named buffers."""
+    """Return the training state from the named tensors that ``_numbered`` has made."""
     return State(epoch, tuple(tensors[str(i)] for i in range(len(tensors))))
 
 
 def _tensors_of(file: Any) -> dict[str, Tensor]:
-    """Return the tensors of an open safetensors file, by name."""
+    """Return the tensors of an open safetensors file as a dict by name."""
     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
@@ -269,7 +274,8 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 class StateCache:
-    """The states of trials that wait for their next rung (the epoch up to which they train next).
+    """Storage for the training states of paused trials. A trial waits for its next rung, the epoch
+    up to which it trains next.
 
     The states stay in memory up to ``limit`` bytes. Further states go to temporary files, which
     ``close`` removes.
@@ -283,7 +289,7 @@ class StateCache:
         self.end = ExitStack()
 
     def park(self, trial: int, state: State) -> None:
-        """Store the state of a single trial until its next rung."""
+        """Store the training state of a paused trial until the trial continues."""
         if self.size + state.nbytes <= self.limit:
             self.size += state.nbytes
             # A copy, because a view of one row would keep the tensors of the whole chunk alive.
@@ -304,7 +310,7 @@ class StateCache:
         self.states[trial] = path
 
     def look(self, trial: int) -> State:
-        """Return the state of a trial without removing it."""
+        """Return the training state of a paused trial, and keep the state in the cache."""
         state = self.states[trial]
         if isinstance(state, State):
             return state
@@ -312,7 +318,8 @@ class StateCache:
             return _numbered_state(int(file.metadata()["epoch"]), _tensors_of(file))
 
     def take(self, trials: Sequence[int]) -> State:
-        """Remove the states of some trials from the cache, and return them stacked as one state.
+        """Remove the training states of paused trials from the cache, and return the states stacked
+        as one.
 
         All of the trials have trained for the same number of epochs.
         """
@@ -322,7 +329,7 @@ class StateCache:
         return State.stack(states)
 
     def drop(self, trial: int) -> None:
-        """Remove the state of a trial that has been removed from the search."""
+        """Delete the training state of a trial that does not continue."""
         state = self.states.pop(trial, None)
         if isinstance(state, State):
             self.size -= state.nbytes
@@ -330,5 +337,5 @@ class StateCache:
             state.unlink()
 
     def close(self) -> None:
-        """Remove the temporary files."""
+        """Remove the temporary files with the training states of paused trials."""
         self.end.close()

@@ -1,4 +1,4 @@
-"""Resolve "auto" by timing steps: choose the device, and the fastest way to train a module.
+"""Resolve "auto": choose the device and the fastest backend for a module, by timing training steps.
 
 A member is one trial on one fold. A GPU trains user modules, and models for which there is no
 compiled code. The built-in MLP trains on the device that finishes first, according to the speeds of
@@ -75,7 +75,7 @@ _SOLVED = DeviceChoice(
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The training work for which a device is chosen.
+    """The training work of a search, from which gputune estimates the training time on a device.
 
     Complete configurations train for ``epochs`` epochs, with ``rows`` training rows in each fold.
     This is repeated ``repeats`` times in a row. ``held_by`` is the device of a tensor that the user
@@ -96,9 +96,9 @@ class Workload:
     held_by: torch.device | None = None
 
     def seconds(self, speed: Speed, *, by_member: bool) -> float:
-        """Estimate the training time in seconds from the speed of a backend.
+        """Estimate the seconds that this training work takes with a backend of the given speed.
 
-        ``by_member`` says that each member takes its steps separately, not stacked with others.
+        If ``by_member`` is True, the backend trains members one by one instead of stacked.
         """
         rows = max(self.rows)
         seconds = 0.0
@@ -123,8 +123,8 @@ class Workload:
 
 
 def device_for(word: str, work: Workload) -> DeviceChoice:
-    """Return the device for the user's choice "auto", "cpu", "cuda" or "cuda:1". Raises InputError
-    if it does not exist."""
+    """Return the device for the user's choice, such as "auto", "cpu", "cuda" or "cuda:1". Raises
+    InputError if this machine has no such device."""
     if word != "auto":
         return DeviceChoice(choose_device(word))
     if work.held_by is not None and work.held_by.type != "cpu":
@@ -142,12 +142,13 @@ def device_for(word: str, work: Workload) -> DeviceChoice:
 
 
 def device_for_solver(word: str) -> DeviceChoice:
-    """Return the device that solves the logistic regression if X is in main memory."""
+    """Return the device that fits the logistic regression if X is in main memory: the CPU if
+    ``word`` is "auto"."""
     return _SOLVED if word == "auto" else DeviceChoice(choose_device(word))
 
 
 def _choice_by_speed(gpu: torch.device, work: Workload) -> DeviceChoice:
-    """Return the CPU or a GPU: the device that trains the built-in MLP in less time."""
+    """Return the device that trains the built-in MLP in less time: the CPU or a GPU."""
     backend, _ = choose_backend("auto", gpu, work.dtype)
     if reason := read_findings(gpu).why_not(backend):
         return DeviceChoice(CPU, reason)
@@ -173,7 +174,7 @@ def _choice_by_speed(gpu: torch.device, work: Workload) -> DeviceChoice:
 
 
 def _speed(device: torch.device, backend: Backend) -> Speed:
-    """Return the speed of a backend from the cache, or measure it and store it."""
+    """Return the speed of a backend from the cache, or measure the speed and store it there."""
     speed = read_findings(device).speeds.get(backend)
     if speed is None:
         speed = measure_speed(device, backend)
@@ -198,7 +199,7 @@ _LONG = 10**6  # epochs of a horizon over which a recording pays off, as in the 
 
 
 def measure_speed(device: torch.device, backend: Backend) -> Speed:
-    """Return the speed of a backend, measured by training few and many trials for some epochs."""
+    """Measure the speed of a backend, by training a few trials and many trials for some epochs."""
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(CLASSES, (_ROWS,), generator=generator).to(device)
     positions = torch.arange(_ROWS, device=device)
@@ -244,11 +245,11 @@ def measure_speed(device: torch.device, backend: Backend) -> Speed:
 def work_of_a_step(
     config: Config, n_features: int, n_outputs: int, rows: int, kind: ModelKind
 ) -> float:
-    """Return the cost of one step of a member, relative to a step of the timed members.
+    """Return the cost of one training step of one member, relative to a step of the timed networks.
 
-    A step has two parts, and both scale with the number of parameters: the update, once, and the
-    matrix products, for each row. One row costs a tenth of the update (compiled code, one EPYC
-    core).
+    A member is one trial on one fold. The cost is proportional to the number of parameters. It is
+    the cost of one update, plus the cost of the matrix products for each row. The products of one
+    row cost a tenth of the update (compiled code, one EPYC core).
     """
 
     def parameters(*sizes: int) -> int:
@@ -275,13 +276,15 @@ _PATIENCE_SECONDS = 0.2  # after this time two epochs must be enough
 
 
 class _Enough(Exception):
-    """Raised when the time of a step is known well enough."""
+    """Raised to end a timing run early, when the measured time of a training step is accurate
+    enough."""
 
 
 def fastest_way(
     job: Job, data: Dataset, group: Population, *, member_steps: float
 ) -> tuple[str, float]:
-    """Time the ways to train trials of one shape, and compare them.
+    """Time three ways to train trials of one tensor shape: one by one, stacked, and in compiled
+    code.
 
     Args:
         member_steps: Total number of steps of all members of the search that train like this group.
@@ -326,9 +329,11 @@ def fastest_way(
 
 @dataclass(frozen=True)
 class _Tried:
-    """Seconds of one step of one member in one way to train.
+    """Measured seconds of one training step of one member (one trial on one fold), for one way to
+    train.
 
-    A way that failed has infinite seconds, its error, and a sentence for the plan.
+    If the timing failed, ``seconds`` is infinity, and ``sentence`` describes the error for the
+    user.
     """
 
     seconds: float
@@ -337,9 +342,9 @@ class _Tried:
 
 
 def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
-    """Time a way to train. If it fails, the search continues without it.
+    """Time one way to train. If the timing fails, the search continues without this way.
 
-    ``ChunkPool.failures`` then has a sentence for the plan.
+    ``ChunkPool.failures`` then has a sentence that the plan shows to the user.
     """
     try:
         return _Tried(seconds())
@@ -350,10 +355,10 @@ def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
 
 
 def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
-    """Build the compiled code, and return the seconds of one step of one member in it.
+    """Build compiled code for a module, and return the seconds of one training step of one member.
 
     The result is infinity if there is no compiled code for the module. The timed chunk has all
-    trials, unless they are large. It is later used for the training.
+    trials, unless they are large. The training later uses this chunk.
     """
     network = job.network(data, group)
     chunk = group
@@ -377,8 +382,8 @@ def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
 
 
 def _seconds(job: Job, data: Dataset, chunk: Population, backend: Backend) -> float:
-    """Return the seconds of one step of one member, without the one-time work of the first
-    steps."""
+    """Measure the seconds of one training step of one member, without the one-time work of the
+    first steps."""
     short = replace(
         job,
         epochs=_TRIED_EPOCHS,
@@ -401,7 +406,7 @@ def _fastest_epoch(
     clock: Callable[[], float],
     patience: float = math.inf,
 ) -> float:
-    """Return the seconds of the fastest epoch after the first two.
+    """Train trials, and return the seconds of the fastest epoch after the first two epochs.
 
     If there are only two epochs, the result is the seconds of the second. After ``patience``
     seconds, two epochs are enough. The result is 0.0 if training ends before two epochs.

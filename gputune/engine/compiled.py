@@ -1,10 +1,11 @@
-"""Train a chunk on a CPU: each member trains through a whole epoch in compiled code.
+"""Train the built-in models on a CPU in compiled code, one member (one trial on one fold) after
+another.
 
-A chunk holds trials of one tensor shape that train together. A member is one trial on one fold.
-Each core trains one member after another. A small network with its moments fits into a core's
-cache. There it takes all steps of an epoch without calls of PyTorch in between. Members need no
-common batch size, and no member idles while others take more steps. The results of a member are the
-same, bit for bit, for any number of threads and with any other members.
+A chunk holds trials of one tensor shape that train together. Each core trains one member for a
+whole epoch, then the next member. A small network with its moments fits into a core's cache. The
+compiled code takes all steps of an epoch there, without calls of PyTorch in between. Members need
+no common batch size, and no member idles while others take more steps. The results of a member are
+the same, bit for bit, for any number of threads and with any other members.
 
 Shape letters: F folds, C configurations (trials), m validation rows, K outputs, H width.
 """
@@ -49,7 +50,8 @@ _MEMBER_VALUES = {
 
 
 class CompiledChunk:
-    """Parameters and moments of a chunk in flat buffers, and the arguments of the compiled code."""
+    """Trials that train together in compiled code on a CPU. Their parameters and optimizer moments
+    are in flat buffers."""
 
     def __init__(
         self, network: Network, validation: Validation, *, seed: int, horizon: int
@@ -82,8 +84,8 @@ class CompiledChunk:
         self._rebuild()
 
     def _row_arrays(self) -> WorkArrays:
-        """Return the constant arguments of the compiled code: the rows, targets and folds of the
-        data."""
+        """Return the arguments of the compiled code that never change: the rows, targets and folds
+        of the dataset."""
         data = self.data
         present = data.present
         if present is None:
@@ -110,12 +112,12 @@ class CompiledChunk:
         return arrays
 
     def place(self, values: np.ndarray | Sequence[float] | Sequence[tuple[int, ...]]) -> Tensor:
-        """Copy 64-bit values to a tensor on the device that holds the rows."""
+        """Return a tensor with 64-bit values on the device that holds the dataset's rows."""
         return torch.from_numpy(np.asarray(values)).to(self.data.device)
 
     def _rebuild(self) -> None:
-        """Build the arguments of the compiled code. They are valid until a trial is removed from
-        the chunk."""
+        """Build the arguments of the compiled code. The arguments stay valid until a trial is
+        removed."""
         data = self.data
         self.numbers = {
             "folds": data.n_folds,
@@ -160,10 +162,11 @@ class CompiledChunk:
         self.arrays |= zip(("first", "second"), moments)
 
     def make_buffers(self, epochs: int) -> WorkArrays:
-        """Allocate the buffers for scoring ``epochs`` epochs.
+        """Allocate the buffers into which the compiled code writes the scores and outputs of
+        ``epochs`` epochs.
 
-        ``means`` receives means of row scores. ``scored`` receives the outputs on the validation
-        rows. A buffer that is not needed is None.
+        ``means`` receives the mean scores over the validation rows. ``scored`` receives the outputs
+        on these rows. A buffer is None if the scoring does not need it.
         """
         data = self.data
         trials = len(self.configs)
@@ -178,24 +181,26 @@ class CompiledChunk:
 
     @property
     def scored(self) -> Tensor:
-        """Flat buffer with the weights to score and save: the parameters or their moving
-        average."""
+        """Flat buffer with the weights that gputune scores and saves: the parameters or their
+        moving average."""
         return self.moments[-1] if self.averages else self.flat
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Restore the chunk from flat buffers: the parameters, then the optimizer's moments."""
+        """Restore the parameters and the optimizer's moments of all members from flat buffers, in
+        this order."""
         for buffer, value in zip([self.flat, *self.moments], buffers, strict=True):
             buffer.copy_(value)
 
     @property
     def scoring_share(self) -> float:
-        """Fraction of the time in ``advance`` spent on the outputs of validation rows."""
+        """Fraction of the training time of ``advance`` that computing the outputs on the validation
+        rows took."""
         training, scoring = self.nanoseconds.tolist()
         return float(scoring / max(1, training + scoring))
 
     def advance(self, epoch: int) -> None:
-        """Train for one epoch. If there is a scoring, also compute the outputs on the validation
-        rows."""
+        """Train all members for one epoch. If a scoring is set, also compute the outputs on the
+        validation rows."""
         arrays = {**self.arrays, "order": row_order(self.data, self.seed, epoch).contiguous()}
         if self.network.rates is not None:
             # Uniform draws of dropout, one after the other: (rows, H) for each step and layer,
@@ -215,15 +220,15 @@ class CompiledChunk:
         _run(library(self.data.dtype), {**self.numbers, "epoch": epoch}, arrays)
 
     def draw_rows(self) -> np.ndarray:
-        """Return the largest minibatch size of each step, (steps,). Dropout needs random numbers
-        for this many rows."""
+        """Return the number of rows for which dropout needs random numbers in each step, (steps,).
+        This is the largest minibatch size in the step."""
         last = self.steps.max(0)  # (C,): steps of a trial in its longest fold
         steps = range(int(last.max()))
         return np.array([self.sizes[last > step].max() for step in steps], dtype=np.int64)
 
     def scores(self) -> np.ndarray:
-        """Return the scores (C, epochs, F) of all members, each on the validation rows of its
-        fold."""
+        """Return the scores (C, epochs, F) of all members. Each member is scored on the validation
+        rows of its fold."""
         means = self.arrays["means"]
         written = self.arrays["scored"]
         trials = len(self.configs)
@@ -252,7 +257,7 @@ class CompiledChunk:
         return scores
 
     def keep(self, stays: np.ndarray) -> None:
-        """Keep only the trials that are true in ``stays`` (C,)."""
+        """Remove the trials for which the mask ``stays`` (C,) is False from the tensors."""
         if stays.all():
             return
         places = np.flatnonzero(stays).tolist()
@@ -268,8 +273,8 @@ class CompiledChunk:
 
 
 def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: WorkArrays) -> None:
-    """Train the members in worker threads, as many as torch uses. The threads take members from one
-    queue.
+    """Train all members in worker threads. The number of threads is torch's setting. All threads
+    take members from one queue.
 
     Even a single worker is a separate thread, so that the calling thread receives signals
     meanwhile.

@@ -1,7 +1,7 @@
-"""The random numbers of dropout in the MLP of all members, made in advance.
+"""Random numbers for dropout in the built-in MLP, made in advance for several training steps.
 
-A member is one trial on one fold. Each epoch, step and layer has its own random stream. A GPU makes
-the same numbers as PyTorch's CPU generator, by a kernel (``dropout.cu``).
+A member is one trial on one fold. Each epoch, step and layer has its own random stream. On a GPU, a
+kernel (``dropout.cu``) makes the same numbers as PyTorch's CPU generator.
 """
 
 import math
@@ -26,11 +26,11 @@ _SEED_BITS = (1 << 32) - 1  # the bits of a seed that PyTorch's CPU generator us
 
 
 class MlpDraws:
-    """The random numbers of dropout, made for several steps in advance: (steps, layers, B, H) on
-    the device.
+    """A buffer with random numbers for dropout, made for several training steps in advance: (steps,
+    layers, B, H) on the device.
 
-    ``rows`` are the minibatch sizes B of the steps of an epoch. H is the width. Numbers for the
-    steps of ``epochs`` epochs can be made.
+    ``rows`` has the minibatch size B of each step of an epoch. H is the width of the hidden layers.
+    The buffer can be filled for the steps of up to ``epochs`` epochs.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class MlpDraws:
         self.kernel = uniform_kernel(device) if device.type == "cuda" else None
 
     def fill(self, epoch: int, step: int) -> None:
-        """Fill the buffer with the random numbers of this step and the next steps, if they are not
-        in it yet.
+        """Fill the buffer with the random numbers of this step and the next steps, unless it has
+        them already.
 
         ``step`` is counted from the first step of ``epoch``.
         """
@@ -87,17 +87,17 @@ class MlpDraws:
             draw_uniform(self.kernel, seeds, counts, rows_of_streams)
 
     def at(self, step: Tensor, rows: int) -> Tensor:
-        """Return the random numbers (layers, B, H) of one step. ``step`` is a counter on the
-        device."""
+        """Return the random numbers (layers, B, H) for dropout in one step. ``step`` is a counter
+        on the device."""
         slot = torch.remainder(step, self.ahead).view(1)
         return self.buffer.index_select(0, slot)[0, :, :rows]
 
 
 def dropout_draw(seed: int, key: StepKey, layer: int, rows: int, width: int) -> Tensor:
-    """Return the uniform random numbers (B, H) of dropout for one step and hidden layer, made on
-    the CPU.
+    """Return uniform random numbers (B, H) for dropout in one training step and hidden layer, made
+    on the CPU.
 
-    ``key`` is (epoch, step).
+    ``key`` is (epoch, step). B is the minibatch size, and H the layer's width.
     """
     drawn = torch.empty((rows, width), dtype=torch.float32, device="cpu")
     if not fill_uniform(stream_seed(seed, "dropout", *key, layer), [drawn]):
@@ -106,10 +106,10 @@ def dropout_draw(seed: int, key: StepKey, layer: int, rows: int, width: int) -> 
 
 
 def draw_uniform(kernel: Kernel, seeds: Sequence[int], counts: Sequence[int], out: Tensor) -> None:
-    """Fill each row of ``out`` (streams, n) with uniform random numbers from its own seed, on the
-    GPU.
+    """Fill each row of ``out`` (streams, n) on the GPU with uniform random numbers from the row's
+    own seed.
 
-    A row receives the first ``counts`` numbers of its stream.
+    ``counts`` says how many numbers each row receives.
     """
     streams = torch.tensor([seeds, counts])
     sizes = torch.tensor([len(seeds), out.shape[1]])
@@ -121,8 +121,8 @@ def draw_uniform(kernel: Kernel, seeds: Sequence[int], counts: Sequence[int], ou
 def uniform_kernel(device: torch.device) -> Kernel | None:
     """Return the kernel that makes uniform random numbers on a GPU.
 
-    The result is None, with a warning, if these numbers differ from PyTorch's random numbers on a
-    CPU.
+    If these numbers differ from PyTorch's random numbers on a CPU, the function warns and returns
+    None.
     """
     compiled = kernels(SOURCE, ("uniform",), device, torch.float32)
     if compiled is None:

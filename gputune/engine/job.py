@@ -1,11 +1,11 @@
-"""Train one chunk, from its configurations to its results.
+"""Train one chunk, a group of trials with one tensor shape, and return its scores.
 
-A chunk holds trials of one tensor shape that train together on all folds. It is the unit of work
-that a process, a study or a cluster task receives.
+The trials of a chunk train together on all folds. A chunk is the unit of work that a process, a
+study or a cluster task receives.
 
 A chunk trains to its last epoch, or to a rung (an epoch from which it continues later). If a chunk
-does not fit into memory, it is cut into halves, which train one after the other. A single trial
-that does not fit is reported as a ``Failure``.
+does not fit into memory, gputune cuts the chunk into halves, which train one after the other. If a
+single trial does not fit, the result is a ``Failure``.
 
 If an estimate is not accurate enough, the memory of a chunk is measured at two sizes. Training is
 the same tensor program at every size, so its peak is a straight line over the number of trials: a
@@ -51,7 +51,8 @@ folds."""
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Training):
-    """Settings that all chunks of a search share, and the methods that train a chunk with them."""
+    """Settings that all trials of a search share, with methods that train one chunk (a group of
+    trials)."""
 
     module_class: Builder | None = None
     # traits of the module, by ``Population.arguments``
@@ -72,7 +73,8 @@ class Job(Training):
         return self.stop.is_over()
 
     def network(self, data: Dataset, chunk: Population) -> Network:
-        """Return the stacked model of a chunk."""
+        """Return the model that computes all members of a chunk with stacked tensors, or one by
+        one."""
         shape = Shape.of(data, self.precision)
         if chunk.kind != "module":
             kwargs: dict[str, Any] = {}
@@ -100,7 +102,7 @@ class Job(Training):
     def run(
         self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
     ) -> "Outcome":
-        """Train one chunk and return its curves."""
+        """Train one chunk (a group of trials) and return the validation scores after each epoch."""
         begin = time.monotonic()
         trained = train_chunk(self, data, chunk, progress)
         seconds = time.monotonic() - begin + BegunChunk.of(chunk).seconds
@@ -117,7 +119,7 @@ class Job(Training):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of training a chunk.
+    """Result of training a chunk, a group of trials that train together.
 
     Args:
         index: Positions of its trials in the search.
@@ -145,10 +147,10 @@ def train_chunk(
     progress: ProgressCallback | None = None,
     after_epoch: AfterEpoch | None = None,
 ) -> Trained:
-    """Train one chunk from its current state: from the start, or from a checkpoint or rung.
+    """Train one chunk (a group of trials) from the start, or continue from a checkpoint or rung.
 
-    If the callback ``after_epoch`` is given, only this callback decides when training ends, and no
-    checkpoint is written.
+    If the caller passes ``after_epoch``, only this callback decides when training ends, and gputune
+    writes no checkpoint.
     """
     begun = BegunChunk.of(chunk)
     data = data.of(chunk.configs[0])
@@ -168,9 +170,10 @@ def train_chunk(
 def _train_one_by_one(
     job: Job, network: StackedModule, chunk: Population, error: StackedError
 ) -> None:
-    """Mark the chunk's module arguments so that members with them train one by one from now on.
+    """Make modules with the same arguments as this chunk's module train one by one from now on.
 
-    A warning and a note in the pool give the reason.
+    gputune calls this function after training with stacked members has failed. A warning and a note
+    in the pool give the reason.
     """
     cause = error.__cause__
     reason = words_unless_strict(cause if isinstance(cause, Exception) else error)
@@ -183,10 +186,11 @@ def _train_one_by_one(
 
 @dataclass(frozen=True)
 class RungOutcome(Outcome):
-    """Result of training a chunk up to a rung (an epoch from which it may continue).
+    """Result of training a group of trials up to a rung, an epoch from which the trials may
+    continue.
 
-    ``alive`` has the positions in the chunk of the trials that can still train. ``state`` has one
-    row for each of these trials.
+    ``alive`` has the positions of the trials that can still train. ``state`` has one row for each
+    of these trials.
     """
 
     state: State
@@ -195,14 +199,14 @@ class RungOutcome(Outcome):
 
 @dataclass(frozen=True)
 class RungJob(Job):
-    """Job that trains each chunk up to a rung: epoch ``epochs`` of a schedule over ``horizon``
-    epochs."""
+    """Job that trains each chunk (a group of trials) up to a rung, the epoch ``epochs``. Schedules
+    run over ``horizon`` epochs."""
 
     def run(
         self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
     ) -> RungOutcome:
-        """Train one chunk up to the rung. The curves of the outcome have only the epochs of this
-        call."""
+        """Train one chunk up to the rung, and return the scores of only the epochs that this call
+        trained."""
         begin = time.monotonic()
         start = BegunChunk.of(chunk).epoch
         trained = train_chunk(self, data, chunk, progress)
@@ -220,8 +224,8 @@ class RungJob(Job):
 
 
 class _Watch:
-    """Callback after one or several epochs: reports progress, writes a due checkpoint, may end
-    training."""
+    """Callback after one or several epochs. It reports the progress, writes a checkpoint if one is
+    due, and decides whether training ends."""
 
     def __init__(self, job: Job, chunk: BegunChunk, progress: ProgressCallback | None) -> None:
         self.job = job
@@ -259,7 +263,8 @@ class _Watch:
 
 
 def stalled_epochs(means: np.ndarray) -> np.ndarray:
-    """Return how many epochs ago each trial had its best mean score, (C, epochs).
+    """Return the number of epochs since each trial's best mean score, after every epoch, (C,
+    epochs).
 
     ``means`` (C, epochs) are the mean validation scores of C trials. If several means are equally
     good, the earliest counts.
@@ -273,7 +278,7 @@ def stalled_epochs(means: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Failure:
-    """A trial that cannot be trained, and the reason.
+    """A trial that gputune cannot train, and the reason.
 
     Args:
         index: Position of the trial in the search.
@@ -286,7 +291,8 @@ class Failure:
     fits: bool = True
 
     def error(self) -> Exception:
-        """Return the exception to raise if the caller needs every trial to succeed."""
+        """Return the exception that a caller raises if a failed trial is an error for the
+        caller."""
         if self.fits:
             return RuntimeError(self.reason)
         return MemoryError(
@@ -297,10 +303,10 @@ class Failure:
 def run_in_parts(
     job: Job, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
 ) -> list[Outcome | Failure]:
-    """Train one chunk, cut into smaller parts if it does not fit into memory.
+    """Train a group of trials, in smaller groups if all of them together do not fit into memory.
 
-    Returns an outcome for each part, and a failure for each trial that does not fit by itself. No
-    new part begins after a request to stop.
+    Returns an ``Outcome`` for each group, and a ``Failure`` for each trial that does not fit by
+    itself. After a request to stop, no new group begins.
     """
     waiting = [chunk]
     done = list[Outcome | Failure]()
@@ -364,8 +370,8 @@ before."""
 
 @dataclass(frozen=True)
 class Need:
-    """Memory that a chunk takes while it trains: ``once`` bytes, plus ``trial`` bytes for each of
-    its trials."""
+    """Memory that a group of trials takes while it trains: ``once`` bytes, plus ``trial`` bytes for
+    each trial."""
 
     once: int
     trial: int
@@ -374,11 +380,12 @@ class Need:
 def measure_need(
     job: Job, data: Dataset, population: Population, peak: Peak, *, most: int = _TRIALS
 ) -> Need | None:
-    """Measure the memory that a population needs, by training two small chunks for a few steps.
+    """Measure the memory that training a population needs, by training two small groups of its
+    trials for a few steps.
 
-    The chunks are also scored on all validation rows. They have at most ``most`` trials, including
-    the trials with the largest and the smallest batches. Returns None if nothing can be measured:
-    for a single trial, or if the chunks do not fit into memory.
+    gputune also scores the groups on all validation rows. A group has at most ``most`` trials,
+    including the trials with the largest and the smallest batches. Returns None for a single trial,
+    or if the groups do not fit into memory.
     """
     small = min(most, len(population.index)) // 2
     large = 2 * small
@@ -413,8 +420,8 @@ def measure_need(
 
 
 def cuda_peak(device: torch.device) -> Peak:
-    """Return a function that measures the peak memory of some work on a GPU. It reads the bytes
-    that PyTorch's allocator has given out."""
+    """Return a function that measures the peak GPU memory of some work, as counted by PyTorch's
+    allocator."""
 
     def peak(work: Callable[[], object]) -> int:
         synchronize(device)

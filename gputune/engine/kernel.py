@@ -1,9 +1,10 @@
-"""Train a chunk on a GPU: each member trains through whole epochs in one thread block.
+"""Train the built-in models on a GPU with one CUDA kernel, in which a thread block trains a member.
 
-A chunk holds trials of one tensor shape that train together. A member is one trial on one fold. The
-kernel is ``native/member.cu``. ``KernelChunk`` is a ``CompiledChunk`` with its arrays on the GPU,
-and with kernel launches instead of threads. Blocks take members from one queue, the longest member
-first. A launch is so short that Ctrl-C and a display on the GPU still respond.
+A chunk holds trials of one tensor shape that train together. A member is one trial on one fold. It
+trains through whole epochs in one thread block. The kernel is ``native/member.cu``. ``KernelChunk``
+is a ``CompiledChunk`` with its arrays on the GPU, and with kernel launches instead of threads.
+Blocks take members from one queue, the longest member first. A launch is so short that Ctrl-C and a
+display on the GPU still respond.
 """
 
 import math
@@ -52,7 +53,7 @@ _THREADS = 2048
 
 
 class KernelChunk(CompiledChunk):
-    """A chunk that the kernel trains. Its members are in the same flat buffers as in a
+    """Trials that train together in a CUDA kernel. The flat buffers are the same as in a
     ``CompiledChunk``.
 
     Raises NotBuiltError if the kernel cannot be built.
@@ -65,8 +66,8 @@ class KernelChunk(CompiledChunk):
     pace: float = math.inf
 
     def _rebuild(self) -> None:
-        """Build the arguments of the kernel, its scratch memory and the count of turns of an epoch.
-        In a turn, each thread block takes a step of one member."""
+        """Build the arguments of the kernel and its scratch memory, and count the turns of an
+        epoch. In a turn, each thread block takes a training step of one member."""
         super()._rebuild()
         device = self.data.device
         steps = int(self.steps.max())
@@ -84,7 +85,7 @@ class KernelChunk(CompiledChunk):
         self.epochs = 1
 
     def make_buffers(self, epochs: int) -> WorkArrays:
-        """Allocate the buffers for scoring ``epochs`` epochs, and for the random numbers of
+        """Allocate the buffers for the scores of ``epochs`` epochs and for the random numbers of
         dropout."""
         buffers = super().make_buffers(epochs)
         if self.network.rates is None:
@@ -108,8 +109,8 @@ class KernelChunk(CompiledChunk):
         return buffers
 
     def set_epochs(self, limit: int) -> None:
-        """Set ``epochs``, the number of epochs of the next ``advance``: at most ``limit``, and
-        short enough for one launch."""
+        """Set the number of epochs that the next ``advance`` trains: at most ``limit``, and few
+        enough for one short kernel launch."""
         epochs = 1
         # Other scorers ask the members themselves, in their state after each epoch.
         scores_outputs = self.scoring is None or self.scoring.on_outputs
@@ -130,8 +131,8 @@ class KernelChunk(CompiledChunk):
             self.arrays |= self.make_buffers(epochs)
 
     def advance(self, epoch: int) -> None:
-        """Train for ``epochs`` epochs. If there is a scoring, also compute their
-        scores."""
+        """Train all members for ``epochs`` epochs. If a scoring is set, also compute the scores of
+        these epochs."""
         epochs = range(epoch, epoch + self.epochs)
         # (epochs, F, longest fold)
         order = torch.stack([row_order(self.data, self.seed, number) for number in epochs])
@@ -162,7 +163,7 @@ class KernelChunk(CompiledChunk):
             begin = end
 
     def _end(self, begin: int) -> int:
-        """Return the end of a launch that begins at step ``begin``: the index after its last step.
+        """Return the index after the last step of a kernel launch that begins at step ``begin``.
 
         The launch is short, and the buffer has the random numbers of dropout for all of its steps.
         """
@@ -175,9 +176,10 @@ class KernelChunk(CompiledChunk):
 
 
 def kernel_of(configs: Sequence[Config], kind: ModelKind, data: Dataset) -> MemberKernel:
-    """Return the kernel for complete configurations of one shape.
+    """Return the description of the CUDA kernel that trains complete configurations of one tensor
+    shape.
 
-    ``MemberKernel.unsupported`` says if the configurations need more than the kernel supports.
+    ``MemberKernel.unsupported`` tells whether the kernel supports these configurations.
     """
     first = configs[0]
     data = data.of(configs[0])
@@ -202,9 +204,9 @@ _kernels: dict[tuple[MemberKernel, torch.device], Kernel] = {}
 
 
 def compiled(kernel: MemberKernel, device: torch.device, say: Say = str) -> Kernel:
-    """Return the compiled kernel for a GPU.
+    """Return the compiled code of a CUDA kernel for a GPU.
 
-    Compiling takes seconds, once on each machine, and is announced through ``say``. Raises
+    Compiling takes seconds, once on each machine. The function announces it through ``say``. Raises
     NotBuiltError if the kernel cannot be compiled, with a warning the first time. After a failure,
     the process makes no other attempt.
     """
@@ -220,9 +222,9 @@ def compiled(kernel: MemberKernel, device: torch.device, say: Say = str) -> Kern
 
 
 def _blocks(kernel: MemberKernel, device: torch.device) -> int:
-    """Return the number of blocks that a GPU holds at once.
+    """Return the number of thread blocks of a kernel that a GPU runs at the same time.
 
-    Further blocks would have to wait, and would then find an empty queue.
+    Further blocks would wait, and would then find no members in the queue.
     """
     card = torch.cuda.get_device_properties(device)
     by_memory = card.shared_memory_per_multiprocessor // (kernel.shared + _RESERVED_BYTES)
@@ -231,14 +233,15 @@ def _blocks(kernel: MemberKernel, device: torch.device) -> int:
 
 
 def _shared_bytes(device: torch.device) -> int:
-    """Return the bytes of shared memory that a thread block may have."""
+    """Return the largest number of bytes of shared memory that a thread block on this GPU may
+    use."""
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def obstacle(device: torch.device) -> InputError | None:
-    """Return the error that says why the kernel cannot train on a device.
+    """Return the error for ``backend="kernel"`` on a device where the CUDA kernel cannot train.
 
-    The result is None if the kernel can train there.
+    The result is None if the kernel can train on the device.
     """
     if device.type != "cuda":
         rule = f"trains on a GPU, but the device is {str(device)!r}"
@@ -256,7 +259,8 @@ def obstacle(device: torch.device) -> InputError | None:
 
 
 def lacks(config: Config, kind: ModelKind, data: Dataset) -> str:
-    """Return the part of a trial that the kernel does not support, as a phrase, or ""."""
+    """Return a phrase that names the option of a trial that the CUDA kernel does not support, or
+    ""."""
     if config["optimizer"] not in OPTIMIZERS:
         return f"the optimizer {config['optimizer']!r} ({', '.join(OPTIMIZERS)})"
     if not is_plain(config):

@@ -1,11 +1,12 @@
-"""Train a chunk of a user's module in compiled code, one member after another.
+"""Train a user's module in compiled C code on a CPU, one member (one trial on one fold) after
+another.
 
-A chunk holds trials of one tensor shape that train together. A member is one trial on one fold.
-gputune traces the training step in a chunk of a single member and writes the trace as C
-(``modules/member_code.py``). From step to step, the parameters, moments and activations of one
-member stay in a core's cache. The tensors of all members together would not fit there. Each thread
-has its own memory, into which it loads a member before the steps. Values that differ between
-members are in tables. A member's own values are copied from the tables before its steps.
+A chunk holds trials of one tensor shape that train together. gputune traces the training step in a
+chunk of a single member and writes the trace as C (``modules/member_code.py``). From step to step,
+the parameters, moments and activations of one member stay in a core's cache. The tensors of all
+members together would not fit there. Each thread has its own memory, into which it loads a member
+before the steps. Values that differ between members are in tables. A member's own values are copied
+from the tables before its steps.
 """
 
 import ctypes
@@ -46,10 +47,11 @@ _Path = tuple[Any, ...]
 
 
 def _value_at(value: Any, path: _Path) -> Any:
-    """Return the value at a path.
+    """Follow attribute names and dict keys (``path``) from a value, and return the value at the
+    end.
 
-    The result is None if the value no longer exists, because all remaining members use the rule's
-    default.
+    The result is None if the value no longer exists, because all remaining members use the
+    optimizer's default.
     """
     for name in path:
         value = value.get(name) if isinstance(value, dict) else getattr(value, name)
@@ -59,14 +61,15 @@ def _value_at(value: Any, path: _Path) -> Any:
 
 
 def _member_part(table: Tensor, fold: int, trial: int) -> Tensor:
-    """Return the part of a table (F, C) for one member, or of a table (C,) for one trial."""
+    """Return the entry of a table (F folds, C trials) for one member, or of a table (C,) for one
+    trial."""
     trials = slice(trial, trial + 1)
     return table[trials] if table.dim() == 1 else table[fold : fold + 1, trials]
 
 
 def _data_of_fold(data: Dataset, fold: int) -> Dataset:
-    """Return the data of one fold. All of its tensors are copies, except the inputs and the
-    target."""
+    """Return the part of a dataset for one fold. All of its tensors are copies, except the inputs
+    and the target."""
     part = slice(fold, fold + 1)
     scaling = []
     for of_input in data.scaling:
@@ -88,10 +91,11 @@ def _data_of_fold(data: Dataset, fold: int) -> Dataset:
 
 
 class OneMember:
-    """A chunk with a single member, in which the training step of a fold's members is traced.
+    """A single member (one trial on one fold) in which gputune traces the training step for all
+    members of a fold.
 
-    It also has the compiled code of the steps, which reads and writes this chunk's tensors, or a
-    thread's copies of them.
+    The object also has the compiled code of the steps, which reads and writes this member's
+    tensors, or a thread's copies of them.
     """
 
     def __init__(self, chunk: "MemberChunk", fold: int, seed: int) -> None:
@@ -125,7 +129,7 @@ class OneMember:
         self.memories: Storages = {}
 
     def write(self, code: MemberCode) -> None:
-        """Trace the steps of an epoch and add them as C code to ``code``."""
+        """Trace the training steps of an epoch, and add the steps to ``code`` as C code."""
         single = self.single
         shapes = single.batches.shapes
         single.batches.begin(0)
@@ -149,7 +153,7 @@ class OneMember:
         self.shared = {tensor.untyped_storage().data_ptr() for tensor in shared}
 
     def _outputs(self, code: MemberCode) -> CodedStep | None:
-        """Trace the computation of the member's outputs on its validation rows, and add it to
+        """Trace the computation of the outputs on the validation rows, and add the trace to
         ``code``.
 
         Returns None if the scores are not computed from these outputs, or if the outputs cannot be
@@ -174,8 +178,9 @@ class OneMember:
         return None
 
     def _match(self, target: object, path: _Path) -> None:
-        """Copy a part of the chunk's optimizer to ``target``. Values that may differ between
-        members become tables, from which ``MemberMemory.load`` reads one member's value."""
+        """Copy the settings of the optimizer of all members to ``target``, the optimizer of one
+        member. A value that differs between members becomes a table, from which
+        ``MemberMemory.load`` reads one member's value."""
         for name, value in vars(_value_at(self.chunk, path)).items():
             if (isinstance(value, Tensor) and value.dim() == 2) or isinstance(value, dict):
                 setattr(target, name, self._add_table(value, (*path, name)))
@@ -185,8 +190,8 @@ class OneMember:
                 setattr(target, name, value)
 
     def _add_table(self, value: Any, path: _Path) -> Any:
-        """Return one member's part of a table as a copy. ``MemberMemory.load`` fills the copy for
-        each member."""
+        """Return a copy of the first member's entry of a table. ``MemberMemory.load`` fills the
+        copy for each member."""
         if isinstance(value, dict):
             return {key: self._add_table(part, (*path, key)) for key, part in value.items()}
         copy = _member_part(value, 0, 0).clone()
@@ -194,8 +199,8 @@ class OneMember:
         return copy
 
     def tensors_of_fold(self, fold: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield pairs for loading a fold: the fold's tensor, and the tensor of the one-member chunk
-        that receives its values."""
+        """Yield the pairs (source, target) of tensors to copy when a thread begins members of a
+        fold. The targets are the tensors of the traced member."""
         data = self.chunk.data
         batches = self.chunk.batches
         single = self.single.batches
@@ -220,12 +225,13 @@ class OneMember:
 
 
 def _pointers(addresses: Sequence[int]) -> "ctypes.Array[ctypes.c_void_p]":
-    """Return memory addresses as a C array of pointers."""
+    """Return memory addresses as a C array of pointers, to pass them to compiled code."""
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 class MemberMemory:
-    """The tensors in which one thread trains a member: it loads a member, then takes the steps."""
+    """The tensors in which one thread trains a member: the thread loads the member, then takes the
+    steps."""
 
     def __init__(self, member: OneMember) -> None:
         self.member = member
@@ -252,14 +258,14 @@ class MemberMemory:
         self.done = self._copy_of(single.update.clock.done)
 
     def _copy_of(self, tensor: Tensor) -> Tensor | None:
-        """Return this thread's copy of a tensor of the one-member chunk, or None if no step reads
-        the tensor."""
+        """Return this thread's copy of a tensor of the traced member, or None if no step reads the
+        tensor."""
         storage = self.storages.get(tensor.untyped_storage().data_ptr())
         return None if storage is None else Place.of(tensor).on(storage)
 
     def load(self, fold: int, trial: int, rows: Sequence[Tensor], step: int) -> None:
-        """Load a member into this memory before step ``step`` of the epoch. ``rows`` has the
-        member's parameters and optimizer state."""
+        """Copy a member's parameters and optimizer state from ``rows`` into this thread's tensors,
+        before step ``step`` of the epoch."""
         chunk = self.member.chunk
         if fold != self.fold:
             for tensor, single in self.member.tensors_of_fold(fold):
@@ -290,7 +296,7 @@ class MemberMemory:
             tensor.copy_(value)
 
     def take_steps(self, kernels: Kernels, begin: int, end: int, *, outputs: bool = False) -> None:
-        """Take the steps from ``begin`` to ``end`` of the epoch.
+        """Train the loaded member from step ``begin`` to step ``end`` of the epoch.
 
         If ``outputs`` is True, also compute the outputs on the validation rows after the last step.
         """
@@ -305,7 +311,8 @@ class MemberMemory:
             )
 
     def outputs(self, kernels: Kernels) -> Tensor:
-        """Compute the loaded member's outputs on the m validation rows in compiled code, (m, K)."""
+        """Compute the loaded member's K outputs on the m validation rows in compiled code, (m,
+        K)."""
         steps = len(self.member.steps)
         self.take_steps(kernels, steps, steps, outputs=True)
         result = self._copy_of(self.member.result)
@@ -314,10 +321,10 @@ class MemberMemory:
 
 
 class MemberChunk(StackedChunk):
-    """A stacked chunk that trains its members one after another in compiled code.
+    """Trials of a user's module that train one after another in compiled code on a CPU.
 
-    In each epoch, threads take the members from a queue. The parameters are in flat buffers, as in
-    any stacked chunk. Raises TraceError if the module cannot be traced.
+    In each epoch, threads take the members from a queue. The parameters of all members are in flat
+    buffers, as in every ``StackedChunk``. Raises TraceError if the module cannot be traced.
     """
 
     def __init__(
@@ -354,12 +361,12 @@ class MemberChunk(StackedChunk):
 
     @property
     def module(self) -> StackedModule:
-        """The stacked module of the trials that still train."""
+        """The user's module, stacked for all trials that still train."""
         assert isinstance(self.network, StackedModule)
         return self.network
 
     def advance(self, epoch: int) -> None:
-        """Train for one epoch."""
+        """Train all members for one epoch in compiled code."""
         self._begin(epoch)
         # Only some megabytes: threads take longer to meet than to copy them.
         # Each tensor is (C, F, N).
@@ -383,7 +390,8 @@ class MemberChunk(StackedChunk):
                 block.put_rows(buffer, values)
 
     def scores(self) -> np.ndarray:
-        """Return the scores (C, F) of all members, each on the validation rows of its fold."""
+        """Return the scores (C trials, F folds) of all members. Each member is scored on the
+        validation rows of its fold."""
         outputs = [of_fold for of_fold in self.outputs if of_fold is not None]
         if len(outputs) < self.data.n_folds:
             return super().scores()
@@ -393,7 +401,8 @@ class MemberChunk(StackedChunk):
             return self.validation.scores(self._network, params, len(self.configs), outputs)
 
     def seconds_of_a_step(self) -> float:
-        """Return the CPU seconds of one step of the first member. Its state does not change."""
+        """Measure the CPU seconds of one training step of the first member, without a change of the
+        member's state."""
         self.batches.begin(0)
         self.update.begin(0)
         member = self.members[0]
@@ -410,8 +419,8 @@ class MemberChunk(StackedChunk):
         return min(times) / min(end, len(member.steps))
 
     def _take_steps(self, rows: Sequence[Tensor], begin: int, end: int) -> None:
-        """Train all members from step ``begin`` to step ``end`` in threads, as many as torch uses.
-        The threads take members from one queue."""
+        """Train all members from step ``begin`` to step ``end`` in worker threads, which take
+        members from one queue. The number of threads is torch's setting."""
         queue = deque(itertools.product(range(self.data.n_folds), range(len(self.configs))))
         stop = threading.Event()
 

@@ -1,4 +1,4 @@
-"""The MLP of all members, with a gradient written by hand instead of autograd.
+"""The MLP of all members as stacked tensors, with a gradient written by hand instead of autograd.
 
 A member is one trial on one fold. The gradient needs no autograd graph and skips the gradient of
 the input. The members of a fold read the same rows, so the first layer is one wide product per
@@ -38,10 +38,10 @@ takes the output of the activation, otherwise its input."""
 
 
 class StackedMLP:
-    """F x C stacked members (C trials on F folds) of an MLP or of a linear model.
+    """The stacked networks of C trials on F folds: MLPs or linear models, with their gradient.
 
-    ``kind`` is "mlp" or "linear". In a regression the members train on ``loss``. ``loss_number`` is
-    the argument of this loss, if it has one.
+    ``kind`` is "mlp" or "linear". In a regression, the networks train on ``loss``. ``loss_number``
+    is the argument of this loss, if it has an argument.
     """
 
     exact = False
@@ -132,14 +132,15 @@ class StackedMLP:
         return flat.to(self.shape.device)
 
     def _true_sizes(self, config: Config) -> list[tuple[int, int]]:
-        """Return the pair (inputs, outputs) of each layer of a trial, without padding."""
+        """Return the sizes (inputs, outputs) of each layer of a trial's network, without
+        padding."""
         hidden = hidden_widths(config) if self.depth else ()
         sizes = [self.shape.n_features, *hidden, self.shape.n_outputs]
         return list(pairwise(sizes))
 
     def targets(self, y: Tensor) -> Tensor:
-        """Return the targets (V, n, K): one-hot rows of class codes (n,), or values (F, n) as a
-        column."""
+        """Return the training targets (V, n, K): class codes (n,) become one-hot rows, and values
+        (F, n) become a column."""
         dtype = self.shape.dtype
         if y.is_floating_point():
             return y[..., None].to(dtype)
@@ -259,7 +260,8 @@ class StackedMLP:
         self._backward(params, batch, workspace, grads)
 
     def _forward(self, params: Params, batch: Batch, workspace: "_Workspace") -> None:
-        """Compute the outputs (F, C, B, K) of a minibatch and the tensors of the backward pass."""
+        """Compute the outputs (F, C, B, K) of a minibatch, and store the tensors that the backward
+        pass needs."""
         z = self._first_layer(params, batch, workspace)  # (F, C, B, H)
         if self.rates is not None:
             assert isinstance(batch.draws, Tensor)
@@ -276,8 +278,8 @@ class StackedMLP:
             torch.baddbmm(bias, h.flatten(0, 1), weight, out=z.flatten(0, 1))
 
     def _first_layer(self, params: Params, batch: Batch, workspace: "_Workspace") -> Tensor:
-        """Compute the first layer (F, C, B, H), in a wide product if the members of a fold share
-        their rows."""
+        """Compute the first layer (F, C, B, H). If the members of a fold share their rows, one wide
+        matrix product per fold is enough."""
         weight = params["weight0"]  # (F, D, C, H)
         bias = params["bias0"]  # (F, C, H)
         z = workspace.linear[0]
@@ -302,19 +304,21 @@ class StackedMLP:
         return z if self.depth else workspace.out.copy_(z)
 
     def _shares_rows(self, batch: Batch) -> bool:
-        """Return whether the members of a fold share their rows, so that x is (F, B, D)."""
+        """Return whether all trials of a fold train on the same minibatch, so that x is (F, B,
+        D)."""
         return len(batch.x) == self.shape.folds
 
     def _keep_units(self, draw: Tensor, keep: Tensor) -> None:
-        """Fill ``keep`` (C, B, H) with 1/(1-p) for each unit that stays, and with 0 for the
-        others."""
+        """Fill the dropout mask ``keep`` (C, B, H) with 1/(1-p) for each kept unit and 0 for each
+        dropped unit."""
         assert self.rates is not None
         torch.ge(draw, self.rates, out=keep).div_(self.keep_rates)
 
     def _backward(
         self, params: Params, batch: Batch, workspace: "_Workspace", grads: Params
     ) -> None:
-        """Compute the gradients of all parameters from the slope of the loss in ``workspace.out``."""
+        """Compute the gradients of all parameters from ``workspace.out``, the derivative of the
+        loss in the outputs."""
         slope = workspace.out  # (F, C, B, width of this layer)
         below, spare = workspace.slopes
         shares_rows = self._shares_rows(batch)
@@ -368,9 +372,9 @@ class StackedMLP:
 
 
 class _Workspace:
-    """The intermediate tensors of one step with B rows for each member.
+    """The intermediate tensors of one training step with B rows for each member.
 
-    They are made once, so that a step allocates no memory.
+    All steps with B rows use the same tensors, so a step allocates no memory.
     """
 
     def __init__(self, net: StackedMLP, rows: int) -> None:
@@ -401,8 +405,8 @@ class _Workspace:
 
 
 def _activate(name: str, z: Tensor, out: Tensor | None = None) -> Tensor:
-    """Apply an activation to ``z`` and return the result, in ``out`` if it is given. The result is
-    contiguous for any layout of ``z``."""
+    """Apply an activation function to ``z`` and return the result, in the tensor ``out`` if the
+    caller passes one. The result is contiguous for any layout of ``z``."""
     if out is None:
         out = torch.empty_like(z, memory_format=torch.contiguous_format)
     if name == "relu":

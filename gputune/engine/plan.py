@@ -1,4 +1,5 @@
-"""Plan a run: the chunks, their order, and the processes and threads that train them.
+"""Plan a search: cut the trials into chunks, order the chunks, and choose the processes and
+threads.
 
 A member is one trial on one fold. A chunk is a group of trials of one tensor shape that train
 together.
@@ -81,10 +82,10 @@ _BACKEND_NAMES: Mapping[Backend, str] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimated memory and time of one trial of a population, in all folds.
+    """Estimated memory and training time of one trial, in all folds together.
 
-    A trial takes ``trial_bytes`` while it trains and ``state_bytes`` while it waits. An epoch takes
-    ``trial_seconds`` for each trial, plus ``step_seconds`` of overhead for the chunk.
+    A trial takes ``trial_bytes`` while it trains and ``state_bytes`` while it waits. An epoch of a
+    group of trials takes ``trial_seconds`` for each trial, plus ``step_seconds`` of overhead.
     """
 
     trial_bytes: int
@@ -100,7 +101,7 @@ def trial_cost(
     backend: Backend = "eager",
     widest: int = 0,
 ) -> Cost:
-    """Estimate the cost of one trial in all folds.
+    """Estimate the memory and the training time of one trial, in all folds together.
 
     For a user's module, ``widest`` is the number of values that one row has in the widest layer.
     """
@@ -157,7 +158,8 @@ def trial_cost(
 
 
 def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int, int, int]:
-    """Return three counts for one member, with padding: layers, parameters, and hidden units."""
+    """Return the number of layers, parameters and hidden units of one member's network, with
+    padding."""
     config = population.configs[0]
     d = data.n_features
     k = data.n_outputs
@@ -174,10 +176,11 @@ def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int,
 
 @dataclass(frozen=True)
 class Plan:
-    """Chunks of a search, the longest first, and the processes and threads that train them.
+    """The plan of a search: groups of trials (chunks), and the processes and threads that train
+    them.
 
     Args:
-        chunks: The chunks, in the order in which they begin.
+        chunks: The chunks, in the order in which they begin, the longest first.
         workers: Number of processes; 1 means only this process.
         threads: Number of threads of each process.
         chunk_bytes: Memory of the largest chunk, in bytes.
@@ -207,16 +210,18 @@ class Plan:
 
     @property
     def at_once(self) -> int:
-        """Number of chunks that train at the same time."""
+        """Number of chunks (groups of trials) that train at the same time."""
         return 1 if self.threads > 1 and not self.cluster else max(1, self.workers)
 
     def answering_early(self, folds: int) -> "Plan":
-        """Return a plan with the same trials that gives a first result early.
+        """Return a plan with the same trials, reordered so that the search has a first result
+        early.
 
-        The chunk of the first trial comes first. In compiled code, the first trial and a few trials
-        of its shape become a separate small chunk, because this costs nothing. (For a user's module
-        it would cost something: each chunk traces the step again.) Then a single worker takes the
-        shortest chunk first. Several workers take the longest first, so that they end together.
+        The chunk (group of trials) with the first trial comes first. In compiled code, the first
+        trial and a few trials of its shape become a separate small chunk, because this costs
+        nothing. (For a user's module it would cost something: each chunk traces the step again.)
+        Then a single worker takes the shortest chunk first. Several workers take the longest first,
+        so that they end together.
         """
         chunks = list(self.chunks)
         ways = list(self.ways)
@@ -265,7 +270,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A planned chunk with its estimated cost, its epochs and its backend (``way``)."""
+    """A planned group of trials (``chunk``) with its estimated cost, its epochs and its backend
+    (``way``)."""
 
     chunk: Population
     cost: Cost
@@ -274,14 +280,14 @@ class _Piece:
 
     @property
     def seconds(self) -> float:
-        """Estimated seconds of training."""
+        """Estimated seconds for training this chunk, over all of its epochs."""
         return self.epochs * (
             self.cost.step_seconds + len(self.chunk.index) * self.cost.trial_seconds
         )
 
     def cut(self, number: int) -> list["_Piece"]:
-        """Cut the chunk into ``number`` pieces of about equal size. If it has fewer trials, cut it
-        into single trials."""
+        """Cut a chunk (a group of trials) into ``number`` pieces of about equal size. If the chunk
+        has fewer trials, cut it into single trials."""
         trials = len(self.chunk.index)
         pieces = []
         for part in np.array_split(np.arange(trials), min(number, trials)):
@@ -290,7 +296,7 @@ class _Piece:
         return pieces
 
     def halves(self, seconds: float) -> list["_Piece"]:
-        """Halve the chunk until no piece takes longer than ``seconds``.
+        """Halve a chunk (a group of trials) until no piece takes longer than ``seconds``.
 
         A longer piece would keep one worker busy long after the others.
         """
@@ -302,7 +308,8 @@ class _Piece:
 
 @dataclass(frozen=True)
 class Planner:
-    """Cuts populations into chunks.
+    """Cuts the trials of a search into chunks that fit into memory, and chooses the number of
+    processes.
 
     Args:
         data: The rows, and the device that holds them.
@@ -333,7 +340,7 @@ class Planner:
     measure: Callable[[Population, int], Need | None] | None = None
 
     def plan(self, populations: Sequence[Population], epochs: int) -> Plan:
-        """Return the plan to train populations for ``epochs`` epochs."""
+        """Return the plan for training the trials of ``populations`` for ``epochs`` epochs."""
         pieces: list[_Piece] = []
         for population in populations:
             pieces += self._pieces(population, epochs)
@@ -358,7 +365,8 @@ class Planner:
         )
 
     def _pieces(self, population: Population, epochs: int) -> list[_Piece]:
-        """Cut a population into chunks that fit into memory, and return them as pieces."""
+        """Cut a population into chunks that fit into memory, and return the chunks with their
+        costs."""
         config = population.configs[0]
         traits = self.traits.get(population.arguments)
         way = trains_as(self.backend, population.kind, config, traits, data=self.data)
@@ -390,10 +398,11 @@ class Planner:
         return piece.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
 
     def _among_workers(self, pieces: list[_Piece]) -> tuple[list[_Piece], int, int]:
-        """Return the pieces for the workers, the number of workers, and the threads of each worker.
+        """Divide the chunks among worker processes. Returns the chunks, the number of workers, and
+        the number of threads of each worker.
 
-        If the user gave no number of workers, it depends on whether the work is long enough to
-        repay their start.
+        If the user set no number of workers, gputune starts workers only if the training is long
+        enough to repay their start.
         """
         total = sum(piece.seconds for piece in pieces)
         workers = self.workers
@@ -417,9 +426,9 @@ class Planner:
 
 
 def parse_memory(memory: object) -> int | None:
-    """Return the number of bytes of an int, or of text such as "8GB", "500MB" or "2GiB".
+    """Convert the option ``memory`` to bytes: an int, or text such as "8GB", "500MB" or "2GiB".
 
-    Units are powers of 1,024. None stays None. Raises InputError for other values.
+    Units are powers of 1,024. The result is None for None. Raises InputError for other values.
     """
     if memory is None:
         return None
@@ -437,7 +446,7 @@ def parse_memory(memory: object) -> int | None:
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,8 +1,8 @@
-"""Reuse the memory and the recorded steps of a chunk for later chunks of the same search.
+"""Reuse the memory and the recorded training steps of one group of trials for later groups.
 
 A chunk is a group of trials of one tensor shape that train together. A recorded step is the list of
-operations of one training step, which is replayed. The search also remembers the number of trials
-that fitted into memory. A chunk that is like an earlier chunk takes over the earlier chunk's
+operations of one training step, which gputune replays. The search also remembers the number of
+trials that fitted into memory. A chunk that is like an earlier chunk takes over the earlier chunk's
 memory, and with it the steps that were recorded there. A recording costs as much as dozens of
 steps. A search that stops at rungs, or trains many chunks of one shape, would otherwise record
 again for each chunk. Python values that a step reads are constants of the recording. Two chunks are
@@ -51,16 +51,19 @@ the data rows.
 
 
 class _Unlike(Exception):
-    """Raised if a recorded step of one chunk cannot be used for the other chunk."""
+    """Raised if the recorded training steps of one chunk (group of trials) do not fit another
+    chunk."""
 
 
 class ChunkPool:
-    """Knowledge and memory that the chunks of one search leave to later chunks in the same process.
+    """Tensors, recorded steps and memory limits that a search keeps for its next chunks in the same
+    process.
 
-    ``trials`` maps a tensor shape to the number of trials to train at once, after a larger number
-    did not fit into memory. ``chunks`` has the last chunk with recorded steps of each shape, and
-    the next chunk of that shape trains in its memory. Within a worker process, all jobs of a search
-    share one pool: unpickling the pool again returns the same object.
+    A chunk is a group of trials that train together. ``trials`` maps a tensor shape to the number
+    of trials to train at once, after a larger number did not fit into memory. ``chunks`` has the
+    last chunk with recorded steps of each shape, and the next chunk of that shape trains in its
+    memory. Within a worker process, all jobs of a search share one pool: unpickling the pool again
+    returns the same object.
     """
 
     def __init__(self) -> None:
@@ -77,21 +80,21 @@ class ChunkPool:
         self.one_by_one: set[str] = set()
 
     def keep_timed(self, chunk: StackedChunk) -> None:
-        """Keep a chunk that was timed in compiled code for later training, if the memory limit
-        allows it."""
+        """Keep a chunk (group of trials) after timing its compiled code, for the later training, if
+        the memory limit allows it."""
         nbytes = chunk.nbytes + sum(timed.nbytes for timed in self.timed)
         if not self.timed or nbytes <= _KEPT_BYTES:
             self.timed.append(chunk)
 
     def drop_timed(self, configs: Sequence[Config]) -> None:
-        """Remove the timed chunk of these trials."""
+        """Remove the chunk that ``keep_timed`` has kept for these trials."""
         self.timed = [chunk for chunk in self.timed if chunk.configs != list(configs)]
 
     def take_timed(
         self, network: Network, validation: Validation, **options: int
     ) -> StackedChunk | None:
-        """Remove and return the timed chunk of these trials, or return None if there is no usable
-        one."""
+        """Remove and return the chunk that ``keep_timed`` has kept for these trials, or None if no
+        such chunk is usable."""
         timed = self.timed
         self.drop_timed(network.configs)
         for chunk in timed:
@@ -100,8 +103,8 @@ class ChunkPool:
         return None
 
     def take(self, network: Network, validation: Validation, **options: Any) -> StackedChunk:
-        """Return a chunk of these trials, ready for their first epoch. It is a reused chunk if
-        possible, otherwise a new one."""
+        """Return the tensors for training these trials from their first epoch, in the memory of an
+        earlier chunk if possible."""
         pooled = self.chunks.pop(_key(network), None)
         trials = len(network.configs)
         if (
@@ -120,9 +123,10 @@ class ChunkPool:
         return StackedChunk(network, validation, **options)
 
     def add(self, chunk: object) -> None:
-        """Keep a trained chunk for reuse if its training step was recorded.
+        """Keep a trained chunk (group of trials) for reuse, if gputune has recorded its training
+        steps.
 
-        Drops the oldest chunks if all together use too much memory.
+        Drops the oldest chunks if all kept chunks together use too much memory.
         """
         if isinstance(chunk, StackedChunk) and chunk.steps.begun:
             self.chunks[_key(chunk.network)] = chunk
@@ -130,14 +134,14 @@ class ChunkPool:
                 del self.chunks[next(iter(self.chunks))]
 
     def trials_at_once(self, chunk: Population) -> int:
-        """Return how many trials of a chunk to train at once, so that they fit into memory as
-        far as is known."""
+        """Return the number of trials of a chunk to train at once. The result is below the chunk's
+        size after a chunk of the same tensor shape did not fit into memory."""
         trials = len(chunk.index)
         return min(trials, self.trials.get(shape_of(chunk), trials))
 
     def note_too_big(self, chunk: Population) -> None:
-        """Remember that a chunk did not fit. The next chunk of its shape begins with half of its
-        trials."""
+        """Remember that a chunk did not fit into memory. The next chunk of the same tensor shape
+        begins with half of the trials."""
         self.chunks = {}
         self.timed = []
         self.trials[shape_of(chunk)] = -(-len(chunk.index) // 2)
@@ -151,7 +155,8 @@ _pools: dict[str, ChunkPool] = {}  # only of the last search that sent a job to 
 
 
 def _pool_of(token: str, trials: Mapping[object, int]) -> ChunkPool:
-    """Return this process's ``ChunkPool`` of a search, updated with the sender's trial limits."""
+    """Return the ``ChunkPool`` that this process has for a search, with the trial limits of the
+    sending process added."""
     if token not in _pools:
         _pools.clear()
         _pools[token] = ChunkPool()
@@ -163,17 +168,18 @@ def _pool_of(token: str, trials: Mapping[object, int]) -> ChunkPool:
 
 
 def _key(network: Network) -> Hashable:
-    """Return the lookup key of a chunk. Chunks with equal keys are then compared tensor by
-    tensor."""
+    """Return the lookup key of a chunk (a group of trials). gputune then compares chunks with equal
+    keys tensor by tensor."""
     sizes = {config["batch_size"] for config in network.configs}
     shape = shape_of(Population(network.kind, (), network.configs))
     return shape, sizes.pop() if len(sizes) == 1 else None
 
 
 def take_over(chunk: StackedChunk, new: StackedChunk) -> bool:
-    """Copy the values of the chunk ``new`` into the memory of ``chunk``.
+    """Copy the tensors of the group of trials ``new`` into the memory of the finished group
+    ``chunk``.
 
-    Returns False, and changes nothing, if the chunks are not alike.
+    Returns False, and changes nothing, if the recorded steps of ``chunk`` do not fit ``new``.
     """
     if _constants(chunk._network) != _constants(new._network):
         return False
@@ -192,13 +198,13 @@ def take_over(chunk: StackedChunk, new: StackedChunk) -> bool:
 
 
 def _parts(chunk: StackedChunk) -> list[object]:
-    """Return the parts of a chunk that its recorded steps read."""
+    """Return the objects with tensors that the recorded steps of a chunk (group of trials) read."""
     return [chunk._network, chunk.batches, chunk.update, chunk.draws, chunk._flat]
 
 
 def _constants(network: Network) -> object:
-    """Return the arguments of a user's module and loss that all members share. A recorded step has
-    them as constants."""
+    """Return the arguments of a user's module and loss that all members share. A recorded step
+    contains these arguments as constants."""
     if not isinstance(network, ModuleNetwork):
         return None
     config = network.configs[0]
@@ -208,10 +214,10 @@ def _constants(network: Network) -> object:
 
 
 def _pairs(target: Any, source: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the pairs (target, value) that ``take_over`` must copy from one structure to another.
+    """Yield the pairs (target, value) that ``take_over`` copies from one object to another.
 
-    A pair is two tensors of equal layout. For an attribute that only Python code reads, the target
-    is (owner, attribute name). Raises _Unlike if the structures differ.
+    Usually, both are tensors of equal layout. For an attribute that only Python code reads, the
+    target is (owner, attribute name). Raises _Unlike if the objects differ.
     """
     if target is source:
         return

@@ -1,6 +1,7 @@
-"""Train a chunk in which all members take each step together, as operations on stacked tensors.
+"""Train trials together on stacked tensors: all members take each training step in the same
+operations.
 
-A chunk is a group of trials of one tensor shape. A member is one trial on one fold. A stacked chunk
+A member is one trial on one fold. A chunk is a group of trials of one tensor shape. A stacked chunk
 trains any model on any device. If steps are recorded, a removed trial stays in the tensors and
 keeps training, but its results are ignored. When more than a quarter of the trials are removed, the
 tensors are made again and the steps are recorded again. Within an epoch, Python waits for the
@@ -41,9 +42,11 @@ _TOLERANCES = {
 
 
 class StackedChunk:
-    """A chunk in flat buffers (parameters, gradient, moments), and the steps that train it.
+    """Trials that train together on stacked tensors. Parameters, gradients and optimizer moments
+    are in flat buffers.
 
-    ``slots`` are the trials in the tensors, and ``alive`` are the trials that still count.
+    ``slots`` has the trials in the tensors. ``alive`` has the trials that still count. gputune
+    ignores the results of the other trials.
     """
 
     scoring_share = 0.0
@@ -85,7 +88,8 @@ class StackedChunk:
         self._rebuild()
 
     def _rebuild(self) -> None:
-        """Make everything that refers to the buffers: views, gradient, tables, steps and draws."""
+        """Make all objects that refer to the buffers: views, gradients, tables, recorded steps and
+        random numbers."""
         self.grad = torch.zeros_like(self._trained)
         self.params = self._network.blocks.views(self._flat)
         self.dropout = self.update.clock.table(self.configs, "dropout")
@@ -114,7 +118,8 @@ class StackedChunk:
         self.network = self._network  # the model of the trials that are alive
 
     def _note_failure(self, reason: str) -> None:
-        """Report why steps are not recorded, in a warning and in the notes of the search."""
+        """Warn that gputune cannot record the training steps, with the reason, and note it for the
+        search."""
         fault = (
             "Trials train in steps that are not recorded, which is slower, because recording "
             f"them failed: {reason}."
@@ -124,25 +129,26 @@ class StackedChunk:
             warn(fault, RuntimeWarning)
 
     def _expected_steps(self) -> Counter[Hashable]:
-        """Return the number of steps of each step shape in a complete training run of ``horizon``
-        epochs."""
+        """Return the number of training steps of each step shape in ``horizon`` epochs, the length
+        of a complete training run."""
         return Counter(
             {shape: n * self.horizon for shape, n in Counter(self.batches.shapes).items()}
         )
 
     def _state(self) -> list[Tensor]:
-        """Return the tensors that a step changes: parameters, optimizer state and counters."""
+        """Return the tensors that a training step changes: parameters, optimizer state and
+        counters."""
         return [self._flat, *self.update.state(), self.update.clock.done, self.batches.step]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the parameters and buffers of the members."""
+        """Bytes of memory of the parameters and buffers of all members."""
         return self._flat.nbytes
 
     def is_made_with(self, validation: Validation, **options: int) -> bool:
-        """Return whether the chunk was made with these arguments, apart from the network.
+        """Return whether the constructor received these arguments. The network is not compared.
 
-        Objects are compared by identity, because some of them hold arrays.
+        The data and the scoring are compared by identity, because they hold arrays.
         """
         return (
             self.validation.data is validation.data
@@ -151,15 +157,16 @@ class StackedChunk:
         )
 
     def holds(self, trials: int) -> bool:
-        """Return whether ``trials`` trials fit into this chunk's tensors and use enough of them. In
-        small tensors, unused slots cost little and are allowed."""
+        """Return whether ``trials`` trials fit into these tensors and use a large enough part of
+        them. In small tensors, unused space costs little and is allowed."""
         slots = len(self.slots)
         return trials <= slots and (
             trials >= _FULL * slots or self._flat.numel() <= self.steps.spare
         )
 
     def restart(self, configs: Sequence[Config]) -> None:
-        """Become the chunk of other trials. Their initial values are already in the tensors."""
+        """Prepare this object for training other trials. Their initial values are already in the
+        tensors."""
         self.configs = list(configs)
         self.slots = list(range(len(configs)))
         self.alive = list(range(len(configs)))
@@ -170,14 +177,15 @@ class StackedChunk:
 
     @property
     def flat(self) -> Tensor:
-        """Parameters and buffers of the members that are alive."""
+        """Flat tensor with the parameters and buffers of all members that still train."""
         return self._of_alive(self._network.blocks, self._flat)
 
     @property
     def scored(self) -> Tensor:
-        """Flat buffer with the weights to score and save, of the members that are alive.
+        """Flat tensor with the weights that gputune scores and saves, for all members that still
+        train.
 
-        It has the parameters, or their moving average, followed by the model's buffers.
+        The tensor has the parameters, or their moving average, followed by the model's buffers.
         """
         return self._of_alive(self._network.blocks, self._scored)
 
@@ -189,26 +197,27 @@ class StackedChunk:
 
     @property
     def _trained(self) -> Tensor:
-        """Parameters with a gradient, of all members in the tensors."""
+        """Flat tensor with the parameters that have a gradient, for all members in the tensors."""
         return self._flat[: self._network.trained.size]
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
-        """Flat buffers of the optimizer, of the members that are alive."""
+        """Flat tensors with the optimizer's moments, for all members that still train."""
         return tuple(self._of_alive(block, moment) for block, moment in self._buffers()[1:])
 
     def _buffers(self) -> list[tuple[Blocks, Tensor]]:
-        """Return the flat buffers of the members that a step changes, each with the layout of its
-        blocks."""
+        """Return the flat tensors of all members that a training step changes, each with its
+        layout."""
         moments = [(self._network.trained, buffer) for buffer in self.update.state()]
         return [(self._network.blocks, self._flat), *moments]
 
     def _of_alive(self, blocks: Blocks, buffer: Tensor) -> Tensor:
-        """Return a flat buffer of only the members that are alive."""
+        """Return the entries of a flat tensor for only the members that still train."""
         return buffer if self._places is None else blocks.select(buffer, self._places)
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Restore the chunk from flat buffers: the parameters, then the optimizer's moments."""
+        """Restore the parameters and the optimizer's moments of all members from flat tensors, in
+        this order."""
         if self._places is None:
             self._flat.copy_(buffers[0])
             self.update.resume(buffers[1:])
@@ -217,7 +226,7 @@ class StackedChunk:
             block.put(tensor, self._places, values)
 
     def advance(self, epoch: int) -> None:
-        """Train for one epoch."""
+        """Train all members for one epoch."""
         self._begin(epoch)
         for step, shape in enumerate(self.batches.shapes):
             if self.draws is not None:
@@ -225,14 +234,14 @@ class StackedChunk:
             self.steps.take(shape, partial(self._step, shape, (epoch, step)))
 
     def _begin(self, epoch: int) -> None:
-        """Prepare the rows and the rates of an epoch."""
+        """Prepare the order of the rows and the learning rates for an epoch."""
         self.epoch = epoch + 1
         self.batches.begin(epoch)
         self.update.begin(epoch)
 
     def _step(self, shape: StepShape, key: StepKey) -> None:
-        """Take one step of all members. It reads only the device, and advances the counters there
-        by one."""
+        """Take one training step of all members. The step reads only tensors on the device, and
+        adds one to the step counters there."""
         for name in self._network.scheduled:
             self.params[name].copy_(self.dropout * self.update.clock.factor("dropout_schedule"))
         if sum(part.end - part.begin for part in shape.parts) < len(self.batches.lengths):
@@ -247,7 +256,8 @@ class StackedChunk:
         self.batches.step.add_(1)
 
     def scores(self) -> np.ndarray:
-        """Return the scores (C, F) of all members, each on the validation rows of its fold."""
+        """Return the scores (C trials, F folds) of all members. Each member is scored on the
+        validation rows of its fold."""
         params = self._network.blocks.views(self._scored)
         scores = self.validation.scores(self._network, params, len(self.slots), epoch=self.epoch)
         if self._places is not None:
@@ -258,7 +268,7 @@ class StackedChunk:
         return scores[np.isin(self.slots, self.alive)]
 
     def keep(self, stays: np.ndarray) -> None:
-        """Keep only the trials that are true in ``stays`` (C,)."""
+        """Stop the training of the trials for which the mask ``stays`` (C,) is False."""
         if stays.all():
             return
         self.alive = [self.alive[i] for i in np.flatnonzero(stays)]

@@ -1,4 +1,4 @@
-"""Stop training before its last epoch, and protect the entry points that use torch.
+"""Stop training before its last epoch, and protect public functions from torch's global settings.
 
 Training ends early at a deadline or on request. An entry point is a function with the decorator
 ``entry``, which computes with torch for the user's program. Inside it, torch's inference mode and
@@ -19,14 +19,14 @@ from typing import ParamSpec, TypeVar
 
 
 class Stop:
-    """A request to end training, read after every epoch by this process and by its workers.
+    """A request to end training. This process and its workers check it after every epoch.
 
-    Copies in workers receive the request through a file.
+    Copies of the object in workers receive the request through a file.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
-        """Set the deadline, a value of ``time.monotonic()``. Processes of one machine share this
-        clock."""
+        """Set the deadline for training, as a value of ``time.monotonic()``. All processes of a
+        machine share this clock."""
         self.deadline = deadline
         self.requested = False  # whether the end was requested; a deadline does not count
         self.reason = ""  # why the search was good enough to end, or ""
@@ -36,8 +36,8 @@ class Stop:
         _stops.add(self)
 
     def ask(self) -> None:
-        """End all training after the running epoch. A signal handler may call this, also
-        repeatedly."""
+        """Request that all training ends after the running epoch. A signal handler may call this
+        method, also repeatedly."""
         self.requested = True
         if self._request_file is not None:
             # the folder has just been removed, and the workers that would look with it
@@ -47,7 +47,7 @@ class Stop:
     def is_over(self) -> bool:
         """Return whether training ends now.
 
-        It ends after a request, after the deadline, and in a worker that has lost its parent
+        Training ends after a request, after the deadline, and in a worker that has lost its parent
         process.
         """
         if self.requested or (self.deadline is not None and time.monotonic() > self.deadline):
@@ -59,7 +59,8 @@ class Stop:
 
     @contextmanager
     def shared_with_workers(self, file: Path) -> Iterator[None]:
-        """Pass requests on to copies that are pickled inside, through the file ``file``.
+        """Pass stop requests on, through the file ``file``, to copies that are pickled inside the
+        ``with`` block.
 
         The file must not exist yet.
         """
@@ -77,7 +78,8 @@ class Stop:
 
 
 def stop_after(seconds: float | None) -> Stop:
-    """Return a request that ends training after some seconds, or at no time if None."""
+    """Return a ``Stop`` that ends training after ``seconds``, or that sets no time limit if
+    ``seconds`` is None."""
     return Stop(None if seconds is None else time.monotonic() + seconds)
 
 
@@ -92,12 +94,12 @@ _ending = False
 
 
 def entry(function: Callable[EntryParams, EntryResult]) -> Callable[EntryParams, EntryResult]:
-    """Let a function compute gradients inside ``torch.inference_mode`` and make its tensors on the
-    CPU.
+    """Decorate a function so that it computes gradients inside ``torch.inference_mode`` and makes
+    its tensors on the CPU.
 
-    Tensors on other devices name their device, so ``torch.set_default_device`` has no effect.
-    ("meta" tensors hold no values at all.) If the process ends while the function runs in a daemon
-    thread, training is requested to end, and the process waits for it.
+    ``torch.set_default_device`` has no effect on the function, because its tensors on other devices
+    name their device. ("meta" tensors hold no values at all.) If the process ends while the
+    function runs in a daemon thread, training is requested to end, and the process waits for it.
     """
 
     @functools.wraps(function)
@@ -117,10 +119,11 @@ def entry(function: Callable[EntryParams, EntryResult]) -> Callable[EntryParams,
 
 @contextmanager
 def waited_for() -> Iterator[None]:
-    """Count a daemon thread as working inside the context, so that the process waits for it.
+    """Make the process wait for a daemon thread inside the ``with`` block before the process ends.
 
-    It is also a decorator. If the process ends meanwhile, the thread never leaves the context.
-    Python would end the thread at the next line that it runs, and torch's code would then abort.
+    The context manager is also a decorator. If the process ends meanwhile, the thread never leaves
+    the block. Python would end the thread at the next line that it runs, and torch's code would
+    then abort.
     """
     thread = threading.current_thread()
     if not thread.daemon or thread in _working:
@@ -140,14 +143,15 @@ def waited_for() -> Iterator[None]:
 
 
 def _wait_for_the_end() -> None:
-    """Block a thread forever if the process is ending and does not wait for this thread."""
+    """Block the current thread forever if the process is ending without waiting for the thread."""
     if _ending and threading.current_thread() not in _working:
         threading.Event().wait()
 
 
 @atexit.register
 def _end() -> None:
-    """Ask all training to end, and wait for the daemon threads that are at work."""
+    """Request the end of all training when the process exits, and wait for the daemon threads that
+    still train."""
     global _ending
     with _changed:
         _ending = True

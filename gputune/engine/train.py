@@ -1,8 +1,8 @@
-"""The training loop over the epochs of a chunk.
+"""The training loop over epochs for a group of trials that train together.
 
-A chunk holds trials of one tensor shape. A member is one trial on one fold. The members of a chunk
-train together and are scored after every epoch. Shape letters: C configurations (trials), F folds,
-M metrics, N values of one member.
+The group is called a chunk, and its trials have one tensor shape. A member is one trial on one
+fold. gputune scores all members after every epoch. Shape letters: C configurations (trials), F
+folds, M metrics, N values of one member.
 """
 
 import math
@@ -57,24 +57,27 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all buffers, in bytes."""
+        """Memory of the parameters and optimizer states of these trials, in bytes."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def select(self, keep: Sequence[int]) -> "State":
-        """Return the state of only the trials at the positions ``keep``."""
+        """Return the parameters and optimizer states of only the trials at the positions
+        ``keep``."""
         rows = list(keep)
         return State(self.epoch, tuple(buffer[rows] for buffer in self.buffers))
 
     @staticmethod
     def stack(states: "Sequence[State]") -> "State":
-        """Join several states into one state. They must have the same epoch and tensor shape."""
+        """Join the states of several groups of trials into one state. The states must have the same
+        epoch and tensor shape."""
         buffers = zip(*(state.buffers for state in states))
         return State(states[0].epoch, tuple(map(torch.cat, buffers)))
 
 
 @dataclass(frozen=True)
 class BegunChunk(Population):
-    """A population of trials that may already have trained for some epochs.
+    """A group of trials (chunk) that may already have trained for some epochs, with its training
+    state.
 
     Args:
         state: State of the trials ``alive``; None before the first epoch.
@@ -90,8 +93,8 @@ class BegunChunk(Population):
 
     @staticmethod
     def of(chunk: Population) -> "BegunChunk":
-        """Return a population as a ``BegunChunk``. Trials without a state have trained for no
-        epoch."""
+        """Convert a population of trials to a ``BegunChunk``. Trials without a state have not
+        trained yet."""
         if isinstance(chunk, BegunChunk):
             return chunk
         return BegunChunk(chunk.kind, chunk.index, chunk.configs)
@@ -102,7 +105,8 @@ class BegunChunk(Population):
         return 0 if self.state is None else self.state.epoch
 
     def part(self, start: int, stop: int) -> "BegunChunk":
-        """Return the trials start..stop-1 as a separate chunk, with their states."""
+        """Return the trials ``start`` to ``stop - 1`` as a separate group, with their training
+        states."""
         alive = range(len(self.index)) if self.alive is None else self.alive
         rows = [row for row, c in enumerate(alive) if start <= c < stop]
         return replace(
@@ -140,10 +144,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Spent:
-    """Time and operations that a training run took.
+    """The seconds and floating-point operations that a training run took.
 
-    ``steps`` and ``scores`` are seconds. ``operations`` are the floating-point operations of the
-    steps. They are NaN for a user's module, because its layers are unknown.
+    ``steps`` are the seconds of the training steps, and ``scores`` the seconds of scoring.
+    ``operations`` counts the floating-point operations of the steps. It is NaN for a user's module,
+    because its layers are unknown.
     """
 
     steps: float = 0.0
@@ -156,7 +161,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Trained:
-    """A chunk after ``epochs`` epochs.
+    """The results of a group of trials (chunk) after ``epochs`` epochs: scores, weights and times.
 
     Args:
         curves: Scores (C, epochs, F), or (C, epochs, F, M) with several metrics. They are NaN after
@@ -185,7 +190,8 @@ class Trained:
 
     @property
     def state(self) -> State:
-        """State of the trials ``alive``, for a ``BegunChunk``."""
+        """Training state of the trials that can still train, from which a ``BegunChunk``
+        continues."""
         buffers = [
             self.network.blocks.to_rows(self.flat),
             *map(self.network.trained.to_rows, self.moments),
@@ -193,13 +199,13 @@ class Trained:
         return State(self.epochs, tuple(rows[: len(self.alive)] for rows in buffers))
 
     def outputs_of(self, index: Sequence[int]) -> dict[int, Outputs]:
-        """Return the stored validation outputs of trials. A trial's key is its entry in
-        ``index`` (C,)."""
+        """Return the stored outputs of trials on the validation rows, as a dict. A trial's key is
+        its entry in ``index`` (C,)."""
         return {} if self.best is None else self.best.of_trials(index)
 
     def member(self, fold: int, trial: int) -> nn.Module:
-        """Return one member as a plain module on the CPU. ``trial`` is its place before any trial
-        diverged."""
+        """Return the trained network of one trial on one fold, as a plain module on the CPU.
+        ``trial`` is the trial's position before any trial diverged."""
         params = self.network.blocks.views(self.scored)
         return self.network.member(params, fold, self.alive.index(trial))
 
@@ -221,13 +227,13 @@ def train(
     *,
     at_once: bool = False,
 ) -> Trained:
-    """Train the F x C members of one chunk and return their curves.
+    """Train a group of trials on all folds, and return the scores after each epoch.
 
-    If the training has a scoring, a trial whose first metric is not finite in any fold leaves the
-    chunk after that epoch. The trial's later scores are NaN, and it costs nothing from then on. A
-    chunk that has begun continues up to the same ``epochs``. Its curves start with the known scores
-    of the earlier epochs, or with NaN. If ``at_once`` is True, ``after_epoch`` need not decide
-    after every epoch, so a kernel launch may train several epochs.
+    If the training has a scoring, and the first metric of a trial is not finite in any fold, the
+    trial's training ends after that epoch. The trial's later scores are NaN, and it costs nothing
+    from then on. A chunk that has begun continues up to the same ``epochs``. Its curves start with
+    the known scores of the earlier epochs, or with NaN. If ``at_once`` is True, ``after_epoch``
+    need not decide after every epoch, so a kernel launch may train several epochs.
     """
     members = _make_chunk(network, data, training)
     if chunk.alive is not None:
@@ -291,7 +297,8 @@ def train(
 
 
 def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
-    """Return the floating-point operations of the steps of one epoch of one trial, in all folds.
+    """Return the number of floating-point operations for training one trial for one epoch, in all
+    folds.
 
     Only matrix products count. A product (rows, in) x (in, out) takes 2 * rows * in * out
     operations. Each layer has one forward product and two backward products, but the first layer
@@ -306,7 +313,7 @@ def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
 
 
 def _make_chunk(network: Network, data: Dataset, training: Training) -> Chunk:
-    """Return the chunk of the fastest backend that can train a network."""
+    """Return the training object (chunk) of the fastest backend that can train a network."""
     kwargs = {"seed": training.seed, "horizon": training.horizon}
     pool = training.pool
     validation = Validation(data, training.scoring)
@@ -335,8 +342,8 @@ def _make_chunk(network: Network, data: Dataset, training: Training) -> Chunk:
 def _try_to_make(
     make: Callable[[], Chunk], backend: Backend, network: Network, pool: ChunkPool
 ) -> Chunk | None:
-    """Return the chunk of a faster backend. If it cannot be made, return None. A warning and a
-    note then give the reason."""
+    """Return the training object (chunk) of a faster backend. If making it fails, warn, note the
+    reason and return None."""
     try:
         return make()
     except (NotBuiltError, TraceError) as error:
@@ -362,9 +369,9 @@ def _try_to_make(
 def _train_epochs(
     chunk: Chunk, data: Dataset, epoch: int, *, scored: bool
 ) -> tuple[np.ndarray | None, Spent]:
-    """Train one or several epochs, and return the scores after each of them and the seconds spent.
+    """Train one or several epochs, and return the scores after each epoch and the seconds spent.
 
-    The scores are None if there is no scoring.
+    The scores are None if ``scored`` is False.
     """
     begin = _time(data.device)
     with _row_errors(chunk, data, epoch):
@@ -379,9 +386,10 @@ def _train_epochs(
 
 
 def _time(device: torch.device) -> "float | torch.cuda.Event":
-    """Return a moment in time of a device.
+    """Return the current time on a device, from which ``_seconds`` computes a duration.
 
-    For a GPU this is an event in the queue of its work, because the host runs ahead of the GPU.
+    For a GPU, the result is an event in the queue of its work, because the host runs ahead of the
+    GPU.
     """
     if device.type != "cuda":
         return time.perf_counter()
@@ -391,7 +399,8 @@ def _time(device: torch.device) -> "float | torch.cuda.Event":
 
 
 def _seconds(begin: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
-    """Return the seconds between two moments of a device. It waits for both of them."""
+    """Return the seconds between two results of ``_time``. The function waits until the GPU has
+    reached both events."""
     if isinstance(begin, float) and isinstance(end, float):
         return end - begin
     assert not isinstance(begin, float) and not isinstance(end, float)
@@ -402,7 +411,7 @@ def _seconds(begin: "float | torch.cuda.Event", end: "float | torch.cuda.Event")
 
 @contextmanager
 def _row_errors(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
-    """Let an error inside name a row of X, if this row caused the error."""
+    """Make an error inside the ``with`` block name the row of X that caused the error."""
     try:
         yield
     except Exception as error:
@@ -420,9 +429,10 @@ def _keep_scores(
     scores: np.ndarray,
     best: BestOutputs | None,
 ) -> int:
-    """Write the scores of ``n_epochs`` epochs into the curves, and remove trials that diverged.
+    """Write the scores of ``n_epochs`` epochs into ``curves``, and end the training of trials that
+    diverged.
 
-    Returns the count of epochs up to the one in which the last trial diverged, or ``n_epochs``.
+    Returns ``n_epochs``, or the number of epochs up to the epoch in which the last trial diverged.
     """
     scores = scores.reshape(len(chunk.alive), n_epochs, *curves.shape[2:])
     # (C, epochs): whether a trial is finite in all folds up to each epoch
