@@ -147,8 +147,8 @@ def tune(
             - A number of folds, at least 2. Rows are shuffled with ``random_state``, and stratified
               for classes.
             - A scikit-learn splitter. It receives X as you passed it.
-            - An iterable of (train, valid) pairs of row positions, masks or slices. For one fixed
-              validation split, pass a list with one pair: ``cv=[(train, valid)]``.
+            - An iterable of (train, valid) pairs of row positions, masks or slices.
+            - One tuple (train, valid), for a fixed validation split.
 
         groups: one label per row, or the name of a column. A number of folds keeps whole groups
             together. Other folds that split a group are refused.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from sklearn.model_selection import (
@@ -50,8 +50,9 @@ def make_folds(
 
     Args:
         cv: a number of folds, a scikit-learn splitter, or an iterable of pairs of positions, masks
-            or slices. A number of folds is shuffled by ``seed``, stratified for classes, and does
-            not split groups. Splitters and pairs are used unchanged.
+            or slices. A tuple (train, valid) is one pair. A number of folds is shuffled by
+            ``seed``, stratified for classes, and does not split groups. Splitters and pairs are
+            used unchanged.
         target: the checked target.
         X: the rows for a splitter. If it is None, the splitter receives zeros with the same number
             of rows.
@@ -71,6 +72,8 @@ def make_folds(
         pairs = _split(_fold_splitter(n_folds, target, groups, seed), target, X, groups)
     elif isinstance(cv, Splitter) and not isinstance(cv, str):
         pairs = _split(cv, target, X, groups)
+    elif isinstance(cv, tuple) and len(cv) == 2 and all(map(_selects_rows, cv)):
+        pairs = [cv]
     elif isinstance(cv, Iterable) and not isinstance(cv, str):
         pairs = list(cv)
     else:
@@ -88,7 +91,7 @@ def make_folds(
                 "cv",
                 "must hold pairs of (train, valid) rows",
                 got=Verbatim(f"{type(pair).__name__} for fold {f}"),
-                remedy="For a single split, pass cv=[(train, valid)].",
+                remedy="For a single split, pass cv=(train, valid).",
             )
         train, valid = pair
         folds.append((_rows(train, n_rows, f, "training"), _rows(valid, n_rows, f, "validation")))
@@ -103,6 +106,14 @@ def make_folds(
     if target.classes is not None:
         _warn_of_missing_classes(folds, target, target.classes, least=2 if is_number else 1)
     return folds
+
+
+def _selects_rows(part: object) -> bool:
+    """Return whether an object selects rows: a slice, or a sequence of positions or booleans."""
+    if isinstance(part, str) or not isinstance(part, Iterable):
+        return isinstance(part, slice)
+    first: Any = next(iter(part), None)
+    return np.ndim(first) == 0
 
 
 def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> None:

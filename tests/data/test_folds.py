@@ -183,10 +183,12 @@ def test_a_splitter_sees_the_rows_and_the_target():
         ([], None, "at least one fold"),
         ([1, 2], None, "pairs of .train, valid. rows, got int for fold 0"),
         (
-            (np.arange(30), np.arange(30, 40)),
+            [np.arange(30), np.arange(30, 40)],
             None,
-            r"got ndarray for fold 0. For a single split, pass cv=\[\(train, valid\)\]\.$",
+            r"got ndarray for fold 0. For a single split, pass cv=\(train, valid\)\.$",
         ),
+        (([], [1]), None, "cv gives no training rows for fold 0"),
+        ((np.zeros((3, 2)), [1]), None, "pairs of .train, valid. rows, got ndarray for fold 0"),
         ([([0], [1], [2])], None, "pairs of .train, valid. rows, got tuple for fold 0"),
         ([([], [1])], None, "cv gives no training rows for fold 0"),
         ([([0], [1]), ([0], [])], None, "cv gives no validation rows for fold 1"),
@@ -212,6 +214,30 @@ def test_a_splitter_sees_the_rows_and_the_target():
 def test_bad_folds(cv, groups, message):
     with refused(message):
         folds(cv, groups=groups)
+
+
+MASK = np.arange(N) < 30
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        (np.arange(30), np.arange(30, 40)),
+        (list(range(30)), range(30, 40)),
+        (torch.arange(30), torch.arange(30, 40)),
+        (MASK, ~MASK),
+        (slice(30), slice(30, None)),
+    ],
+)
+def test_a_tuple_of_training_and_validation_rows_is_one_fold(split):
+    assert equal(folds(split), folds([split]))
+    assert len(folds(split)) == 1
+
+
+def test_a_tuple_of_two_pairs_is_two_folds():
+    pairs = (([0, 1], [2]), ([2, 3], [4]))
+    assert equal(folds(pairs, NUMBERS), folds(list(pairs), NUMBERS))
+    assert len(folds(pairs, NUMBERS)) == 2
 
 
 def test_the_command_line():
