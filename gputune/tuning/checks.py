@@ -1,8 +1,8 @@
 """Checks of option values.
 
-A check takes the name and the value of an option. It returns the value to use, or raises
-InputError. Slow modules are imported only when they are needed, because ``gputune --help`` must not
-wait for torch.
+A check is a function of the name and the value of an option. The check returns the value to use, or
+raises InputError. Slow modules are imported only when they are needed, because ``gputune --help``
+must not wait for torch.
 """
 
 import os
@@ -27,7 +27,7 @@ _OR_NONE = per_interface(", or None", "")
 
 
 def one_of(*allowed: str | bool) -> Callable[[str, object], object]:
-    """Return a check that accepts only the allowed values."""
+    """Return a check function that raises InputError for a value that is not in ``allowed``."""
 
     def check(name: str, value: object) -> object:
         if value not in allowed:
@@ -39,13 +39,19 @@ def one_of(*allowed: str | bool) -> Callable[[str, object], object]:
 
 
 def count(name: str, value: object, *, none: bool = False) -> object:
-    """Return the value, an integer >= 1. None is valid only with ``none=True``."""
+    """Raise InputError unless an option's value is an integer >= 1.
+
+    None is valid only with ``none=True``. Returns the unchanged value.
+    """
     check_count(value, name, none=none)
     return value
 
 
 def score(name: str, value: object) -> object:
-    """Return the value, a score that is not NaN, or None."""
+    """Raise InputError unless an option's value is a score: a number that is not NaN, or None.
+
+    Returns the unchanged value.
+    """
     if value is not None and (
         isinstance(value, bool) or not isinstance(value, Real) or value != value
     ):
@@ -54,14 +60,20 @@ def score(name: str, value: object) -> object:
 
 
 def verbosity(name: str, value: object) -> object:
-    """Return the verbosity as an int >= 0."""
+    """Return the value of the option ``verbose`` as an int.
+
+    Raises InputError for a negative value.
+    """
     if not isinstance(value, Integral) or value < 0:
         raise InputError(name, "must be 0 (silent) or 1", got=value)
     return int(value)
 
 
 def seconds(name: str, value: object, *, none: bool = False) -> object:
-    """Return the value, a duration in seconds > 0. None is valid only with ``none=True``."""
+    """Raise InputError unless an option's value is a duration above 0 seconds.
+
+    None is valid only with ``none=True``. Returns the unchanged value.
+    """
     is_number = isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
     if not (is_number or (none and value is None)):
         or_none = _OR_NONE if none else ""
@@ -70,7 +82,10 @@ def seconds(name: str, value: object, *, none: bool = False) -> object:
 
 
 def path(name: str, value: object) -> Path | None:
-    """Return the absolute path of a file, or None."""
+    """Return the value of a file option as an absolute path, or None if the option is not set.
+
+    Raises InputError for a folder.
+    """
     if not (value is None or isinstance(value, str | os.PathLike)):
         raise InputError(
             name,
@@ -91,9 +106,10 @@ def path(name: str, value: object) -> Path | None:
 
 
 def studies(name: str, value: object) -> "tuple[Study, ...]":
-    """Return the studies of a value: studies, paths of study files, or a mix in a list.
+    """Return the opened studies that an option names.
 
-    A path may also be a folder that the command line wrote.
+    The value is a study, the path of a study file, or a list of both. A path may also be a folder
+    that the command line wrote.
     """
     from gputune.study.study import Study
 
@@ -113,14 +129,20 @@ def studies(name: str, value: object) -> "tuple[Study, ...]":
 
 
 def method(name: str, value: object) -> "Method":
-    """Return the checked search method."""
+    """Return the search method that the option ``method`` names.
+
+    Raises InputError for an unknown method.
+    """
     from gputune.tuning.choices import check_method
 
     return check_method(value)
 
 
 def memory(name: str, value: object) -> object:
-    """Return a valid memory limit."""
+    """Raise InputError unless an option's value is a memory limit such as "8GB".
+
+    Returns the unchanged value.
+    """
     from gputune.engine.plan import parse_memory
 
     parse_memory(value)
@@ -128,7 +150,8 @@ def memory(name: str, value: object) -> object:
 
 
 def workers(name: str, value: object) -> object:
-    """Return a number of processes, "auto" or a Ray cluster."""
+    """Return the checked value of the option ``workers``: a number of processes, "auto" or a Ray
+    cluster."""
     from gputune.executors.ray_cluster import Ray
 
     if value == "ray":
@@ -141,7 +164,7 @@ def workers(name: str, value: object) -> object:
 
 
 def names(name: str, value: object) -> tuple[str, ...]:
-    """Return a tuple of column names."""
+    """Return the column names of an option as a tuple. One name may be passed as a string."""
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(text, str) for text in names):
         raise InputError(name, "must be a list of column names, for example ['id']", got=value)
@@ -149,14 +172,20 @@ def names(name: str, value: object) -> tuple[str, ...]:
 
 
 def target_transform(name: str, value: object) -> "TargetTransform | None":
-    """Return the checked target transform, or None."""
+    """Return the checked transform of the target, such as "log", or None.
+
+    Raises InputError for an unknown transform.
+    """
     from gputune.data.target_transform import check_transform
 
     return check_transform(name, value)
 
 
 def kinds(name: str, value: object) -> "Mapping[str, Kind] | None":
-    """Return a dict from column name to column kind, or None."""
+    """Return the column kinds that the user sets, as a dict from column name to kind, or None.
+
+    Raises InputError for an unknown kind.
+    """
     from gputune.data.kinds import KINDS
 
     if value is None:
@@ -175,7 +204,10 @@ def kinds(name: str, value: object) -> "Mapping[str, Kind] | None":
 
 
 def callbacks(name: str, value: object) -> "tuple[Callback, ...]":
-    """Return a tuple of callbacks."""
+    """Return the callbacks of a search as a tuple.
+
+    Raises InputError if an element is not a ``Callback``.
+    """
     from gputune.callbacks import Callback
 
     if not isinstance(value, list | tuple) or not all(isinstance(item, Callback) for item in value):
@@ -189,10 +221,10 @@ def callbacks(name: str, value: object) -> "tuple[Callback, ...]":
 
 
 def seed(name: str, random_state: object) -> int:
-    """Return a random seed as an int.
+    """Return the random seed of a search as an int.
 
-    An integer is returned unchanged. For a RandomState or Generator, the seed is its next random
-    integer. For None, the seed is random.
+    An integer stays unchanged. For a RandomState or Generator, the seed is its next random integer.
+    For None, the seed is random.
     """
     import numpy as np
 

@@ -1,5 +1,5 @@
-"""The arguments ``model`` and ``method``: their names, classes and values, and their form in a
-study file."""
+"""Checks of the arguments ``model`` and ``method``, and their conversion to and from a study file.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -49,20 +49,21 @@ class ModelChoice:
     or not known yet)."""
 
     def of(self, target: Target, objective: Objective | None) -> "ModelChoice":
-        """Return the choice for a target and a loss, on which some defaults depend."""
+        """Return the model choice for a target and a loss, because some default values depend on
+        them."""
         classes = objective is not None and objective.is_named and objective.loss == "cross_entropy"
         goal: Goal = "classes" if classes else "numbers" if target.task == "regression" else ""
         return replace(self, goal=goal)
 
     @cached_property
     def recipe(self) -> Config:
-        """The model's own default values, which replace the common defaults in its trials."""
+        """The default hyperparameters of this model, which replace gputune's common defaults."""
         return recipe_of(self.module_class, self.goal)
 
     def defaults(self, schedule: str) -> Config:
-        """Return the recipe with the optimizer and the schedule.
+        """Return the default hyperparameters of the model, with the optimizer and the schedule.
 
-        A constant ``schedule`` does not replace a schedule of the recipe.
+        The argument ``schedule="constant"`` does not replace a schedule among the model's defaults.
         """
         defaults = {**self.recipe, "optimizer": self.optimizer}
         if schedule != "constant" or "schedule" not in self.recipe:
@@ -70,19 +71,19 @@ class ModelChoice:
         return defaults
 
     def complete(self, params: Config, schedule: str) -> Config:
-        """Return the parameters of a trial with all default values added."""
+        """Return the hyperparameters of a trial, with default values for all missing keys."""
         return complete(
             {**self.defaults(schedule), **params}, optimizer=self.optimizer, schedule=schedule
         )
 
     @property
     def solved(self) -> bool:
-        """True if the model is solved to convergence instead of trained."""
+        """True if a solver computes the model's optimum directly, without training steps."""
         return self.optimizer == "exact"
 
     @property
     def kind(self) -> ModelKind:
-        """The engine's name for the stacked form of the model."""
+        """The name of the model in gputune's engine: "linear", "mlp" or "module"."""
         return "linear" if self.searched == "logistic" else self.searched
 
     @property
@@ -92,21 +93,25 @@ class ModelChoice:
 
     @property
     def spec(self) -> Json:
-        """The description of the model in a study and in a model folder, as plain JSON."""
+        """The description of the model that studies and model folders store, as plain JSON."""
         if self.module_class is None:
             return {"kind": self.searched}
         return {"kind": "module", **class_source(self.module_class)}
 
     @property
     def name(self) -> str:
-        """The name of the model in messages."""
+        """The name of the model, as messages show it:
+
+        "mlp", "logistic" or the name of the module.
+        """
         return self.searched if self.module_class is None else name_of(self.module_class)
 
 
 def choose_model(model: object, optimizer: object) -> ModelChoice:
-    """Return the checked choice of a model and its optimizer.
+    """Return the ``ModelChoice`` for the user's arguments ``model`` and ``optimizer``.
 
-    Raises InputError for a model that cannot be imported, and for an optimizer that does not fit.
+    Raises InputError for a model that cannot be imported, and for an optimizer that does not fit
+    the model.
     """
     searched, module_class = _resolve(model)
     if optimizer is None:
@@ -120,7 +125,7 @@ def choose_model(model: object, optimizer: object) -> ModelChoice:
 
 
 def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoice:
-    """Return the choice that a study has stored.
+    """Return the model and the optimizer that a study has stored.
 
     Raises InputError if a class no longer exists, and UntrustedCodeError for code that the user has
     not trusted.
@@ -137,8 +142,10 @@ def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoi
 
 
 def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
-    """Return the kind of a model, and its class or function if it is a module. Raises
-    InputError."""
+    """Return "mlp", "logistic" or "module" for the argument ``model``.
+
+    For a module, also return its class or function. Raises InputError for an unknown model.
+    """
     if model == "mlp" or model == "logistic":
         return model, None
     if is_builder(model):
@@ -170,7 +177,11 @@ METHODS: Mapping[str, type[StoppingRule] | type[Hypergradient]] = {
 
 
 def check_method(method: object) -> Method:
-    """Return the method that a name or an options object means. Raises InputError."""
+    """Return the search method for the argument ``method``, which is a name or an object with
+    options.
+
+    Raises InputError for an unknown method.
+    """
     if isinstance(method, str) and method in METHODS:
         return METHODS[method]()
     if isinstance(method, StoppingRule | Hypergradient | OptunaSampler):
@@ -186,10 +197,10 @@ def check_method(method: object) -> Method:
 
 
 def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
-    """Raise InputError if ``patience`` has no effect in a search.
+    """Raise InputError if the option ``patience`` has no effect in a search.
 
-    ``patience`` needs trials that train, and that are scored at their best epoch. The method must
-    not decide itself how long a trial trains.
+    ``patience`` needs trials that train epoch by epoch and are scored at their best epoch. The
+    method must not decide itself how long a trial trains.
     """
     if solved:
         solver = option("optimizer", "exact")
@@ -208,14 +219,14 @@ def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
 
 
 def method_name(method: Method) -> str:
-    """Return the name of a method in messages and files."""
+    """Return the name of a search method, as messages and study files show the method."""
     if isinstance(method, OptunaSampler):
         return "optuna"
     return method if isinstance(method, str) else type(method).__name__.lower()
 
 
 def method_to_json(method: Method) -> str | Json:
-    """Return a method as plain JSON for the study file."""
+    """Convert a search method to plain JSON for the study file."""
     if isinstance(method, str):
         return method
     if isinstance(method, OptunaSampler):
@@ -226,9 +237,9 @@ def method_to_json(method: Method) -> str | Json:
 
 
 def method_from_json(value: str | Json) -> Method:
-    """Return the method that ``method_to_json`` converted, for a refit.
+    """Convert the JSON of ``method_to_json`` back to a search method.
 
-    An Optuna sampler becomes "random", because a refit does not use it.
+    An Optuna sampler becomes "random", because a refit does not use the sampler.
     """
     if isinstance(value, str):
         return check_method(value)

@@ -1,7 +1,7 @@
-"""The context of a search: a session, the data, the model and the recorded plan.
+"""The context of a search: a session, the data, the model and the plan of its training.
 
 A chunk is a group of trials with one tensor shape that train together. A plan is a list of chunks.
-A recorded chunk is a chunk that the study stores.
+A recorded chunk is a chunk that the study file stores.
 
 The last bits of a result depend on the trials that share a chunk, and on the number of threads.
 Therefore a resumed search, and every process that works on a search, trains the same chunks of the
@@ -45,9 +45,10 @@ from gputune.wording import option
 
 @dataclass(frozen=True)
 class RecordedPlan:
-    """A plan made of recorded chunks.
+    """A training plan made of recorded chunks (groups of trials that the study file stores).
 
-    The ``index`` of a chunk holds positions in ``trials``. It is also the key in ``chunks``.
+    The ``index`` of a chunk holds the positions of its trials in ``trials``. The dict ``chunks``
+    uses this index as key.
     """
 
     plan: Plan
@@ -56,12 +57,16 @@ class RecordedPlan:
     chunks: dict[tuple[int, ...], PlannedChunk]
 
     def chunk_of(self, part: Population) -> PlannedChunk:
-        """Return the recorded chunk that contains a chunk of the plan."""
+        """Return the recorded chunk with the trials of ``part``, which is a chunk or a part of a
+        chunk."""
         return next(chunk for index, chunk in self.chunks.items() if part.index[0] in index)
 
 
 def failed_result(trial: int, curve: np.ndarray, reason: str) -> Result:
-    """Return the result of a trial that cannot be trained, with its curve so far (epochs, F)."""
+    """Return the result "failed" of a trial that cannot be trained.
+
+    ``curve`` (epochs, F) holds the scores before the failure.
+    """
     folds = (math.nan,) * curve.shape[1]
     return Result(trial, "failed", math.nan, folds, 0, 0.0, curve, {"reason": reason})
 
@@ -74,8 +79,8 @@ class Context(Session):
         trainer: The data, the model and the machine.
         problem: The encoded rows, the target and the loss.
         profile: The time that each part of the search takes.
-        checkpoints: The folder of the checkpoints, or None without a study file.
-        needs: The measured device memory of each tensor shape.
+        checkpoints: The folder with the checkpoints. None if the study is not stored in a file.
+        needs: The device memory that trials need, measured once for each tensor shape.
         timed: The fastest way to train the members, keyed by the text of the module__* values that
             may be sizes.
         faults: Problems during the training that did no harm, one sentence each.
@@ -95,7 +100,10 @@ class Context(Session):
 
     @property
     def in_rungs(self) -> bool:
-        """True if all trials train together from rung to rung."""
+        """True if the method compares running trials (halving or median).
+
+        All trials then train together from one comparison to the next.
+        """
         method = self.options.search.method
         rule = method.halving if isinstance(method, OptunaSampler) else method
         return isinstance(rule, StoppingRule)
@@ -111,18 +119,22 @@ class Context(Session):
 
     @property
     def no_curve(self) -> np.ndarray:
-        """The curve of a trial that has not trained: (0, F), or (0, F, M) with several metrics."""
+        """The empty learning curve of a trial that has not trained.
+
+        The shape is (0, F), or (0, F, M) with several metrics.
+        """
         return np.empty((0, *shape_of_scores(self.scoring, self.data.n_folds)))
 
     @property
     def epochs(self) -> int:
-        """The number of epochs that a trial trains if nothing ends it early."""
+        """The number of epochs for which a trial trains if nothing ends the trial early."""
         return self.trainer.horizon
 
     def complete(self, params: Config) -> Config:
-        """Return the parameters of a trial with every key that training reads.
+        """Return the hyperparameters of a trial, with default values for all keys that training
+        reads.
 
-        A hypergradient search also reads the betas.
+        A hypergradient search also reads Adam's betas.
         """
         config = self.choice.complete(params, self.options.training.schedule)
         if isinstance(self.options.search.method, Hypergradient):
@@ -130,7 +142,7 @@ class Context(Session):
         return config
 
     def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
-        """Return the plan of the chunks in which configurations train for ``epochs`` epochs.
+        """Return the training plan for configurations that train for ``epochs`` epochs.
 
         Raises InputError for a module that cannot be trained.
         """
@@ -165,9 +177,9 @@ class Context(Session):
         return plan
 
     def _time(self, plan: Plan, groups: Sequence[Population], epochs: int) -> bool:
-        """Measure the possible ways to train a user's module, and choose the fastest.
+        """Time the possible backends for a user's module, and choose the fastest.
 
-        Returns True if any chunk now trains in a different way.
+        Returns True if any trial now trains with a different backend.
         """
         builder = self.choice.module_class
         data = self.data
@@ -207,9 +219,11 @@ class Context(Session):
     def recorded_plans(
         self, waiting: Sequence[Candidate], stage: int, make: Callable[[Sequence[Config]], Plan]
     ) -> list[RecordedPlan]:
-        """Return plans of complete recorded chunks, one plan for each number of threads.
+        """Return the training plans of the waiting trials, with trials grouped as the study file
+        records.
 
-        ``make`` plans the trials that are in no recorded chunk yet.
+        There is one plan for each number of threads. ``make`` groups the trials that have no
+        recorded group yet.
         """
         # Plans by number of trials, so that a search in which all trials are new is planned only
         # once.
@@ -254,9 +268,9 @@ class Context(Session):
         indices: Iterable[tuple[int, ...]],
         configs: Sequence[Config],
     ) -> Plan:
-        """Return a plan with chunks that train with the given number of threads.
+        """Return a plan in which the given groups of trials train with a number of threads.
 
-        The ``indices`` of a chunk are positions in ``configs``.
+        Each entry of ``indices`` holds the positions of a group's trials in ``configs``.
         """
         chunks = []
         for index in indices:
@@ -267,23 +281,26 @@ class Context(Session):
         return replace(plan, chunks=tuple(chunks), workers=n_workers, threads=threads)
 
     def note_fault(self, fault: str) -> None:
-        """Show a problem during the training that did no harm, and note it for the study."""
+        """Show a harmless problem of the training to the user, and note the problem for the study.
+        """
         if fault:
             self.faults[fault] = None
             self.progress.say(f"note: {fault}", once=True)
 
     def may_begin(self, recorded: RecordedPlan) -> Claim[Population] | None:
-        """Return the function that says whether a chunk of a recorded plan may begin.
+        """Return a function that decides whether a group of trials may begin to train.
 
-        Returns None if every chunk may begin at any time.
+        Returns None if every group may begin at any time.
         """
         if not self.good_enough.is_possible:
             return None
         return lambda part: self.good_enough.allows(recorded.chunk_of(part))
 
     def _need(self, population: Population, max_trials: int) -> Need | None:
-        """Return the device memory that a population (members of one tensor shape) needs. The
-        memory is measured once for each tensor shape."""
+        """Return the device memory that the members of a population need to train.
+
+        gputune measures the memory once for each tensor shape.
+        """
         shape = shape_of(population)
         if shape not in self.needs:
             job = self.trainer.job(Job, epochs=self.epochs)
@@ -292,9 +309,9 @@ class Context(Session):
         return self.needs[shape]
 
     def checkpointing(self, numbers: Sequence[int]) -> Checkpointing | None:
-        """Return the settings with which trials keep their state while they train.
+        """Return the settings for checkpoints of trials: folder, trial numbers and interval.
 
-        Returns None without a study file.
+        Returns None if the study is not stored in a file.
         """
         if self.checkpoints is None:
             return None
@@ -303,7 +320,8 @@ class Context(Session):
         )
 
     def checkpoints_of(self, numbers: Sequence[int], configs: Sequence[Config]) -> list[Checkpoint]:
-        """Return the stored checkpoints of trials."""
+        """Read the checkpoints of trials, and tell the user how many trials can continue training.
+        """
         if self.checkpoints is None:
             return []
         checkpoints = self.checkpoints.read(dict(zip(numbers, configs)))
@@ -316,9 +334,9 @@ class Context(Session):
     def finish(
         self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
     ) -> None:
-        """Store the results of trials that have ended, and their outputs by trial number.
+        """Store the results of trials that have ended, and the outputs of trials by trial number.
 
-        This also shows the number of new results, and deletes the checkpoints of these trials.
+        Also update the progress bar, and delete the checkpoints of these trials.
         """
         new = [result for result in results if result.number not in self.ledger.results]
         with self.profile.clock("storing"):
@@ -327,23 +345,27 @@ class Context(Session):
         self._drop(results)
 
     def _drop(self, results: Iterable[Result]) -> None:
-        """Delete the checkpoints of trials with a final result."""
+        """Delete the checkpoints of trials that ended with a final result.
+
+        Stopped trials are not final.
+        """
         if self.checkpoints is not None:
             self.checkpoints.drop(result.number for result in results if result.state != "stopped")
 
     def tidy(self) -> None:
-        """Delete old checkpoints of trials that have ended.
+        """Delete the checkpoints of trials that have ended.
 
-        If no trial waits, all checkpoints are deleted.
+        If no trial waits for training, delete all checkpoints.
         """
         self._drop(self.ledger.results.values())
         if self.checkpoints is not None and not self.ledger.has_waiting():
             self.checkpoints.clear()
 
     def check_module(self, config: Config, *, first: bool = False) -> int:
-        """Try a module, and return its number of parameters.
+        """Run the user's module with a configuration once, and return its number of parameters.
 
-        With ``first=True``, its outputs must be finite. Raises InputError.
+        Raises InputError if the module cannot be trained. With ``first=True``, outputs that are not
+        finite also raise InputError.
         """
         builder = self.choice.module_class
         objective = self.trainer.objective
@@ -367,8 +389,8 @@ class Context(Session):
     def _check_rows(self, groups: Sequence[Population]) -> None:
         """Raise InputError for learning rates or minibatches that do not fit the user's module.
 
-        The factors on learning rates must belong to parameters of the module. A minibatch must have
-        enough rows.
+        Each factor on the learning rate must belong to a parameter of the module. A minibatch must
+        have enough rows for the module.
         """
         known = known_traits(self.choice.module_class, self.data)
         smallest = min(self.data.train_lengths)
@@ -386,9 +408,9 @@ class Context(Session):
                 )
 
     def remarks_on(self, configs: Sequence[Config]) -> tuple[str, ...]:
-        """Return the reasons why trials train one by one, one sentence each.
+        """Return the reasons why trials train one by one instead of together, one sentence each.
 
-        The reasons come from the modules tried so far, and from the configurations.
+        The reasons come from the modules that gputune has inspected, and from the configurations.
         """
         if self.options.machine.backend == "loop":
             return ()

@@ -1,8 +1,8 @@
 """The hypergradient search.
 
-A starting point is a configuration that moves along hypergradients, the derivatives of its
-validation loss. All starting points move at the same time, and every point on the way is a trial. A
-chunk is a group of trials that train together.
+The search changes each starting configuration step by step along hypergradients, the derivatives of
+its validation loss. All starting points move at the same time, and every configuration on the path
+is a trial. A chunk is a group of trials that train together.
 """
 
 import time
@@ -34,8 +34,10 @@ MODES: tuple[SlopeMode, ...] = "exact", "differences"
 
 
 def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...]:
-    """Return the hyperparameters that are moved. For the solved logistic regression (no training
-    steps) this is only C."""
+    """Return the names of the hyperparameters that a hypergradient search changes.
+
+    For the solved logistic regression (no training steps) the only name is C.
+    """
     names = tuple(method.hyperparameters)
     if not choice.solved:
         if "C" in names:
@@ -61,7 +63,7 @@ def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...
 
 
 def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: Context) -> None:
-    """Raise InputError if the starting points cannot be moved by hypergradients."""
+    """Raise InputError if a hypergradient search cannot move the starting points."""
     if (transform := context.options.rows.target_transform) is not None:
         raise InputError(
             "method='hypergradient'",
@@ -91,33 +93,35 @@ def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: C
 
 
 class DescentPoints(Protocol):
-    """The points of a hypergradient search, as each interface stores them.
+    """The interface to the configurations (points) of a hypergradient search and their slopes.
 
-    They are trials of a study, or candidates of a scikit-learn search.
+    The points are trials of a study, or candidates of a scikit-learn search.
     """
 
     measures_again: ClassVar[bool]
-    """True if a starting point that noise keeps in its place is measured there again.
+    """True if a starting point that did not move because of noise is measured again as the same
+    point.
 
     If False, the repeated measurement is a new point.
     """
 
     def measure(self, starts: Mapping[int, StartingPoint], step: int) -> Mapping[int, Slope]:
-        """Return the slope at the current point of each start, keyed by the number of the start.
+        """Return the slope (derivative of the loss) at the current point of each starting point.
 
-        A start that is missing has reached its last point.
+        The result is keyed by the number of the starting point. If a number is missing, that
+        starting point does not move any further.
         """
 
     def add(self, starts: Mapping[int, StartingPoint], step: int) -> None:
-        """Store the points to which the starts have moved."""
+        """Store the new points after a step of the search."""
 
 
 def run_descent(
     starts: Mapping[int, StartingPoint], points: DescentPoints, outer_steps: int
 ) -> None:
-    """Move the starts for at most ``outer_steps`` steps.
+    """Move each starting point of a hypergradient search for at most ``outer_steps`` steps.
 
-    The points after the last step are measured too.
+    The search also measures the points after the last step.
     """
     for step in range(outer_steps + 1):
         slopes = points.measure(starts, step)
@@ -147,8 +151,10 @@ def run_descent(
 
 
 def descend(context: Context, space: CheckedSpace, method: Hypergradient) -> None:
-    """Move every starting point of the ledger. Points that already have a result are not trained
-    again."""
+    """Run a hypergradient search on the starting points of the study.
+
+    Points that already have a result do not train again.
+    """
     names = searched_names(method, context.choice)
     bounds = {}
     for name in names:
@@ -173,9 +179,9 @@ def descend(context: Context, space: CheckedSpace, method: Hypergradient) -> Non
 
 @dataclass(eq=False)
 class _Trials:
-    """The points of a hypergradient search as trials.
+    """The points of a hypergradient search, stored as trials of a study.
 
-    ``points`` holds the current point of each start that still moves.
+    ``points`` holds the current point of each starting point that still moves.
     """
 
     context: Context
@@ -184,9 +190,9 @@ class _Trials:
     measures_again: ClassVar[bool] = False
 
     def measure(self, starts: Mapping[int, StartingPoint], step: int) -> dict[int, Slope]:
-        """Evaluate the points without a result, and return the slopes.
+        """Train the current points that have no result yet, and return the slopes of all points.
 
-        A point that was stopped or given up has no slope.
+        A point that was stopped or has failed has no slope.
         """
         context = self.context
         if step > 0 and context.is_over():
@@ -209,7 +215,8 @@ class _Trials:
         return slopes
 
     def add(self, starts: Mapping[int, StartingPoint], step: int) -> None:
-        """Make each point a trial of the ledger, unless it already is one."""
+        """Store each new point of the search as a trial of the study, unless the study already has
+        the trial."""
         if self.context.stop.reason:  # a search that is good enough ends without further points
             self.points = {}
             return
@@ -236,7 +243,7 @@ class _Trials:
 
 
 def _train(points: list[Candidate], mode: SlopeMode, step: int, context: Context) -> None:
-    """Train points in recorded chunks, and store their results."""
+    """Train the given points of a hypergradient search, and store their results."""
     jobs = []
 
     def make(configs: Sequence[Config]) -> Plan:
@@ -269,9 +276,9 @@ def _train(points: list[Candidate], mode: SlopeMode, step: int, context: Context
 def plan_points(
     configs: Sequence[Config], mode: SlopeMode, context: Context
 ) -> tuple[Plan, HypergradientJob]:
-    """Return the chunks of the given points and their job.
+    """Return the training plan and the job (shared settings) for points of a hypergradient search.
 
-    Raises InputError if the points cannot be differentiated.
+    Raises InputError if the training of the points cannot be differentiated.
     """
     method = context.options.search.method
     trainer = context.trainer
@@ -288,8 +295,10 @@ def plan_points(
 
 
 def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: SlopeMode) -> Result:
-    """Return the result of a point. It is scored after the last epoch, because that loss is
-    minimized."""
+    """Return the result of one point, with its score after the last epoch.
+
+    The last epoch counts because the search minimizes the loss after it.
+    """
     detail: Json = {}
     if outcome.slopes is not None and outcome.losses is not None and outcome.ratios is not None:
         slopes = {name: table[c] for name, table in outcome.slopes.items()}
@@ -305,8 +314,11 @@ def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: Slo
 
 
 def _solve(points: list[Candidate], context: Context) -> None:
-    """Solve the logistic regressions of points that read the same data, and differentiate the
-    solutions. All folds are solved at once."""
+    """Solve the logistic regressions of several points in all folds, and differentiate the
+    solutions.
+
+    All points must read the same data.
+    """
     begin = time.monotonic()
     configs = [context.complete(point.params) for point in points]
     data = context.data.of(configs[0])

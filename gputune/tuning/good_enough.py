@@ -35,7 +35,7 @@ Fewer trials would leave the stacked backends with little work.
 def batch_of(candidate: Candidate) -> int:
     """Return the batch number of a trial that an Optuna sampler proposed.
 
-    The batch number is 0 for any other trial.
+    The batch number of any other trial is 0.
     """
     origin = candidate.origin
     if not isinstance(origin, str) or not origin.startswith(BATCH):
@@ -44,11 +44,11 @@ def batch_of(candidate: Candidate) -> int:
 
 
 def block_size(target_score: float | None, patience_trials: int | None) -> int | None:
-    """Return the number of consecutive trials that are planned together.
+    """Return the number of consecutive trials that gputune plans together.
 
-    Returns None if the search cannot end early. Then all trials are planned at once. Otherwise,
-    chunks of trials from all over the search would delay the decision, because it judges the trials
-    in order.
+    Returns None if the search cannot end early, because then gputune plans all trials at once. A
+    search that can end early judges its trials in order. Small groups of consecutive trials let it
+    decide sooner.
     """
     if target_score is None and patience_trials is None:
         return None
@@ -57,12 +57,12 @@ def block_size(target_score: float | None, patience_trials: int | None) -> int |
 
 @dataclass(eq=False)
 class GoodEnough:
-    """The decision to end a search early, taken chunk by chunk.
+    """The decision to end a search early because a score is good enough or no longer improves.
 
     Attributes:
         in_rungs: If True, trials train together from rung to rung, and all trials together count as
             one chunk. With an Optuna sampler, each batch counts as one chunk.
-        reason: The reason for the end as text. It is "" while the search continues.
+        reason: The reason why the search ends, as text. "" while the search continues.
     """
 
     ledger: Ledger
@@ -80,11 +80,12 @@ class GoodEnough:
 
     @property
     def is_possible(self) -> bool:
-        """True if the search can end early at all."""
+        """True if the user set ``target_score`` or ``patience_trials``, so that the search can end
+        early."""
         return self.target_score is not None or self.patience_trials is not None
 
     def allows(self, chunk: PlannedChunk) -> bool:
-        """Return whether a chunk of the plan may begin now."""
+        """Return True if a chunk (a group of trials that train together) may begin to train now."""
         if not self.is_possible:
             return True
         with self._lock:
@@ -94,9 +95,9 @@ class GoodEnough:
             return self._allows(place, chunk)
 
     def is_reached(self) -> bool:
-        """Return True if the search ends now.
+        """Return True if ``target_score`` or ``patience_trials`` ends the search now.
 
-        A trial must have ended it, and all chunks that may train must have ended.
+        The result is False while trials that were allowed to begin have not ended.
         """
         if not self.is_possible:
             return False
@@ -111,14 +112,17 @@ class GoodEnough:
             return True
 
     def _allows(self, place: int, chunk: PlannedChunk) -> bool:
-        """Return True if the chunk at a place in the order of the chunks may begin."""
+        """Return True if the chunk at position ``place`` of the plan may begin to train."""
         if self.reason:
             # After the decision, only chunks that were allowed to begin just before it may train.
             return place < self._ended - 1 + chunk.at_once
         return place - chunk.at_once < self._ended
 
     def _chunks(self) -> Sequence[PlannedChunk]:
-        """Return the chunks in order. In rungs, each batch of trials counts as a chunk."""
+        """Return the groups of trials that train together, in the order of the plan.
+
+        With halving or the median rule, each batch of trials is one group.
+        """
         if not self.in_rungs:
             return self.ledger.plan
         batches = groupby(self.ledger.candidates, batch_of)
@@ -130,8 +134,7 @@ class GoodEnough:
         return all(number in self.ledger.results for number in chunk.trials)
 
     def _look(self, chunks: Sequence[PlannedChunk]) -> None:
-        """Judge the trials of the chunks that have ended since the last call, until a trial ends
-        the search."""
+        """Judge the trials that have ended since the last call, until one trial ends the search."""
         while (
             not self.reason and self._ended < len(chunks) and self._has_ended(chunks[self._ended])
         ):
@@ -140,8 +143,8 @@ class GoodEnough:
             self._count_trials(chunks)
 
     def _count_trials(self, chunks: Sequence[PlannedChunk]) -> None:
-        """Judge trials in order of their trial numbers, up to the first trial that has not
-        ended."""
+        """Judge trials in the order of their trial numbers, and stop at the first unfinished trial.
+        """
         candidates = self.ledger.candidates
         while not self.reason and self._counted < len(candidates):
             number = candidates[self._counted].number
@@ -151,12 +154,14 @@ class GoodEnough:
             self._count(number)
 
     def _is_without_chunk(self, number: int, chunks: Sequence[PlannedChunk]) -> bool:
-        """Return True if a trial has ended but is in no chunk. A repaired study may have lost
-        chunks."""
+        """Return True if a trial has a result but belongs to no group of the plan.
+
+        A repaired study file may have lost its groups.
+        """
         return number in self.ledger.results and not any(number in chunk.trials for chunk in chunks)
 
     def _count(self, number: int) -> None:
-        """Compare one trial with the best trial so far, and set ``reason`` if it ends the
+        """Compare a trial with the best trial so far, and set ``reason`` if the trial ends the
         search."""
         result = self.ledger.results[number]
         if result.state == "complete" and result.score > self._best:

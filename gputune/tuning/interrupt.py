@@ -1,7 +1,7 @@
 """Handling of Ctrl-C and SIGTERM while a search trains.
 
-After the first signal the running epoch is completed. The second signal ends it at once. Before and
-after the training, each signal ends the command with a message.
+After the first signal, the search completes the running epoch and then stops. A second signal stops
+the search at once. Before and after the training, each signal ends the command with a message.
 """
 
 import os
@@ -37,9 +37,9 @@ _USUAL: dict[int, Handler] = {CTRL_C: signal.default_int_handler, TERMINATED: si
 
 
 def take_signals(handle: Callable[[int, FrameType | None], None]) -> None:
-    """Install a handler for both signals in a process that runs one command.
+    """Install a handler for Ctrl-C and SIGTERM in a process that runs one command.
 
-    An ignored signal stays ignored.
+    A signal that the process ignores stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -49,11 +49,10 @@ def take_signals(handle: Callable[[int, FrameType | None], None]) -> None:
 
 
 def end_command(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt or Terminated. During the import of a library, end the process
-    instead.
+    """Signal handler that raises KeyboardInterrupt for Ctrl-C, or Terminated for SIGTERM.
 
-    Some libraries turn an interrupt during their import into a different error. At that time there
-    is nothing to lose yet.
+    During the import of a library, the handler ends the process instead, because some libraries
+    turn an interrupt into a different error. At that time no results can be lost.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -63,7 +62,7 @@ def end_command(number: int, frame: FrameType | None) -> None:
 
 
 def end_process(number: int, _frame: FrameType | None) -> NoReturn:
-    """End the process with the usual exit code for the signal."""
+    """Signal handler that ends the process at once, with the usual exit code for the signal."""
     with suppress(OSError):
         os.write(2, b"gputune: interrupted.\n")
     # Shells report a process that a signal has ended with the exit code 128 + number.
@@ -74,9 +73,9 @@ def end_process(number: int, _frame: FrameType | None) -> NoReturn:
 def ended_by_signals(
     stop: Stop, signals: Sequence[int], say: Callable[[str], None]
 ) -> Iterator[list[int]]:
-    """Let the signals end the training in the ``with`` block early.
+    """Let Ctrl-C and SIGTERM end the training in the ``with`` block early.
 
-    Yields the list of the numbers of the signals that have come, which is empty at first.
+    Yields a list, to which each signal adds its number.
     """
     numbers: list[int] = []
     timers: list[threading.Timer] = []
@@ -114,12 +113,12 @@ def ended_by_signals(
 
 
 def is_interactive() -> bool:
-    """Return True in a notebook, in IPython and at Python's prompt."""
+    """Return True if the code runs in a notebook, in IPython or at Python's prompt."""
     return hasattr(sys, "ps1")  # all three set this attribute
 
 
 def _end_in_time() -> threading.Timer:
-    """Send SIGTERM to the main thread again after the grace period."""
+    """Start a timer that sends SIGTERM to the main thread again after the grace period."""
     main = threading.main_thread().ident
     assert main is not None
     send: Callable[[int], object]
@@ -134,7 +133,8 @@ def _end_in_time() -> threading.Timer:
 
 
 def interruption(study: "Study", file: object) -> str:
-    """Return the message of an interrupted search: its progress and the way to resume it."""
+    """Return the message of an interrupted search, with its progress and the way to resume the
+    search."""
     states = Counter(trial.state for trial in study.trials)
     n_done = len(study.trials) - states["waiting"] - states["stopped"]
     cut_short = f", {states['stopped']} cut short" if states["stopped"] else ""

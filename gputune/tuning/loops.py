@@ -1,4 +1,5 @@
-"""The search over a custom training loop: space, trials, calls of the objective, study."""
+"""The search over a custom training loop: sample trials, call the user's objective, store the
+study."""
 
 import functools
 import inspect
@@ -66,9 +67,9 @@ def search_loop(
     max_epochs: int | None,
     study_type: type[AnyStudy],
 ) -> AnyStudy:
-    """Train the trials of an objective. See ``gputune.search``.
+    """Train the trials of a custom training loop.
 
-    ``max_epochs=None`` means that the user did not set it.
+    See ``gputune.search``. ``max_epochs=None`` means that the user did not set the argument.
     """
     search = options.search
     machine = options.machine
@@ -122,8 +123,10 @@ def search_loop(
 
 
 def _first_trials(search: SearchOptions, space: CheckedSpace) -> tuple[Candidate, ...]:
-    """Return the included trials, and the sampled trials unless an Optuna sampler proposes trials
-    later."""
+    """Return the trials that are known at the start: included configurations and random samples.
+
+    Without random samples if an Optuna sampler proposes the trials later.
+    """
     check_count(search.n_trials, "n_trials", least=0, remedy=_EXAMPLE)
     first = numbered([(config, "include") for config in check_own_include(search.include, space)])
     if not first and not search.n_trials:
@@ -137,7 +140,8 @@ def _first_trials(search: SearchOptions, space: CheckedSpace) -> tuple[Candidate
 
 
 def _check_objective(objective: object, direction: object) -> None:
-    """Raise InputError for an objective that cannot be called, or an unknown direction."""
+    """Raise InputError for an objective that is not a function of two arguments, or an unknown
+    direction."""
     if not callable(objective):
         raise InputError(
             "objective",
@@ -159,14 +163,16 @@ def _check_objective(objective: object, direction: object) -> None:
 
 
 def _function(objective: object) -> tuple[object, str]:
-    """Return the function inside any partials, or the objective itself, and its name."""
+    """Return the function inside a ``functools.partial``, or the objective itself, and the
+    function's name."""
     while isinstance(objective, functools.partial):
         objective = objective.func
     return objective, str(getattr(objective, "__qualname__", type(objective).__name__))
 
 
 def _pruning_rule(method: Method, max_epochs: int | None) -> PruningRule | None:
-    """Return the rule that ends trials early, or None."""
+    """Return the rule by which the search ends trials early, or None if the method has no such
+    rule."""
     if isinstance(method, Hypergradient):
         raise InputError(
             "method='hypergradient'",
@@ -203,7 +209,7 @@ def _record(
     max_epochs: int | None,
     callbacks: Sequence[Callback],
 ) -> SearchRecord:
-    """Return the record of a search for the study file."""
+    """Return the description of a search over a custom training loop, for the study file."""
     function, name = _function(objective)
     # The source code, else the bytecode, else "".
     text = source_text(function if inspect.isroutine(function) else type(function))
@@ -237,9 +243,9 @@ def _train(
     workers: Executor[LoopTrial, TrialEnding],
     waiting: Sequence[Candidate],
 ) -> Sequence[PlannedChunk]:
-    """Train the trials that this process can claim.
+    """Train the waiting trials that no other process has claimed.
 
-    If it can claim none, return the chunks that other processes train.
+    If this process can claim no trial, return the trials that other processes train.
     """
     ledger = session.ledger
     progress = session.progress

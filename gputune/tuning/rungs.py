@@ -3,7 +3,7 @@
 A stop is an epoch after which the rule prunes trials. Successive halving calls it a rung. A member
 is one trial on one fold, and a chunk is a group of trials that train together.
 
-All trials train together from stop to stop. At each stop, the rule prunes some of them.
+All trials train together from stop to stop. At each stop, the rule prunes some trials.
 
 A resumed search trains only the trials without a result, each from its checkpoint. Compiled members
 give bit-identical results with any other members in their chunk. Eager members, and members on a
@@ -32,7 +32,7 @@ from gputune.wording import option
 
 
 def check_rungs(rule: StoppingRule, context: Context) -> None:
-    """Raise InputError if a rule cannot be used in a search."""
+    """Raise InputError if a search cannot use successive halving or the median rule."""
     if context.choice.solved:
         raise InputError(
             f"method={type(rule).__name__.lower()!r}",
@@ -43,9 +43,9 @@ def check_rungs(rule: StoppingRule, context: Context) -> None:
 
 
 def train_in_rungs(context: Context, rule: StoppingRule, trials: Sequence[Candidate]) -> None:
-    """Train trials of the ledger to each stop of a rule, and to the end.
+    """Train trials, and prune some trials at each stop of a rule such as successive halving.
 
-    Trials that have ended before are compared by their stored curves.
+    The rule also compares running trials with the stored curves of trials that ended earlier.
     """
     search = _RungTraining(context, rule, trials)
     begin = 0
@@ -65,7 +65,10 @@ def train_in_rungs(context: Context, rule: StoppingRule, trials: Sequence[Candid
 
 @dataclass(eq=False)
 class _RunningTrial:
-    """A trial without a result: its curve so far (epochs, F) and its training time in seconds."""
+    """A trial that has no result yet.
+
+    ``curve`` (epochs, F) holds its scores so far, and ``seconds`` its training time.
+    """
 
     number: int
     config: Config
@@ -73,12 +76,12 @@ class _RunningTrial:
     seconds: float = 0.0
 
     def has_diverged(self, epoch: int) -> bool:
-        """Return True if a score of the first ``epoch`` epochs is NaN."""
+        """Return True if the trial's score is NaN in one of the first ``epoch`` epochs."""
         return bool(np.isnan(first_metric(self.curve, axes=2)[:epoch]).any())
 
 
 class _RungTraining:
-    """The running trials, and their states between two stops."""
+    """The running trials of a search with halving or the median rule, and their saved states."""
 
     def __init__(self, context: Context, rule: StoppingRule, trials: Sequence[Candidate]) -> None:
         self.context = context
@@ -116,7 +119,7 @@ class _RungTraining:
                     )
 
     def train(self, begin: int, stop: int) -> None:
-        """Train the running trials from one stop to the next."""
+        """Train the running trials from epoch ``begin`` to epoch ``stop``."""
         context = self.context
         trials = self.running
         plan = context.plan([trial.config for trial in trials], epochs=stop - begin)
@@ -151,9 +154,9 @@ class _RungTraining:
     def _begun_chunks(
         self, chunk: Population, trials: Sequence[_RunningTrial], stop: int
     ) -> Iterator[BegunChunk]:
-        """Yield the trials of a planned chunk that have not reached the stop yet.
+        """Split a planned chunk into groups of trials that can continue training together.
 
-        Trials that have trained for the same number of epochs form one chunk.
+        A group holds trials that have trained for the same number of epochs.
         """
         length = {c: len(trials[i].curve) for c, i in enumerate(chunk.index)}
         for epoch, group in groupby(sorted(length, key=length.__getitem__), key=length.__getitem__):
@@ -173,7 +176,7 @@ class _RungTraining:
                 yield BegunChunk(chunk.kind, index, configs, state, alive, before, seconds)
 
     def _add_outcome(self, trials: Sequence[_RunningTrial], outcome: RungOutcome) -> None:
-        """Store the curves, outputs and states of a trained chunk until the next stop."""
+        """Store the curves, outputs and states of trials that have trained up to a stop."""
         self.context.note_fault(outcome.fault)
         self.context.profile.spent += outcome.spent
         for i, curve in zip(outcome.index, outcome.curves):
@@ -199,7 +202,7 @@ class _RungTraining:
             self.save()
 
     def save(self) -> None:
-        """Write the states that are not in a file yet as checkpoints, if there is a study file."""
+        """Write checkpoints of all running trials whose state is not in a file yet."""
         begin = time.monotonic()
         by_number = {trial.number: trial for trial in self.running}
         checkpointing = self.context.checkpointing(list(by_number))
@@ -223,7 +226,8 @@ class _RungTraining:
         self.earliest = self.saved_at + pause_after(self.saved_at - begin)
 
     def end_trials(self, epoch: int) -> None:
-        """Finish the trials that have diverged, that were stopped, or that the rule prunes."""
+        """Store the results of trials that have diverged, that were stopped, or that the rule
+        prunes."""
         is_last = epoch == self.context.epochs
         # A curve shorter than this epoch means that the time was over before the stop.
         ended = {
@@ -239,9 +243,9 @@ class _RungTraining:
             self.running = [trial for trial in self.running if trial.number not in pruned]
 
     def finish(self, trials: Sequence[_RunningTrial], *, rung: int | None = None) -> None:
-        """Store the results of trials that train no more.
+        """Store the results of trials that do not continue training.
 
-        ``rung`` is the epoch at which the rule pruned them, or None.
+        ``rung`` is the epoch at which the rule pruned the trials, or None.
         """
         epochs = self.context.epochs
         epoch_rule = self.context.options.training.epoch
@@ -267,7 +271,7 @@ class _RungTraining:
             self._store(results, trials)
 
     def _store(self, results: Sequence[Result], trials: Sequence[_RunningTrial]) -> None:
-        """Store results, and remove the untrained epochs of their trials from the progress bar."""
+        """Store the results of trials, and remove their remaining epochs from the progress bar."""
         numbers = {result.number for result in results} & self.outputs.keys()
         self.context.finish(results, {number: self.outputs.pop(number) for number in numbers})
         self.curves |= {result.number: result.curve for result in results}
