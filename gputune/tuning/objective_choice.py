@@ -1,4 +1,4 @@
-"""The training objective of a model, and checks of options that not every model supports."""
+"""The choice of a model's training loss, and checks of options that not every model supports."""
 
 from gputune.data.target import Target
 from gputune.errors import InputError
@@ -14,7 +14,7 @@ _PASS_MODULE = per_interface(
 
 
 def check_machine(choice: ModelChoice, machine: MachineOptions) -> None:
-    """Raise InputError for a precision or a backend that does not fit the model."""
+    """Raise InputError if the model does not support the requested precision or backend."""
     model = option("model", choice.name)
     if machine.precision == "bf16" and choice.kind != "module":
         raise InputError(
@@ -40,9 +40,9 @@ def check_machine(choice: ModelChoice, machine: MachineOptions) -> None:
 def choose_objective(
     target: Target, choice: ModelChoice, training: TrainingOptions
 ) -> Objective | None:
-    """Return the training objective of a module.
+    """Return the training objective (loss, training step and augmentation) of a module.
 
-    Returns None for a built-in model with the loss of its task.
+    Returns None for a built-in model that trains on the default loss of its task.
     """
     if choice.kind == "module":
         return make_objective(training.loss, training.training_step, training.augment, target.task)
@@ -73,7 +73,10 @@ def choose_objective(
 
 
 def _built_in_objective(target: Target, choice: ModelChoice, loss: object) -> Objective | None:
-    """Return the named loss of a built-in model, or None if it is the loss of the task."""
+    """Return the objective for the loss that the user chose for a built-in model.
+
+    Returns None if this loss is the default loss of the task.
+    """
     is_regression = target.task == "regression"
     names = "'mse', 'mae', 'huber' or 'quantile'" if is_regression else "'cross_entropy'"
     model = option("model", choice.name)

@@ -1,4 +1,4 @@
-"""The options of a search in four groups, each option with its rule.
+"""The options of a search in four groups, each with its default value, check and help text.
 
 The checks import slow modules only when they run, because ``gputune --help`` reads this file and
 must not wait for torch.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def _option(value: object, *rule: Any, **settings: Any) -> Any:
-    """Return a field of an option group with a default value and a rule."""
+    """Return a dataclass field for an option with a default value and a rule (check and help text)."""
     return field(default=value, metadata={"rule": Rule(*rule, **settings)})
 
 
@@ -47,7 +47,7 @@ _output = partial(_option, group=OUTPUT)
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(OptionGroup):
-    """The options on the space, on the trials and their scores, and on the end of the search."""
+    """The options on the search space, the trials, their scores, and the end of the search."""
 
     n_trials: int = _search(
         64,
@@ -153,7 +153,7 @@ class SearchOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions(OptionGroup):
-    """The options on the rows and their folds."""
+    """The options on the rows of the data and their division into folds."""
 
     task: "TaskWord | None" = _data(
         None,
@@ -243,7 +243,7 @@ class RowOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(OptionGroup):
-    """The options on the training of one configuration."""
+    """The options on the training of one configuration, such as epochs and loss."""
 
     max_epochs: int = _search(
         50,
@@ -307,7 +307,7 @@ class TrainingOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions(OptionGroup):
-    """The options on the machine, the study file and the output."""
+    """The options on the devices and processes, the study file and the output."""
 
     device: str = _compute(
         "auto",
@@ -416,16 +416,16 @@ class MachineOptions(OptionGroup):
 
     @property
     def is_on_cluster(self) -> bool:
-        """True if a Ray cluster trains."""
+        """True if a Ray cluster trains the trials (``workers="ray"``)."""
         from gputune.executors.ray_cluster import Ray
 
         return isinstance(self.workers, Ray)
 
     def device_here(self) -> "torch.device":
-        """Return the device of this process.
+        """Return the device that this process uses.
 
-        For a search on a cluster, ``device`` is the device of the tasks. This process then uses any
-        available device.
+        In a search on a cluster, the option ``device`` names the device of the cluster's tasks.
+        This process then uses any available device.
         """
         from gputune.engine.backend import choose_device
 
@@ -452,16 +452,19 @@ class Options:
             check_precision(machine.precision, machine.dtype, device, descends=descends)
 
     def values(self) -> dict[str, Any]:
-        """Return the values of all options by name."""
+        """Return a dict from the name of each option to its value."""
         return {name: value for group in vars(self).values() for name, value in vars(group).items()}
 
     def changed(self, **values: object) -> "Options":
-        """Return the options with some other values, checked again."""
+        """Return a copy of the options in which some values are replaced and checked."""
         return make_options(**{**self.values(), **values})
 
 
 def make_options(**values: Any) -> Options:
-    """Return the options of a search, made from unchecked values by name."""
+    """Check option values, and return them as ``Options``.
+
+    Options that are not passed get their default values.
+    """
     groups: dict[str, Any] = {}
     for name, kind in GROUPS.items():
         keys = {option.name for option in fields(kind)} & values.keys()

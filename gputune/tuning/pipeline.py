@@ -1,4 +1,4 @@
-"""The pipeline of a search on rows, from the rows to a study."""
+"""The steps of a search on rows of data, from reading the rows to the finished study."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -60,7 +60,7 @@ from gputune.wording import PYTHON, Interface, option
 
 @dataclass(frozen=True, eq=False)
 class _Setup:
-    """The prepared search before anything trains: model, space, rows, trials and score."""
+    """A search that is ready to train: model, space, rows, trials and scoring."""
 
     problem: Problem
     space: CheckedSpace
@@ -84,13 +84,13 @@ def search(
     interface: Interface = PYTHON,
     study_type: type[AnyStudy],
 ) -> AnyStudy:
-    """Run a search: space, rows, folds, data on the device, trials, training, study.
+    """Run a search: check the options, prepare the rows and trials, train, and return the study.
 
     Args:
         call: The model, the rows and the options of the search.
         signals: The signals that interrupt the training.
-        say_notes: If True, the notes of the record on the columns and the trials are shown. A
-            caller that shows them itself passes False.
+        say_notes: If True, the search prints its notes on the columns and the trials. A caller that
+            prints the notes itself passes False.
         profile: Receives the time that each part takes.
         interface: The names of arguments in messages.
         study_type: The class of the study to return.
@@ -154,13 +154,14 @@ def search(
 
 @dataclass(frozen=True, eq=False)
 class Preview(Generic[AnyStudy]):
-    """A search that is prepared and planned, before anything trains or is written.
+    """A search that is prepared and planned, but has trained and written nothing.
 
     Attributes:
-        study: The trials without results.
-        plan: The plan of the training. None for logistic regressions that are solved.
-        device: The device that trains.
-        stand_ins: Number of trials drawn at random in place of the later proposals of a sampler.
+        study: The planned trials, which have no results.
+        plan: The plan of the training. None for logistic regressions that a solver fits.
+        device: The device on which the trials would train.
+        stand_ins: The number of randomly sampled trials that stand for later proposals of an Optuna
+            sampler.
     """
 
     study: AnyStudy
@@ -177,10 +178,10 @@ def preview(
     interface: Interface = PYTHON,
     study_type: type[AnyStudy],
 ) -> Preview[AnyStudy]:
-    """Prepare and plan a search without training it. No study is read or written.
+    """Prepare and plan a search without training trials.
 
-    Only the steps of your own module are timed, as in a search, to choose how its members train.
-    Raises the errors of a search for invalid options.
+    gputune reads and writes no study. To choose how the members of your own module train, gputune
+    times some of their steps, as in a search. Raises the errors of a search for invalid options.
     """
     progress = Progress(verbose, interface=interface)
     setup = _prepare(call, progress, None)
@@ -212,9 +213,10 @@ def preview(
 
 
 def _open_store(study: Path | None) -> AbstractContextManager[Store | None]:
-    """Open the study of a search that is resumed.
+    """Open the study file of a search that continues.
 
-    Returns None for a new study. Also returns None for a faulty file, which is reported later.
+    Returns None for a new study. Also returns None for a faulty file, because a later step reports
+    the fault.
     """
     if study is not None:
         with suppress(OSError, StudyCorruptError, StudyVersionError):
@@ -223,7 +225,10 @@ def _open_store(study: Path | None) -> AbstractContextManager[Store | None]:
 
 
 def _prepare(call: SearchCall, progress: Progress, store: Store | None) -> _Setup:
-    """Check a call, and prepare its rows and trials. Raises InputError."""
+    """Check the arguments of a search, and prepare its rows, folds and trials.
+
+    Raises InputError.
+    """
     problem, space = _problem_and_space(call)
     options = problem.options
     folds = problem.folds()
@@ -242,7 +247,7 @@ def _prepare(call: SearchCall, progress: Progress, store: Store | None) -> _Setu
 
 
 def _problem_and_space(call: SearchCall) -> tuple[Problem, CheckedSpace]:
-    """Return the encoded rows with all options, and the checked space."""
+    """Check the arguments of a search, and return the encoded rows and the search space."""
     options = call.options
     # An invalid space is refused before the rows are encoded.
     checked_space(call.choice, options)
@@ -258,8 +263,10 @@ def _problem_and_space(call: SearchCall) -> tuple[Problem, CheckedSpace]:
 def _dataset(
     problem: Problem, folds: Sequence[Rows], configs: Sequence[Config], progress: Progress
 ) -> Dataset:
-    """Return the data of all folds on the chosen device, which a note explains if it is a
-    surprise."""
+    """Return the data of all folds on the chosen device.
+
+    A note tells the user if the device is unexpected.
+    """
     options = problem.options
     # Data for a cluster stays in main memory.
     place = DeviceChoice(torch.device("cpu"))
@@ -280,9 +287,9 @@ def _dataset(
 def _with_objective(
     problem: Problem, space: CheckedSpace, data: Dataset, first: Config
 ) -> tuple[Problem, Dataset]:
-    """Return the problem and the data with the final objective.
+    """Return the problem and the data with the final training loss.
 
-    The default loss depends on the module's outputs, so the module is tried on the data.
+    The default loss depends on the module's outputs, so gputune runs the module on the data once.
     """
     loss = problem.default_loss(data, first)
     if loss:
@@ -296,7 +303,7 @@ def _with_objective(
 
 
 def _scoring(problem: Problem, data: Dataset, store: Store | None) -> Scoring:
-    """Return the scoring, with the limit on the predictions that it keeps."""
+    """Return the scoring of the search, with a limit on the bytes of stored predictions."""
     options = problem.options
     # A hypergradient search has no best epoch, and outputs for a custom target have no mean.
     has_best = (
@@ -313,7 +320,7 @@ def _scoring(problem: Problem, data: Dataset, store: Store | None) -> Scoring:
 def _check_configs(
     problem: Problem, trials: Sequence[Candidate], configs: Sequence[Config]
 ) -> None:
-    """Raise InputError for configurations that do not fit the objective or the optimizer."""
+    """Raise InputError if a configuration does not fit the training loss or the optimizer."""
     is_stacked = problem.options.machine.backend == "stacked"
     for trial, config in zip(trials, configs):
         if problem.objective is not None:
@@ -322,7 +329,7 @@ def _check_configs(
 
 
 def _earlier_scoring(store: Store | None) -> str | None:
-    """Return "r2" if "r2" ranks the study that is resumed, else None.
+    """Return "r2" if the search continues a study that R2 ranks, else None.
 
     Earlier versions ranked every regression by R2 by default.
     """
@@ -330,7 +337,7 @@ def _earlier_scoring(store: Store | None) -> str | None:
 
 
 def _record(setup: _Setup, context: Context) -> SearchRecord:
-    """Return the record of the search for the study file, with its notes (one sentence each)."""
+    """Return the description of the search for the study file, with notes for the user."""
     problem = setup.problem
     data = setup.data
     options = setup.problem.options
@@ -363,7 +370,7 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
 
 
 def remember_what_runs(choice: ModelChoice, workers: object) -> None:
-    """Remember the class and the cluster, so that later processes of this user trust them."""
+    """Remember the module's class and the cluster, so that later processes of this user trust both."""
     if choice.module_class is not None:
         remember_code(choice.module_class)
     if isinstance(workers, Ray) and workers.is_elsewhere:
@@ -371,7 +378,10 @@ def remember_what_runs(choice: ModelChoice, workers: object) -> None:
 
 
 def _cluster(problem: Problem) -> AbstractContextManager[RayCluster | None]:
-    """Connect to the Ray cluster of a search during a ``with`` block, if it uses one."""
+    """Connect to the search's Ray cluster during a ``with`` block.
+
+    Without a cluster, do nothing.
+    """
     workers = problem.options.machine.workers
     if not isinstance(workers, Ray):
         return nullcontext()
@@ -387,7 +397,10 @@ def _cluster(problem: Problem) -> AbstractContextManager[RayCluster | None]:
 
 
 def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Progress) -> Trainer:
-    """Return the trainer with the chosen backend. Slow backends are reported."""
+    """Return the trainer of the search, with the chosen backend.
+
+    A message tells the user about a slow backend.
+    """
     choice = setup.problem.choice
     options = setup.problem.options
     machine = options.machine
@@ -417,7 +430,7 @@ def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Pr
 
 
 def _training(setup: _Setup, context: Context) -> Callable[[Context], object]:
-    """Return the function that trains the trials by the chosen method.
+    """Return the function that trains the trials by the search method.
 
     Raises InputError if the method does not fit the search.
     """

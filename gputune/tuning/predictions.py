@@ -1,6 +1,6 @@
 """Predictions of trials for the validation rows of their folds.
 
-The study has stored the predictions, or the members (one trial on one fold each) train again.
+If the study has not stored the predictions, the members (one trial on one fold each) train again.
 Shapes: M candidates, F folds, K outputs, n rows, m validation rows of a fold.
 """
 
@@ -40,9 +40,10 @@ _LEAST = torch.finfo(torch.float64).tiny  # replaces probabilities of 0, which h
 def predictions_of(
     search: ReopenedSearch, trials: Sequence[Trial], progress: Progress
 ) -> "Predictions":
-    """Return the predictions of trials on the folds of the search.
+    """Return the predictions of trials for the validation rows of the search's folds.
 
-    Stored predictions are used. The other trials train again on their folds.
+    The study has stored the predictions of some trials. The other trials train again on their
+    folds.
     """
     stored = _stored_outputs(search, trials)
     missing = [trial for trial in trials if trial.number not in stored]
@@ -75,9 +76,9 @@ def predictions_of(
 
 
 def _stored_outputs(search: ReopenedSearch, trials: Sequence[Trial]) -> dict[int, Outputs]:
-    """Return the stored outputs of trials by number.
+    """Return the stored outputs of trials on their validation rows, by trial number.
 
-    Returns an empty dict if the current rows differ from the rows of the search.
+    The dict is empty if the user's rows differ from the rows of the search.
     """
     study = search.study
     if search.rows != study.record.fingerprint:
@@ -95,8 +96,7 @@ def _stored_outputs(search: ReopenedSearch, trials: Sequence[Trial]) -> dict[int
 
 
 def _folds(search: ReopenedSearch, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
-    """Return the data of the search's folds for some trials, and the scoring that ranks the
-    trials."""
+    """Return the data of the search's folds, and the scoring that ranks the trials."""
     record = search.study.record
     target = search.problem.target
     scoring = search.options.search.scoring
@@ -120,7 +120,7 @@ def members_of(
 ) -> tuple[list[list[nn.Module]], Dataset, Scoring]:
     """Train trials again on the folds of the search.
 
-    Returns the members (M, F), their data and the scoring.
+    Returns the trained modules (M, F), their data and the scoring.
     """
     data, scoring = _folds(search, trials)
     progress.scoring = scoring.name
@@ -131,10 +131,10 @@ def members_of(
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """The predictions of M candidates for the validation rows of each fold.
+    """The predictions of M candidate trials for the validation rows of each fold.
 
-    ``values[f]`` (M, m_f, K), float64, holds probabilities, or outputs for a regression. A mean
-    over candidates is taken in the same way for both.
+    ``values[f]`` (M, m_f, K), float64, holds the probabilities of classes, or the outputs for a
+    regression. An ensemble averages both in the same way.
     """
 
     values: Sequence[Tensor]
@@ -142,9 +142,9 @@ class Predictions:
     scoring: Scoring
 
     def complete(self, model: TunedModel, weights: Tensor, *, calibrated: bool) -> TunedModel:
-        """Return a model with its residuals and its temperature.
+        """Return a model with the residuals and the calibration temperature of an ensemble.
 
-        The model is the mean of the candidates, weighted by ``weights`` (M,).
+        The ensemble is the mean of the candidate trials, weighted by ``weights`` (M,).
         """
         # For each fold: (M, 1, 1) * (M, m, K) -> sum over M -> (m, K)
         means = [(weights[:, None, None].to(value) * value).sum(0) for value in self.values]
@@ -155,9 +155,9 @@ class Predictions:
         """Return the absolute errors of the mean predictions on validation rows, in ascending
         order.
 
-        The errors are on the scale of a transformed target. For a row of several folds, the error
-        is the mean over these folds. At most ``_RESIDUALS`` errors are returned, spread evenly by
-        rank. None for classes and for several target values per row.
+        The errors are on the scale of a transformed target. If several folds validate on a row, its
+        error is the mean over these folds. At most ``_RESIDUALS`` errors are returned, spread
+        evenly by rank. Returns None for classes and for several target values per row.
         """
         data = self.data
         if data.task != "regression" or self.values[0].shape[-1] > 1:
@@ -181,8 +181,8 @@ class Predictions:
     def _temperature(self, means: Sequence[Tensor]) -> float:
         """Return the temperature that calibrates the mean predictions on validation rows.
 
-        Rows of a class that is missing in their fold's training rows do not count. If no rows
-        remain, the temperature is 1.
+        Validation rows do not count if their class is missing in the training rows of their fold.
+        If no rows remain, the temperature is 1.
         """
         logits = []
         targets = []
@@ -197,11 +197,11 @@ class Predictions:
         return best_temperature(torch.cat(logits), torch.cat(targets))
 
     def choose(self, size: int, folds: Sequence[int] | None = None) -> Counter[int]:
-        """Return the count of choices of each candidate, in at most ``size`` greedy steps.
+        """Choose trials for an ensemble greedily, and return how often each trial was chosen.
 
-        Each step adds the candidate that gives the best mean score over the folds. If scores are
-        equal, the best log loss decides, because an accuracy has few different values. The number
-        of steps with the best mean score counts.
+        Each of at most ``size`` steps adds the trial that gives the best mean score over the folds.
+        If scores are equal, the best log loss decides, because an accuracy has few different
+        values. The returned ensemble has the number of steps with the best mean score.
         """
         folds = range(self.data.n_folds) if folds is None else folds
         sums = {fold: torch.zeros_like(self.values[fold][0]) for fold in folds}
@@ -223,10 +223,11 @@ class Predictions:
         return Counter(chosen[:n_steps])
 
     def nested_scores(self, size: int) -> list[float]:
-        """Return the score of each fold (F,), with candidates chosen on the other folds only.
+        """Return unbiased scores (F,) of an ensemble: the trials for each fold are chosen on the
+        other folds.
 
-        With one fold, return two scores. The rows of the fold are split into every second row and
-        the rest. Each half is scored with candidates chosen on the other half.
+        With one fold, return two scores. The fold's rows are then split into every second row and
+        the rest, and each half is scored with trials chosen on the other half.
         """
         n_folds = self.data.n_folds
         if n_folds > 1:
@@ -249,7 +250,10 @@ class Predictions:
         ]
 
     def _score_of(self, choice: Counter[int], fold: int) -> float:
-        """Return the score of chosen candidates on one fold."""
+        """Return the score on one fold of an ensemble.
+
+        ``choice`` counts how often each trial is in it.
+        """
         weights = torch.tensor([number / choice.total() for number in choice.values()])
         mean = torch.tensordot(weights.to(self.values[fold]), self.values[fold][list(choice)], 1)
         return float(self.scores(fold, mean[None])[0][0])
@@ -257,7 +261,8 @@ class Predictions:
     def scores(self, fold: int, values: Tensor) -> np.ndarray:
         """Return the scores (2, M) of predictions (M, m, K) on one fold.
 
-        The second row is minus the log loss for classes. Otherwise it repeats the score.
+        The first row holds the scores of the search. For classes, the second row is minus the log
+        loss. Otherwise the second row repeats the scores.
         """
         task = self.data.task
         outputs = values if task == "regression" else outputs_of(values, task)
@@ -268,9 +273,9 @@ class Predictions:
 
 
 def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> FloatArray:
-    """Return the mean over the folds of values (m_f, K) of their validation rows, (n, K).
+    """Return the mean prediction of each row (n, K) over all folds that validate on the row.
 
-    A row that no fold validates on is NaN.
+    ``values`` holds an array (m_f, K) for each fold. A row that no fold validates on is NaN.
     """
     sums = torch.zeros(data.n_rows, values[0].shape[1], dtype=torch.float64)
     counts = torch.zeros(data.n_rows)
@@ -283,7 +288,8 @@ def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> FloatArray:
 
 
 def _predict(module: nn.Module, data: Dataset, fold: int, draws: EvaluationDraws | None) -> Tensor:
-    """Return the predictions of a member for the validation rows of its fold, (m, K) float64."""
+    """Return the predictions of a trained module for the validation rows of its fold, (m, K)
+    float64."""
     size = _BLOCK if draws is None else draws.rows
     blocks = []
     for number, rows in enumerate(torch.split(data.folds[fold].valid, size)):
@@ -294,9 +300,9 @@ def _predict(module: nn.Module, data: Dataset, fold: int, draws: EvaluationDraws
 
 
 def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Tensor:
-    """Return the predictions of a member for rows on the CPU, (m, K) float64.
+    """Return the predictions of a trained module for rows on the CPU, (m, K) float64.
 
-    The predictions are probabilities, or outputs for a regression.
+    Predictions are probabilities of classes, or outputs for a regression.
     """
     with torch.no_grad():  # TorchScript fails on tensors of inference_mode
         output = first_output(call_module(module, inputs, data.names))
@@ -304,7 +310,10 @@ def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Ten
 
 
 def _values(outputs: Tensor, data: Dataset) -> Tensor:
-    """Return outputs (m, K) as probabilities, or unchanged for a regression."""
+    """Convert outputs (m, K) to probabilities of classes.
+
+    For a regression, return the outputs unchanged.
+    """
     if data.task == "regression":
         return outputs
     if data.task == "multilabel":

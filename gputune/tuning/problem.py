@@ -52,7 +52,7 @@ from gputune.wording import option
 class Problem:
     """The model, the encoded rows and the target of a search.
 
-    Statistics are not fitted yet, because each fold has its own.
+    The scaling statistics are computed later, because each fold has its own.
     """
 
     choice: ModelChoice
@@ -68,7 +68,7 @@ class Problem:
     def device_choice(
         self, folds: Sequence[Rows], configs: Sequence[Config], *, repeats: float = 1.0
     ) -> DeviceChoice:
-        """Return the device on which configurations train, depending on the work and on X."""
+        """Return the device for the training, chosen by the amount of work and the device of X."""
         options = self.options
         machine = options.machine
         choice = self.choice
@@ -92,9 +92,9 @@ class Problem:
         return device_for(machine.device, work)
 
     def dataset(self, folds: Sequence[Rows], device: torch.device) -> Dataset:
-        """Return the data of some folds on a device.
+        """Return the data of some folds on a device, scaled and ready for training.
 
-        It can also scale the numeric columns in other ways, if trials search the option
+        The dataset can also scale numeric columns in other ways, if trials search the option
         ``numbers``.
         """
         training = self.options.training
@@ -127,8 +127,7 @@ class Problem:
     def _statistics(
         self, trains: Sequence[np.ndarray], numbers: Numbers
     ) -> tuple[Statistics, ...] | tuple[ArrayStatistics, ...]:
-        """Return the scaling statistics of the columns, fitted on the training rows of each
-        fold."""
+        """Compute the scaling statistics of the columns from the training rows of each fold."""
         if isinstance(self.raw, Arrays):
             return fit_channels(self.raw, trains, numbers)
         assert isinstance(self.layout, Layout)
@@ -138,19 +137,19 @@ class Problem:
         return tuple(map(fit, trains))
 
     def _inputs(self, trains: Sequence[np.ndarray], like: Tensor, numbers: Numbers) -> Inputs:
-        """Return the inputs of a table, with numeric columns scaled as ``numbers`` says.
+        """Return the inputs of a table after scaling its numeric columns by the method ``numbers``.
 
-        The scaling is fitted on the training rows of each fold.
+        The scaling is computed from the training rows of each fold.
         """
         assert isinstance(self.layout, Layout) and not isinstance(self.raw, Arrays)
         groups = self.layout.groups(self.layout.places(numbers))
         return inputs_of(self.raw, self._statistics(trains, numbers), like, groups)
 
     def with_space(self, space: CheckedSpace, search: SearchOptions) -> "Problem":
-        """Return the problem for the trials of a search, which may scale numeric columns
+        """Return the problem with the space of a search, whose trials may scale columns
         differently.
 
-        Raises InputError for a scaling that the rows do not allow.
+        Raises InputError if the rows do not allow one of these scalings.
         """
         ways = choices_of(space, "numbers", default=self.numbers)
         included = {str(config["numbers"]) for config in search.include if "numbers" in config}
@@ -171,9 +170,9 @@ class Problem:
 
     @property
     def portfolio(self) -> list[Config]:
-        """The configurations of a named space that fit the rows and the method.
+        """The tested configurations of a named space that fit the rows and the search method.
 
-        A hypergradient search uses none, because it cannot average weights.
+        The list is empty for a hypergradient search, which cannot average weights.
         """
         search = self.options.search
         space = search.space
@@ -184,7 +183,10 @@ class Problem:
         return [config for config in configs if config.get("numbers", "standard") in ways]
 
     def folds(self) -> list[Rows]:
-        """Return the folds. A splitter receives the rows as the user gave them."""
+        """Return the training and validation rows of each fold.
+
+        A scikit-learn splitter receives the rows in the form that the user passed.
+        """
         cv = self.options.rows.cv
         groups = self.source.groups
         seed = self.options.search.random_state
@@ -195,19 +197,19 @@ class Problem:
 
     @property
     def has_soft_labels(self) -> bool:
-        """True if the target is a probability of each class, and the loss accepts such a target."""
+        """True if the target holds a probability of each class, and the loss accepts such a target."""
         objective = self.objective
         if objective is None or objective.step is not None:
             return False
         return takes_probabilities(objective.loss) and are_soft_labels(self.target)
 
     def scoring(self, earlier: str | None = None, *, is_resumed: bool = False) -> Scoring:
-        """Return the scoring of a search.
+        """Return the scores by which a search ranks its trials.
 
         ``earlier`` is the score of a resumed study for which the user gave no score, because
         earlier versions had a different default. Raises InputError for a function that a study
-        could not find again later. A study that ``is_resumed`` keeps its score, regardless of the
-        units that its loss gives to the outputs.
+        could not find again later. With ``is_resumed=True`` the study keeps its score, even if its
+        loss gives the outputs other units.
         """
         target = self.target
         search = self.options.search
@@ -239,9 +241,9 @@ class Problem:
 
     @property
     def output_units(self) -> str:
-        """The units in which the loss expects the outputs, such as "log rates".
+        """The units of the module's outputs that the loss expects, such as "log rates".
 
-        "" if the loss expects the units of y.
+        The text is "" if the loss expects the units of y.
         """
         if self.objective is None or self.target.task != "regression":
             return ""
@@ -249,16 +251,18 @@ class Problem:
 
     @property
     def n_features(self) -> int:
-        """The number of values that a row of a table becomes, or the number of inputs if X is
-        arrays."""
+        """The number of features that gputune makes of the columns of a table.
+
+        For arrays, it is the number of inputs of the module.
+        """
         layout = self.layout
         if isinstance(layout, Layout):
             return sum(layout.widths(self.numbers))
         return len(layout.shapes)
 
     def default_loss(self, data: Dataset, params: Config) -> str:
-        """Return "bce" if the module returns one logit per row for two classes and no loss is
-        given.
+        """Return "bce" if the user set no loss and the module returns one logit per row for two
+        classes.
 
         Otherwise return "".
         """
@@ -269,7 +273,7 @@ class Problem:
         return "bce" if returns_one_logit(module, params, data) else ""
 
     def summary(self) -> str:
-        """Return a summary of the rows, their size and the target."""
+        """Return a line of text about the model, the number of rows and features, and the target."""
         layout = self.layout
         target = self.target
         is_array = isinstance(layout, ArrayLayout)
@@ -280,7 +284,8 @@ class Problem:
         return f"{rows}; target {target.name!r}: {target.in_words}{override}"
 
     def remarks(self) -> list[str]:
-        """Return remarks on the scale of the target and of array inputs, one sentence each."""
+        """Return remarks for the user on the scale of the target and of array inputs, one sentence
+        each."""
         target = self.target
         objective = self.objective
         remarks = list[str]()
@@ -310,7 +315,7 @@ class Problem:
         return remarks
 
     def remarks_on_target(self) -> tuple[str, ...]:
-        """Return remarks on the target: rows that were left out, and integers that may be
+        """Return remarks for the user on the target, such as dropped rows or integers that may be
         classes."""
         source = self.source
         remarks = list[str]()
@@ -333,10 +338,9 @@ class Problem:
         return tuple(remarks)
 
     def remarks_on_loss(self, scoring: Scoring) -> tuple[str, ...]:
-        """Return remarks on the loss, one sentence each.
+        """Return remarks for the user on the loss, one sentence each.
 
-        The remarks name the class that a single logit stands for, and the loss that ranks the
-        trials.
+        The remarks name the class that a single logit predicts, and the loss that ranks the trials.
         """
         classes = self.target.classes
         objective = self.objective
@@ -354,9 +358,9 @@ class Problem:
         return (remark, *remarks)
 
     def remarks_on_limits(self, data: Dataset) -> tuple[str, ...]:
-        """Return a remark on the columns with clipped values, one sentence, or nothing.
+        """Return a remark for the user on columns with clipped values, or nothing.
 
-        Values that are very far from the values in the training rows are clipped.
+        gputune clips numbers that are very far from the values in the training rows.
         """
         if (
             self.numbers != "standard"
@@ -379,8 +383,7 @@ class Problem:
 
     @cached_property
     def columns_text(self) -> str:
-        """A text that lists columns that have no feature, or several features, for messages about
-        shapes.
+        """A text for messages about shapes that lists columns with no feature or several features.
 
         The text is "" if every column has exactly one feature, and for inputs that are not tables.
         """
@@ -406,7 +409,7 @@ class Problem:
 def make_problem(
     source: Source, task: TaskWord | None, choice: ModelChoice, options: Options
 ) -> Problem:
-    """Check the target and the loss, fix the column layout, and encode the rows."""
+    """Check the target and the loss, choose the form of the columns, and encode the rows."""
     rows = options.rows
     check_machine(choice, options.machine)
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
@@ -435,7 +438,7 @@ def make_problem(
 
 
 def _check_has_name(argument: str, name: str, study: Path) -> None:
-    """Raise InputError for a function that a study could not find again by its name."""
+    """Raise InputError for a function that a later process could not find by its name."""
     if any(part in name for part in ("<lambda>", "<locals>", "<function ")):
         raise InputError(
             f"{argument}={name!r}",

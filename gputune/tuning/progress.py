@@ -1,4 +1,4 @@
-"""The progress of a search: a bar over trials x epochs while it runs, and a table of times.
+"""The progress bar of a running search, and the table of the times of its parts.
 
 A trial-epoch is one epoch of one trial.
 """
@@ -36,8 +36,10 @@ _NO_SCREEN = AttributeError, OSError, ValueError
 
 
 class _Screen:
-    """The current standard error. Text that it cannot show is dropped, so that a bar never ends a
-    search."""
+    """A text stream that writes to the current standard error.
+
+    It drops text that standard error cannot show, so that a progress bar never ends a search.
+    """
 
     def __getattr__(self, name: str) -> object:
         return getattr(sys.stderr, name)
@@ -57,17 +59,18 @@ class _Screen:
 
 
 def reading_bar(numbers: Sequence[int], *, verbose: int) -> Iterable[int]:
-    """Iterate over numbers of items that are read, with a bar in a terminal or notebook."""
+    """Iterate over item numbers, and show a progress bar for reading rows in a terminal or
+    notebook."""
     return cast(
         Iterable[int], Progress(verbose).new_bar(iterable=numbers, desc="reading X", unit="row")
     )
 
 
 class Progress:
-    """A bar that counts trial-epochs.
+    """The progress bar of a search, which counts trial-epochs (one epoch of one trial).
 
-    If standard error is no terminal, plain lines are printed instead. With ``verbose=0`` nothing is
-    printed. Messages name arguments as the ``interface`` does, such as command line flags.
+    If standard error is no terminal, the class prints plain lines instead. With ``verbose=0`` it
+    prints nothing. Messages name arguments as the ``interface`` does, such as command line flags.
     """
 
     def __init__(
@@ -104,21 +107,28 @@ class Progress:
         self.batches = 0
 
     def say(self, text: str, *, once: bool = False) -> None:
-        """Print a line unless ``verbose`` is 0. With ``once=True``, a text is printed only once per
-        search."""
+        """Print a message for the user, unless ``verbose`` is 0.
+
+        With ``once=True``, print the same text only once per search.
+        """
         if self.verbose >= 1 and not (once and text in self.said):
             self.said.add(text)
             tqdm.write(self.interface.render(text), file=self.screen)
 
     def plan(self, plan: Plan, *, show: bool = True) -> None:
-        """Store the plan of the next training, and print it. With batches, only the first plan is
-        printed."""
+        """Print the plan of the next training, and store its number of processes.
+
+        If the search trains batch by batch, only the first plan is printed.
+        """
         self.processes = plan.workers
         if show and not self.batches:
             self.say(f"plan: {plan}", once=True)
 
     def new_bar(self, **options: Any) -> Any:
-        """Return a tqdm bar with some options. It is silent if no terminal or notebook shows it."""
+        """Return a tqdm progress bar with some options.
+
+        The bar is silent without a terminal or notebook, and with ``verbose=0``.
+        """
         is_silent = self.verbose < 1 or self.plain
         return tqdm(
             file=self.bar_file, disable=is_silent, dynamic_ncols=True, leave=False, **options
@@ -126,9 +136,9 @@ class Progress:
 
     @contextmanager
     def bar_over(self, trials: int, epochs: int) -> Iterator[None]:
-        """Show the bar for ``trials`` more trials during a ``with`` block.
+        """Show the progress bar for ``trials`` more trials during a ``with`` block.
 
-        Inside another bar, for a batch of its trials, the outer bar is used.
+        If a bar is already shown, the trials are a batch of that bar, and no new bar appears.
         """
         if self.bar is not None:
             yield
@@ -150,7 +160,10 @@ class Progress:
             self.bar = None
 
     def advance(self, trial_epochs: int, curves: np.ndarray) -> None:
-        """Count completed trial-epochs. ``curves`` (C, epochs, F) are their scores."""
+        """Add completed trial-epochs to the progress bar.
+
+        ``curves`` (C, epochs, F) are the scores of these epochs.
+        """
         curves = first_metric(curves, axes=3)
         self.epochs_done += trial_epochs
         self.bar.update(trial_epochs)
@@ -165,14 +178,19 @@ class Progress:
             self.on_epoch(curves)
 
     def finished(self, trials: int, *, pruned: int = 0) -> None:
-        """Count trials that have ended. Some of them may have been pruned at a rung."""
+        """Add ended trials to the progress bar.
+
+        ``pruned`` of these trials ended early because other trials were better.
+        """
         self.trials_done += trials
         self.pruned += pruned
         self._show()
 
     def skip(self, trial_epochs: int, *, trials: int = 0) -> None:
-        """Remove trial-epochs and trials that will not be trained, because they stopped early or
-        never began."""
+        """Reduce the bar's total by trial-epochs and trials that will not train.
+
+        Such trials stopped early or never began.
+        """
         self.trials -= trials
         self.epochs -= trial_epochs
         self.bar.total = self.epochs
@@ -180,7 +198,7 @@ class Progress:
 
     @property
     def status(self) -> str:
-        """The text of the bar in addition to its counts."""
+        """The text next to the counts in the progress bar, such as the best score."""
         measure = measure_of(self.scoring, self.best)
         best = f"{measure.name} {measure.text(self.best)}" if self.best > -math.inf else "-"
         status = f"trials {self.trials_done}/{self.trials}, best {best}"
@@ -194,15 +212,17 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """The estimated remaining time in seconds, from the speed so far. None before there is an
-        estimate."""
+        """The estimated remaining time of the search in seconds, from the speed so far.
+
+        None before there is an estimate.
+        """
         if self.epochs_done < max(1.0, _SHARE * self.epochs):
             return None
         pace = (time.monotonic() - self.begin) / self.epochs_done
         return pace * max(0, self.epochs - self.epochs_done)
 
     def _show(self) -> None:
-        """Update the bar, the message to other processes and the plain lines."""
+        """Update the progress bar, the progress for other processes, and the plain lines."""
         self.bar.set_postfix_str(self.status, refresh=False)
         if self.on_look is not None and time.monotonic() > self.next_look:
             self.next_look = time.monotonic() + _LOOK_SECONDS
@@ -225,7 +245,7 @@ _REPEATS = 8
 
 
 class Profile:
-    """The times of the parts of a search, the operations of its steps, and the reason for its
+    """The times of the parts of a search, its floating-point operations, and the reason for its
     end."""
 
     def __init__(self) -> None:
@@ -238,9 +258,9 @@ class Profile:
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Count the time of a ``with`` block under a name.
+        """Add the time of a ``with`` block to the part of the search with the given name.
 
-        Time that another clock counts inside the block is not counted twice.
+        If another clock runs inside the block, its time counts only for the inner part.
         """
         # at the beginning: the table has the order of the beginnings
         self.seconds.setdefault(name, 0.0)
@@ -253,10 +273,10 @@ class Profile:
             self.seconds[name] += time.perf_counter() - begin - inside
 
     def report(self, *, dtype: torch.dtype, device: torch.device) -> str:
-        """Return a table of the times.
+        """Return a table of the times, as text.
 
-        It also measures the product of large matrices on the device, which takes a fraction of a
-        second.
+        For comparison, the method also measures the product of large matrices on the device, which
+        takes a fraction of a second.
         """
         total = time.perf_counter() - self.begin
         rest = max(0.0, total - sum(self.seconds.values()))
@@ -289,9 +309,9 @@ class Profile:
 
 
 def product_speed(cores: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the floating-point operations per second of the product of large matrices.
+    """Return the floating-point operations per second that products of large matrices reach.
 
-    On a CPU, one product runs on each of ``cores`` cores at the same time.
+    On a CPU, each of ``cores`` cores computes products at the same time.
     """
     a = torch.rand(_SIZE, _SIZE, dtype=dtype, device=device)
     b = torch.rand(_SIZE, _SIZE, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Trials that are trained to the end, or solved.
+"""Search methods that train every trial to its end, or solve it without training steps.
 
 All trials are sampled at the start, or an Optuna sampler proposes trials batch by batch. A chunk is
 a group of trials that train together.
@@ -40,9 +40,9 @@ _SOLVED_TOGETHER = 16  # solved logistic regressions between two checks of the t
 def train_waiting(
     session: Session, train: Callable[[Sequence[Candidate]], Sequence[PlannedChunk]], *, epochs: int
 ) -> bool:
-    """Train the waiting trials of the ledger. Return True if time is left.
+    """Train the trials of a study that have no result yet, and return True if time is left.
 
-    ``train`` returns the chunks that other processes train.
+    The function ``train`` returns the groups of trials that other processes are training.
     """
     ledger = session.ledger
     if not ledger.waiting():
@@ -60,9 +60,9 @@ def train_waiting(
 
 
 def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]:
-    """Train the chunks that this process can claim.
+    """Train the waiting trials that no other process has claimed.
 
-    If it can claim none, return the chunks that other processes train.
+    If this process can claim no trial, return the chunks that other processes train.
     """
     ledger = context.ledger
     epochs = context.epochs
@@ -106,9 +106,9 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
 
 
 def _solve(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]:
-    """Solve the chunks that this process can claim.
+    """Solve the waiting logistic regressions that no other process has claimed.
 
-    If it can claim none, return the chunks that other processes solve.
+    If this process can claim no trial, return the chunks that other processes solve.
     """
 
     def split(new: Sequence[Candidate]) -> list[tuple[Sequence[int], int, int]]:
@@ -138,7 +138,10 @@ def _solve(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
 
 
 def _finish_chunk(context: Context, trials: Sequence[Candidate], outcome: Outcome) -> None:
-    """Store the results of a chunk. With ``patience``, a curve is cut at the end of its trial."""
+    """Store the results of trials that have trained together.
+
+    With the option ``patience``, cut each learning curve at the epoch where its trial ended.
+    """
     patience = context.options.training.patience
     results = []
     context.note_fault(outcome.fault)
@@ -165,7 +168,7 @@ def _finish_chunk(context: Context, trials: Sequence[Candidate], outcome: Outcom
 
 
 def wait_for_others(session: Session, chunks: Sequence[PlannedChunk]) -> None:
-    """Wait until other processes have trained their chunks, and tell the user once."""
+    """Wait until other processes have trained their trials, and tell the user once."""
     owners, remedy = session.ledger.owners_of(chunks)
     trials = count(sum(len(chunk.trials) for chunk in chunks), "trial")
     session.progress.say(f"waiting for {trials} of {owners}. {remedy}".rstrip(), once=True)
@@ -173,9 +176,9 @@ def wait_for_others(session: Session, chunks: Sequence[PlannedChunk]) -> None:
 
 
 def _with_checkpoints(recorded: RecordedPlan, checkpoints: Sequence[Checkpoint]) -> Plan:
-    """Return a plan in which the chunks with checkpoints continue.
+    """Return a plan in which trials with checkpoints continue from their checkpoints.
 
-    These chunks come first. Each has the same trials as before, so that its results are
+    Their chunks come first. Each chunk has the same trials as before, so that the results are
     bit-identical.
     """
     place = {trial.number: i for i, trial in enumerate(recorded.trials)}
@@ -206,9 +209,9 @@ def _with_checkpoints(recorded: RecordedPlan, checkpoints: Sequence[Checkpoint])
 
 
 def check_sampling(method: OptunaSampler, space: CheckedSpace, context: Context) -> None:
-    """Raise InputError if the sampler cannot propose configurations of this space.
+    """Raise InputError if the Optuna sampler cannot propose configurations of this space.
 
-    This is called before anything is stored or trained.
+    A search calls this function before anything trains or is stored.
     """
     check_askable(space)
     if "penalty" in space[0]:
@@ -231,9 +234,10 @@ def sample(
 ) -> None:
     """Train the trials that an Optuna sampler proposes, batch by batch.
 
-    First the waiting trials are trained, and the sampler receives all results in order. Then each
-    batch is proposed, trained and reported. Only this process does so, because a batch depends on
-    every result of the batch before. ``train`` returns whether the search continues.
+    First the waiting trials train, and the sampler receives all results in order. Then the sampler
+    proposes one batch after another, and receives the results of each batch. Only this process does
+    so, because a batch depends on every result of the batch before. ``train`` returns whether the
+    search continues.
     """
     ledger = session.ledger
     method = session.options.search.method
@@ -257,9 +261,9 @@ def sample(
 
 
 def _n_missing(session: Session) -> int:
-    """Return the number of trials that the sampler still has to propose.
+    """Return the number of trials that the Optuna sampler still has to propose.
 
-    The default trial counts as done. Included trials do not count.
+    The default trial counts as proposed. Included trials do not count.
     """
     candidates = session.ledger.candidates
     proposed = sum(batch_of(candidate) > 0 for candidate in candidates)
@@ -267,9 +271,10 @@ def _n_missing(session: Session) -> int:
 
 
 def train_batches(context: Context, halving: StoppingRule | None = None) -> bool:
-    """Train or solve the waiting trials of the ledger. Return False if the time is over.
+    """Train or solve the waiting trials of a study.
 
-    Without halving, all waiting trials train together. With halving, each batch trains separately.
+    Return False if the search is over. Without halving, all waiting trials train together. With
+    halving, each batch trains separately.
     """
     ledger = context.ledger
     if halving is None:
@@ -284,10 +289,10 @@ def train_batches(context: Context, halving: StoppingRule | None = None) -> bool
 def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaStudy:
     """Return an Optuna study that has received all results so far, in order.
 
-    The Optuna study has a fresh copy of the sampler, and asks it again for all earlier proposals. A
-    seeded sampler makes the same proposals and then continues as if it had never stopped. If its
-    proposals differ, a reseeded copy is used. The reseeded copy receives the trained configurations
-    in place of its own proposals.
+    The Optuna study has a fresh copy of the sampler, and asks the copy again for all earlier
+    proposals. A seeded sampler makes the same proposals and then continues as if it had never
+    stopped. If the proposals differ, the study uses a reseeded copy, which receives the trained
+    configurations in place of its own proposals.
     """
     progress = session.progress
     for reseed in (False, True):
@@ -317,10 +322,10 @@ def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaS
 
 
 def _repeat(study: OptunaStudy, session: Session, *, enqueue: bool) -> bool:
-    """Report all results to a study.
+    """Report all results so far to an Optuna study.
 
-    With ``enqueue=True``, the stored configurations replace the proposals. Returns False if a
-    proposal differs from the stored one.
+    With ``enqueue=True``, the stored configurations replace the sampler's proposals. Returns False
+    if a proposal differs from the stored configuration.
     """
     results = session.ledger.results
     for batch, group in groupby(session.ledger.candidates, batch_of):

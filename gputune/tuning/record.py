@@ -1,6 +1,6 @@
-"""The record of a search, made from its options, and the search made from its record.
+"""Conversion between the options of a search and the description in its study file.
 
-A resume and a refit use the record.
+Resuming a search and retraining a trial use the description.
 """
 
 from collections import Counter
@@ -56,9 +56,9 @@ def search_record(
     notes: Sequence[str],
     baseline: Json | None,
 ) -> SearchRecord:
-    """Return the record of a search: everything that a study stores except its trials.
+    """Return the description of a search for its study file: everything except its trials.
 
-    ``notes`` are the remarks on the trials.
+    ``notes`` are remarks for the user on the trials.
     """
     problem = context.problem
     cluster = context.trainer.cluster
@@ -137,8 +137,10 @@ def search_record(
 def _arguments(
     options: Options, source: Source, space: CheckedSpace, folds: Sequence[Rows]
 ) -> Arguments:
-    """Return the arguments of a search that its study file stores, including a list of missing
-    arguments."""
+    """Return the arguments of a search that its study file stores.
+
+    The result also names the arguments that the file cannot store.
+    """
     described_space = space_to_json(space)
     has_group_column = bool((source.origin or {}).get("groups"))
     transform = transform_to_json(options.rows.target_transform)
@@ -169,9 +171,10 @@ def _arguments(
 
 
 def recorded_options(record: SearchRecord, **changed: object) -> Options:
-    """Return the options of a search as far as its record stores them.
+    """Return the options of a search that its study file stores.
 
-    The options in ``changed`` replace stored ones.
+    The options in ``changed`` replace stored options. Options that are not stored get their default
+    values.
     """
     stored: dict[str, Any] = {}
     for name, part in RECORD_FIELDS.items():
@@ -186,7 +189,7 @@ def recorded_options(record: SearchRecord, **changed: object) -> Options:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of gputune and of the packages that affect results."""
+    """Return the version of gputune and of each package that affects results, by name."""
     return {
         "gputune": __version__,
         "torch": torch.__version__,
@@ -196,9 +199,9 @@ def versions() -> dict[str, str]:
 
 
 def distributions(space: CheckedSpace) -> dict[str, Json]:
-    """Return the distribution of each key in Optuna's notation, for an export to Optuna.
+    """Return the distribution of each hyperparameter in Optuna's notation, for an export to Optuna.
 
-    Keys with several distributions, and distributions that Optuna lacks, are left out.
+    Hyperparameters with several distributions, and distributions that Optuna lacks, are left out.
     """
     n_uses = Counter(key for part in space for key in part)
     described = {}
@@ -211,7 +214,7 @@ def distributions(space: CheckedSpace) -> dict[str, Json]:
 
 
 def _is_storable(value: object) -> bool:
-    """Return True if a value can be stored as JSON."""
+    """Return True if gputune can store a value as JSON."""
     try:
         to_json(value)
     except InputError:
@@ -220,9 +223,9 @@ def _is_storable(value: object) -> bool:
 
 
 def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFolder | None:
-    """Return the folder of a study's checkpoints: ``study.db.state`` next to ``study.db``.
+    """Return the folder with a study's checkpoints:
 
-    Returns None without a study file.
+    ``study.db.state`` next to ``study.db``. Returns None if the study is not stored in a file.
     """
     if study is None:
         return None
@@ -238,14 +241,14 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
 
 @dataclass(frozen=True)
 class SearchCall:
-    """A call of a search: its model, rows and options, before anything is checked or trained.
+    """The model, the rows and the options of a search, before gputune checks or trains anything.
 
     Attributes:
         choice: The model.
         source: The rows.
         options: The options.
         test: The rows that the search held out, or None.
-        outputs: The outputs of trials by number, if no file stores them.
+        outputs: The outputs of trials on validation rows, by trial number, if no file stores them.
         final_model: The options of the model that the command line saves at the end. See
             ``Arguments``.
     """
@@ -261,10 +264,10 @@ class SearchCall:
 def recorded_search(
     path: Path, record: SearchRecord, changed: Mapping[str, object], *, trust_code: bool = False
 ) -> SearchCall:
-    """Return the search of a study file, with some options ``changed``.
+    """Read the model, the rows and the options of a search from its study file.
 
-    Raises InputError if the search cannot be resumed, and UntrustedCodeError for code or a cluster
-    that the user has not trusted.
+    The options in ``changed`` replace stored options. Raises InputError if the search cannot be
+    resumed, and UntrustedCodeError for code or a cluster that the user has not trusted.
     """
     arguments = record.arguments
     stored = {**arguments.kept, **changed}
@@ -291,7 +294,7 @@ def recorded_search(
 
 
 def _check_resumable(path: Path, record: SearchRecord, stored: Mapping[str, object]) -> None:
-    """Raise InputError if the search of a study file cannot be resumed from its stored options."""
+    """Raise InputError if a search cannot be resumed from the options in its study file."""
     file = repr(str(path))
     missing = record.arguments.lacking
     if record.face == "sklearn":
@@ -323,7 +326,7 @@ def _check_resumable(path: Path, record: SearchRecord, stored: Mapping[str, obje
 def read_rows(
     choice: ModelChoice, rows: RowOptions, X: object, y: object, groups: object = None
 ) -> Source:
-    """Return the rows of a call, read with its options."""
+    """Read the rows X, y and groups with the options of a search."""
     return read_source(
         X,
         y,
@@ -336,7 +339,11 @@ def read_rows(
 
 
 def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source | None]:
-    """Return the rows of a search, read again from its file, and the rows that it held out."""
+    """Read the rows of a search again from its file.
+
+    Also return the rows that the search held out for a test. Raises InputError if the file is gone
+    or its rows have changed.
+    """
     assert record.source is not None  # rows in memory are lacking
     origin = record.source
     file = repr(record.source["path"])
