@@ -1,8 +1,8 @@
 """The callback protocol of ``tune(callbacks=...)``, and loggers that use it.
 
-A search calls a callback at four moments. A callback cannot lose finished results. The loggers
-write to MLflow, TensorBoard, and Weights & Biases. Each logger records one run for the search, and
-numeric and text values for each trial.
+A search calls a callback at four moments. An error in a callback cannot lose finished results. The
+loggers write to MLflow, TensorBoard, and Weights & Biases. Each logger records one run for the
+search, and numeric and text values for each trial.
 """
 
 import math
@@ -26,9 +26,8 @@ __all__ = ["Callback", "MLflow", "StopSearch", "TensorBoard", "WandB"]
 
 
 class StopSearch(Exception):
-    """Raise it in a callback to end the search after the running epoch.
-
-    Finished results are kept, and no error follows. ``tune`` catches it and returns the study.
+    """The exception that a callback raises to end the search after the running epoch. ``tune``
+    catches the exception, keeps the finished results, and returns the study.
 
     Example:
         >>> from gputune.callbacks import Callback, StopSearch
@@ -99,14 +98,17 @@ class Callback:
 
 
 class Callbacks:
-    """Several callbacks. A callback that raises an error is not called again."""
+    """The callbacks of one search. A callback that raises an error is not called again."""
 
     def __init__(self, callbacks: Sequence[Callback], stop: Stop) -> None:
         self.active = list(callbacks)
         self.stop = stop
 
     def tell(self, moment: str, argument: object) -> None:
-        """Call the method named ``moment`` of all callbacks."""
+        """Call the method ``moment`` (such as "on_epoch") of every callback.
+
+        A callback that raises an error is removed with a warning.
+        """
         for callback in list(self.active):
             try:
                 getattr(callback, moment)(argument)
@@ -122,8 +124,10 @@ class Callbacks:
 
 
 def plain_params(params: Mapping[str, object]) -> dict[str, bool | int | float | str]:
-    """Return hyperparameters as numbers, booleans and strings. Other values, and None, become
-    strings."""
+    """Return hyperparameters in a form that loggers accept: numbers, booleans and strings.
+
+    Other values, and None, become strings.
+    """
     plain = {}
     for key, value in params.items():
         text = label(value)
@@ -132,11 +136,11 @@ def plain_params(params: Mapping[str, object]) -> dict[str, bool | int | float |
 
 
 def trial_numbers(trial: Trial) -> dict[str, float]:
-    """Return the finite numeric results and hyperparameters of a trial, by name.
+    """Return the numeric results and hyperparameters of a trial as a dict, for loggers.
 
-    The names are score, std_error, best_epoch, seconds and ``params/...`` for numeric
-    hyperparameters. With several metrics there is also ``metrics/NAME``, the mean of each metric
-    over the folds.
+    Values that are not finite are left out. The keys are score, std_error, best_epoch, seconds and
+    ``params/...`` for numeric hyperparameters. With several metrics there is also ``metrics/NAME``,
+    the mean of each metric over the folds.
     """
     numbers: dict[str, float] = {
         "score": trial.score,
@@ -152,13 +156,16 @@ def trial_numbers(trial: Trial) -> dict[str, float]:
 
 
 def _best_score(study: Study) -> float:
-    """Return the best finite score of the trials that were not pruned, or -inf without any."""
+    """Return the best finite score of a study.
+
+    Pruned trials do not count. Without a finite score, return -inf.
+    """
     scores = [trial.score for trial in study.trials if trial.state != "pruned"]
     return max(filter(math.isfinite, scores), default=-math.inf)
 
 
 def _study_options(study: Study) -> Json:
-    """Return the options of a search that loggers record, so that people can compare searches."""
+    """Return the options of a search that loggers record, so that users can compare searches."""
     record = study.record
     options = {}
     for name, part in RECORD_FIELDS.items():

@@ -1,4 +1,4 @@
-"""The exceptions that gputune raises on purpose, and a warning."""
+"""The exceptions and the warning that gputune raises for its users."""
 
 import sys
 import warnings
@@ -32,10 +32,10 @@ _TRUST = "If you trust it, " + per_interface("pass trust_code=True.", "add --tru
 class InputError(ValueError):
     """Bad input: an argument, a file or a combination of options that gputune cannot use.
 
-    Every public function raises it, before anything trains if possible. Catch it with ``except
-    gputune.InputError`` or ``except ValueError``. ``UntrustedCodeError``, ``StudyCorruptError``,
-    ``StudyVersionError`` and ``MissingExtraError`` are kinds of it. The command line prints the
-    message and ends with exit code 2.
+    Every public function raises this error, before anything trains if possible. Catch the error
+    with ``except gputune.InputError`` or ``except ValueError``. ``UntrustedCodeError``,
+    ``StudyCorruptError``, ``StudyVersionError`` and ``MissingExtraError`` are kinds of it. The
+    command line prints the message and ends with exit code 2.
 
     The message is "ARGUMENT RULE, got GOT. REMEDY". Its parts may hold the references of
     ``gputune.wording``, which each interface renders in its own names.
@@ -62,7 +62,10 @@ class InputError(ValueError):
 
     @property
     def message(self) -> str:
-        """The message with its references as marks, to be rendered or to become part of another."""
+        """The text of the error, in which the names of arguments are marked.
+
+        An interface replaces each marked name by the name that its users know.
+        """
         sentence = self.rule
         if self.argument is not None:
             is_reference = Reference.parse(self.argument) is not None
@@ -75,11 +78,12 @@ class InputError(ValueError):
         return f"{sentence} {self.remedy}".rstrip()
 
     def text(self, interface: Interface) -> str:
-        """Return the message with the names that an interface gives to arguments."""
+        """Return the message with the argument names of an interface, such as ``--cv`` for the
+        command line."""
         return interface.render(self.message)
 
     def shown_by(self, interface: Interface) -> Self:
-        """Return a copy of the error that shows itself with the names of an interface."""
+        """Return a copy of the error whose text has the argument names of an interface."""
         error = copy(self)
         error.interface = interface
         return error
@@ -89,20 +93,20 @@ class InputError(ValueError):
 
 
 class InputWarning(UserWarning):
-    """A warning about ambiguous input. gputune has chosen one of two interpretations.
+    """A warning that gputune has chosen one of two interpretations of ambiguous input.
 
-    ``tune`` shows it, for example if a numeric target could also be classes. Pass the argument that
-    the message names, or silence it with ``warnings.filterwarnings("ignore",
+    ``tune`` shows the warning, for example if a numeric target could also be classes. Pass the
+    argument that the message names, or silence the warning with ``warnings.filterwarnings("ignore",
     category=gputune.InputWarning)``.
     """
 
 
 class UntrustedCodeError(InputError):
-    """A study or model names code that you have not trusted. gputune has not run it.
+    """A study or model names code that you have not trusted, so gputune has not run the code.
 
-    ``load_model``, ``Study.best_model`` and other methods that train again raise it. Pass
-    ``trust_code=True`` (``--trust-code`` on the command line) if you trust the code. It is an
-    ``InputError``.
+    ``load_model``, ``Study.best_model`` and other methods that train again raise this error. Pass
+    ``trust_code=True`` (``--trust-code`` on the command line) if you trust the code. The error is
+    an ``InputError``.
 
     Args:
         code: description of the code, without a remedy.
@@ -115,11 +119,14 @@ class UntrustedCodeError(InputError):
 
 
 class _WithReferences(BaseException):
-    """An error with references to arguments in its message."""
+    """Base class of errors with a message that marks names of arguments.
+
+    Each interface (Python, command line, scikit-learn) shows these names in its own form.
+    """
 
     @property
     def message(self) -> str:
-        """The message with its references as marks."""
+        """The text of the error, in which the names of arguments are marked."""
         return str(self.args[0]) if self.args else ""
 
     def __str__(self) -> str:
@@ -129,18 +136,18 @@ class _WithReferences(BaseException):
 class DivergedError(_WithReferences, ArithmeticError):
     """A training run that must return a finite result went to infinity or NaN.
 
-    ``Study.best_model``, ``Study.ensemble``, the ``fit`` of an estimator of ``gputune.sklearn``, and
-    ``hypergradient`` with optimizer="exact" raise it. In a search, a trial that diverges is
-    "failed" instead, and the search continues. It is an ArithmeticError. Lower the learning rate,
-    or scale the inputs.
+    ``Study.best_model``, ``Study.ensemble``, the ``fit`` of an estimator of ``gputune.sklearn``,
+    and ``hypergradient`` with optimizer="exact" raise this error. In a search, a trial that
+    diverges is "failed" instead, and the search continues. The error is an ArithmeticError. Lower
+    the learning rate, or scale the inputs.
     """
 
 
 class ClusterError(_WithReferences, RuntimeError):
     """Workers or all nodes of a Ray cluster were lost during training.
 
-    ``tune(workers="ray")`` raises it. Finished results are kept: if ``study=`` names a file, the
-    same call resumes the search. It is a RuntimeError.
+    ``tune(workers="ray")`` raises this error. gputune keeps the finished results: if ``study=``
+    names a file, the same call resumes the search. The error is a RuntimeError.
     """
 
 
@@ -160,24 +167,25 @@ class CheckFailedError(_WithReferences, RuntimeError):
 class SearchFailedError(_WithReferences, RuntimeError):
     """No trial of the search has a finite score.
 
-    ``tune``, ``search``, ``Study.best_trial`` and everything that needs the best trial raise it.
-    The message says why the trials failed. It is a RuntimeError.
+    ``tune``, ``search``, ``Study.best_trial`` and everything that needs the best trial raise this
+    error. The message says why the trials failed. The error is a RuntimeError.
     """
 
 
 class StudyCorruptError(InputError):
     """A study file is damaged, or the file is not a study.
 
-    ``Study.open``, ``tune(study=...)`` and the commands on a study raise it. Nothing was read from
-    the file or changed in it. ``gputune repair`` saves the undamaged rows. It is an ``InputError``.
+    ``Study.open``, ``tune(study=...)`` and the commands on a study raise this error. gputune has
+    not read from the file or changed it. ``gputune repair`` saves the undamaged rows. The error is
+    an ``InputError``.
     """
 
 
 class StudyVersionError(InputError):
     """A study file has a format that this version of gputune cannot read.
 
-    ``Study.open``, ``tune(study=...)`` and the commands on a study raise it. Upgrade gputune if a
-    newer version wrote the file. It is an ``InputError``.
+    ``Study.open``, ``tune(study=...)`` and the commands on a study raise this error. Upgrade
+    gputune if a newer version wrote the file. The error is an ``InputError``.
     """
 
 
@@ -185,16 +193,17 @@ class MissingExtraError(InputError, ImportError):
     """An optional library is not installed. The message names the extra that installs it.
 
     Plots, loggers, ``OptunaSampler``, ``Study.to_optuna``, ``TunedModel.export`` and
-    ``tune(workers="ray")`` raise it. It is an ``InputError`` and an ImportError.
+    ``tune(workers="ray")`` raise this error. The error is an ``InputError`` and an ImportError.
     """
 
 
 class SearchInterrupted(_WithReferences, KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended a search. The finished results are kept.
+    """Ctrl-C or SIGTERM ended a search. The error holds the study with the finished results.
 
-    ``tune`` and ``search`` raise it. It is a KeyboardInterrupt, so ``except Exception`` does not
-    catch it: use ``except gputune.SearchInterrupted as stopped`` and go on with ``stopped.study``.
-    In a notebook or at a prompt, the call returns that study instead.
+    ``tune`` and ``search`` raise this error. The error is a KeyboardInterrupt, so ``except
+    Exception`` does not catch the error: use ``except gputune.SearchInterrupted as stopped`` and
+    continue with ``stopped.study``. In a notebook or at a prompt, the call returns that study
+    instead.
 
     Attributes:
         study: the Study so far.
@@ -214,13 +223,13 @@ class SearchInterrupted(_WithReferences, KeyboardInterrupt):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM ended a command that was not training."""
+    """The exception for SIGTERM in a command that is not training. The command then ends."""
 
 
 def check_count(
     value: object, name: str, *, least: int = 1, none: bool = False, remedy: str = ""
 ) -> None:
-    """Raise InputError unless a value is an integer of at least ``least``.
+    """Raise InputError unless the value of an argument is an integer of at least ``least``.
 
     None is also valid if ``none`` is True.
     """
@@ -235,8 +244,8 @@ def check_count(
 def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
     """Show a warning at the line of the user's code that called gputune.
 
-    A message may hold references to arguments. The warning keeps it as ``marked``, so that other
-    interfaces can render it.
+    A message may mark names of arguments. The warning stores the marked message as ``marked``, so
+    that other interfaces can show the names in their own form.
     """
     if isinstance(message, str):
         warning = category(PYTHON.render(message))
@@ -257,7 +266,7 @@ def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
 
 
 def how_to_install(extra: str) -> str:
-    """Return the sentence that says how to install an extra of gputune."""
+    """Return a sentence for error messages that says how to install an optional part of gputune."""
     # gputune is in no package index, so that pip finds the extra only in a clone.
     return f'Run pip install ".[{extra}]" in your clone of gputune.'
 

@@ -1,7 +1,8 @@
-"""Handling of errors in a faster backend that gputune tries.
+"""Handling of errors when gputune tries a faster backend.
 
-The next backend trains instead. The plan, a warning or a note names the error. This does not hide
-an error of the user's own module, because the backend that trains in the end raises it again.
+After an error, the next slower backend trains instead. The plan, a warning or a note names the
+error. An error of the user's own module stays visible, because the backend that trains in the end
+raises the error again.
 """
 
 import os
@@ -15,14 +16,14 @@ It is for tests and bug reports.
 
 
 def is_strict() -> bool:
-    """Return whether an error of a backend that gputune tries ends the search."""
+    """Return True if an error of a faster backend must end the search, for tests and bug reports."""
     return os.environ.get(STRICT, "") not in ("", "0")
 
 
 def words_unless_strict(error: Exception) -> str:
-    """Return the type and the first line of an error that a tried backend raised.
+    """Return the type and the first line of an error that a faster backend raised.
 
-    Raises the error again if ``is_strict``.
+    If ``is_strict()``, raises the error again instead.
     """
     if is_strict():
         raise error

@@ -10,11 +10,11 @@ _MANY = 10_000
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Pause the garbage collector inside the block.
+    """Pause Python's garbage collector inside the block, to create many objects faster.
 
     Among a million new objects there was no garbage, and the collector took a third of the time. In
-    a large import the collector also visits all objects that torch has made before. That takes as
-    long as the import itself.
+    a large import the collector also visits all objects that torch has created before. That takes
+    as long as the import itself.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -1,8 +1,8 @@
 """Checks of the files that gputune reads, before they are opened.
 
-Every reader of data, studies and models begins here. A read from a pipe would wait forever, a
-device has no end, and a small file can describe more values than memory holds. Therefore gputune
-checks the kind of a file before it opens it, and the size before the content takes memory.
+Every reader of data, studies and models calls these checks first. A read from a pipe would wait
+forever, a device has no end, and a small file can describe more values than memory holds. Therefore
+gputune checks the kind of a file before it opens it, and the size before the content takes memory.
 """
 
 import os
@@ -29,17 +29,18 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 def check_file(
     path: Path, *, missing: str = "check the path", folder: str = "give the file in it"
 ) -> int:
-    """Return the size of a file in bytes. A symbolic link to a file is accepted.
+    """Check that a path is a readable file, and return its size in bytes. A symbolic link to a file
+    is valid.
 
     Args:
         path: the file that will be read.
         missing: advice for the user if the file does not exist.
-        folder: advice for the user if it is a folder.
+        folder: advice for the user if the path is a folder.
 
     Raises:
         FileNotFoundError: the file does not exist.
         PermissionError: a folder of the path may not be entered.
-        InputError: it is a folder, a pipe, a socket, a device or a link to itself.
+        InputError: the path is a folder, a pipe, a socket, a device or a link to itself.
     """
     try:
         status = path.stat()
@@ -60,9 +61,9 @@ def check_file(
 def open_file(
     path: Path, *, missing: str = "check the path", folder: str = "give the file in it"
 ) -> IO[bytes]:
-    """Open a file for reading.
+    """Open a file for reading after checking that the path is a file.
 
-    Raises the errors of ``check_file``, and PermissionError if the file may not be read.
+    Raises the errors of ``check_file``, and PermissionError if the user may not read the file.
     """
     check_file(path, missing=missing, folder=folder)
     # A pipe can replace the file after the check. Without O_NONBLOCK, opening the pipe would wait.
@@ -81,15 +82,15 @@ def open_file(
 
 
 def read_file(path: Path, *, bytes_per_byte: int = 1, missing: str = "check the path") -> bytes:
-    """Return the content of a file.
+    """Check and read a file, and return its content as bytes.
 
     Args:
         path: the file.
-        bytes_per_byte: the memory that is needed to read and decode one byte of it.
+        bytes_per_byte: bytes of memory that reading and decoding one byte of the file needs.
         missing: advice for the user if the file does not exist.
 
     Raises:
-        InputError: memory does not hold the content, or as ``check_file``.
+        InputError: the content does not fit into memory, or the path is not a file.
     """
     with open_file(path, missing=missing) as file:
         size = os.fstat(file.fileno()).st_size
@@ -102,8 +103,8 @@ def check_room(path: Path, needed: int, free: int | None = None) -> None:
 
     Args:
         path: the file.
-        needed: bytes that its content needs.
-        free: bytes that are free. None: measure them.
+        needed: bytes of memory that the content of the file needs.
+        free: bytes of free memory. None: measure the free memory.
     """
     if free is None:
         free = free_memory()
@@ -117,7 +118,7 @@ def check_room(path: Path, needed: int, free: int | None = None) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise InputError unless a folder from which a model will be read exists."""
+    """Raise InputError if the folder of a saved model does not exist."""
     if not folder.is_dir():
         rule = f"there is no model folder {str(folder)!r}"
         raise InputError(None, rule, remedy="Check the path.")

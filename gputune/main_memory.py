@@ -1,6 +1,6 @@
-"""The main memory that this process may still take.
+"""The amount of main memory that this process can still use.
 
-This module does not import torch, because a study is read without torch.
+This module does not import torch, because commands that only read a study must not wait for torch.
 """
 
 import os
@@ -19,7 +19,7 @@ _RECLAIMABLE = ("active_file", "inactive_file", "slab_reclaimable")
 
 
 def free_memory() -> int:
-    """Return the bytes of main memory that this process may still take.
+    """Return the bytes of main memory that this process can still use.
 
     The result is the smallest of three byte counts: the memory that the machine has available, the
     rest of ``ulimit -v``, and the rest of each control group of the process. Cached files count as
@@ -52,8 +52,8 @@ def free_memory() -> int:
 
 
 def _free_of_groups() -> Iterator[int]:
-    """Yield the free bytes of each control group of this process, from its own group up to the
-    root."""
+    """Yield the free bytes of each Linux control group of this process, from its own group up to
+    the root."""
     for folder, top, is_v2 in _group_folders():
         while True:
             yield _free_of_group(folder, is_v2=is_v2)
@@ -63,7 +63,7 @@ def _free_of_groups() -> Iterator[int]:
 
 
 def _free_of_group(folder: Path, *, is_v2: bool) -> int:
-    """Return the free bytes within the memory limits of one control group.
+    """Return the bytes that processes of a Linux control group can still use within its limits.
 
     ``sys.maxsize`` means no limit.
     """
@@ -84,10 +84,11 @@ def _free_of_group(folder: Path, *, is_v2: bool) -> int:
 
 
 def _group_folders() -> Iterator[tuple[Path, Path, bool]]:
-    """Yield the memory group folder of this process, its mount point, and whether it is version 2.
+    """Yield the folder of this process's memory control group, its mount point, and True for
+    version 2.
 
-    Version 1 and version 2 can be mounted at the same time; then both are yielded. See man 7
-    cgroups and man 5 proc.
+    Version 1 and version 2 can be mounted at the same time; the function then yields both. See man
+    7 cgroups and man 5 proc.
     """
     try:
         memberships = (_PROC / "self/cgroup").read_text().splitlines()
@@ -118,5 +119,5 @@ def _group_folders() -> Iterator[tuple[Path, Path, bool]]:
 
 
 def _unescaped(text: str) -> str:
-    """Decode a path of mountinfo, in which blanks and similar characters are octal numbers."""
+    """Decode the octal escapes in a path of /proc/self/mountinfo, such as ``\\040`` for a blank."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -21,10 +21,10 @@ _TEXTS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory of the device or the host has run out.
+    """Return True if an error means that the memory of the GPU or the machine is exhausted.
 
-    A CUDA graph that runs out of memory may only say that it failed. The reason is then in the
-    error before it.
+    If a CUDA graph runs out of memory, its error may only say that the graph failed. The error that
+    caused it then has the reason.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -34,9 +34,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_of_gpu(device: torch.device) -> int:
-    """Return the bytes of a GPU that this process may take.
+    """Return the bytes of a GPU's memory that this process can still use.
 
-    The result is the sum of the unused bytes and the bytes that PyTorch keeps for later.
+    The result is the sum of the unused bytes and the bytes that PyTorch has reserved but does not
+    use.
     """
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -51,14 +52,14 @@ would end the capture of another thread.
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU to finish. On a CPU return at once."""
+    """Wait until a GPU has finished its work. For the CPU, return at once."""
     if device.type == "cuda":
         with CAPTURING:
             torch.cuda.synchronize(device)
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give back the GPU memory that PyTorch keeps for later."""
+    """Release the GPU memory that PyTorch has reserved but does not use."""
     if device.type == "cuda":
         # After a failed capture, torch < 2.13 believes that every later call is inside a capture.
         # Source: https://github.com/pytorch/pytorch/issues/180395

@@ -1,8 +1,9 @@
 """Temporary folders that are removed when their process ends, and atomic writes of files.
 
 If a process is killed, the next process removes its folder. The process that makes a folder locks
-it. The lock belongs to the operating system and ends with the process. No folder is removed because
-of its age. A file that must appear completely or not at all is written in such a folder first.
+the folder. The lock belongs to the operating system and ends with the process. The age of a folder
+does not matter. gputune first writes a file into such a folder if the file must appear completely
+or not at all.
 """
 
 import errno
@@ -25,13 +26,13 @@ from gputune.errors import InputError
 
 @contextmanager
 def scratch_folder(parent: Path | None = None, *, prefix: str = "gputune") -> Iterator[Path]:
-    """Make a folder for this process only, and remove it at the end of the block.
+    """Create a temporary folder for this process, and remove the folder at the end of the block.
 
-    Folders with the same prefix that ended processes of this user have left there are removed too.
+    Also remove folders with the same prefix that earlier processes of this user have left there.
 
     Args:
-        parent: the folder in which it is made. None: the folder of temporary files.
-        prefix: beginning of its name.
+        parent: the folder in which the new folder is created. None: the system's temporary folder.
+        prefix: beginning of the new folder's name.
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     sweep(parent, prefix=prefix)
@@ -45,9 +46,9 @@ def scratch_folder(parent: Path | None = None, *, prefix: str = "gputune") -> It
 
 
 def sweep(parent: Path, *, prefix: str) -> None:
-    """Remove old scratch folders of this user from ``parent``.
+    """Remove temporary folders of this user from ``parent`` that ended processes have left.
 
-    A folder is old if its process on this host has ended.
+    The process must have run on this host.
     """
     if sys.platform == "win32":  # Windows can lock only files
         return
@@ -66,9 +67,10 @@ def sweep(parent: Path, *, prefix: str) -> None:
 
 
 def cache_folder() -> Path | None:
-    """Return the folder ``gputune`` in this user's caches (XDG).
+    """Return the folder ``gputune`` in this user's cache folder (XDG), and create the folder if
+    needed.
 
-    The folder is made if it is missing. None if it cannot be made.
+    Returns None if the folder cannot be created.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # Path.home() raises RuntimeError without HOME for a user without an entry in passwd.
@@ -81,7 +83,7 @@ def cache_folder() -> Path | None:
 
 
 def is_users(status: os.stat_result) -> bool:
-    """Return whether a file or folder belongs to this user and no other user may write to it.
+    """Return True if a file or folder belongs to this user and no other user may write to it.
 
     The result is always True on Windows.
     """
@@ -91,10 +93,10 @@ def is_users(status: os.stat_result) -> bool:
 
 
 def open_to_others(path: Path) -> Path | None:
-    """Return the first folder above a path in which another user could replace the path, or None.
+    """Return the first parent folder of a path in which another user could replace the path.
 
-    The result is a folder that belongs to another user, or that others may write to. The sticky
-    bit, which ``/tmp`` has, lets users move only their own files.
+    Returns None if there is no such folder. The folder belongs to another user, or other users may
+    write to it. The sticky bit, which ``/tmp`` has, lets users move only their own files.
     """
     if not hasattr(os, "geteuid"):
         return None
@@ -117,7 +119,7 @@ _UNKNOWN_USER = 65534
 
 
 def _is_private_group(group_id: int) -> bool:
-    """Return whether a group has only this user as a member, as many systems set it up.
+    """Return True if this user is the only member of a group, as many systems set it up.
 
     Root is in all groups.
     """
@@ -135,15 +137,17 @@ def _is_private_group(group_id: int) -> bool:
 
 
 def _start(prefix: str) -> str:
-    """Return the beginning of a folder name, with a hash of the host.
+    """Return the beginning of a temporary folder's name: the prefix and a hash of the host name.
 
-    On shared folders this host may not see the locks of other hosts.
+    The hash keeps hosts apart, because this host may not see the locks of other hosts on a shared
+    folder.
     """
     return f"{prefix}-{zlib.crc32(platform.node().encode()):08x}-"
 
 
 def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int | None]:
-    """Make a new folder, and return it with the descriptor of its lock (None on Windows)."""
+    """Create a temporary folder, and return its path and the descriptor of its lock (None on
+    Windows)."""
     while True:
         try:
             folder = Path(tempfile.mkdtemp(prefix=_start(prefix), dir=parent))
@@ -165,7 +169,7 @@ def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int | None]:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes], *, prefix: str) -> None:
-    """Write all files in a scratch folder, then move them to ``folder`` in order."""
+    """Write files into a temporary folder, then move the files to ``folder`` in order."""
     with scratch_folder(folder, prefix=prefix) as drafts:
         for name, content in files.items():
             (drafts / name).write_bytes(content)
@@ -177,7 +181,7 @@ def write_files(folder: Path, files: Mapping[str, bytes], *, prefix: str) -> Non
 
 @contextmanager
 def naming_folder(folder: Path, action: str, remedy: str) -> Iterator[None]:
-    """Turn an OSError inside the block into one that names the failed action, the folder and a
+    """Replace an OSError of the block by an OSError that names the failed action, the folder and a
     remedy."""
     try:
         yield
@@ -189,7 +193,7 @@ def naming_folder(folder: Path, action: str, remedy: str) -> Iterator[None]:
 
 
 def no_folder(argument: str, path: Path) -> InputError:
-    """Return the error for an argument with a file in a folder that does not exist."""
+    """Return the InputError for an argument that names a file in a folder which does not exist."""
     rule = f"must be in an existing folder, but {str(path.parent)!r} does not exist"
     return InputError(argument, rule, remedy="Create the folder first.")
 
@@ -210,7 +214,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush the content of a file, or the entries of a folder, to the disk."""
+    """Make sure that the content of a file, or the list of files in a folder, is on the disk."""
     # Windows cannot open a folder, and flushes only what it may write.
     if sys.platform == "win32" and path.is_dir():
         return

@@ -1,7 +1,7 @@
-"""One independent random stream for every use.
+"""Independent streams of random numbers, one for each purpose such as dropout or shuffling.
 
-The random numbers of one use therefore never depend on how many random numbers other uses take. A
-draw is one call of a random generator.
+The random numbers of one purpose therefore never depend on the count of random numbers for other
+purposes. A draw is one call of a random generator.
 """
 
 import hashlib
@@ -22,19 +22,21 @@ us.
 
 
 def stream_seed(seed: int, *key: object) -> int:
-    """Return a 63-bit seed that depends on all bits of ``seed`` and ``key``.
+    """Return the seed of the random stream for a purpose, which ``key`` names.
 
-    The key is hashed, because torch's CPU generator keeps only the low 32 bits of a seed. Keys
-    packed into the high bits would share one stream.
+    The seed has 63 bits and depends on all bits of ``seed`` and ``key``. The function hashes the
+    key, because torch's CPU generator keeps only the low 32 bits of a seed. Keys packed into the
+    high bits would share one stream.
     """
     text = "/".join(str(part) for part in (seed, *key))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def stream(seed: int, *key: object) -> torch.Generator:
-    """Return a separate CPU generator for one use, for example ``stream(seed, "rows", n, epoch)``.
+    """Return a random generator on the CPU for one purpose, for example ``stream(seed, "rows", n,
+    epoch)``.
 
-    Random numbers are drawn on the CPU and then moved, so that a GPU gets the same random numbers.
+    Random numbers are made on the CPU and then moved, so that a GPU gets the same random numbers.
     """
     return torch.Generator().manual_seed(stream_seed(seed, *key))
 
@@ -43,16 +45,16 @@ def stream(seed: int, *key: object) -> torch.Generator:
 def keyed_draws(
     device: torch.device, seed: int, *key: object, host: bool = False
 ) -> Iterator[None]:
-    """Let torch's own generator draw from the stream of ``key`` inside the block.
+    """Seed torch's own random generator for the purpose ``key`` inside the block.
 
     Outside the block, the generator continues as before. Threads take turns, because they share
-    this generator. This generator serves modules and dropout, which accept no other generator.
+    this generator. Modules and dropout use this generator, because they accept no other generator.
 
     Args:
-        device: The device that draws. The CPU's generator is always included.
+        device: The device that makes random numbers. The CPU's generator is always included.
         seed: The seed of the search.
-        *key: The use of the draws, for example ``"dropout", epoch, step``.
-        host: Whether the generators of Python and NumPy draw from streams of ``key`` as well.
+        *key: The purpose of the random numbers, for example ``"dropout", epoch, step``.
+        host: If True, the generators of Python and NumPy are seeded for ``key`` as well.
     """
     devices = [device] if device.type == "cuda" else []
     with GLOBAL_DRAWS, torch.random.fork_rng(devices), _restored_host_generators(host):
@@ -61,9 +63,9 @@ def keyed_draws(
 
 
 def start_stream(device: torch.device, seed: int, *key: object, host: bool = False) -> None:
-    """Let torch's own generator draw from the stream of ``key`` from now on.
+    """Seed torch's own random generator for the purpose ``key`` from now on.
 
-    Call it only inside ``keyed_draws``.
+    Call this function only inside ``keyed_draws``, which restores the generator.
     """
     # torch.manual_seed() would seed the generators of all devices, and these are not restored here.
     torch.default_generator.manual_seed(stream_seed(seed, *key))
@@ -77,17 +79,19 @@ def start_stream(device: torch.device, seed: int, *key: object, host: bool = Fal
 
 
 def prediction_draws(device: torch.device, *, draws: bool) -> AbstractContextManager[None]:
-    """Let a model that uses random numbers in predictions get the same random numbers in each
-    call."""
+    """Return a context in which a model's predictions use the same random numbers in each call.
+
+    With ``draws=False`` the context does nothing.
+    """
     return keyed_draws(device, 0, "predict", host=True) if draws else nullcontext()
 
 
 @contextmanager
 def seeded_generators(seed: int) -> Iterator[None]:
-    """Start the generators of Python, NumPy and torch at ``seed`` inside the block.
+    """Seed the random generators of Python, NumPy and torch with ``seed`` inside the block.
 
-    The generators are restored afterwards. A thread that needs the generators meanwhile, in another
-    search, waits until this block ends.
+    After the block, the generators continue as before. A thread that needs the generators
+    meanwhile, in another search, waits until this block ends.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with GLOBAL_DRAWS, torch.random.fork_rng(devices), _restored_host_generators(True):
@@ -99,7 +103,7 @@ def seeded_generators(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _restored_host_generators(enabled: bool) -> Iterator[None]:
-    """Restore the state of the generators of Python and NumPy after the block, if ``enabled``."""
+    """Restore the state of Python's and NumPy's random generators after the block, if ``enabled``."""
     if not enabled:
         yield
         return

@@ -1,4 +1,4 @@
-"""Text for a terminal and a notebook: no control characters, rounded values and aligned columns."""
+"""Text for terminals and notebooks: remove control characters, round numbers, align columns."""
 
 import math
 import re
@@ -17,8 +17,8 @@ _DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\
 def clean(value: object, *, keep: str = "") -> str:
     """Return the text of a value without characters that control a terminal.
 
-    A line break or a tab becomes a blank. All other control characters are dropped, except the
-    characters in ``keep``.
+    A line break or a tab becomes a blank. The function drops all other control characters, except
+    the characters in ``keep``.
     """
     return "".join(
         char
@@ -33,10 +33,10 @@ def clean(value: object, *, keep: str = "") -> str:
 
 
 def short(value: object) -> str:
-    """Return the value of a hyperparameter as text.
+    """Return the value of a hyperparameter as short text for a table or message.
 
-    A float has four digits, also in a tuple or dict. A function or class is its name. Values for
-    the segments and layers of a training run are lists of these texts.
+    A float has four digits, also in a tuple or dict. A function or class is shown by its name. A
+    list, such as a value for each layer, has the short text of each element.
     """
     if isinstance(value, float):
         return f"{value:.4g}"
@@ -54,7 +54,7 @@ _QUOTED_OR_NUMBER = re.compile(
 
 
 def with_short_numbers(text: str) -> str:
-    """Return a text, such as a search space, with at most four digits per number.
+    """Round the numbers in a text, such as a search space, to at most four digits.
 
     Text in quotes stays unchanged.
 
@@ -66,7 +66,10 @@ def with_short_numbers(text: str) -> str:
 
 
 def _shortened(match: re.Match[str]) -> str:
-    """Return a number with at most four digits. Quoted text and short numbers stay unchanged."""
+    """Return the replacement for a matched number: the number with at most four digits.
+
+    Quoted text and short numbers stay unchanged.
+    """
     if match[0][0] in "'\"":
         return match[0]
     return min(match[0], f"{float(match[0]):.4g}", key=len)
@@ -101,7 +104,7 @@ def nearest(
 
 
 def did_you_mean(word: object, known: Iterable[object], *, others: Mapping[str, str] = ({})) -> str:
-    """Return a sentence that suggests a known word for an unknown one, with a blank before it.
+    """Return " Did you mean 'NAME'?" with the known word that is most similar to a mistyped word.
 
     The result is "" if no known word is similar.
     """
@@ -110,7 +113,7 @@ def did_you_mean(word: object, known: Iterable[object], *, others: Mapping[str, 
 
 
 def is_formula(cell: object) -> bool:
-    """Return whether a spreadsheet may compute a cell: its text begins like a formula.
+    """Return True if a spreadsheet may compute a cell, because its text begins like a formula.
 
     A single sign and a number are not formulas.
     """
@@ -118,7 +121,7 @@ def is_formula(cell: object) -> bool:
 
 
 def is_number(text: str) -> bool:
-    """Return whether a text reads as one number."""
+    """Return True if Python can read a text as a number."""
     try:
         float(text)
     except ValueError:
@@ -133,21 +136,21 @@ def count(number: int, noun: str) -> str:
 
 
 def size_words(number: int) -> str:
-    """Return a number of bytes as text, in KiB, MiB or GiB."""
+    """Return a number of bytes as text, such as "1.5 GiB", in KiB, MiB or GiB."""
     power, name = (3, "GiB") if number >= 2**30 else (2, "MiB") if number >= 2**20 else (1, "KiB")
     return f"{number / 2 ** (10 * power):.1f} {name}"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """The way to show scores: scikit-learn's ``neg_log_loss`` of -0.31 is shown as a log_loss of
-    0.31.
+    """The name, sign and digits with which gputune shows a score. For example, scikit-learn's
+    ``neg_log_loss`` of -0.31 is shown as a log_loss of 0.31.
 
     Attributes:
         name: the name that is shown.
         lower_is_better: whether the score is a loss, which is shown with the opposite sign.
         decimals: number of decimals.
-        positive: the positive class of the score. None if it has none.
+        positive: the positive class of the score. None if the score has no positive class.
     """
 
     name: str
@@ -157,40 +160,49 @@ class Measure:
 
     @property
     def title(self) -> str:
-        """The name, with the positive class if there is one, and "(lower is better)" for a loss."""
+        """The name of the score as a heading, with its positive class and "(lower is better)" for a
+        loss."""
         return f"{self.name}{of_class(self.positive)}{' (lower is better)' * self.lower_is_better}"
 
     def text(self, score: float) -> str:
-        """Return the text of a score, which has scikit-learn's sign. NaN is "-"."""
+        """Return the text of a score, such as "0.3100".
+
+        The score has scikit-learn's sign. NaN becomes "-".
+        """
         return self.size(-score if self.lower_is_better else score)
 
     def size(self, value: float) -> str:
-        """Return the text of a value in the score's unit, for example a standard error, with the
-        same decimals."""
+        """Return the text of a value in the score's unit, such as a standard error.
+
+        The text has the same number of decimals as a score.
+        """
         if not math.isfinite(value):
             return "-"
         # adding 0.0 turns -0.0 into 0.0
         return f"{value:.3e}" if abs(value) >= 1e7 else f"{value + 0.0:.{self.decimals}f}"
 
     def with_error(self, score: float, error: float) -> str:
-        """Return a score with its standard error, if that is finite."""
+        """Return a score with its standard error as text, such as "0.31 ± 0.02".
+
+        The error is left out if it is not finite.
+        """
         return (
             f"{self.text(score)} ± {self.size(error)}" if math.isfinite(error) else self.text(score)
         )
 
 
 def of_class(positive: object) -> str:
-    """Return the text about the positive class that follows the name of a score, or ""."""
+    """Return " of class NAME" for the positive class of a score, or "" without a positive class."""
     return "" if positive is None else f" of class {clean(repr(positive))}"
 
 
 def measure_of(scoring: str, best: float, positive: object = None, label: str = "") -> Measure:
-    """Return the measure for a scorer's name.
+    """Return the object that shows the scores of a scorer.
 
     Args:
         scoring: name of the scorer.
-        best: the best score. The decimals show four digits of it.
-        positive: the positive class of the score. None if it has none.
+        best: the best score, which determines the number of decimals: four digits of it are shown.
+        positive: the positive class of the score. None if the score has no positive class.
         label: name to show instead of ``scoring``.
     """
     size = abs(best)
@@ -208,7 +220,10 @@ def table(
     left: Sequence[str] = (),
     indent: str = "",
 ) -> str:
-    """Return lines of aligned cells. Columns in ``left`` are aligned left, the others right."""
+    """Return a text table with aligned columns.
+
+    Columns in ``left`` are aligned left, the others right.
+    """
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[j]) for line in lines) for j in range(len(header))]
     aligns = ["<" if name in left else ">" for name in header]
@@ -219,7 +234,7 @@ def table(
 
 
 def paragraph(text: str, width: int, *, first: str = "", then: str = "") -> str:
-    """Return text filled to ``width``.
+    """Wrap a text into lines of at most ``width`` characters.
 
     ``first`` precedes the first line, and ``then`` the other lines.
     """
@@ -233,7 +248,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def blocks(values: Sequence[float], *, width: int) -> str:
-    """Return a curve of values as at most ``width`` block characters.
+    """Draw a curve of values as at most ``width`` block characters, for a terminal.
 
     A blank stands for NaN and infinity.
     """
@@ -246,9 +261,9 @@ def blocks(values: Sequence[float], *, width: int) -> str:
 
 
 def card(title: str, rows: Iterable[tuple[str, str]]) -> str:
-    """Return an HTML table for a notebook, with one row for each name and text.
+    """Return an HTML table for a notebook, with a title and one row for each name and text.
 
-    All text is escaped.
+    The function escapes all text.
     """
     left = ' style="text-align:left"'
     cells = (

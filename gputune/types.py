@@ -106,7 +106,7 @@ The second range is for sgd and nesterov, which do not scale their steps.
 
 
 def defaults_in_words() -> str:
-    """Return the default spaces and values as text, one line each, for help and documentation."""
+    """Return the default search spaces and default values as text, for help and documentation."""
 
     def choices(key: str) -> str:
         values = SEARCHED[key]
@@ -184,9 +184,9 @@ A chunk (trials that train together) keeps at most the same number of bytes in t
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """The outputs of one trial on validation rows after ``epoch`` epochs, its best epoch.
+    """The outputs of one trial for the validation rows, after the trial's best epoch.
 
-    Ensembles are made from these outputs.
+    gputune makes ensembles from these outputs.
 
     Attributes:
         epoch: number of trained epochs.
@@ -199,11 +199,11 @@ class Outputs:
 
 
 def beyond_limit(sizes: Mapping[int, int], scores: Mapping[int, float]) -> list[int]:
-    """Return the trial numbers of the outputs to drop, so that the rest fits into the limit of
+    """Return the numbers of the trials whose outputs must be deleted to stay within the limit of
     bytes.
 
-    Outputs of the trials with the worst scores are dropped. Among equal scores the oldest trials
-    are dropped first.
+    The outputs of the trials with the worst scores are deleted. Among equal scores the oldest
+    trials come first.
     """
     order = sorted(sizes, key=lambda number: (scores[number], number), reverse=True)
     totals = accumulate(sizes[number] for number in order)
@@ -211,14 +211,14 @@ def beyond_limit(sizes: Mapping[int, int], scores: Mapping[int, float]) -> list[
 
 
 def drop_beyond_limit(outputs: dict[int, Outputs], scores: Mapping[int, float]) -> None:
-    """Delete the outputs of the worst trials that do not fit into the limit of bytes."""
+    """Delete the outputs of the worst trials, so that the rest fits into the limit of bytes."""
     sizes = {number: output.values.nbytes for number, output in outputs.items()}
     for number in beyond_limit(sizes, scores):
         del outputs[number]
 
 
 def first_metric(scores: "np.ndarray", *, axes: int) -> "np.ndarray":
-    """Return the scores by the metric that ranks.
+    """Return the scores of the first metric, which ranks the trials.
 
     Args:
         scores: scores with ``axes`` axes for one metric. With several metrics, the scores have one

@@ -1,8 +1,8 @@
 """Messages that name arguments, and the names that each interface gives to these arguments.
 
-A message is made once. It names an argument by a reference: ``option("cv", 5)`` marks the argument
-``cv`` with the value 5. Each interface renders references in its own names: Python shows ``cv=5``,
-the command line shows ``--cv 5``.
+A message is written once for all interfaces. To name an argument, a message contains a reference:
+``option("cv", 5)`` marks the argument ``cv`` with the value 5. Each interface shows references in
+its own form: Python shows ``cv=5``, the command line shows ``--cv 5``.
 """
 
 import re
@@ -31,12 +31,12 @@ _LONGEST_VALUE = 200  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Reference:
-    """An argument that a message names.
+    """A reference to an argument in a message, such as ``cv=5``.
 
     Args:
         name: Name of the argument in Python, such as "cv".
-        keys: Keys and positions in it, as Python code: ("'lr'",) for ``space['lr']``.
-        value: Value as Python code, "..." if the message leaves it open, None if it gives none.
+        keys: Keys and positions in the argument, as Python code: ("'lr'",) for ``space['lr']``.
+        value: Value as Python code, "..." for any value, None to show no value.
         call: Function or class that takes the argument; "" for a search.
     """
 
@@ -47,7 +47,7 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> "Reference | None":
-        """Return the reference that a text encodes, or None for any other text."""
+        """Return the reference for a text such as "cv=5", or None if the text is no reference."""
         match = _REFERENCE.fullmatch(text)
         if match is None:
             return None
@@ -62,7 +62,8 @@ class Reference:
 
 
 class Interface:
-    """The names that Python's functions give to arguments; other interfaces override them.
+    """The names of arguments as messages show them to users of the Python functions. Other
+    interfaces override these names.
 
     Attributes:
         name: "python", "command" or "sklearn".
@@ -71,11 +72,11 @@ class Interface:
     name = "python"
 
     def argument(self, reference: Reference) -> str:
-        """Return an argument as a user of this interface writes it."""
+        """Return the name of an argument as users of this interface write it."""
         return str(reference)
 
     def render(self, message: str) -> str:
-        """Return a message with its references rendered.
+        """Replace the marked names in a message by the names that users of this interface know.
 
         Args:
             message: Text with the marks of ``option`` and ``per_interface``. Marks can be nested.
@@ -108,11 +109,12 @@ class Verbatim(str):
 
 
 def option(reference: str, value: object = MISSING) -> str:
-    """Return a marked reference to an argument, for use within a message.
+    """Return a marked name of an argument for use in a message, which each interface shows in its
+    own form.
 
     Args:
         reference: The argument as Python writes it: "cv", "space['lr']", "Halving(factor=...)".
-        value: A value to show with it.
+        value: A value to show after the argument.
 
     Example:
         >>> message = f"Pass {option('cv', 5)}."
@@ -124,7 +126,7 @@ def option(reference: str, value: object = MISSING) -> str:
 
 
 def per_interface(python: str, command: str, sklearn: str | None = None) -> str:
-    """Return a marked text that differs between the interfaces by more than names of arguments.
+    """Return a part of a message that has a different text for each interface.
 
     Args:
         python: The text for functions of Python.
@@ -136,7 +138,7 @@ def per_interface(python: str, command: str, sklearn: str | None = None) -> str:
 
 
 def shown_value(value: object) -> str:
-    """Return the text of a value for a message, on one line and of limited length."""
+    """Return the text of a value for a message, on one line and with at most 200 characters."""
     text = repr(value)
     if not isinstance(value, Verbatim):
         text = " ".join(text.split())

@@ -1,5 +1,5 @@
-"""Help for people at a prompt: suggestions for mistyped arguments, and the study of a stopped
-search."""
+"""Help for users at a Python prompt: suggestions for mistyped arguments, and the study of an
+interrupted search."""
 
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -30,7 +30,7 @@ _OTHER_NAMES: Mapping[str, str] = {
 
 
 def public(function: Callable[Given, Value]) -> Callable[Given, Value]:
-    """Wrap a public function to make its errors helpful in interactive use.
+    """Decorate a public function so that its errors help a user at a Python prompt.
 
     An unknown keyword argument raises a TypeError that suggests the right name, like Python 3.13
     does. In a notebook or at a prompt, an interrupted search returns its study so far.

@@ -37,11 +37,11 @@ def search(
 
     Args:
         objective: ``objective(params, report)`` trains one configuration (a dict) and returns its
-            score. ``report`` is a ``gputune.Report``. Call ``report(value)`` after each epoch: it
-            keeps the learning curve, and raises an exception if the search prunes the trial or its
-            time is over. ``report.number`` is the number of the trial. If the objective raises
-            another error, the trial is "failed", ``trial.detail["error"]`` holds the error, and the
-            search continues.
+            score. ``report`` is a ``gputune.Report``. Call ``report(value)`` after each epoch. The
+            call records the learning curve, and raises an exception if the search prunes the trial
+            or its time is over. ``report.number`` is the number of the trial. If the objective
+            raises another error, the trial is "failed", ``trial.detail["error"]`` holds the error,
+            and the search continues.
         space: a dict from any key to its values, or a list of such dicts. The values are a list, a
             scipy.stats distribution, ``gputune.log_int(a, b)``, an Optuna distribution or one fixed
             value.

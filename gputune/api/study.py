@@ -307,7 +307,7 @@ class Study(data.Study):
     def default_trial(self) -> DefaultTrial | None:
         """The trial of the default configuration, compared with the best trial: did tuning help?
 
-        Its ``score`` is the default's score. ``best_score``, ``improvement`` and
+        ``score`` is the score of the default configuration. ``best_score``, ``improvement`` and
         ``improvement_std_error`` compare it with ``best_trial`` on the same folds. ``improvement``
         is positive if the best trial is better, for losses too. ``text`` is the comparison in
         sentences, as in the closing text of the command line.

@@ -1,6 +1,6 @@
 """Refit: the best configuration of a study trains again on all rows and becomes the tuned model.
 
-A member is one trial on one fold. Draws are random numbers that a module uses, for example in
+A member is one trial on one fold. A draw is a random number that a module uses, for example in
 dropout. The solved logistic regression is solved to convergence and takes no training steps.
 """
 
@@ -46,9 +46,9 @@ from gputune.version import __version__
 
 @dataclass(frozen=True, eq=False)
 class ReopenedSearch:
-    """The search of a study, ready to train its trials again.
+    """The search of a study, prepared to train its trials again.
 
-    ``rows`` is the fingerprint of the current rows.
+    ``rows`` is the fingerprint (digest and size) of the rows that are available now.
     """
 
     study: Study
@@ -65,7 +65,8 @@ class ReopenedSearch:
 
     @property
     def objective(self) -> Objective | None:
-        """The objective of a module, with the loss by which ``neg_loss`` ranks the trials."""
+        """The training objective of a module, with the loss by which the score ``neg_loss`` ranks
+        trials."""
         objective = self.problem.objective
         space = self.study.record.arguments.space
         if objective is None:
@@ -79,17 +80,17 @@ class ReopenedSearch:
         return objective.of_space(trained)
 
     def config(self, trial: Trial) -> Config:
-        """Return the complete configuration of a trial, including its scaling of numeric
-        columns."""
+        """Return the hyperparameters of a trial, with default values for missing keys and the
+        scaling of numeric columns."""
         return self.choice.complete(
             {"numbers": self.problem.numbers, **trial.params}, self.options.training.schedule
         )
 
     def evaluation_draws(self, data: Dataset, trial: Trial) -> EvaluationDraws | None:
-        """Return the settings of the random numbers that a trial's members use in evaluation.
+        """Return the settings for random numbers that a trial's modules use in predictions.
 
-        Returns None if the members use no random numbers. The members must have been trained in
-        this process.
+        Returns None if the modules use no random numbers there. The modules must have been trained
+        in this process.
         """
         config = self.config(trial)
         data = data.of(config)
@@ -104,9 +105,10 @@ class ReopenedSearch:
         )
 
     def note_on_draws(self, data: Dataset, trials: Sequence[Trial]) -> Config:
-        """Return the ``info`` entry of a model that uses random numbers in predictions.
+        """Return {"draws":
 
-        The entry is empty if the model uses no random numbers.
+        True} for the ``info`` of a model that uses random numbers in predictions. For other models,
+        return an empty dict.
         """
         draws = [self.evaluation_draws(data, trial) for trial in trials]
         return {"draws": True} if any(draws) else {}
@@ -119,9 +121,10 @@ class ReopenedSearch:
         seed: int | None = None,
         progress: ProgressCallback = unseen,
     ) -> list[list[nn.Module]]:
-        """Train each trial to its best epoch, and return the members of all folds of the data.
+        """Train each trial to its best epoch on the folds of the data, and return the trained
+        modules.
 
-        Raises DivergedError.
+        The result has one list per trial, with one module per fold. Raises DivergedError.
         """
         configs = list(map(self.config, trials))
         if self.choice.solved:
@@ -155,7 +158,7 @@ class ReopenedSearch:
         return members
 
     def _trainer(self, data: Dataset, seed: int) -> Trainer:
-        """Return a trainer with the options of the search."""
+        """Return a trainer for the data, with the options and the model of the search."""
         options = self.options
         choice = self.choice
         backend: Backend = "eager"
@@ -175,10 +178,10 @@ class ReopenedSearch:
         )
 
     def dataset(self, folds: Sequence[Rows] | None, trials: Sequence[Trial]) -> Dataset:
-        """Return the data of some folds as the first trial reads them, on the device for these
-        trials.
+        """Return the data of some folds, prepared as the first trial needs it, on the chosen
+        device.
 
-        ``folds=None`` means all rows.
+        ``folds=None`` means one fold with all rows.
         """
         folds = [all_rows(len(self.problem.source.X))] if folds is None else folds
         configs = list(map(self.config, trials))
@@ -193,9 +196,10 @@ class ReopenedSearch:
         info: Config,
         statistics: Statistics | None = None,
     ) -> TunedModel:
-        """Return the tuned model of a module trained on all rows.
+        """Combine a trained module with everything that predictions need, and return the tuned
+        model.
 
-        ``statistics=None`` takes the statistics of the data.
+        ``statistics=None`` takes the scaling statistics of the data.
         """
         target = self.problem.target
         record = self.study.record
@@ -240,7 +244,7 @@ class ReopenedSearch:
         )
 
     def arguments(self, trial: Trial, data: Dataset) -> Config:
-        """Return the arguments with which the module of a trial is built."""
+        """Return the constructor arguments of a trial's module, such as its width."""
         config = self.config(trial)
         size = {"n_features": data.of(config).n_features, "n_outputs": data.n_outputs}
         if self.choice.searched == "mlp":
@@ -249,13 +253,16 @@ class ReopenedSearch:
         return size | module_arguments(config)
 
     def seeds(self, seeds: Sequence[int]) -> Config:
-        """Return the module seeds to store in a model's spec. Empty for built-in models."""
+        """Return the seeds that a saved model stores to build its modules again.
+
+        The result is an empty dict for built-in models.
+        """
         return {"seeds": list(seeds)} if self.choice.kind == "module" else {}
 
     def score(self, score: float, std_error: float) -> Config:
-        """Return the ``info`` entry with a model's score and its standard error.
+        """Return a score and its standard error for the ``info`` of a model.
 
-        The entry is empty if the rows differ from the rows of the search.
+        The result is an empty dict if the rows differ from the rows of the search.
         """
         if self.rows != self.study.record.fingerprint:
             return {}
@@ -263,16 +270,18 @@ class ReopenedSearch:
 
 
 def _unit(value: Tensor) -> float | np.ndarray:
-    """Return the first fold's center or scale of the target, as a float or an array."""
+    """Return the center or the scale of the target in the first fold, as a float or an array."""
     first = value[0].cpu()
     return float(first) if first.dim() == 0 else first.numpy()
 
 
 @dataclass(frozen=True)
 class Access:
-    """The rows and permissions with which a call reopens the search of a study.
+    """The rows and permissions that the user passes to a method which trains a study's trials
+    again.
 
-    The rows are X and y, or the study's own rows. With ``check=True``, other rows are refused.
+    The rows are X and y, or the study's own rows if X is None. With ``check=True``, rows that
+    differ from the rows of the search raise InputError.
     """
 
     study: Study
@@ -287,9 +296,9 @@ class Access:
 
 
 def search_of(access: Access) -> ReopenedSearch:
-    """Return the search of a study on the rows of a call.
+    """Prepare a study's search to train its trials again on the rows of ``access``.
 
-    Raises InputError if there are no rows, or if they are different rows.
+    Raises InputError if there are no rows, or if ``access`` does not allow different rows.
     """
     study = access.study
     is_own = access.X is None
@@ -312,7 +321,7 @@ def search_of(access: Access) -> ReopenedSearch:
 
 
 def refit_trial(search: ReopenedSearch, trial: Trial) -> TunedModel:
-    """Return the tuned model of one trial, trained on all rows."""
+    """Train one trial on all rows, and return the result as a tuned model."""
     data = search.dataset(None, [trial])
     ((module,),) = search.train(data, [trial])
     info = {
@@ -327,8 +336,7 @@ def refit_trial(search: ReopenedSearch, trial: Trial) -> TunedModel:
 
 
 def _read_search(access: Access) -> SearchCall:
-    """Return the model, the rows and the options of the search, from memory or from the study's
-    file."""
+    """Read the model, the rows and the options of a study's search from memory or from its file."""
     study = access.study
     record = access.study.record
     if study.data is not None:
@@ -368,7 +376,8 @@ def _read_search(access: Access) -> SearchCall:
 
 
 def _check_refittable(access: Access) -> None:
-    """Raise InputError for a study of scikit-learn estimators or of a custom training loop."""
+    """Raise InputError if a study holds scikit-learn estimators or a custom training loop, which
+    gputune cannot train again."""
     record = access.study.record
     if record.face == "sklearn":
         kind = f"{record.method}, which searched scikit-learn estimators"
@@ -382,7 +391,10 @@ def _check_refittable(access: Access) -> None:
 
 
 def _source_of(access: Access, choice: ModelChoice, rows: RowOptions) -> Source:
-    """Return the rows of a call, or the study's own rows, read again."""
+    """Return the rows that the user passed, or read the study's own rows again.
+
+    Raises InputError if the study's rows are not available.
+    """
     if access.X is not None:
         return read_rows(choice, rows, access.X, access.y)
     origin = access.study.record.source
@@ -403,9 +415,10 @@ def _source_of(access: Access, choice: ModelChoice, rows: RowOptions) -> Source:
 
 
 def _machine(record: SearchRecord) -> Config:
-    """Return the stored options about the machine, as far as this machine supports them.
+    """Return the stored options for the device, the backend and TF32, as far as this machine
+    supports them.
 
-    A refit uses one process.
+    Unsupported options become "auto" or False. The number of processes is always one.
     """
     kept = record.arguments.kept
     # The stored device of a search on a cluster is that of its tasks.
@@ -431,9 +444,9 @@ def _machine(record: SearchRecord) -> Config:
 
 
 def _other_rows(search: ReopenedSearch, access: Access) -> InputError:
-    """Return an error: how the rows differ from the rows of the search, and the remedy.
+    """Return the error for rows that differ from the rows of the search.
 
-    Only best_model offers to train on other rows.
+    The message says how they differ and what to do. Only best_model offers to train on other rows.
     """
     record = search.study.record
     classes = search.problem.target.classes

@@ -1,6 +1,6 @@
-"""The rule of an option: how it is checked, stored and typed.
+"""The description of an option: its check, its default, its storage and its help text.
 
-The sections are those of the help of the command line.
+The constants name the sections of the command line's help.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ Takes = Literal[
 
 @dataclass(frozen=True)
 class Rule:
-    """The rule of an option, or of anything else on the command line.
+    """The description of an option of ``tune`` or of a command: flag, help text, default and check.
 
     Attributes:
         flag: The flag on the command line. "--epochs <INT>" takes a value, "--tf32" takes none. ""
@@ -35,9 +35,10 @@ class Rule:
         choices: The allowed strings, or None.
         values: The possible values as the help shows them, if they are not ``choices``.
         check: A function of a name and a value. It returns the value to use or raises InputError.
-        stored: If True, a study file stores the given value, for a resume and a refit.
-        resume: If True or a text, ``gputune resume`` may change the option. A text is its help text
-            there.
+        stored: If True, a study file stores the option's value, which a resumed search or a refit
+            reads.
+        resume: If True or a text, ``gputune resume`` may change the option. A text is the help text
+            of that command.
         group: The section of the help that lists the option.
     """
 
@@ -55,18 +56,21 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """The flag without its value."""
+        """The flag of the option without its value, such as "--epochs"."""
         return self.flag.partition(" ")[0]
 
     @property
     def metavar(self) -> str:
-        """The name of the value in the help; "" for a flag without a value."""
+        """The placeholder for the option's value in the help, such as "<INT>".
+
+        "" for a flag without a value.
+        """
         return self.flag.partition(" ")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptionGroup:
-    """Base class of a group of options, which checks each value by its rule."""
+    """Base class of a group of options. The constructor checks the value of each option."""
 
     def __post_init__(self) -> None:
         for option in fields(self):

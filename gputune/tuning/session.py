@@ -63,7 +63,11 @@ _BEST = 5  # this number of trials of each earlier study is tried first
 
 
 def checked_space(choice: ModelChoice, options: Options) -> CheckedSpace:
-    """Return the checked space of a call, by default the space of the model. Raises InputError."""
+    """Return the search space of a call after checking it.
+
+    The default is the space of the model. Raises InputError for a space that does not fit the model
+    or the options.
+    """
     search = options.search
     numbers = options.rows.numbers
     keys = legal_keys(choice.searched, choice.optimizer)
@@ -89,7 +93,7 @@ def checked_space(choice: ModelChoice, options: Options) -> CheckedSpace:
 def _check_named(space: str, choice: ModelChoice) -> None:
     """Raise InputError if a named space does not fit the model or the optimizer.
 
-    A space with a portfolio was measured with AdamW only.
+    A space with a portfolio (tested configurations) was measured with AdamW only.
     """
     if space not in SPACES:
         return  # ``named_space`` raises the error
@@ -123,9 +127,9 @@ def first_trials(
     store: Store | None = None,
     portfolio: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Return the trials of this call: default, portfolio, included and random trials.
+    """Return the first trials of a search: default, portfolio, included and random configurations.
 
-    Random trials that the study has stored come before new ones.
+    Random configurations that the study file has stored come before new ones.
     """
     search = options.search
     first = first_candidates(
@@ -151,8 +155,10 @@ def first_trials(
 
 
 def draws_at_once(search: SearchOptions) -> bool:
-    """Return True if all trials are sampled at the start. An Optuna sampler proposes its trials
-    later."""
+    """Return True if the search samples all trials at the start.
+
+    The result is False for an Optuna sampler, which proposes its trials later.
+    """
     return not isinstance(search.method, OptunaSampler)
 
 
@@ -163,10 +169,10 @@ def draw_trials(
     check: ConfigCheck,
     drawn: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Sample the missing trials. Trials of earlier studies are not sampled again.
+    """Sample random configurations until the search has ``n_trials`` trials.
 
-    ``drawn`` are configurations that were sampled before. They are used if there are enough of
-    them.
+    Configurations of earlier studies are not sampled again. ``drawn`` are configurations that were
+    sampled before, and are used if there are enough of them.
     """
     earlier = [
         t.params for study in search.warm_start for t in study.trials if t.state != "waiting"
@@ -183,7 +189,7 @@ def draw_trials(
 
 
 def default_params(choice: ModelChoice, options: Options) -> Config:
-    """Return the default values for keys that a configuration lacks."""
+    """Return the default values of all hyperparameters that a configuration may omit."""
     training = options.training
     defaults: Config = {**DEFAULTS, "numbers": options.rows.numbers}
     if choice.module_class is not None:  # the defaults in the signatures
@@ -195,7 +201,7 @@ def default_params(choice: ModelChoice, options: Options) -> Config:
 
 
 def with_earlier(search: SearchOptions, space: CheckedSpace) -> SearchOptions:
-    """Return the options with the best trials of earlier studies included.
+    """Add the best trials of the earlier studies in ``warm_start`` to the included configurations.
 
     Raises InputError if an earlier study has no usable trial.
     """
@@ -224,7 +230,7 @@ def with_earlier(search: SearchOptions, space: CheckedSpace) -> SearchOptions:
 
 @dataclass(frozen=True)
 class Session:
-    """A search while this process works on it.
+    """The state of a running search in this process: trials, options, progress and stop signal.
 
     Attributes:
         ledger: The trials and results of the study.
@@ -239,15 +245,16 @@ class Session:
     stop: Stop
 
     def is_over(self) -> bool:
-        """Return True if the training ends now."""
+        """Return True if the training must end now, for example because the timeout is over."""
         return self.stop.is_over()
 
     def add(
         self, trials: Sequence[Candidate], space: CheckedSpace, check: ConfigCheck = check_config
     ) -> None:
-        """Add the trials that the ledger lacks.
+        """Add new trials to the study.
 
-        These are all trials of a new study, or the additional trials of a call for an old study.
+        A new study receives all ``trials``. A resumed study receives only the trials that it does
+        not have yet.
         """
         ledger = self.ledger
         search = self.options.search
@@ -283,7 +290,7 @@ class Session:
     def _missing(
         self, trials: Sequence[Candidate], space: CheckedSpace, check: ConfigCheck
     ) -> Sequence[Candidate]:
-        """Return the trials that the ledger lacks, with the next free trial numbers."""
+        """Return the trials that the study does not have yet, with the next free trial numbers."""
         candidates = self.ledger.candidates
         search = self.options.search
         if not candidates:
@@ -313,8 +320,10 @@ class Session:
         return [*added, *draw_trials([*candidates, *added], space, search, check, drawn)]
 
     def _wait(self, reason: str) -> None:
-        """Tell the user why this process waits before it has a plan. End the wait if training would
-        end."""
+        """Tell the user why this process waits for another process, or end the wait.
+
+        Raises KeyboardInterrupt or TimeoutError if the search must end.
+        """
         self.progress.say(reason, once=True)
         if self.stop.requested:
             raise KeyboardInterrupt
@@ -328,7 +337,7 @@ class Session:
         study: Callable[..., Study],
         signals: Sequence[int],
     ) -> list[int]:
-        """Train the waiting trials, and notify the callbacks.
+        """Train the waiting trials of the study, and notify the callbacks.
 
         Returns the numbers of the signals that ended the training early.
         """
@@ -355,12 +364,14 @@ class Session:
 
     @property
     def in_rungs(self) -> bool:
-        """True if all trials train together from rung to rung."""
+        """True if the method compares running trials (halving or median), so that all trials train
+        together."""
         return False
 
     @cached_property
     def good_enough(self) -> GoodEnough:
-        """The decision to end the search early, by ``target_score`` and ``patience_trials``."""
+        """The object that decides whether ``target_score`` or ``patience_trials`` ends the search
+        early."""
         search = self.options.search
         return GoodEnough(self.ledger, search.target_score, search.patience_trials, self.in_rungs)
 
@@ -374,7 +385,7 @@ class Session:
 
 
 def check_ending(study: AnyStudy, numbers: Sequence[int]) -> AnyStudy:
-    """Return the study of a search that ended normally. Otherwise raise the error for the caller.
+    """Return the study of a search that ended normally, or raise an error.
 
     Raises SearchInterrupted after a signal, and SearchFailedError if all trials have failed.
     """

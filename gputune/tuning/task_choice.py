@@ -1,6 +1,6 @@
 """The decision whether integers in the target are classes.
 
-The decision is needed if the user does not set the task and the values are ambiguous.
+gputune decides this if the user does not set the task and the values are ambiguous.
 """
 
 from contextlib import suppress
@@ -24,12 +24,13 @@ _ROWS_PER_CODE = 2  # the same for consecutive codes 0, 1, 2, ...
 
 
 def chosen_task(source: Source, choice: ModelChoice, options: Options) -> TaskWord | None:
-    """Return the task that the user sets or that the model determines.
+    """Return the task (such as classification) that the user sets or that the model determines.
 
-    Returns None if the values of the target decide. A target with more than ``MAX_CLASSES``
-    distinct integers looks like a regression. The integers are classes in two cases. Either the
-    loss is only for classes, or the module has one output for each distinct integer although it was
-    asked for one output. Otherwise there is a warning if the integers are probably classes.
+    Returns None if neither does. The values of the target then decide. A target with more than
+    ``MAX_CLASSES`` distinct integers looks like a regression. The integers are classes in two
+    cases. Either the loss is only for classes, or the module has one output for each distinct
+    integer although it was asked for one output. Otherwise gputune warns if the integers are
+    probably classes.
     """
     if options.rows.task is not None:
         return options.rows.task
@@ -46,7 +47,7 @@ def chosen_task(source: Source, choice: ModelChoice, options: Options) -> TaskWo
 
 
 def _may_be_classes(values: np.ndarray, n_distinct: int) -> bool:
-    """Return True if the integers of a target repeat as often as class codes do.
+    """Return True if the integers of a target are probably class codes, because they repeat often.
 
     Consecutive integers from 0 or 1 may be the codes of many small classes.
     """
@@ -57,10 +58,10 @@ def _may_be_classes(values: np.ndarray, n_distinct: int) -> bool:
 
 
 def _n_outputs(source: Source, choice: ModelChoice, options: Options) -> int | None:
-    """Return the number of outputs of a module that is asked for one output.
+    """Return the number of outputs of a module that was built for one output.
 
-    Returns None if the module cannot be tried. An error of the module is left to its inspection,
-    which gives better messages.
+    Returns None if the module does not run. A later check of the module reports its error with a
+    better message.
     """
     if choice.module_class is None:
         return None

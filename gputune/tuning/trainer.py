@@ -1,8 +1,8 @@
 """The trainer, which trains configurations of one model on one dataset, for every interface.
 
 A chunk is a group of trials with one tensor shape that train together. The trainer makes the plan
-(the list of chunks) and the job (the settings that all chunks share), and yields the results of the
-chunks.
+(the list of chunks) and the job (the settings that all chunks share). Then it trains the chunks and
+yields their results.
 """
 
 import sys
@@ -56,26 +56,27 @@ _BUILT_SECONDS = 0.3
 
 
 def unseen(_trial_epochs: int, _curves: np.ndarray) -> None:
-    """Ignore the progress. It is the callback for callers that show no progress."""
+    """Do nothing. Callers that show no progress pass this function as the progress callback."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """The data, the model and the machine.
+    """An object that trains configurations of one model on one dataset. It holds the data, the
+    model and the machine options.
 
     Attributes:
         data: The dataset.
-        kind: The stacked form of the model.
+        kind: The kind of model: "mlp", "linear" or "module".
         module_class: The class or function that makes the modules, or None for a built-in model.
         objective: The training objective, or None for the loss of the task.
         seed: The random seed.
         horizon: The number of epochs of a full training run. Schedules run over this number of
             epochs.
         scoring: The scoring of validation rows, or None.
-        backend: The backend that trains.
+        backend: The backend with which the trials train.
         precision: The precision of a module's computations.
-        memory: The number of bytes that the user allows. None means the limit that the device
-            suggests.
+        memory: The limit of memory in bytes that the user sets. None means the limit that the
+            device suggests.
         workers: The number of processes, or of tasks of a ``cluster`` at the same time. None means
             an estimate.
         others: GPUs in addition to the GPU of the data. Each gets its own process.
@@ -121,9 +122,10 @@ class Trainer:
     def with_backend(
         self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object]
     ) -> "Trainer":
-        """Return the trainer with the requested backend, or with the fastest one.
+        """Return a copy of the trainer with the requested backend, or with the fastest possible
+        backend.
 
-        ``say`` tells the user about slow training.
+        The function ``say`` tells the user about slow training.
         """
         device = self.data.device if self.cluster is None else torch.device(self.cluster.device)
         backend, reason = choose_backend(word, device, self.data.dtype, self.kind)
@@ -150,10 +152,10 @@ class Trainer:
     def _kernel(
         self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object] = str
     ) -> Backend:
-        """Return the backend for a GPU if a kernel is chosen or requested.
+        """Return "kernel" if the GPU kernel supports some of the trials, otherwise "graph".
 
-        ``say`` tells the user about trials that the kernel does not support. If it supports none, a
-        requested kernel raises InputError.
+        The function ``say`` tells the user about trials that the kernel does not support. If the
+        kernel supports no trial and the user requested it, raises InputError.
         """
         if self.cluster is not None:
             rule = f"is for a GPU of this machine, but {option('workers', 'ray')} trains on others"
@@ -177,9 +179,9 @@ class Trainer:
         return "graph"
 
     def compile(self, configs: Sequence[Config], say: Callable[[str], object]) -> None:
-        """Compile the kernels for complete configurations, and tell the user.
+        """Compile the GPU kernels for configurations, and tell the user.
 
-        A failed build is not an error here. The plans take it into account.
+        A failed build is not an error here, because later plans use another backend instead.
         """
         if self.backend == "kernel":
             supported = [config for config in configs if not lacks(config, self.kind, self.data)]
@@ -189,7 +191,7 @@ class Trainer:
                     compiled(kernel, self.data.device, say)
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:
-        """Split complete configurations into populations (members with one tensor shape)."""
+        """Split configurations into populations, whose members have tensors of the same shapes."""
 
         def own_steps(config: Config) -> Hashable:
             way = trains_as(self.backend, self.kind, config, data=self.data)
@@ -211,9 +213,10 @@ class Trainer:
         parameters: int = 0,
         measure: Callable[[Population, int], Need | None] | None = None,
     ) -> Plan:
-        """Return the plan of the chunks in which populations train.
+        """Return the plan that divides populations into chunks, which train one after another or in
+        parallel.
 
-        ``measure`` returns the memory that a population takes of a GPU of this machine.
+        ``measure`` returns the memory that a population needs on a GPU of this machine.
         """
         is_gpu_here = self.cluster is None and self.data.device.type == "cuda"
         planner = Planner(
@@ -232,9 +235,9 @@ class Trainer:
     def plan_differentiated(
         self, configs: Sequence[Config], job: HypergradientJob
     ) -> tuple[Plan, HypergradientJob]:
-        """Return the plan of the chunks in which configurations are differentiated.
+        """Return a plan and a job for a hypergradient search, which differentiates the training.
 
-        The second result is the job with its budget of bytes.
+        The job holds the memory budget in bytes.
         """
         if self.cluster is not None:  # each task has ``memory`` for itself
             budget = min(self.memory or sys.maxsize, self.cluster.bytes_of_a_task())
@@ -250,15 +253,19 @@ class Trainer:
         return self._place(plan), job
 
     def _place(self, plan: Plan) -> Plan:
-        """Return a plan with the threads of the cluster's tasks, if there is a cluster."""
+        """Set the number of threads of a plan to that of the cluster's tasks.
+
+        Without a cluster, return the plan unchanged.
+        """
         if self.cluster is None:
             return plan
         return replace(plan, threads=self.cluster.threads, cluster=True)
 
     def job(self, kind: type[AnyJob], *, epochs: int, **fields: Any) -> AnyJob:
-        """Return the job that all chunks up to ``epochs`` epochs share.
+        """Return the job: the settings that all chunks share for a training up to ``epochs``
+        epochs.
 
-        ``fields`` are additional fields of the job.
+        ``fields`` are additional fields of the job class ``kind``.
         """
         return kind(
             seed=self.seed,
@@ -285,11 +292,12 @@ class Trainer:
         claim: Claim[Population] = lambda chunk: True,
         may_begin: Claim[Population] | None = None,
     ) -> Iterator[Outcome | Failure]:
-        """Train the chunks of a plan, and yield their results as they end.
+        """Train the chunks of a plan, and yield the results of each chunk when it ends.
 
-        A chunk that ``claim`` refuses is left out. A chunk waits for the results of other chunks
-        until ``may_begin`` allows it, and is left out if that never happens. A chunk that needs too
-        much memory trains in parts. A trial that does not fit even as a single trial is given up.
+        A chunk does not train if ``claim`` returns False. A chunk waits for the results of other
+        chunks until ``may_begin`` returns True, and does not train if that never happens. A chunk
+        that needs too much memory trains in parts. A trial that needs too much memory even as a
+        single trial yields a failure.
         """
         data = self.data
         if self.cluster is not None:
@@ -317,7 +325,7 @@ class Trainer:
                 yield outcome
 
     def take_code(self, configs: Sequence[Config], epochs: Sequence[int]) -> None:
-        """Let members of a refit train in compiled code if this saves time.
+        """Allow compiled code for the members of a refit if compiled code saves time.
 
         Compiled code must have been faster in the search, and the gain must be larger than the time
         to build the code.
@@ -335,9 +343,9 @@ class Trainer:
     def train_members(
         self, configs: Sequence[Config], epochs: Sequence[int], progress: ProgressCallback = unseen
     ) -> list[list[nn.Module]]:
-        """Train each configuration for its own number of epochs.
+        """Train each configuration for its own number of epochs, on all folds of the data.
 
-        Returns the members of each configuration for every fold, on the CPU.
+        Returns one list per configuration, with a trained module for every fold, on the CPU.
         """
         members: dict[int, list[nn.Module]] = {}
         job = self.job(Job, epochs=max(epochs))
@@ -358,7 +366,10 @@ class Trainer:
         return [members[config] for config in range(len(configs))]
 
     def train_scheduled(self, config: Config, descent: Hypergradient, *, epochs: int) -> nn.Module:
-        """Train a point of a hypergradient search again on the only fold. Return the module."""
+        """Train one configuration of a hypergradient search again, on data with one fold.
+
+        Returns the trained module.
+        """
         (chunk,) = self.groups([config])
         job = self.job(
             HypergradientJob,

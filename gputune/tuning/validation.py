@@ -2,7 +2,7 @@
 
 A member is one trial on one fold.
 
-The study has stored the predictions, or the members train again as in the search.
+If the study has not stored the predictions, the members train again as in the search.
 """
 
 import math
@@ -51,7 +51,7 @@ _ROWS = 10_000
 
 
 def _check_folds_train(study: Study, called: str) -> None:
-    """Raise InputError if the trials of a study cannot train again on their folds."""
+    """Raise InputError if gputune cannot train the trials of a study again on their folds."""
     obstacle = _obstacle(study)
     if obstacle is not None:
         kind, remedy = obstacle
@@ -60,7 +60,8 @@ def _check_folds_train(study: Study, called: str) -> None:
 
 
 def _obstacle(study: Study) -> tuple[str, str] | None:
-    """Return the kind of a study and the remedy, if its trials cannot train again on its folds.
+    """Return why gputune cannot train the trials of a study again, as the kind of study and a
+    remedy.
 
     Returns None if the trials can train again.
     """
@@ -83,9 +84,9 @@ def _obstacle(study: Study) -> tuple[str, str] | None:
 
 
 def _is_calibrated(access: Access, calibrate: bool | None) -> bool:
-    """Return True if probabilities are calibrated.
+    """Return True if the model's probabilities are to be calibrated.
 
-    ``calibrate=None`` calibrates if the trials are ranked by the log loss.
+    ``calibrate=None`` means True only if the log loss ranks the trials of a classification.
     """
     record = access.study.record
     if calibrate not in (None, True, False):
@@ -108,7 +109,7 @@ def _is_calibrated(access: Access, calibrate: bool | None) -> bool:
 
 @entry
 def oof_predictions(access: Access, trial: int | None) -> FloatArray:
-    """Return the predictions of a trial for rows that it was not trained on.
+    """Return the predictions of a trial for rows that were not in its training data.
 
     See ``Study.oof_predictions``.
     """
@@ -126,9 +127,9 @@ def oof_predictions(access: Access, trial: int | None) -> FloatArray:
 def refit_with_folds(
     access: Access, *, trial: int | None, intervals: bool, calibrate: bool | None
 ) -> TunedModel:
-    """Return the tuned model of the best trial, or of a given trial, trained on all rows.
+    """Train the best trial, or the trial with a given number, on all rows.
 
-    See ``Study.best_model``.
+    Returns the tuned model. See ``Study.best_model``.
     """
     study = access.study
     if calibrate is None and (not access.check or _obstacle(study) is not None):
@@ -166,7 +167,7 @@ def refit_with_folds(
 
 
 def _trial_of_number(access: Access, number: object) -> Trial:
-    """Return the trial with a given trial number. None means the best trial.
+    """Return the trial with a given trial number, or the best trial if the number is None.
 
     Raises InputError if no trial with a score has this number.
     """
@@ -235,10 +236,10 @@ def ensemble(
 def _mean_model(
     search: ReopenedSearch, shares: Sequence[tuple[Trial, float]], n_seeds: int | None, info: Config
 ) -> TunedModel:
-    """Return the weighted mean of trials as one model.
+    """Train several trials, and return their weighted mean as one model.
 
-    Each trial is trained on all rows from ``n_seeds`` different seeds. ``n_seeds=None`` trains each
-    trial on the training rows of each fold.
+    Each trial trains on all rows from ``n_seeds`` different seeds. With ``n_seeds=None``, each
+    trial trains on the training rows of each fold.
     """
     trials = [trial for trial, _ in shares]
     # The preparation of all rows is used, so that all members read the same inputs.
@@ -267,7 +268,7 @@ def _mean_model(
 def _ensemble_runs(
     search: ReopenedSearch, data: Dataset, n_seeds: int | None
 ) -> list[tuple[Dataset, int]]:
-    """Return the data and the random seed of each training run of an ensemble's trials."""
+    """Return the data and the random seed for each repeated training of an ensemble's trials."""
     seed = search.options.search.random_state
     if n_seeds is not None:
         later = [stream_seed(seed, "ensemble", number) for number in range(1, n_seeds)]
@@ -283,8 +284,8 @@ def _ensemble_runs(
 def _columns(datasets: Sequence[Dataset]) -> tuple[list[list[int]], Statistics | None]:
     """Return the input columns that each trial of an ensemble reads, and their statistics.
 
-    Each trial's columns are a pair [begin, end]. The list of pairs is empty if all trials read the
-    same columns.
+    The columns of a trial are a pair [begin, end]. The list of pairs is empty if all trials read
+    the same columns.
     """
     distinct = {data.numbers: data for data in datasets}
     if len(distinct) == 1:
@@ -302,7 +303,7 @@ def _columns(datasets: Sequence[Dataset]) -> tuple[list[list[int]], Statistics |
 
 @entry
 def fold_report(access: Access, *, confusion: bool = False, importance: bool = False) -> FoldReport:
-    """Return the confusion matrix and the importance of columns, if they were asked for.
+    """Return the confusion matrix and the importance of columns for a report, as far as requested.
 
     See ``Study.report``.
     """
@@ -339,7 +340,7 @@ def fold_report(access: Access, *, confusion: bool = False, importance: bool = F
 def check_fold_report(study: Study, *, confusion: bool) -> None:
     """Raise InputError if a study cannot have a report on its folds.
 
-    The trials must be able to train on their folds. ``confusion`` needs a target of classes.
+    gputune must be able to train the trials on their folds. ``confusion`` needs a target of classes.
     """
     _check_folds_train(study, f"report({'confusion' if confusion else 'importance'}=True)")
     if confusion and (study.record.classes is None or study.record.task == "multilabel"):
@@ -358,10 +359,11 @@ def _drops(
     sizes: list[int],
     draws: EvaluationDraws | None,
 ) -> FloatArray:
-    """Return the decrease of the score after shuffling each column, (columns, shuffles * folds).
+    """Return the decrease of the score when each column is shuffled, (columns, shuffles * folds).
 
-    ``sizes`` holds the number of features of each column. Source: Breiman (2001), Random forests;
-    computed as in sklearn.inspection.permutation_importance, on the rows of each fold.
+    The decrease shows how important a column is. ``sizes`` holds the number of features of each
+    column. Source: Breiman (2001), Random forests; computed as in
+    sklearn.inspection.permutation_importance, on the rows of each fold.
     """
     folds = []
     for fold in data.folds:
