@@ -22,7 +22,7 @@ from gputune.wording import (
 TOO_BIG = "out of memory"
 """The beginning of the failure reason of a trial that does not fit into memory.
 
-Other reasons begin differently.
+No other failure reason begins with this text.
 """
 
 

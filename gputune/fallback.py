@@ -11,7 +11,7 @@ STRICT = "GPUTUNE_STRICT_BACKENDS"
 """The environment variable that makes an error of a tried backend end the search, with its
 traceback.
 
-It is for tests and bug reports.
+This variable is for tests and bug reports.
 """
 
 

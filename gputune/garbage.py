@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _MANY = 10_000
-"""Number of new objects above which the garbage collector does not visit them soon."""
+"""The number of new objects above which Python's garbage collector does not examine them soon."""
 
 
 @contextmanager

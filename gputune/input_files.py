@@ -16,7 +16,7 @@ from gputune.main_memory import free_memory
 from gputune.text import size_words
 
 MISSING_TABLE = "give a CSV or Parquet file or 'sklearn:iris'"
-"""Advice for the user if the file of a table is missing."""
+"""Advice for the error message if the file of a table is missing."""
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),

@@ -46,8 +46,8 @@ def free_of_gpu(device: torch.device) -> int:
 CAPTURING = threading.RLock()
 """A lock that is held while a step is captured on a GPU.
 
-The lock is also taken to wait for the whole GPU or to give back its memory, because each of these
-would end the capture of another thread.
+A thread also takes the lock to wait for the whole GPU or to free its memory, because both acts
+would end another thread's capture.
 """
 
 

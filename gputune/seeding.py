@@ -16,8 +16,7 @@ import torch
 GLOBAL_DRAWS = threading.RLock()
 """A lock for the generators that all threads share (torch, Python, NumPy).
 
-The lock is held while a shared generator is set to one of our streams or draws random numbers for
-us.
+A thread holds the lock while gputune seeds a shared generator or draws random numbers from it.
 """
 
 

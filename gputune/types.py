@@ -31,15 +31,14 @@ Say = Callable[[str], object]
 Params = dict[str, "Tensor"]
 """Parameter name -> tensor of all members.
 
-Update rules use the shape (P, ...). In a chunk the shape is (F, C, ...), or the shape that its
-Block gives.
+In update rules the tensors have the shape (P, ...). In a chunk the shape is (F, C, ...), or the
+shape of the tensor's Block.
 """
 
 Task = Literal["binary", "multiclass", "regression", "multilabel", "custom"]
 
 Goal = Literal["classes", "numbers", ""]
-"""The kind of prediction, if it decides defaults: classes (cross-entropy), regression or neither.
-"""
+"""The kind of prediction that decides defaults: classes (cross-entropy), regression or neither."""
 
 Precision = Literal["full", "bf16"]
 """The number format of a module's computations in training.
@@ -80,8 +79,8 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "l1_ratio": 0.0,
     }
 )
-"""The values of keys that a configuration lacks. lr, weight decay and momentum depend on the
-optimizer."""
+"""Default values of hyperparameters that a configuration lacks. lr, weight decay and momentum
+depend on the optimizer."""
 
 DEFAULT_LR = 1e-3
 
@@ -99,9 +98,9 @@ SEARCHED: Mapping[str, Any] = MappingProxyType(
 
 LR_FACTORS = (0.1, 30.0)
 PLAIN_LR_FACTORS = (1.0, 1000.0)
-"""The ends of the range of lr, as factors on its default.
+"""The lowest and highest learning rate of the default space, as factors on the default rate.
 
-The second range is for sgd and nesterov, which do not scale their steps.
+The second pair is for sgd and nesterov, which do not scale their steps.
 """
 
 
@@ -137,10 +136,10 @@ def defaults_in_words() -> str:
 
 
 ONLINE = ("sgdhd", "nesterovhd", "adamhd", "adamwhd")
-"""Optimizers that adapt each member's learning rate in training. ``lr`` is its initial value."""
+"""Optimizers that adapt each member's learning rate in training. ``lr`` is the initial rate."""
 
 ONLINE_RULES = ("multiplicative", "additive", "normalized")
-"""The rules by which they change the learning rate. See ``gputune.optim``."""
+"""The rules by which these optimizers change the learning rate. See ``gputune.optim``."""
 
 OPTIMIZERS = (
     "sgd",
@@ -178,7 +177,7 @@ TENSOR_NUMBERS = ("standard", "none")
 KEPT_BYTES = 128 << 20
 """Bytes of the outputs that a study keeps.
 
-A chunk (trials that train together) keeps at most the same number of bytes in training.
+During training, a chunk (trials that train together) keeps at most the same number of bytes.
 """
 
 

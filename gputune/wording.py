@@ -15,7 +15,7 @@ class _Missing(Enum):
 
 
 MISSING = _Missing.MISSING
-"""Stands for a value that was not passed, because None can be a value."""
+"""Marks an argument that was not passed, because None can be a passed value."""
 
 _BEGIN = "⟦"
 _END = "⟧"

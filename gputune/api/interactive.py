@@ -26,7 +26,8 @@ _OTHER_NAMES: Mapping[str, str] = {
     "n_jobs": "workers",
     "scheduler": "schedule",
 }
-"""The names that other libraries give to our arguments. A spell checker would not find them."""
+"""Argument names of other libraries and gputune's names for them. A search for similar spellings
+would not find these pairs."""
 
 
 def public(function: Callable[Given, Value]) -> Callable[Given, Value]:

@@ -192,7 +192,7 @@ LAWS: tuple[Law, ...] = (
     # This law must be the last: after a failed capture, PyTorch < 2.13 cannot record any more.
     Law("a recording that fails falls back", laws.recording_fails, 0.0, ("graph",)),
 )
-"""All laws, in the order in which they are checked."""
+"""All guarantees that ``gputune check`` tests, in order."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from gputune.study.model import TunedModel
 def rows_with_target(
     model: TunedModel, file: str, target: str | None = None, missing_target: MissingTarget = "error"
 ) -> Source:
-    """Return the rows of a file that have a target.
+    """Return the rows of a file that have a known target value.
 
     Args:
         model: the model that will predict the rows.
@@ -46,7 +46,10 @@ def rows_with_target(
 
 
 def _arrays_with_target(model: TunedModel, path: Path, name: str) -> Source:
-    """Return the arrays of a file with their target. Raises InputError if their lengths differ."""
+    """Return the input arrays of a file and its target array.
+
+    Raises InputError if the arrays have different lengths.
+    """
     X = model._inputs(path)
     y = pick_target(path, name)
     if y.ndim == 0 or len(y) != len(X):
@@ -59,7 +62,10 @@ def _arrays_with_target(model: TunedModel, path: Path, name: str) -> Source:
 
 
 def _table_with_target(model: TunedModel, file: str, name: str) -> Table:
-    """Return the table of a file. Raises InputError if it lacks the target column."""
+    """Return the table of a file, with its target column.
+
+    Raises InputError if the table lacks the target column.
+    """
     assert isinstance(model.layout, Layout)
     texts = [column.name for column in model.layout.columns if column.kind == "category"]
     # Labels stay text: "007" and "7" are two labels, but one number.

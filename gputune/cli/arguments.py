@@ -25,7 +25,10 @@ from gputune.version import __version__
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line. ``command`` is the name of the command."""
+    """Return gputune's argument parser, with one subparser for each command.
+
+    The parsed arguments hold the name of the typed command as ``command``.
+    """
     parser = _Parser("gputune", allow_abbrev=False, add_help=False)
     parser.add_argument("--version", action="version", version=f"gputune {__version__}")
     parser.add_argument("-h", "--help", action=_Help)
@@ -46,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser with its own help texts, and with errors that suggest the intended names.
+    """An argparse parser with gputune's help texts. Its errors suggest the intended names.
 
     ``commands`` are the parsers of the commands, by name. ``description_of`` is the command of this
     parser, or None.
@@ -56,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
     description_of: Command | None = None
 
     def format_help(self, *, full: bool = True, style: Style | None = None) -> str:
-        """Return the long help, or the short one."""
+        """Return the help text of a command, in its long or its short form."""
         width = shutil.get_terminal_size().columns
         style = style or Style()
         if self.description_of is None:
@@ -66,7 +69,7 @@ class _Parser(argparse.ArgumentParser):
         return f"{text}\n"
 
     def error(self, message: str, hints: str = "") -> NoReturn:
-        """Print an error with hints, and exit with code 2."""
+        """Print a usage error with hints, and end the process with exit code 2."""
         # argparse gives the legal choices only in its message.
         choice = re.search(r"invalid choice: ('.*') \(choose from (.*)\)", message)
         if choice is not None:
@@ -97,7 +100,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.Action):
-    """The flags ``-h`` for the short help and ``--help`` for the long help."""
+    """An argparse action: ``-h`` prints the short help, and ``--help`` prints the long help."""
 
     def __init__(self, option_strings: Sequence[str], dest: str) -> None:
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS)
@@ -105,7 +108,7 @@ class _Help(argparse.Action):
     def __call__(
         self, parser: Any, namespace: object, values: object, option_string: str | None = None
     ) -> None:
-        """Print the help, and exit."""
+        """Print the help text of the command, and end the process."""
         print(parser.format_help(full=option_string != "-h", style=Style.of(sys.stdout)), end="")
         parser.exit()
 
@@ -116,11 +119,11 @@ _OTHER_FLAGS: Mapping[str, str] = {
     "metric": "scoring",
     "metrics": "scoring",
 }
-"""Flags that people type by mistake -> the flag of ours."""
+"""Maps flags that people often type by mistake to gputune's flags."""
 
 
 def _flag_names(command: str) -> list[str]:
-    """Return the names of a command's flags without dashes."""
+    """Return the names of a command's flags without the leading dashes."""
     names = []
     for rules in COMMANDS[command].groups.values():
         names += [rule.name.removeprefix("--") for rule in rules.values()]
@@ -163,7 +166,7 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, rule: Rule) -> None:
 def _reader(
     read: Callable[[str], float], rule: str, least: float = -math.inf
 ) -> Callable[[str], float]:
-    """Return a function that converts text to a numeric value of at least ``least``."""
+    """Return a function that parses text as a number, and refuses values below ``least``."""
 
     def number(text: str) -> float:
         with suppress(ValueError):
@@ -196,22 +199,22 @@ MODEL = "model"
 
 
 def model_folder(study: Path) -> Path:
-    """Return the path of a study's model folder, next to the study.
+    """Return the path of the folder for a study's model, next to the study file.
 
-    It is named after the study, unless the study has the default name.
+    The folder is named after the study file, unless the study file has the default name.
     """
     return study.parent / (MODEL if study.name == STUDY else f"{study.stem}.{MODEL}")
 
 
 def report_page(study: Path) -> Path:
-    """Return the path of the HTML report of a study, next to the study.
+    """Return the path of the HTML report on a study, next to the study file.
 
-    It is named after the study, unless the study has the default name.
+    The report is named after the study file, unless the study file has the default name.
     """
     return study.parent / ("report.html" if study.name == STUDY else f"{study.stem}.report.html")
 
 
 def study_file(place: str) -> Path:
-    """Return the path of a study file, for a file or for the folder that holds it."""
+    """Return the path of a study file, given the file itself or its folder."""
     path = Path(place)
     return path / STUDY if path.is_dir() else path

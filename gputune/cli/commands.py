@@ -10,12 +10,12 @@ from gputune.types import defaults_in_words
 
 @dataclass(frozen=True)
 class Flag(Rule):
-    """A flag that is not an option of a search.
+    """A command-line flag that sets no argument of ``gputune.tune``, such as ``--format``.
 
     Attributes:
         initial: The value if the flag is not typed.
         required: Whether the flag must be typed.
-        short: A form with one letter, such as "-q"; "" for none.
+        short: The flag's one-letter form, such as "-q", or "" if it has none.
     """
 
     initial: str | None = None
@@ -25,7 +25,7 @@ class Flag(Rule):
 
 @dataclass(frozen=True)
 class Command:
-    """A command.
+    """A command of the command line, such as ``gputune tune``, with its help and its flags.
 
     Attributes:
         name: The word after ``gputune``.
@@ -80,20 +80,20 @@ _CLASS = Flag(
 
 
 def _format(*choices: str, details: str = "") -> Flag:
-    """Return the flag that chooses the format of the output. The first choice is the default."""
+    """Return the flag ``--format`` for the output of a command. The first choice is its default."""
     first = choices[0]
     return Flag("--format <NAME>", "Format", details, first, choices=choices, initial=first)
 
 
 def _tuning() -> dict[str, dict[str, Rule]]:
-    """Return the flags of ``gputune tune`` by group."""
+    """Return the flags of ``gputune tune``, grouped as in its help."""
     groups = option_groups()
     groups[OUTPUT]["verbose"] = _QUIET
     return groups
 
 
 def _training() -> dict[str, dict[str, Rule]]:
-    """Return the flags of ``gputune train`` by group."""
+    """Return the flags of ``gputune train``, grouped as in its help."""
     groups = _tuning()
     training = {name: groups[SEARCH][name] for name in _OF_TRAINING}
     timeout = groups[STOPPING]["timeout"]
@@ -114,7 +114,7 @@ def _training() -> dict[str, dict[str, Rule]]:
 
 
 def _resuming() -> dict[str, dict[str, Rule]]:
-    """Return the flags of ``gputune resume`` by group."""
+    """Return the flags of ``gputune resume``, grouped as in its help."""
     groups = {}
     for title, rules in option_groups().items():
         changeable = {name: _for_resume(rule) for name, rule in rules.items() if rule.resume}
@@ -126,7 +126,7 @@ def _resuming() -> dict[str, dict[str, Rule]]:
 
 
 def _for_resume(rule: Rule) -> Rule:
-    """Return the rule of an option that ``gputune resume`` may change, with its help text there."""
+    """Return an option that ``gputune resume`` may change, with its help text for that command."""
     # A resume keeps the values of the search, so the help must not name another default.
     default = "as in the search" if rule.stored else rule.default
     if rule.resume is True:
@@ -135,7 +135,7 @@ def _for_resume(rule: Rule) -> Rule:
 
 
 def _flags(*flags: Flag) -> dict[str, dict[str, Rule]]:
-    """Return flags in one group, by their name in Python."""
+    """Return a command's flags as one group, keyed by their names as Python arguments."""
     return {"Options": {flag.name[2:].replace("-", "_"): flag for flag in flags}}
 
 

@@ -15,13 +15,13 @@ _WORD = re.compile(r"[\w+.-]+")  # a possible value that can be typed as it is
 
 
 def completion(arguments: Namespace) -> str:
-    """Return the script of a shell."""
+    """Return the completion script for a shell, which ``gputune completion`` prints."""
     scripts = {"bash": _bash, "zsh": _zsh, "fish": _fish}
     return scripts[arguments.shell]()
 
 
 def _bash() -> str:
-    """Return the script of bash. Without a match, bash completes files."""
+    """Return the completion script for bash. If nothing matches, bash completes file names."""
     return f"""\
 # bash completion of gputune: source <(gputune completion bash)
 _gputune() {{
@@ -43,7 +43,7 @@ complete -o default -F _gputune gputune"""
 
 
 def _zsh() -> str:
-    """Return the script of zsh."""
+    """Return the completion script for zsh."""
     return f"""\
 #compdef gputune
 # zsh completion of gputune: source <(gputune completion zsh)
@@ -67,7 +67,7 @@ compdef _gputune gputune"""
 
 
 def _fish() -> str:
-    """Return the script of fish, with the help text of each command and flag."""
+    """Return the completion script for fish, with the help text of each command and flag."""
     lines = ["# fish completion of gputune: gputune completion fish | source"]
     for name, command in COMMANDS.items():
         about = shlex.quote(command.help)
@@ -93,18 +93,18 @@ def _all_commands() -> str:
 
 
 def _rules(command: Command) -> Iterator[Rule]:
-    """Yield the rules of the flags of a command."""
+    """Yield the description of each flag of a command."""
     for rules in command.groups.values():
         yield from rules.values()
 
 
 def _values(rule: Rule) -> list[str]:
-    """Return the possible values of a flag that can be typed as they are."""
+    """Return the possible values of a flag that a shell reads without quotes."""
     return list(filter(_WORD.fullmatch, rule.choices or rule.values))
 
 
 def _places(command: Command) -> Iterator[str]:
-    """Yield the possible first arguments of a command that takes no file."""
+    """Yield the possible first arguments of a command without a file argument, such as ``help``."""
     if command.name == "help":
         yield " ".join(COMMANDS)
     elif command.name == "completion":
@@ -112,7 +112,7 @@ def _places(command: Command) -> Iterator[str]:
 
 
 def _cases(indent: str, action: str) -> str:
-    """Return the cases of a shell that complete the value of a flag, or the first argument."""
+    """Return the ``case`` branches of a shell script for flag values and first arguments."""
     lines = []
     for name, command in COMMANDS.items():
         for words in _places(command):
@@ -125,7 +125,7 @@ def _cases(indent: str, action: str) -> str:
 
 
 def _flag_cases(indent: str, action: str) -> str:
-    """Return the cases of a shell that complete the flags of a command."""
+    """Return the ``case`` branches of a shell script that complete the flags of each command."""
     lines = []
     for name, command in COMMANDS.items():
         flags = []

@@ -1,7 +1,7 @@
 """Options of ``gputune tune`` and ``train`` from a TOML file.
 
 A key is the name of a flag without its dashes, or the name of an argument in Python. Flags on the
-command line win over the file.
+command line override the file.
 """
 
 import argparse
@@ -22,7 +22,10 @@ _MOST_BYTES = 1 << 20
 
 
 def add_config(arguments: argparse.Namespace) -> None:
-    """Add the options of the file of ``--config`` that were not typed. Raises InputError."""
+    """Add the options from the ``--config`` file that the user did not type as flags.
+
+    Raises InputError if the file or one of its values is not valid.
+    """
     file = getattr(arguments, "config_file", None)
     if file is None:
         return
@@ -46,7 +49,10 @@ def add_config(arguments: argparse.Namespace) -> None:
 
 
 def _table(file: str) -> Mapping[str, object]:
-    """Return the content of a TOML file. Raises InputError."""
+    """Return the content of a TOML file.
+
+    Raises InputError if the file is not valid TOML.
+    """
     path = Path(file)
     check_file(path)
     if path.stat().st_size > _MOST_BYTES:
@@ -60,7 +66,7 @@ def _table(file: str) -> Mapping[str, object]:
 
 
 def _options(command: Command) -> dict[str, tuple[str, Rule, bool]]:
-    """Return the options of a command by each of their names: (name, rule, is_opposite).
+    """Return a command's options as (name, rule, is_opposite), keyed by each accepted name.
 
     ``is_opposite`` marks a name that means the opposite of the flag, such as ``include-default``
     for ``--no-default``.
@@ -81,7 +87,10 @@ def _options(command: Command) -> dict[str, tuple[str, Rule, bool]]:
 
 
 def _value(place: str, rule: Rule, value: object, *, is_opposite: bool) -> object:
-    """Return the value of an option as the command line would give it. Raises InputError."""
+    """Return an option's value in the form that the argument parser returns.
+
+    Raises InputError if the option does not accept the value.
+    """
     if not rule.metavar or rule.takes == "yes or no":
         if not isinstance(value, bool):
             raise InputError(place, "must be true or false", got=value)
@@ -112,7 +121,10 @@ def _value(place: str, rule: Rule, value: object, *, is_opposite: bool) -> objec
 
 
 def _names(place: str, rule: Rule, value: object) -> object:
-    """Return one name, or several as a list. Raises InputError."""
+    """Return an option's value that is a name or a list of names.
+
+    Raises InputError for any other value.
+    """
     if isinstance(value, str):
         return READERS[rule.takes](value)
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
@@ -121,8 +133,10 @@ def _names(place: str, rule: Rule, value: object) -> object:
 
 
 def _specs(place: str, value: object) -> list[str]:
-    """Return KEY=SPEC texts of a table, of a list of texts, or of the name of a space. Raises
-    InputError."""
+    """Return the KEY=SPEC texts of a table. A list of texts, or a text, needs no conversion.
+
+    Raises InputError for any other value.
+    """
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and all(isinstance(text, str) for text in value):
@@ -133,7 +147,10 @@ def _specs(place: str, value: object) -> list[str]:
 
 
 def _configurations(place: str, value: object) -> list[list[str]]:
-    """Return the KEY=VALUE texts of each table. Raises InputError."""
+    """Return the KEY=VALUE texts of each table, one list for each configuration.
+
+    Raises InputError if the value is not a table or a list of tables.
+    """
     tables = value if isinstance(value, list) else [value]
     if not all(isinstance(table, dict) for table in tables):
         raise InputError(place, "must be a table or a list of tables", got=value)
@@ -141,8 +158,10 @@ def _configurations(place: str, value: object) -> list[list[str]]:
 
 
 def _spec(place: str, value: object) -> str:
-    """Return the text of one value, of a list of values, or of a tuple in a list. Raises
-    InputError."""
+    """Return the text of a value, of a list of values, or of a list with tuples.
+
+    Raises InputError for a value of any other type.
+    """
     if isinstance(value, list):
         parts = []
         for entry in value:

@@ -1,4 +1,4 @@
-"""The text of ``gputune tune --dry-run``: what a search would do, without training it."""
+"""The text of ``gputune tune --dry-run``: the plan of a search that is not run."""
 
 import argparse
 import shlex
@@ -60,14 +60,14 @@ def dry_run(arguments: argparse.Namespace, call: SearchCall, study_file: Path) -
 
 
 def _memory_text(plan: Plan) -> str:
-    """Return the estimated memory of a plan."""
+    """Return a text with the estimated memory that the planned search needs."""
     total = plan.at_once * plan.chunk_bytes + plan.data_bytes
     chunks = "1 chunk" if plan.at_once == 1 else f"{plan.at_once} chunks at the same time"
     return f"about {size_words(total)} for the data and {chunks} (estimate)"
 
 
 def _device_text(planned: Preview[Study]) -> str:
-    """Return the device with its processes and threads."""
+    """Return a text about the device, the processes and the threads of the planned search."""
     plan = planned.plan
     if plan is None:
         return str(planned.device)
@@ -78,7 +78,7 @@ def _device_text(planned: Preview[Study]) -> str:
 
 
 def _time_text(planned: Preview[Study], options: Options) -> str:
-    """Return the estimated time of the training, or why there is no estimate."""
+    """Return a text with the estimated training time, or with the reason for no estimate."""
     plan = planned.plan
     if plan is None:
         return "no estimate for a model that is solved"

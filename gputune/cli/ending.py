@@ -1,4 +1,4 @@
-"""A finished search and its results, for the closing text."""
+"""A finished search and its results, for the text that a command prints at its end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from gputune.study.study import Trial
 
 @dataclass(frozen=True)
 class Ending:
-    """A finished search and its results."""
+    """A finished search and its results, for the text that a command prints at its end."""
 
     file: str  # the input, as it was typed
     study: Study

@@ -1,4 +1,4 @@
-"""The flags of a search, and the rendering of messages with flags instead of Python arguments."""
+"""The flags of a search. Messages on the command line name these flags, not Python arguments."""
 
 import ast
 import re
@@ -92,7 +92,7 @@ METHOD_RULES: dict[str, dict[str, Rule]] = {
         ),
     },
 }
-"""The options of the search methods that have a flag."""
+"""The options of the search methods that have a command-line flag."""
 
 _FIRST_RULES: dict[str, dict[str, Rule]] = {
     DATA: {
@@ -145,7 +145,7 @@ _FIRST_RULES: dict[str, dict[str, Rule]] = {
         ),
     },
 }
-"""The flags that are not options of a search and come first in their group, by its title."""
+"""Flags that set no option of a search and come first in their help group, by group title."""
 
 _LAST_RULES: dict[str, dict[str, Rule]] = {
     SEARCH: {
@@ -210,11 +210,11 @@ _LAST_RULES: dict[str, dict[str, Rule]] = {
         ),
     },
 }
-"""The flags that are not options of a search and come last in their group, by its title."""
+"""Flags that set no option of a search and come last in their help group, by group title."""
 
 
 def option_groups() -> dict[str, dict[str, Rule]]:
-    """Return the flags of ``gputune tune --help`` by the title of their group."""
+    """Return the flags that ``gputune tune --help`` shows, keyed by the title of their group."""
     groups = {title: dict(rules) for title, rules in _FIRST_RULES.items()}
     for name, rule in RULES.items():
         if rule.flag:
@@ -225,7 +225,7 @@ def option_groups() -> dict[str, dict[str, Rule]]:
 
 
 def flags() -> dict[str, str]:
-    """Return the flag of each argument of ``gputune.tune`` or of a method, by name."""
+    """Return the flags by argument name, for ``gputune.tune`` and for the search methods."""
     by_name = {"verbose": "--quiet"}
     for rules in option_groups().values():
         by_name |= {name: rule.name for name, rule in rules.items()}
@@ -242,13 +242,13 @@ _OF_CALLS = {
     ("load_model", "module"): "--model",
     ("Ray", "address"): "--ray",
 }
-"""The flags for arguments of functions other than ``gputune.tune``."""
+"""The flags that messages show for arguments of functions other than ``gputune.tune``."""
 
 _METHOD_CLASSES = ("Halving", "Median", "Hypergradient")
 
 
 class CommandLine(Interface):
-    """The names that a command gives to arguments.
+    """The command-line names of arguments, which messages show instead of the Python names.
 
     Args:
         command: Name of the command, such as "tune".
@@ -286,7 +286,7 @@ class CommandLine(Interface):
         return self._with_value(flag, reference)
 
     def _with_value(self, flag: str, reference: Reference) -> str:
-        """Return a flag with the value of an argument. A study becomes its folder."""
+        """Return a flag with the value of its argument. The path of a study becomes its folder."""
         value = reference.value
         if value in (None, "", "...", "True", "False"):
             return flag
@@ -304,7 +304,7 @@ class CommandLine(Interface):
 
 
 def _unquoted(value: str) -> str:
-    """Return the text of a Python string literal, and other code unchanged."""
+    """Return the text of a Python string literal. Other Python code is returned unchanged."""
     text = _literal(value)
     return text if isinstance(text, str) else value
 

@@ -1,4 +1,4 @@
-"""The score of a saved model on held-out rows, and the best score of a constant prediction."""
+"""The score of a saved model on held-out rows, compared with the best constant prediction."""
 
 import math
 import warnings
@@ -33,7 +33,7 @@ IntervalMethod = Literal["wilson", "bootstrap", ""]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A held-out score in scikit-learn's sign."""
+    """A score on held-out rows. As in scikit-learn, greater is better."""
 
     score: float  # NaN if the score is undefined
     rows: int
@@ -50,18 +50,18 @@ class HeldOut:
     chose: bool = False  # whether these rows chose between an ensemble and the best trial
 
     def interval_holds(self, score: float) -> bool:
-        """Return whether a score lies within the interval."""
+        """Return whether another score lies within this score's interval."""
         if self.interval is None:
             return False
         low, high = self.interval
         return low <= score <= high
 
     def bounds(self, measure: Measure) -> str:
-        """Return the bounds of the interval as text, or "" without an interval."""
+        """Return the bounds of the score's interval as text, or "" if the score has no interval."""
         return " to ".join(sorted(map(measure.text, self.interval or ()), key=float))
 
     def interval_text(self, measure: Measure) -> str:
-        """Return the interval in parentheses, with a space before them.
+        """Return the score's interval as text in parentheses, after a space.
 
         The result is "" if too few bootstrap samples have a score.
         """
@@ -80,7 +80,8 @@ class HeldOut:
 def saved_loss(model: TunedModel) -> Objective | None:
     """Return the named loss with which a model was trained, with its numeric arguments.
 
-    None for a custom loss, which no file holds, and for a built-in model without a recorded loss.
+    Returns None for a custom loss, which no file holds, and for a built-in model without a recorded
+    loss.
     """
     loss = model.info.get("loss")  # an augmented training adds a comma and more text
     if loss is None or (model.spec["kind"] != "module" and not loss):
@@ -100,13 +101,13 @@ def held_out_score(
     positive: object = None,
     outputs: Tensor | None = None,
 ) -> HeldOut:
-    """Score the model on the held-out rows. An undefined score is a result, not an error.
+    """Return the score of a model on held-out rows. An undefined score raises no error.
 
     Args:
         model: the saved model.
         scoring: name of the scorer.
         test: the held-out rows.
-        positive: the positive class of the score. None if it has none.
+        positive: the positive class of the score. None if the score has no positive class.
         outputs: the model's outputs for the rows, if they are known.
     """
     rows = len(test.X)
@@ -144,7 +145,7 @@ def held_out_baseline(
 ) -> tuple[str, float] | None:
     """Return the best constant prediction as text, and its score on the held-out rows.
 
-    The constant is fitted on ``rest``, the rows of the search. The result is None if no constant
+    The constant is fitted on ``rest``, the rows of the search. Returns None if no constant
     prediction is known, or if its score is undefined on the held-out rows.
     """
     if scoring == "neg_loss" or model.task == "custom":
@@ -171,9 +172,9 @@ def held_out_baseline(
 
 
 def labels_of(model: TunedModel, test: Source) -> tuple[list[object], np.ndarray]:
-    """Return the classes, and the code of each held-out row.
+    """Return the classes, and the class code of each held-out row.
 
-    Classes that only held-out rows have come last. For a regression return [] and the target
+    Classes that occur only in held-out rows come last. For a regression return [] and the target
     values.
     """
     if model.classes is None:
@@ -184,7 +185,7 @@ def labels_of(model: TunedModel, test: Source) -> tuple[list[object], np.ndarray
 def _outputs_to_score(
     model: TunedModel, loss: Objective | None, outputs: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return outputs and targets in the form that ``Scoring`` expects.
+    """Return a model's outputs and the targets in the form that ``Scoring`` expects.
 
     A loss is computed on the transformed targets, as in training.
     """
@@ -205,7 +206,8 @@ def _outputs_to_score(
 def _with_unseen(
     scorer: Scoring, outputs: Tensor, y: Tensor, classes: int
 ) -> tuple[Scoring, Tensor, Tensor]:
-    """Return the scoring, outputs and codes for rows of classes that the outputs (n, K) lack.
+    """Return scoring, outputs and class codes that allow for classes without a column in the
+    outputs (n, K).
 
     ``classes`` is the number of all classes.
     """
@@ -227,14 +229,14 @@ def _with_unseen(
 
 
 def _score(scorer: Scoring, outputs: Tensor, y: Tensor) -> float:
-    """Return the score. Raises ValueError if no row has the positive class."""
+    """Return the score of outputs. Raises ValueError if no row has the positive class."""
     if scorer.positive is not None and not (y == scorer.positive).any():
         raise ValueError("no row has the positive class")  # scikit-learn returns 0
     return scorer.on_rows(outputs, y)
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Return the 95% score interval of a share.
+    """Return Wilson's 95% score interval of a share, such as an accuracy.
 
     The interval is correct even if all or none of the rows are successes. Source: Wilson (1927),
     Probable inference, the law of succession, and statistical inference.

@@ -1,4 +1,4 @@
-"""The help texts: a short one for ``-h``, a long one for ``--help``, and the list of commands."""
+"""The help texts of the command line: short (``-h``), long (``--help``), and a list of commands."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -18,7 +18,7 @@ SECTIONS = {
     "Model": ("predict", "evaluate", "export"),
     "Maintenance": ("check", "repair", "completion", "help"),
 }
-"""The sections of the list of commands."""
+"""The sections of the list of commands in ``gputune --help``."""
 
 _EXAMPLES = (
     "gputune tune sklearn:digits",
@@ -52,7 +52,7 @@ _SHORT = (
     "dry_run",
     "verbose",
 )
-"""The options in the short help of a command that has many options."""
+"""The options that the short help shows for a command with many options."""
 
 _BLANK = "\xa0"  # at which no line breaks
 _WHOLE = 40  # letters of a default in brackets that stays on one line
@@ -62,7 +62,7 @@ _MOST_FLAG = 26  # letters of a flag that share a line with its help text
 
 
 def overview(*, full: bool, width: int, style: Style) -> str:
-    """Return the help of ``gputune``: its commands by section, and examples if it is ``full``."""
+    """Return the help of ``gputune``: its commands by section. ``full`` adds examples."""
     width = min(width, _WIDEST)
     lines = [paragraph(_DESCRIPTION, width), "", _usage("gputune [OPTIONS] COMMAND", style)]
     longest = max(len("-h, --help"), *map(len, COMMANDS))
@@ -79,7 +79,7 @@ def overview(*, full: bool, width: int, style: Style) -> str:
 
 
 def command_help(command: Command, *, full: bool, width: int, style: Style) -> str:
-    """Return the help of a command: a line for each option, or everything if it is ``full``."""
+    """Return the help of a command: a line for each option, or all details if ``full`` is True."""
     width = min(width, _WIDEST)
     lines = [paragraph(f"{command.help}.", width), "", _usage(_call(command), style)]
     if command.places:
@@ -98,7 +98,7 @@ def command_help(command: Command, *, full: bool, width: int, style: Style) -> s
 
 
 def flag_words(rule: Rule) -> str:
-    """Return a flag with its other forms and its value: "-q, --quiet" or "--epochs <INT>"."""
+    """Return a flag's forms and its value for the help, such as "-q, --quiet" or "--epochs <INT>"."""
     if rule.takes == "yes or no":
         return f"{rule.name}, --no-{rule.name.removeprefix('--')}"
     short = f"{rule.short}, " if isinstance(rule, Flag) and rule.short else ""
@@ -106,7 +106,7 @@ def flag_words(rule: Rule) -> str:
 
 
 def _short_options(command: Command, width: int, style: Style) -> Iterator[str]:
-    """Yield the lines of the most important options, or of all if there are few."""
+    """Yield the help lines of a command's most important options, or of all options if it has few."""
     options: dict[str, Rule] = {}
     for rules in command.groups.values():
         options |= rules
@@ -123,7 +123,7 @@ def _short_options(command: Command, width: int, style: Style) -> Iterator[str]:
 
 
 def _long_options(command: Command, width: int, style: Style) -> Iterator[str]:
-    """Yield the lines of all options by group, with defaults and possible values."""
+    """Yield the help lines of all options by group, with defaults and possible values."""
     for title, rules in command.groups.items():
         yield from ("", style.bold(f"{title}:"))
         for rule in rules.values():
@@ -137,17 +137,17 @@ def _long_options(command: Command, width: int, style: Style) -> Iterator[str]:
 
 
 def _named(options: Mapping[str, Rule], names: Sequence[str]) -> dict[str, Rule]:
-    """Return the options with some names, in the order of the names."""
+    """Return the options that have one of the given names, in the order of the names."""
     return {name: options[name] for name in names if name in options}
 
 
 def _about_help(everything: str) -> str:
-    """Return the help text of the help flags."""
+    """Return the help text for the flags ``-h`` and ``--help``."""
     return f"Print a short help (-h), or {everything or 'all of it'} (--help)"
 
 
 def _default(rule: Rule) -> str:
-    """Return the default of an option in brackets, or that it is required."""
+    """Return the default of an option as "[default: ...]", or "[required]"."""
     if isinstance(rule, Flag) and rule.required:
         return "[required]"
     is_switch = not rule.metavar and rule.default == "none"
@@ -156,7 +156,7 @@ def _default(rule: Rule) -> str:
 
 
 def _values(values: Sequence[str] | None) -> str:
-    """Return the possible values in brackets, with a blank before them; "" for no values."""
+    """Return an option's possible values in brackets, after a space, or "" without such values."""
     return f" [possible values: {', '.join(values)}]" if values else ""
 
 
@@ -165,7 +165,7 @@ def _usage(call: str, style: Style) -> str:
 
 
 def _call(command: Command) -> str:
-    """Return the call of a command, with its required flags and its files."""
+    """Return the usage line of a command, with its required flags and its files."""
     words = ["gputune", command.name, "[OPTIONS]"]
     for rules in command.groups.values():
         words += [r.flag for r in rules.values() if isinstance(r, Flag) and r.required]
@@ -174,7 +174,7 @@ def _call(command: Command) -> str:
 
 
 def _row(name: str, text: str, longest: int, width: int) -> str:
-    """Return a name with its text. A name that is longer than the column gets its own line."""
+    """Return a help row: a name and its text. A name wider than the column gets its own line."""
     then = " " * (longest + 4)
     if len(name) > longest:
         return f"  {name}\n{_paragraph(text, width, then, then)}"
@@ -182,7 +182,7 @@ def _row(name: str, text: str, longest: int, width: int) -> str:
 
 
 def _paragraph(text: str, width: int, first: str, then: str) -> str:
-    """Return text filled to the width, with plain blanks."""
+    """Return a text wrapped to the width, with ordinary spaces for non-breaking ones."""
     return paragraph(text, width, first=first, then=then).replace(_BLANK, " ")
 
 

@@ -1,7 +1,8 @@
 """The entry point of the command line.
 
-It runs one command and returns its exit code: 0 done, 1 failed, 2 bad input or usage, 130 Ctrl-C,
-143 SIGTERM. Everything heavy is imported inside the commands, so that ``gputune --help`` is fast.
+``main`` runs one command and returns its exit code: 0 done, 1 failed, 2 bad input or usage, 130
+Ctrl-C, 143 SIGTERM. Everything heavy is imported inside the commands, so that ``gputune --help`` is
+fast.
 """
 
 import argparse
@@ -42,16 +43,17 @@ _MODULES = {
     **dict.fromkeys(("check", "help"), "main"),
     "completion": "completion",
 }
-"""Command -> the module of its function, which returns the text for standard output."""
+"""Maps each command to the module of its function. The function returns the text for standard
+output."""
 
 _READING = ("tune", "train", "resume", "report", "predict", "evaluate", "export")
-"""The commands that read files, which are checked before anything heavy is imported."""
+"""The commands that read files. gputune checks these files before slow imports."""
 
 _LABELED = ("tune", "train", "resume", "report", "status")
-"""The commands whose result has labels at the beginning of its lines."""
+"""The commands that print lines with a label at the beginning."""
 
 _TRUSTED = ("help", "completion")
-"""The commands whose result holds no text of a user."""
+"""The commands that print no text of a user, such as column names."""
 
 DONE = 0
 FAILED = 1
@@ -105,7 +107,7 @@ def _command(typed: list[str]) -> int:
 
 
 def _open_streams() -> None:
-    """Redirect closed streams to the null device.
+    """Redirect closed standard streams to the null device.
 
     Otherwise the next opened file would get the number of a closed stream, and receive its output.
     """
@@ -126,9 +128,9 @@ def _open_streams() -> None:
 
 
 def _flush_streams() -> None:
-    """Discard the output that a full or broken stream did not accept.
+    """Discard the output that a full disk or a broken pipe did not accept.
 
-    Python would otherwise try again at its end, and complain.
+    Otherwise Python would write again at its end, and print an error.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -171,7 +173,10 @@ def _run(arguments: argparse.Namespace, interface: Interface) -> int:
 
 
 def help(arguments: argparse.Namespace) -> str:
-    """Return the long help of a command, or the list of commands. Raises InputError."""
+    """Return the long help of a command, or the list of commands.
+
+    Raises InputError if no command has the typed name.
+    """
     style = Style.of(sys.stdout)
     width = shutil.get_terminal_size().columns
     if arguments.topic is None:
@@ -220,7 +225,7 @@ def check(arguments: argparse.Namespace) -> str:
 def _write(text: str, *, command: str) -> int:
     """Print the result of a command, and return the exit code.
 
-    A closed pipe, as with ``head``, is not reported.
+    A pipe that its reader has closed, such as ``head``, is no error.
     """
     if sys.stdout.isatty() and command not in _TRUSTED:
         text = clean(text, keep="\n")
@@ -237,7 +242,7 @@ def _write(text: str, *, command: str) -> int:
 
 
 def _say(text: str, *, kind: Literal["", "error", "warning"] = "") -> None:
-    """Print a line to standard error. An error or warning is marked in its color."""
+    """Print a line to standard error. Errors and warnings have their own colors."""
     with suppress(OSError, ValueError):  # the exit code reports the failure in any case
         style = Style.of(sys.stderr)
         mark = ""
@@ -248,7 +253,7 @@ def _say(text: str, *, kind: Literal["", "error", "warning"] = "") -> None:
 
 
 def _message(error: Exception) -> str:
-    """Return the message of an error, with the file name of an OSError."""
+    """Return the message of an exception. For an OSError, the message includes the file name."""
     if not isinstance(error, OSError):
         return getattr(error, "message", str(error))
     if not error.strerror:

@@ -60,10 +60,7 @@ class Evaluation:
     """
 
     def to_json(self) -> Json:
-        """Return the scores as plain values.
-
-        Scores have scikit-learn's sign, and null if undefined.
-        """
+        """Return the scores as JSON values, greater is better. An undefined score is null."""
         report: dict[str, object] = {
             "rows": self.rows,
             "trained_share": self.trained_share,
@@ -111,8 +108,7 @@ class Evaluation:
         return "\n\n".join(parts)
 
     def _intervals_remark(self) -> str:
-        """Return sentences about the method of the intervals, and about scores without an
-        interval."""
+        """Return sentences on the method of the intervals and on scores without an interval."""
         sentences = []
         methods = set()
         constant = []
@@ -156,12 +152,12 @@ class Evaluation:
 
 
 def _share_text(part: int, total: int) -> str:
-    """Return a share as text, "-" if the whole is empty."""
+    """Return the ratio of two counts as text, or "-" if the second count is 0."""
     return f"{part / total:.4f}" if total else "-"
 
 
 def _score_json(score: HeldOut) -> Json:
-    """Return a score and its interval as plain values, or the reason why there is no score."""
+    """Return a score and its interval as JSON values, or the reason for an undefined score."""
     if score.reason:
         return {"score": None, "why": score.reason, "positive": score.positive}
     return {
@@ -241,7 +237,7 @@ def evaluation(
 
 _FEW = 0.01
 _ALMOST_ALL = 0.995
-"""Shares of the rows that a model was trained on.
+"""Limits for the estimated share of a file's rows that a model was trained on.
 
 Below ``_FEW``, equal rows count as chance. Above ``_ALMOST_ALL``, the file counts as the training
 file.
@@ -284,7 +280,7 @@ def _trained_share(model: TunedModel, test: Source, y: np.ndarray) -> float | No
 
 
 def _load_model(arguments: Namespace) -> TunedModel:
-    """Return the model of the command, with the class from ``--model`` if it was given."""
+    """Return the saved model that the command names. ``--model`` can replace its class."""
     module = None
     if arguments.model is not None:
         path, colon, name = arguments.model.rpartition(":")
@@ -336,7 +332,8 @@ def predict(arguments: Namespace) -> str:
 
 
 def _unique_names(names: Sequence[str], header: Sequence[object]) -> list[str]:
-    """Return names of columns, with "_given" added to the names of predicted columns."""
+    """Return the names of kept columns, with "_given" added if a predicted column has the same
+    name."""
     predicted = set(map(str, header))
     unique = []
     for name in names:
@@ -350,7 +347,7 @@ def _unique_names(names: Sequence[str], header: Sequence[object]) -> list[str]:
 def _predictions(
     model: TunedModel, arguments: Namespace
 ) -> tuple[list[object], list[list[object]]]:
-    """Return the header and the rows of the predictions."""
+    """Return the header and the rows of a CSV file with the model's predictions."""
     file = arguments.file
     target = model.target
     if arguments.proba and arguments.interval is not None:

@@ -25,7 +25,10 @@ from gputune.wording import Verbatim
 
 
 def options_of(arguments: Namespace, study_file: Path) -> Options:
-    """Return the options of ``gputune tune`` or ``train``. Raises InputError."""
+    """Return the arguments of ``gputune.tune`` from the typed options of ``tune`` or ``train``.
+
+    Raises InputError for a value that is not valid.
+    """
     typed = typed_options(arguments)
     if "space" in typed:
         texts = typed["space"]
@@ -72,7 +75,7 @@ def typed_options(arguments: Namespace) -> Config:
 
 
 def _config(texts: Sequence[str], flag: str) -> Config:
-    """Return one configuration, made from several KEY=VALUE texts.
+    """Return one configuration (hyperparameter -> value) from several KEY=VALUE texts.
 
     Raises InputError for lists and ranges.
     """
@@ -88,7 +91,10 @@ def _config(texts: Sequence[str], flag: str) -> Config:
 
 
 def _pairs(texts: Sequence[str], flag: str, example: str) -> dict[str, str]:
-    """Return the pairs of several KEY=VALUE texts. Raises InputError with an example."""
+    """Return the (key, value) pairs of several KEY=VALUE texts.
+
+    Raises InputError with an example if a text has another form.
+    """
     pairs = {}
     for text in texts:
         # A name may contain "=", so the last one separates.
@@ -193,7 +199,7 @@ def parse_spec(text: str) -> tuple[str, object]:
 
 
 def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str) -> object:
-    """Return the distribution of a range LOW..HIGH, with an optional ":log"."""
+    """Return the distribution for a range LOW..HIGH. An ending ":log" makes it log-uniform."""
     low = _number(low_text)
     high = _number(high_text)
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
@@ -239,7 +245,7 @@ def _parse_value(key: str, text: str, spec: str) -> str | float | bool | tuple[o
 
 
 def _number(text: str) -> int | float | None:
-    """Return the numeric value that a text spells, or None."""
+    """Return the int or float that a text spells, or None if the text is not a number."""
     for read in (int, float):
         with suppress(ValueError):
             return read(text)

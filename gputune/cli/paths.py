@@ -1,4 +1,4 @@
-"""The files and folders that a command names, checked before anything heavy is imported."""
+"""Checks of the files and folders that a command names, before the slow imports."""
 
 import os
 from argparse import Namespace
@@ -14,8 +14,8 @@ _ARRAYS = (".npz", ".npy", ".pt", ".pth")  # which have no other remedy than the
 def check_paths(arguments: Namespace) -> None:
     """Raise an error if a file or folder that a command reads does not exist.
 
-    The command would raise the same error, after some seconds of imports. The command itself checks
-    the content of the files.
+    Without this check, the command would raise the same error after some seconds of imports. The
+    command itself checks the content of the files.
     """
     command = arguments.command
     if command in ("resume", "report"):
@@ -30,7 +30,8 @@ def check_paths(arguments: Namespace) -> None:
 
 
 def _can_write(arguments: Namespace) -> bool:
-    """Return True if the command can write into the folder of the result, or can make it."""
+    """Return True if the command can write into the folder for its result, or can create that
+    folder."""
     if arguments.study is None:
         return True
     out = Path(arguments.study)
@@ -40,8 +41,7 @@ def _can_write(arguments: Namespace) -> bool:
 
 
 def _check_rows(file: str) -> None:
-    """Raise FileNotFoundError if there is no file of rows, which may be a data set of
-    scikit-learn."""
+    """Raise FileNotFoundError if the input is neither a file nor a data set of scikit-learn."""
     if file.startswith("sklearn:") or os.path.exists(file):
         return
     path = Path(file)

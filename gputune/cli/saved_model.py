@@ -1,4 +1,4 @@
-"""The options of the saved model: calibration, intervals, and the comparison with the default.
+"""Options for the saved model: calibration, intervals, and the comparison with the default model.
 
 The module has the checks before the search, and the sentences of the closing text.
 """
@@ -103,7 +103,7 @@ def is_cheap_to_train(study: Study, trial: Trial) -> bool:
 def _steps(study: Study, trial: Trial, n_rows: int) -> int:
     """Return the number of optimizer steps of one epoch on ``n_rows`` rows.
 
-    The number is 1 for the logistic regression that is solved to convergence.
+    Returns 1 for the logistic regression that is solved to convergence.
     """
     choice = study.data.choice
     options = study.data.options
@@ -115,7 +115,10 @@ def _steps(study: Study, trial: Trial, n_rows: int) -> int:
 
 
 def is_worth_comparing(study: Study, held_out: HeldOut | None) -> bool:
-    """Return whether the default's model is compared by default: if that is possible and cheap."""
+    """Return True if a comparison with the default's model is possible and cheap.
+
+    Then gputune makes the comparison by default.
+    """
     default = default_trial(study)
     if default is None or held_out is None or held_out.reason or is_default_best(study):
         return False
@@ -136,8 +139,10 @@ def comparison_text(measure: Measure, saved: HeldOut, default: HeldOut) -> str:
 
 
 def same_model_text(model: TunedModel) -> str:
-    """Return why the default's model is not trained for a comparison: the best trial is the
-    default."""
+    """Return a sentence for the case that the best trial is the default configuration.
+
+    Then there is no other model to compare.
+    """
     saved = "model of the best trial" if "ensemble" in model.info else "saved model"
     return f"The best trial is the default configuration, so the {saved} is the default's model."
 

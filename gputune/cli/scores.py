@@ -1,5 +1,7 @@
-"""The scores in the closing text: held-out and cross-validated, each next to the default's score and
-the best score without a model. Warnings follow."""
+"""The scores that a command prints at its end: held-out and cross-validated.
+
+Each score stands next to the default's score and the best score without a model. Warnings follow.
+"""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from gputune.views.scores import score_view
 
 @dataclass(frozen=True)
 class _Line:
-    """One score: its name, its value, and a remark."""
+    """A line with one score: its name, its value, and a remark."""
 
     name: str
     value: str
@@ -27,7 +29,7 @@ class _Line:
 
 
 def scores_block(ending: Ending, width: int) -> str:
-    """Return the block of scores, one aligned line for each score."""
+    """Return the scores for the closing text, one aligned line for each score."""
     measure = score_view(ending.study).measure
     lines = [*_held_out(ending, measure), *_cross_validated(ending, measure)]
     longest = max(len(line.name) for line in lines)
@@ -66,7 +68,7 @@ def score_warnings(ending: Ending) -> list[str]:
 
 
 def _held_out(ending: Ending, measure: Measure) -> list[_Line]:
-    """Return the lines about the held-out rows."""
+    """Return the lines with the scores on held-out rows."""
     score = ending.held_out
     if score is None:
         remark = (
@@ -99,7 +101,7 @@ def _with_interval(name: str, score: HeldOut, measure: Measure, remark: str) -> 
 
 
 def _cross_validated(ending: Ending, measure: Measure) -> list[_Line]:
-    """Return the lines about the folds of the search."""
+    """Return the lines with the cross-validated scores of the search."""
     study = ending.study
     best = study.best_score if ending.trial is None else ending.trial.score
     lines = [_Line("cross-validated", measure.text(best), _optimistic(ending))]
@@ -125,7 +127,7 @@ def _cross_validated(ending: Ending, measure: Measure) -> list[_Line]:
 
 
 def _compared_default(ending: Ending) -> DefaultTrial | None:
-    """Return the default trial of a search that trained other trials too, else None."""
+    """Return the trial with the default configuration, or None if it has no other trial to compare."""
     default = default_trial(ending.study) if ending.trial is None else None
     return default if default is not None and default.text else None
 

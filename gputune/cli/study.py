@@ -41,7 +41,7 @@ FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "se
 
 SCORE = "score"
 SCORE_AND_ERROR = "score ± error"
-"""Columns that are shown under the name of the measure, unless this name is long.
+"""Table columns with the name of the measure as their header, unless this name is long.
 
 Titles show it in full.
 """
@@ -51,8 +51,8 @@ _LONGEST = 17
 _WATCH_SECONDS = 2.0
 _LIVE_SECONDS = 5
 _CURVES = 5
-"""Seconds between two looks at a running search, seconds between two live reports, and number of
-curves in a look."""
+"""Settings of live views: seconds between two views of a running search, seconds between two live
+reports, and the number of curves in a view."""
 
 _LISTINGS = (
     ("trial", SCORE_AND_ERROR, "epoch", "state", "seconds"),
@@ -62,7 +62,7 @@ _LISTINGS = (
 
 
 def trials(arguments: Namespace) -> str:
-    """Return the trials of a study as a table, JSON or CSV."""
+    """Return the trials of a study as a table, as JSON or as CSV, for ``gputune trials``."""
     study = open_study(arguments)
     if arguments.format == "table":
         return trials_table(study, width=shutil.get_terminal_size().columns)
@@ -76,13 +76,13 @@ def best(arguments: Namespace) -> str:
 
 
 def open_study(arguments: Namespace) -> Study:
-    """Return the study of a command, ranked by the metric of ``--by``."""
+    """Return the study that a command names, ranked by the metric of ``--by``."""
     study = Study.open(study_file(arguments.study))
     return study if arguments.by is None else ranked_by(study, arguments.by)
 
 
 def trials_table(study: Study, *, width: int) -> str:
-    """Return a title and one line per trial in order of number.
+    """Return a title and a table with one line per trial, in order of trial number.
 
     In a narrow terminal the table has fewer columns.
     """
@@ -136,7 +136,7 @@ def trials_csv(study: Study) -> str:
 
 
 def best_text(study: Study) -> str:
-    """Return the best score and its parameters.
+    """Return the best score and the parameters of its trial as text.
 
     The parameters are written in full, so that you can copy them.
     """
@@ -191,7 +191,7 @@ def trial_rows(
 ) -> str:
     """Return a table of trials, with a column for each parameter.
 
-    Metrics that do not rank follow the score.
+    The metrics that do not rank the trials follow the score.
 
     Args:
         study: the study.
@@ -230,7 +230,7 @@ def trial_rows(
 def _cells(
     trial: Trial, measure: Measure, layout: Sequence[str], others: Mapping[str, Measure]
 ) -> list[str]:
-    """Return the table cells of one trial, in the columns of a layout."""
+    """Return the texts of one trial for the columns of a table."""
     scores = trial.scores
     cells = {
         "trial": str(trial.number),
@@ -246,7 +246,7 @@ def _cells(
 
 
 def pareto_text(study: Study, *, width: int, most: int) -> str:
-    """Return a table of the Pareto-optimal trials, or "" for one metric."""
+    """Return a table of the Pareto-optimal trials, or "" if the study has only one metric."""
     if not study.metrics:
         return ""
     front = pareto_trials(study)
@@ -290,14 +290,14 @@ def _numbers(values: Iterable[float]) -> list[float | None]:
 
 
 def _name(value: object) -> str:
-    """Return the name of a function or class, or the text of another value."""
+    """Return the name of a function or class. Any other value becomes its text."""
     return str(getattr(value, "__name__", value))
 
 
 def status(arguments: Namespace) -> str:
-    """Return the progress of a search, also of a search in another process.
+    """Return the progress of a search, which may run in another process.
 
-    With ``--watch`` print it again and again until the search ends.
+    With ``--watch``, print the progress again and again until the search ends.
     """
     file = study_file(arguments.study)
     while True:
@@ -374,7 +374,7 @@ def last_written(file: Path) -> float:
 
 
 def _best(study: Study, *, trains_on: bool) -> str:
-    """Return the best score so far and its parameters."""
+    """Return a text with the best score so far and the parameters of its trial."""
     best = best_trial(study)
     if best is None:
         return "none yet"

@@ -1,6 +1,7 @@
 """Bold and colored text for a terminal.
 
-Other outputs, ``TERM=dumb`` and a set ``NO_COLOR`` (https://no-color.org) get plain text.
+Text is plain if the output is not a terminal, if ``TERM=dumb``, or if ``NO_COLOR``
+(https://no-color.org) is set.
 """
 
 import os
@@ -19,37 +20,38 @@ _LABELS = re.compile(
     r"|Written|Report)(?= )",
     re.MULTILINE,
 )
-"""The labels at the beginning of the lines of a closing text."""
+"""The labels at the beginning of lines in the text that a search prints at its end."""
 
 _WARNING = re.compile(r"^Warning(?= )", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Style:
-    """The style of the text for one stream. Without color all methods return plain text."""
+    """Makes text for one stream bold or colored. Without color, all methods return plain text."""
 
     has_color: bool = False
 
     @classmethod
     def of(cls, stream: TextIO) -> "Style":
-        """Return the style for a stream, which has color if it is a terminal that wants it."""
+        """Return the style for a stream. It has color only if the stream is a terminal that
+        supports color."""
         wants_color = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         return cls(wants_color and stream.isatty())
 
     def bold(self, text: str) -> str:
-        """Return bold text."""
+        """Return the text in bold, or unchanged if the stream has no color."""
         return self._in(_BOLD, text)
 
     def warning(self, text: str) -> str:
-        """Return text in the color of a warning."""
+        """Return the text in the color of a warning, or unchanged if the stream has no color."""
         return self._in(_YELLOW, text)
 
     def error(self, text: str) -> str:
-        """Return text in the color of an error."""
+        """Return the text in the color of an error, or unchanged if the stream has no color."""
         return self._in(_RED, text)
 
     def labeled(self, text: str) -> str:
-        """Return a closing text with bold labels and colored warnings."""
+        """Return the text at the end of a search with bold labels and colored warnings."""
         if not self.has_color:
             return text
         with_labels = _LABELS.sub(lambda label: self.bold(label[1]), text)

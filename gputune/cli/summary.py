@@ -34,8 +34,8 @@ def ensemble_text(
     *,
     is_saved: bool,
 ) -> str:
-    """Return sentences on an ensemble: its members, its score compared with the best trial, its
-    saving."""
+    """Return sentences on an ensemble: its members, its score next to the best trial's, and its
+    file."""
     measure = score_view(study).measure
     members = count(len(model.info["ensemble"]), "trial")
     text = (
@@ -59,7 +59,7 @@ def ensemble_text(
 
 
 def summary_text(ending: Ending, *, width: int) -> str:
-    """Return the closing text of ``gputune tune`` and ``train``."""
+    """Return the text that ``gputune tune`` and ``train`` print at the end."""
     if ending.trial is None:
         trials = _best_trials(ending, width)
     else:
@@ -75,7 +75,8 @@ def summary_text(ending: Ending, *, width: int) -> str:
 
 
 def stopped_text(ending: Ending, *, width: int) -> str:
-    """Return the closing text after Ctrl-C: the table so far, and how to resume."""
+    """Return the text after Ctrl-C: the best trials so far, and the command that resumes the
+    search."""
     parts = [_understood(ending, width)]
     if any(math.isfinite(trial.score) for trial in ending.study.trials):
         parts.append(_best_trials(ending, width))
@@ -85,12 +86,12 @@ def stopped_text(ending: Ending, *, width: int) -> str:
 
 
 def _go_on(ending: Ending) -> str:
-    """Return the line of the closing text with the command that resumes the search."""
+    """Return the line with the command that resumes the search."""
     return _line("Go on", shlex.join(["gputune", *ending.typed]))
 
 
 def _line(name: str, text: object) -> str:
-    """Return one line that is not wrapped, so that a path stays in one piece."""
+    """Return a label and its text as one line without wrapping, so that a path stays in one piece."""
     return f"{name:{_LABEL}}{clean(text)}"
 
 
@@ -121,13 +122,13 @@ _ENDING = re.compile(r" --(?:timeout|target-score|patience-trials)[ =]\S+")
 
 
 def _understood(ending: Ending, width: int) -> str:
-    """Return the first lines of the closing text: data, inputs, task, search, method and notes."""
+    """Return the first lines of the text at the end: data, inputs, task, search, method and notes."""
     lines = [*facts(ending), *_method(ending.study), *notes_on(ending.study)]
     return label_lines(lines, width)
 
 
 def facts(ending: Ending) -> list[tuple[str, str]]:
-    """Return labels and texts about data, inputs, task and search."""
+    """Return (label, text) pairs about the data, the inputs, the task and the search."""
     study = ending.study
     record = ending.study.record
     data = f"{ending.file}: {record.fingerprint['rows']} rows to search on"
@@ -157,7 +158,7 @@ def notes_on(study: Study) -> list[tuple[str, str]]:
 
 
 def _inputs(ending: Ending) -> tuple[str, str]:
-    """Return the label and text about the inputs or columns."""
+    """Return the (label, text) pair about the inputs of the model."""
     X = ending.rest.X
     if isinstance(X, Arrays):
         return "Inputs", str(ArrayLayout.of(X))
@@ -248,7 +249,7 @@ def _descent(study: Study, outer_steps: int) -> str:
 
 
 def _best_trials(ending: Ending, width: int) -> str:
-    """Return the table of the best trials."""
+    """Return a table of the best trials for the text at the end."""
     study = ending.study
     measure = score_view(ending.study).measure
     record = ending.study.record
@@ -302,7 +303,7 @@ def _one_trial(study: Study, trial: Trial, width: int) -> str:
 
 
 def _scores(ending: Ending, width: int) -> str:
-    """Return the block of scores, the warnings about them, and notes on the saved model."""
+    """Return the scores, the warnings about these scores, and notes on the saved model."""
     remarks = [("Warning", warning) for warning in score_warnings(ending)]
     notes = (ending.comparison, ending.ensemble, *ending.model_sentences)
     remarks += [("Note", note) for note in notes if note]

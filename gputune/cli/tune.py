@@ -62,7 +62,7 @@ from gputune.wording import option
 
 
 def tune(arguments: argparse.Namespace) -> str:
-    """Run the search and return the closing text.
+    """Run ``gputune tune`` or ``train``, and return the text to print at the end.
 
     Raises SearchInterrupted with the results so far, and the errors of ``gputune.tune``.
     """
@@ -100,13 +100,13 @@ def tune(arguments: argparse.Namespace) -> str:
 
 
 FINAL_MODEL = ("ensemble", "intervals", "calibrate")
-"""Flags for the model that a search saves at its end. The study stores them."""
+"""Flags for the model that a search saves at its end. The study stores their values."""
 
 train = tune  # one included trial, no drawn trials
 
 
 def resume(arguments: argparse.Namespace) -> str:
-    """Resume the search of a study file, and return the closing text like ``tune``."""
+    """Resume the search in a study file, and return the text to print at the end."""
     begin = time.perf_counter()
     profile = Profile()
     study = study_file(arguments.study)
@@ -217,18 +217,18 @@ class _Run:
             raise
 
     def _make_ending(self, study: Study) -> Ending:
-        """Return the ending of a study without a model."""
+        """Return the description of a finished search that has no saved model yet."""
         file = getattr(self.arguments, "file", None) or (study.record.source or {})["path"]
         return Ending(file, study, self.call.source, self.shown, typed=self.arguments.typed)
 
     def _text(self, ending: Ending, make: Callable[..., str] = summary_text) -> str:
-        """Return the closing text of an ending."""
+        """Return the text that the command prints at the end of this search."""
         ended = CommandLine().render(self.profile.ended)
         ending = replace(ending, ended=ended, seconds=time.perf_counter() - self.begin)
         return make(ending, width=shutil.get_terminal_size().columns)
 
     def _with_best(self, ending: Ending) -> Ending:
-        """Train the best or the requested trial on all rows, and save its model."""
+        """Train the best or the requested trial on all rows of the search, and save the model."""
         number = None if ending.trial is None else ending.trial.number
         model = ending.study.best_model(
             trial=number, intervals=self.intervals, calibrate=self.calibrate
@@ -301,8 +301,8 @@ class _Run:
         return self._compared(ending) if compares else ending
 
     def _compared(self, ending: Ending) -> Ending:
-        """Return the ending with the held-out score of the default's model, or with the reason why
-        there is none."""
+        """Return the results with the default model's held-out score, or with the reason for its
+        absence."""
         study = ending.study
         saved = ending.held_out
         default = default_trial(study)
@@ -333,7 +333,7 @@ class _Run:
         return replace(ending, default_held_out=held_out, comparison=remark)
 
     def _model_sentences(self, model: TunedModel | None) -> list[str]:
-        """Return sentences on calibration and intervals of the saved model."""
+        """Return sentences on the calibration and the intervals of the saved model."""
         if model is None:
             return []
         sentences = [calibration_text(model)]
@@ -386,7 +386,7 @@ def _target(arguments: argparse.Namespace) -> str | None:
 
 
 def _check_out(out: Path) -> None:
-    """Raise InputError, before anything is read, if the results could not be written to the folder.
+    """Raise InputError before any file is read if the results cannot be written to the folder.
 
     A folder with a model but without its study is refused too, because the model would be lost.
     """
@@ -405,7 +405,7 @@ def _check_out(out: Path) -> None:
 
 @contextmanager
 def _folder(out: Path) -> Iterator[None]:
-    """Make the folder. If the block leaves a new folder empty, remove it."""
+    """Create a folder for the block. If the folder is new and still empty at the end, remove it."""
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:

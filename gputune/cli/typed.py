@@ -1,4 +1,4 @@
-"""The typed words, rewritten for the parser.
+"""Rewrite the words of a command line for the argument parser.
 
 Names of Python's arguments become flags: ``--n-trials`` is ``--trials``. A file after an option that
 takes several values is moved before the options: ``tune --space lr=0.1 FILE``.
@@ -11,14 +11,14 @@ from gputune.cli.commands import COMMANDS, Command
 from gputune.tuning.rules import Rule, Takes
 
 SEVERAL: tuple[Takes, ...] = ("specs", "config")
-"""The kinds of options that take several values."""
+"""The kinds of options that accept several values."""
 
 _CLUSTER = re.compile(r"local|auto|ray://.*|.*:\d+")
-"""The addresses of a Ray cluster. Another word after ``--ray`` may be the file."""
+"""A pattern for addresses of a Ray cluster. Any other word after ``--ray`` may be the data file."""
 
 
 def aliases(command: Command) -> dict[str, str]:
-    """Return the names of Python's arguments as flags, with the flag that each one means."""
+    """Return a map from flags with Python's argument names to gputune's own flags."""
     names = {}
     for rules in command.groups.values():
         for name, rule in rules.items():
@@ -33,11 +33,11 @@ def aliases(command: Command) -> dict[str, str]:
 
 
 _WITHOUT_ALIAS = ("config", "config_file", "verbose")
-"""The names of options in ``gputune.cli`` that are no arguments of Python, or take other values."""
+"""Command-line options that are not arguments in Python, or that accept other values there."""
 
 
 def rewritten(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line for the parser."""
+    """Return the words of a command line in the form that the argument parser accepts."""
     if not words or words[0] not in COMMANDS:
         return list(words)
     command = COMMANDS[words[0]]
@@ -51,12 +51,12 @@ def rewritten(words: Sequence[str]) -> list[str]:
 
 
 def _flags(command: Command) -> dict[str, Rule]:
-    """Return the rules of a command by their flag."""
+    """Return the descriptions of a command's flags, keyed by flag."""
     return {rule.name: rule for rules in command.groups.values() for rule in rules.values()}
 
 
 def _files_first(words: list[str], flags: Mapping[str, Rule], n_files: int) -> list[str]:
-    """Return the words with missing files taken from the values of options with several values."""
+    """Return the words with files in front that an option with several values would read."""
     n_typed = 0
     movable = []  # places of words that an option would take, but that may be files
     rule: Rule | None = None  # the option whose values follow

@@ -281,7 +281,7 @@ def _summary(X: Tensor) -> Table:
 
 Columns = Literal["keep", "drop-constant"]
 Raw: TypeAlias = np.ndarray | Tensor
-"""Features before any statistics are applied, (n, D)."""
+"""Feature values of the rows, (n, D), before imputation and scaling."""
 AnyRows: TypeAlias = Table | Tensor | Arrays
 N_BINS = 16
 """The largest number of bins of a numeric column. With fewer bins, the remaining features are 0."""

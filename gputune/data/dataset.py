@@ -27,7 +27,7 @@ from gputune.types import Config, Task
 Rows = tuple[np.ndarray, np.ndarray]
 """The training rows and the validation rows of one fold, as positions."""
 Fitted: TypeAlias = Sequence[Statistics] | Sequence[ArrayStatistics]
-"""The statistics fitted on each fold's training rows, one entry per fold."""
+"""Preprocessing statistics of each fold's training rows, one entry per fold."""
 
 
 @dataclass(frozen=True, eq=False)

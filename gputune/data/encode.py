@@ -37,14 +37,14 @@ from gputune.types import NUMBERS, TENSOR_NUMBERS, Json, Numbers
 from gputune.wording import option
 
 LIMIT = 20.0
-"""Numbers are clipped at this many standard deviations from the mean.
+"""The distance from the mean, in standard deviations, at which numbers are clipped.
 
 If the farthest training row is farther, they are clipped at its distance instead.
 """
 _ROUNDING = 1e-6
 """Relative tolerance on the distance of the farthest training row.
 
-It keeps rounding in single precision from clipping a training row.
+Without this tolerance, rounding in single precision could clip a training row.
 """
 
 _LARGEST = np.finfo(np.float64).max  # stands for no limit, because JSON has no infinity

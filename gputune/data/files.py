@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 BUNDLED = ("iris", "digits", "wine", "breast_cancer", "diabetes")
-"""The scikit-learn data sets that ``sklearn:NAME`` reads."""
+"""The scikit-learn data sets that a user can name as ``sklearn:NAME``."""
 
 # remedy for a file that does not exist
 _FIELD_BYTES = 24  # of a short text and of its number

@@ -26,7 +26,7 @@ from gputune.wording import Verbatim, option
 Kind = Literal["number", "boolean", "category", "date"]
 
 KINDS = ("number", "category", "date")
-"""The kinds that a user can request for a column. Booleans are detected."""
+"""The column kinds that a user can request. gputune detects booleans by itself."""
 MISSING_TEXT = frozenset(["", *"? NA N/A n/a #N/A <NA> NaN nan NAN null NULL None NaT".split()])
 """The texts that are read as a missing value in a source without types, such as a CSV file."""
 
@@ -245,8 +245,8 @@ _OBJECTS: tuple[tuple[Any, Kind, Callable[[Any], float]], ...] = (
     (datetime.time, "number", _seconds_of_day),
     (datetime.timedelta, "number", datetime.timedelta.total_seconds),
 )
-"""(types, kind, converter) of Python objects. An entry applies if all values of a column have
-its types."""
+"""(types, kind, converter) for columns of Python objects. An entry applies to a column if all its
+values have these types."""
 
 _AMOUNT = re.compile(
     r"([-+]?)([$€£¥]?) ?([-+]?)(0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(\.[0-9]+)? ?([%$€£¥]?)"

@@ -21,7 +21,7 @@ _WORDS = ["NA", "N/A", "n/a", "NULL", "null", "None"]
 alcohol."""
 
 EXAMPLE = "<column>"
-"""Placeholder in a remark for the name of its column."""
+"""The placeholder for a column's name in a remark about the column."""
 
 _LEADING_ZERO = r"^\s*[-+]?0[0-9]"
 

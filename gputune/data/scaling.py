@@ -59,7 +59,8 @@ class Scaling:
 
 
 SHARED_BEYOND = 2**28
-"""Size of a table's copies in bytes above which folds share one copy, scaled at each gather.
+"""Size in bytes of the scaled copies of a table, one per fold. Above this size, all folds share one
+unscaled copy, which is scaled when rows are gathered.
 
 Small copies are read faster.
 """

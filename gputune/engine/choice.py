@@ -190,7 +190,7 @@ WIDTH = 64
 BATCH = 32
 FEW = 4
 MANY = {"cpu": 40, "cuda": 200}
-"""Number of trials on each type of device. Each trial has a member in every fold."""
+"""The number of trials that train on each type of device. A trial trains one network per fold."""
 
 # 640 rows make 16 steps an epoch. First-use work and the recording fall into the first two epochs.
 _ROWS = 640

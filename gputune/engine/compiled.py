@@ -37,7 +37,7 @@ from gputune.scoring.scores import ROW_MEANS
 from gputune.scoring.scoring import Validation
 
 WorkArrays: TypeAlias = dict[str, Tensor | None]
-"""Arguments of the compiled code by name; None for an array that it does not need."""
+"""Arguments of the compiled code by name, with None for an array that the code does not need."""
 
 _MEMBER_VALUES = {
     "lr": "lr",
@@ -46,7 +46,7 @@ _MEMBER_VALUES = {
     "dropout": "dropout",
     "ema": "ema",
 }
-"""Hyperparameters that each trial has a value of, by their names in the compiled code."""
+"""Hyperparameters with one value per trial, keyed by their names in the compiled code."""
 
 
 class CompiledChunk:

@@ -45,8 +45,10 @@ from gputune.scoring.objective import Objective, make_objective
 from gputune.types import Outputs, Precision, first_metric
 
 ProgressCallback = Callable[[int, np.ndarray], object]
-"""Called with the count of new trial-epochs, and their scores (C, epochs, F) for C trials and F
-folds."""
+"""A function to call with the count of newly trained trial-epochs and their scores.
+
+The scores have the shape (C, epochs, F) for C trials and F folds.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,8 +366,8 @@ _BATCHES = 2
 _EPOCHS = 4
 
 Peak = Callable[[Callable[[], object]], int]
-"""A function that runs ``work`` and returns the peak memory in bytes above the memory in use
-before."""
+"""A function that runs ``work`` and returns the peak memory in bytes, in addition to the memory in
+use before."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ _TIMED_STEPS = 8
 _POINTER = ctypes.sizeof(ctypes.c_void_p)
 
 _Path = tuple[Any, ...]
-"""The path from a chunk to one of its values: names of attributes and keys of dicts."""
+"""The path from a chunk (trials that train together) to one of its values, as attribute names and
+dict keys."""
 
 
 def _value_at(value: Any, path: _Path) -> Any:

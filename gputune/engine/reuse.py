@@ -36,14 +36,15 @@ _OF_HOST = frozenset(
     """StackedMLP.configs StackedModule.configs Batches.sizes Batches.steps Batches.host_taken Batches.shapes
     Batches.epoch MlpDraws.rows ModuleDraws.rows""".split()
 )
-"""Attributes that only Python code reads, between steps. A reused chunk gets their values from the
-new chunk."""
+"""Attributes that only Python code reads, between training steps. If a new chunk reuses an old
+chunk, gputune copies their values to it."""
 
 _STAYS = frozenset(
     """StackedModule.template StackedModule.stateless StackedModule.harmless_calls
     StackedMLP._workspaces Batches.inputs Batches.target Batches.weights""".split()
 )
-"""Attributes that need no comparison, because they are equal in like chunks by construction.
+"""Attributes that are always equal in chunks with the same arguments, so gputune does not compare
+them.
 
 They are the module (built from equal arguments), the known calls of the module, working memory, and
 the data rows.

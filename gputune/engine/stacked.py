@@ -38,7 +38,8 @@ _TOLERANCES = {
     ("full", torch.float64): 1e-10,
     ("bf16", torch.float32): 1e-2,
 }
-"""Largest relative difference between a recorded step and the step itself."""
+"""The largest allowed relative difference between a replayed recording of a training step and the
+step itself."""
 
 
 class StackedChunk:

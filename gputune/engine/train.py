@@ -38,9 +38,10 @@ from gputune.scoring.scoring import BestOutputs, Scoring, Validation, shape_of_s
 from gputune.types import Backend, Config, Outputs, first_metric
 
 Chunk = CompiledChunk | StackedChunk | LoopChunk
-"""A chunk while it trains, in one of the backends. No method mixes members.
+"""A chunk (trials that train together) during training, in one of the backends. No method mixes the
+values of members.
 
-``alive`` has the trials that still train, as positions in the chunk at its start.
+``alive`` holds the trials that still train, as positions in the original chunk.
 """
 
 
@@ -211,9 +212,11 @@ class Trained:
 
 
 AfterEpoch = Callable[[Trained], "bool | np.ndarray"]
-"""Called after one or several epochs (``train(at_once=True)``) with the chunk itself, not a copy.
+"""A function to call after one or several epochs (``train(at_once=True)``) with the chunk itself,
+not a copy.
 
-Returns True to end the training. An array (C,) is True for each trial of ``alive`` that continues.
+The function returns True to end the training. Or it returns an array (C,) that is True for each
+trial of ``alive`` that continues.
 """
 
 

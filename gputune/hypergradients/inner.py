@@ -48,7 +48,7 @@ A row is (P, 1), or (P, N) if the value differs between layers.
 """
 
 Watch = Callable[[int, Tensor], None]
-"""Called after each step with the number of finished steps and the weights (P, N)."""
+"""A function to call after each step with the number of finished steps and the weights (P, N)."""
 
 InnerState = tuple[Tensor, ...]
 """The state of a training run: the parameters, then the moments of the optimizer, each (P, N)."""

@@ -70,7 +70,7 @@ WORDS: Mapping[str, tuple[str, ...]] = {
 }
 
 KEYS = (*RANGES, *WORDS)
-"""Every key of every kind of model, except ``module__*``."""
+"""The keys of a configuration for all kinds of models, except ``module__*``."""
 
 OPTIMIZERS_WITH: Mapping[str, tuple[str, ...]] = {
     "weight_decay": (*OPTIMIZERS, *(name for name in CLASSES if has_weight_decay(name))),
@@ -79,18 +79,19 @@ OPTIMIZERS_WITH: Mapping[str, tuple[str, ...]] = {
     "hypergrad_lr": ONLINE,
     "hypergrad_rule": ONLINE,
 }
-"""The optimizers that use a key. The other optimizers ignore it."""
+"""For each key, the optimizers that use its value. Other optimizers ignore the key."""
 
 MODULE_PREFIX = "module__"
 PREFIXES = (MODULE_PREFIX, "loss__", OPTIMIZER_PREFIX, LR_FACTOR, DECAY_FACTOR)
-"""The prefixes of keys with a free second part.
+"""The prefixes of configuration keys that end in a name of the user's choice.
 
 The prefixes are for the arguments of a module, of its loss and of a class of torch.optim, and for
 factors on the learning rate or weight decay of some parameters of a module.
 """
 
 ConfigCheck = Callable[..., Config]
-"""``check_config``, or ``plain_config`` for a custom training loop."""
+"""The function that checks a configuration: ``check_config``, or ``plain_config`` for a custom
+training loop."""
 
 _FACTOR = Range("a finite number >= 0", "0.1", 0)
 

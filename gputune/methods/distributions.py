@@ -42,7 +42,7 @@ each key.
 ScipyFamily: TypeAlias = stats.rv_continuous | stats.rv_discrete
 
 Label = bool | int | float | str | None
-"""The values that Optuna's storages accept as choices."""
+"""The types of values that Optuna's storages accept as choices of a categorical parameter."""
 
 
 def is_distribution(value: object) -> TypeGuard[Distribution]:

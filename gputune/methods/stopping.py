@@ -16,8 +16,8 @@ from gputune.executors.worker import Reports
 from gputune.wording import option
 
 Curves = Mapping[int, np.ndarray]
-"""The scores of trials so far, (epochs, F) with F folds, keyed by trial number. Trials that have
-ended are included."""
+"""The scores of each trial so far, (epochs, F) with F folds, keyed by trial number. Ended trials
+are included."""
 
 
 @dataclass(frozen=True, kw_only=True)

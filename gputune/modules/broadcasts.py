@@ -26,7 +26,8 @@ _BROADCASTING_LOSSES = {
     functional.hinge_embedding_loss,
     torch.broadcast_tensors,
 }
-"""Functions that broadcast their arguments, even if the shape of the result does not show it."""
+"""Functions that broadcast their arguments, even if the shape of the result does not show the
+broadcast."""
 
 
 _DIAGONALS = {

@@ -94,7 +94,7 @@ _NEUTRAL = {
     "COPY_FREE_VARS",
     "MAKE_CELL",
 }
-"""Bytecode operations that keep the last loaded value on top of the stack."""
+"""Bytecode operations that leave the last loaded value on top of the stack."""
 _PAIRS = {
     "LOAD_FAST_LOAD_FAST": ("LOAD_FAST", "LOAD_FAST"),
     "LOAD_FAST_BORROW_LOAD_FAST_BORROW": ("LOAD_FAST", "LOAD_FAST"),

@@ -26,7 +26,7 @@ GENERATORS = (
     torch.Generator,
 )
 _SEEDED_CLASSES = (random.Random, np.random.RandomState, np.random.BitGenerator)
-"""Classes of random generators, which code may instantiate."""
+"""Classes of random generators that a user's code may instantiate."""
 _MODULES = (random, np.random, secrets)
 
 _FUNCTIONS: dict[object, str] = {
@@ -39,7 +39,8 @@ _FUNCTIONS: dict[object, str] = {
 }
 
 _LIBRARIES = {"torch", "numpy", "scipy", "sklearn", "pandas", "polars", "functorch", "gputune"}
-"""Packages with code that is not read. The code of the standard library is not read either."""
+"""Packages with code that gputune does not inspect. gputune does not inspect the standard library
+either."""
 _MOST_ITEMS = 100  # items of a container that are looked at
 Instance = TypeVar("Instance")
 

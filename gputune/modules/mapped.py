@@ -24,7 +24,7 @@ from gputune.modules.trace import Args, Function, Kwargs
 
 OptionalTensor: TypeAlias = Tensor | None
 WithAxis: TypeAlias = tuple[Tensor, int]
-"""The result for all members, and the index of its member axis."""
+"""The result of an operation for all members, and the index of its member axis."""
 _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
@@ -57,7 +57,8 @@ def _is_mapped(tensor: Tensor) -> bool:
 
 
 MemberRule = Callable[..., WithAxis | None]
-"""Computes a torch function for all members. Each tensor argument has the members first.
+"""A rule that computes a torch function for all members. The first axis of each tensor argument is
+the members.
 
 The rule returns None for unsupported arguments.
 """

@@ -58,7 +58,7 @@ _REFUSED_WRITE = "written-to tensor"
 Result = TypeVar("Result")
 
 WithBuffers: TypeAlias = tuple[Tensor, Params]
-"""Results of members, and the members' buffers (P, ...) afterwards."""
+"""The results of all members, and the members' buffers (P, ...) after the call."""
 
 
 class ModuleNetwork:

@@ -49,7 +49,7 @@ _PLAIN = set(
 )
 """Operations with a function in ``torch`` that takes the same arguments.
 
-Called from Python, the function in ``torch`` takes half the time.
+Calls of these functions from Python take half the time.
 """
 
 
@@ -178,7 +178,7 @@ _WRITERS: dict[Operator, Callable[..., object]] = {
     aten.select_backward.default: _select_backward,
     **{getattr(aten, name).Scalar: getattr(torch, name) for name in ("add", "sub", "mul", "div")},
 }
-"""Functions that write into given memory, for operations that have no kernel for this."""
+"""Functions that write their result into given memory, for operations without such a kernel."""
 
 
 @cache

@@ -285,7 +285,7 @@ class CpuRecorder:
 
 
 StepTaker = Direct | Replays
-"""Object that runs the training steps of a chunk."""
+"""An object that runs the training steps of a chunk (trials that train together)."""
 
 StepRecorder = CudaRecorder | CpuRecorder
 """Object that records the training steps of one device."""

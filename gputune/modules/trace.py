@@ -30,7 +30,8 @@ Storages: TypeAlias = dict[int, torch.UntypedStorage]
 ALIGNED = 64  # bytes: a cache line, and the widest vector
 
 _HIDDEN = {aten.native_batch_norm.default: (3, 4)}
-"""Arguments that an operation writes although its schema does not say so: running statistics."""
+"""Arguments that an operation writes although its schema does not say so, such as running
+statistics."""
 
 _RULES = (
     (torch.Tag.data_dependent_output, "reads a number"),

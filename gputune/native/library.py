@@ -27,7 +27,8 @@ from gputune.scratch import cache_folder, is_users, open_to_others, scratch_fold
 
 FOLDER = Path(__file__).parent
 LEVELS = (4, 3, 1)
-"""Levels of x86-64: 4 is AVX-512, 3 is AVX2 with FMA, 1 is supported by every such processor.
+"""Levels of x86-64 processors: 4 has AVX-512, 3 has AVX2 with FMA, and every x86-64 processor has
+level 1.
 
 Other processors have only level 1.
 """

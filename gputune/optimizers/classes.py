@@ -42,7 +42,7 @@ _OWN_KEYS = ("lr", "weight_decay", "momentum")
 ``optimizer__``."""
 
 _MACHINERY = ("params", "maximize", "foreach", "capturable", "differentiable", "fused")
-"""Arguments that are not hyperparameters.
+"""Optimizer arguments that are not hyperparameters.
 
 For example, some choose the implementation of a step.
 """

@@ -196,7 +196,7 @@ MOMENTS: Mapping[str, tuple[str, ...]] = {
     "lion": ("m",),
     "schedulefree": ("z", "v"),
 }
-"""The moments of each rule, in the order of their flat buffers."""
+"""The names of each update rule's moments, in the order of their flat buffers."""
 
 
 def n_moments(optimizer: str, momentum: Iterable[float]) -> int:
@@ -292,7 +292,8 @@ def _root(squares: Tensor) -> Tensor:
 
 
 Schedule = Callable[[Tensor, Tensor], Tensor]
-"""Maps (finished steps, total steps) to the factor on the rate of the next step.
+"""A function from (finished steps, total steps) to the factor on the learning rate of the next
+step.
 
 Both arguments have the same shape and are in double precision.
 """

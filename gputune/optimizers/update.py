@@ -30,12 +30,13 @@ from gputune.optimizers.rules import (
 from gputune.types import DECAY_FACTOR, LR_FACTOR, ONLINE, Config
 
 Amount: TypeAlias = float | Tensor
-"""One value for all members, or one value for each member, (F, C)."""
+"""A hyperparameter value for all members, or one value for each member, (F, C)."""
 
 IN_PLACE = ("sgd", "nesterov", "adam", "adamw")
-"""The rules that are written here a second time, in a few passes over the buffers.
+"""The update rules with a second version in this file, which makes only a few passes over the
+buffers.
 
-For the other rules the functions of ``rules.py`` are called.
+For the other rules, the functions of ``rules.py`` run.
 """
 
 SOURCE = Path(__file__).with_name("update.cu")

@@ -43,7 +43,7 @@ from gputune.views.scores import (
 THIN_CURVES = 250
 CURVE_POINTS = 80
 STARTS = 100
-"""Limits of a chart, in the order of the lines above.
+"""Limits of a chart: the values of the constants above, in the same order.
 
 They are the number of curves behind the best curves, of epochs per curve, and of starting points of
 a hypergradient search.
@@ -53,7 +53,7 @@ POINTS = 1500
 FEWEST = 100
 ALL = 9000
 FAILURES = 300
-"""Limits on points, in the order of the lines above.
+"""Limits on points: the values of the constants above, in the same order.
 
 They are the points of one chart, the fewest points of a chart if there are many charts, the points
 of all charts together, and the marks of diverged trials.

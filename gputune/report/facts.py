@@ -43,7 +43,7 @@ MODEL_INFO = {
     "held_out_chose?": bool,
     "held_out_baseline?": {"answer": str, "score": float},
 }
-"""The form of the entries that the report reads from a saved model's ``info``."""
+"""The types of the entries that the report reads from a saved model's ``info``."""
 
 
 Fact = tuple[str, str, str]
@@ -200,7 +200,7 @@ def seconds_text(seconds: float) -> str:
 
 
 _EXACT = ("data", "target", "classes", "positive class", "versions")
-"""Options whose texts stay unchanged, because they are names."""
+"""Options with texts that the report shows unchanged, because they are names."""
 
 
 def setting(study: Study) -> list[tuple[str, str]]:

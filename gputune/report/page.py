@@ -208,7 +208,7 @@ def _natural(text: str) -> tuple[str, str]:
 
 
 _LARGEST_DOUBLE = 2**1024
-"""Integers from here on are too large for a float."""
+"""Integers from this value on are too large for a float."""
 
 
 def plain_number(value: float) -> str:

@@ -396,4 +396,4 @@ _REGRESSION: Mapping[str, tuple[Constant, ...]] = {
 }
 """The candidates for the best constant of each scikit-learn metric without arguments."""
 _PINBALL = ("mean_pinball_loss", "neg_mean_pinball_loss", "d2_pinball_score")
-"""The metrics whose argument alpha is the level of the best quantile."""
+"""The metrics with an argument ``alpha`` that is the level of the best constant quantile."""

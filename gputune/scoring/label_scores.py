@@ -171,4 +171,4 @@ LABEL_SCORES: Mapping[Task, Mapping[str, Score]] = {
         "average_precision": average_precision,
     },
 }
-"""Scores by task and by scikit-learn's name. A score of one class is a score of class 1."""
+"""Scores by task and by scikit-learn's name. A score of one class measures class 1."""

@@ -135,9 +135,9 @@ def neg_mean_pinball_loss(outputs: Tensor, y: Tensor, *, alpha: float) -> Tensor
 
 
 PINBALL = neg_mean_pinball_loss.__name__
-"""The name of a score that scikit-learn has only as a metric, not as a scorer.
+"""The name of a score that exists in scikit-learn only as a metric, not as a scorer.
 
-Its level is the level of the loss.
+The quantile level of the score is the level of the loss.
 """
 
 
@@ -180,7 +180,7 @@ OF_TASK: Mapping[str, Mapping[str, Score]] = {
     "multilabel": {"accuracy": label_accuracy},
     "custom": {},
 }
-"""The scores computed on the device, by task."""
+"""The names of the scores that gputune computes on the device, by task."""
 
 RANKING: frozenset[Score] = frozenset({roc_auc, roc_auc_ovr})
 """Scores that can change with the last bit of one output.

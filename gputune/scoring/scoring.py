@@ -30,7 +30,7 @@ from gputune.seeding import keyed_draws
 from gputune.types import EvaluationKey, Outputs, Params, Task
 
 Scorer = Callable[..., SupportsFloat]
-"""A function of (estimator, X, y). Greater results are better."""
+"""A scorer: a function of (estimator, X, y). Greater results are better."""
 TrialModel = Callable[[int], nn.Module]
 """A function that makes the model of one trial, given the index of the trial in the outputs.
 
@@ -38,7 +38,8 @@ The model is a plain module on the CPU in evaluation mode.
 """
 
 _SMALLEST = 1e-300
-"""The value that replaces a probability of 0. The logarithm of 0 would look like a divergence."""
+"""The value that replaces a probability of 0. With 0, an infinite log loss would look like a
+diverged trial."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ _MORE_ARGUMENTS: Mapping[type[nn.Module], tuple[str, str]] = {
         ),
     ),
 }
-"""Losses that need more than outputs and y -> (the arguments they take, the remedy)."""
+"""Maps PyTorch losses that need more than outputs and y to (their arguments, the remedy)."""
 
 
 def kind_of(loss: object) -> type:
@@ -167,7 +167,8 @@ _UNITS: Mapping[type[nn.Module], tuple[str, str]] = {
     nn.SoftMarginLoss: ("margins", ""),
     nn.HingeEmbeddingLoss: ("distances", ""),
 }
-"""Losses with outputs in other units than a numeric y -> (the unit of the outputs, the remedy)."""
+"""Maps losses with outputs in other units than a numeric y to (the unit of the outputs, the
+remedy)."""
 
 
 def other_units(loss: object, arguments: Mapping[str, object]) -> str:

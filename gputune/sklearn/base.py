@@ -73,15 +73,16 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     """
 
     _refused: ClassVar[Mapping[str, str]] = {}
-    """Parameter names of other libraries -> the remedy for users of that name, a sentence."""
+    """Maps parameter names of other libraries to a sentence with advice for users of that name."""
     _takes_any_target: ClassVar[bool] = False
     """True if y can be any numeric array (n, ...), which is used unchanged."""
     _takes_arrays: ClassVar[bool] = False
     """True if X can have other shapes than a table, and y can have several columns."""
     _differentiable: ClassVar[Mapping[str, str]] = {}
-    """Parameters that a hypergradient search can move -> the engine's name of the hyperparameter.
+    """Maps parameters that a hypergradient search can move to the engine's names of these
+    hyperparameters.
 
-    The default one comes first.
+    The default parameter comes first.
     """
     _fit_recipes: ClassVar[Callable[..., Mapping[FoldTrial, object]]]
     """The function that fits recipes: (recipes by trial, folds, training) -> results by (fold,

@@ -30,7 +30,8 @@ class HalvingRun(SearchRun):
     resource: str = ""
     horizon: int = 0
     states: dict[Hashable, tuple[int, FoldStates]] = field(default_factory=dict)
-    """The seed and the states of each candidate after the last rung, by key."""
+    """The seed and the training states of each candidate after the last rung (pruning decision), by
+    key."""
 
     def fit_options(self, candidates: Candidates) -> FitOptions:
         keys = enumerate(map(self._key, candidates))

@@ -46,7 +46,8 @@ _SCIKIT_LEARN_VALUES: dict[str, tuple[object, ...]] = {
     "weight_decay": (None,),
     "device": ("auto", "cpu"),
 }
-"""The values that scikit-learn's own fit supports, for parameters with more values in gputune."""
+"""Parameters with more possible values in gputune -> the values that scikit-learn's own ``fit``
+supports."""
 
 
 class _MLP(TrainedEstimator):

@@ -47,7 +47,8 @@ _HARMLESS: dict[str, tuple[tuple[object, ...], str]] = {
         "It calls no callbacks. Leave them out, or pass them to gputune.tune.",
     ),
 }
-"""Parameters without effect -> the values that mean "off" in skorch, and a remedy for others."""
+"""Maps parameters without effect to the values that mean "off" in skorch, and a remedy for other
+values."""
 
 
 class _NeuralNet(TrainedEstimator):
@@ -58,7 +59,7 @@ class _NeuralNet(TrainedEstimator):
     """
 
     _own_losses: ClassVar[Mapping[type[nn.Module], str]]
-    """torch.nn loss class -> the engine's loss that replaces it."""
+    """Maps each torch.nn loss class to gputune's own loss that replaces the class."""
     _takes_arrays = True
     _epochs = "max_epochs"
     _differentiable: ClassVar = {

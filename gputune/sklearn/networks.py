@@ -325,7 +325,7 @@ class TrainedEstimator(FusedEstimator):
     _fit_recipes = staticmethod(fit_members)
     _slopes = staticmethod(training_slopes)
     _epochs: ClassVar[str]
-    """The name of the parameter with the number of epochs."""
+    """The name of the estimator parameter for the number of epochs."""
 
     module_: nn.Module
     n_iter_: int

@@ -37,8 +37,8 @@ from gputune.types import Config, Task
 FoldTrial = tuple[int, int]  # (fold, trial): which member of a search
 FoldStates = Mapping[int, State]  # the state (1, 1, N) of one trial in each fold
 MemberSlope = tuple[float, ...]
-"""For one member: its validation loss, the slope of the loss in each hyperparameter, the chaos
-ratio."""
+"""For one member: its validation loss, the derivative of this loss in each hyperparameter, and the
+chaos ratio."""
 # Returns the seed for random_state=None, drawn once for all configurations that are fitted
 # together.
 DrawSeed = Callable[[], int]

@@ -62,9 +62,10 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
     _space_name: ClassVar[str]
     """The name of the parameter that holds the space."""
     _trained: TrainedCandidates | None = None
-    """Trained candidates to evaluate, instead of candidates that the search draws and trains."""
+    """Already trained candidates to evaluate, if the search does not draw and train candidates
+    itself."""
     _run: SearchRun | None = None
-    """The run of a ``fit`` call that is in progress, or None."""
+    """The state of the ``fit`` call that is in progress, or None."""
 
     def fit(self, X: object, y: object = None, **params: object) -> Self:
         """Run the search, and refit the best candidate on all rows.

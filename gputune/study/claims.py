@@ -47,7 +47,7 @@ _PLAIN: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 """Flags of ``os.open`` that follow no link and do not wait for a pipe. Windows has neither."""
 
 _LOOKS = (0.0, 0.002, 0.01)
-"""Seconds to wait before each check of a lock.
+"""Seconds to wait before each check of another process's lock.
 
 Several checks are needed, because another process that checks also holds the lock for a moment.
 """
@@ -59,7 +59,7 @@ PROGRESS = {
     "best": (float, int, None),
     "left": (float, int, None),
 }
-"""The form of a process's progress.
+"""The keys and types of the progress that a process reports.
 
 ``done`` of ``of`` units are finished. ``best`` is the best score so far, and ``left`` is the
 remaining time in seconds.
@@ -68,9 +68,9 @@ remaining time in seconds.
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that holds claims, as its lock file describes it.
+    """A process that has claimed parts of a search, as its lock file describes the process.
 
-    ``boot`` identifies the running system: it changes at each start of the machine.
+    ``boot`` identifies the running system. Its value changes at each start of the machine.
     """
 
     host: str
@@ -80,9 +80,9 @@ class Owner:
 
     @property
     def is_near(self) -> bool:
-        """True if this process can see the locks of the owner.
+        """True if this process can check the locks of the other process.
 
-        Then the owner runs on this system, or ran on this host before its last start.
+        Then the other process runs on this system, or ran on this host before its last start.
         """
         return self.boot == boot() != "" or self.host == platform.node()
 
@@ -94,9 +94,9 @@ _NOBODY = Owner("", "", 0, "")
 
 
 class Claims(AbstractContextManager["Claims"]):
-    """The claims of this process on one study.
+    """The claims of this process on parts of one search.
 
-    A context manager. Any thread may call it, one at a time.
+    The class is a context manager. Any thread may call it, one at a time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,7 +111,8 @@ class Claims(AbstractContextManager["Claims"]):
         self.shown()  # which removes the lock files of dead processes
 
     def take(self, chunk: PlannedChunk) -> bool:
-        """Claim a chunk. Return False if another process has it, or if all its results exist."""
+        """Claim a group of trials (a chunk). Return False if another process has the claim, or if
+        all results exist."""
         return self._claim(chunk.number, chunk.trials) is None
 
     def take_search(self, method: str) -> None:
@@ -130,16 +131,16 @@ class Claims(AbstractContextManager["Claims"]):
             )
 
     def take_setup(self) -> Owner | None:
-        """Claim the right to add trials and chunks. Return the other process that has it, or
-        None on success."""
+        """Claim the right to add trials and chunks to the study. Return the other process that has
+        this right, or None on success."""
         return self._claim(SETUP)
 
     def leave_setup(self) -> None:
-        """Give up the right to add trials and chunks."""
+        """Release this process's right to add trials and chunks to the study."""
         self._delete("chunk = ? AND lock = ?", SETUP, self._lock)
 
     def holder(self, chunk: PlannedChunk) -> Owner | None:
-        """Return the other process that has a chunk, or None."""
+        """Return the other process that has claimed a chunk (a group of trials), or None."""
         with self._mutex:
             return self._owner(chunk.number)
 
@@ -157,7 +158,7 @@ class Claims(AbstractContextManager["Claims"]):
         """Return the living processes that report their progress, each with its progress
         (``PROGRESS``).
 
-        Lock files of dead processes are removed on the way.
+        The call also removes the lock files of dead processes.
         """
         processes = []
         folder = self._absolute.parent
@@ -172,7 +173,7 @@ class Claims(AbstractContextManager["Claims"]):
         return processes
 
     def close(self) -> None:
-        """Give up all claims, and remove the lock file."""
+        """Release all claims of this process, and remove its lock file."""
         with self._mutex:
             file = self._file
             self._file = None
@@ -227,10 +228,9 @@ class Claims(AbstractContextManager["Claims"]):
         return self._living_owner(row[0])
 
     def _living_owner(self, lock: str) -> Owner | None:
-        """Return the owner of a lock file if that process lives, otherwise None.
-
-        The lock file of a dead process is removed. The name may come from a stranger's study. A
-        file is neither read nor removed unless its name is a lock file name of this study.
+        """Return the process that owns a lock file if that process lives, otherwise None. The call
+        removes the lock file of a dead process. The name may come from a stranger's study. gputune
+        reads or removes a file only if its name is a lock file name of this study.
         """
         if not self._pattern.fullmatch(lock):
             return None
@@ -259,7 +259,7 @@ class Claims(AbstractContextManager["Claims"]):
                 os.close(file)
 
     def _lock_file(self) -> str:
-        """Return the name of this process's lock file, which is created at the first call."""
+        """Return the name of this process's lock file. The first call creates the file."""
         try:
             while self._file is None:
                 self._make_lock_file()
@@ -273,8 +273,8 @@ class Claims(AbstractContextManager["Claims"]):
         return self._lock
 
     def _make_lock_file(self) -> None:
-        """Create and lock a file. The call has no effect if another process removes the file
-        meanwhile."""
+        """Create and lock the lock file of this process. The call has no effect if another process
+        removes the file meanwhile."""
         lock = f"{self._absolute.name}-{secrets.token_hex(8)}.lock"
         path = self._lock_path(lock)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -296,7 +296,7 @@ class Claims(AbstractContextManager["Claims"]):
         return self._absolute.with_name(lock)
 
     def remedy(self, owner: Owner) -> str:
-        """Return the advice for a claim that another process has."""
+        """Return the advice for an error message if another process holds a claim."""
         if owner.is_near:
             return "Wait for it, or end it."
         lock = str(self._lock_path(owner.lock))
@@ -307,7 +307,8 @@ class Claims(AbstractContextManager["Claims"]):
             connection.execute(f"DELETE FROM claims WHERE {where}", values)
 
     def _connect(self) -> sqlite3.Connection:
-        """Return a separate connection, because the threads that watch workers use it too."""
+        """Return this object's own database connection. Threads that watch workers use the
+        connection too."""
         if self._connection is None:
             self._connection = connect(self._absolute, "rw", threads=True)
             # A claim need not survive a power failure, so it does not wait for the disk.
@@ -319,7 +320,7 @@ _OPEN = weakref.WeakSet[Claims]()
 
 
 def _let_go_in_child() -> None:
-    """Close the lock files that a forked child has from its parent.
+    """Close the lock files that a forked child process has inherited from its parent.
 
     If they stayed open in the child, the locks would outlive the parent.
     """
@@ -335,8 +336,8 @@ if hasattr(os, "register_at_fork"):
 
 @cache
 def boot() -> str:
-    """Return an identity of the running system, which changes at its next start, or "" if
-    unknown."""
+    """Return an identifier of the running system, or "". It changes at the next start of the
+    system."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with suppress(OSError):
@@ -357,7 +358,8 @@ def _read_owner(file: int, lock: str) -> Owner:
 
 
 def _is_free(file: int) -> bool:
-    """Return True if no process holds the lock of a file. Then this process holds it."""
+    """Try to lock a file. Return True if this process now holds the lock, because no other process
+    held it."""
     for seconds in _LOOKS:
         time.sleep(seconds)
         if lock_descriptor(file, blocking=False):
@@ -376,7 +378,8 @@ def _progress_file(lock: Path) -> Path:
 def _remove(lock: Path, file: int) -> None:
     """Remove an open lock file and close it.
 
-    The order matters: after closing, the file could belong to another process when it is removed.
+    The order matters: if the file were closed first, another process could lock the file before
+    this process removes it.
     """
     progress = _progress_file(lock)
     try:

@@ -40,10 +40,11 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def source_text(function: Any) -> str:
-    """Return the source of a function or class, otherwise a function's bytecode, otherwise "".
+    """Return the source text of a function or class. Without source, return a function's bytecode,
+    otherwise "".
 
-    The source of a lambda is its lines. If these hold several lambdas, its bytecode is added to
-    tell them apart. Bytecode depends on the version of Python.
+    The source of a lambda is its lines. If these lines hold several lambdas, the result includes
+    the bytecode to tell the lambdas apart. Bytecode depends on the version of Python.
     """
     code = getattr(function, "__code__", None)
     try:
@@ -56,7 +57,7 @@ def source_text(function: Any) -> str:
 
 
 def _bytecode(value: Any) -> str:
-    """Return a code object, or a constant of one, as text that is equal in every process."""
+    """Return the text of a code object or of its constant. The text is equal in every process."""
     if inspect.iscode(value):
         constants = list(map(_bytecode, value.co_consts))
         return repr((value.co_code, value.co_names, constants))
@@ -99,7 +100,7 @@ def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
 
 
 def _sources_and_contents(value: Any) -> tuple[Iterable[Any], Iterable[object]]:
-    """Return the classes and functions with relevant source code, and the values inside a value."""
+    """Return the classes and functions behind a value, and the values inside the value."""
     if isinstance(value, Mapping):
         return (), chain.from_iterable(value.items())
     if isinstance(value, list | tuple):
@@ -172,7 +173,7 @@ The files of its packages come first, from the outermost inwards, and then its o
 FILE_MODULE = "gputune_file_"
 """Prefix of the names of modules that gputune made from a file.
 
-A module made from a file has the file's digest as ``__sha256__``.
+Such a module stores the digest of its file as ``__sha256__``.
 """
 
 # Each digest is taken once: this process has not imported later edits of a file.
@@ -194,7 +195,7 @@ def module_values(module: object) -> Mapping[str, Any]:
 
 
 def files_of(module: ModuleType) -> Files:
-    """Return the files from which a module of this process was made."""
+    """Return the Python files from which this process loaded a module, with their digests."""
     values = module_values(module)
     name = str(values.get("__name__", ""))
     if name.startswith(FILE_MODULE):
@@ -212,8 +213,8 @@ def files_of(module: ModuleType) -> Files:
 def files_to_import(package: str) -> Files:
     """Return the files that the import of a module runs, without running any of them.
 
-    For a module that is already imported, they are the files from which it was made, although none
-    of them runs again.
+    For a module that is already imported, the result has the files from which it was loaded,
+    although no file runs again.
 
     Raises:
         ImportError: the module does not exist.
@@ -244,8 +245,8 @@ def _find_spec(name: str, folders: Sequence[str] | None) -> ModuleSpec:
 
 
 def _hash_files(paths: Iterable[str | None]) -> Files:
-    """Return the files with their digests. The result is empty if a file cannot be read, as in
-    an archive."""
+    """Return pairs of a file and its SHA-256. The result is empty if a file cannot be read, for
+    example in an archive."""
     # Links are not resolved: Python uses the compiled code next to the link. A package may have no
     # file.
     places = [Path(path).parent.resolve() / Path(path).name for path in paths if path is not None]
@@ -257,15 +258,16 @@ def _hash_files(paths: Iterable[str | None]) -> Files:
 
 LIST = "trusted-code"
 MOST = 10_000
-"""The largest number of digests in the list. The older half of a full list is removed."""
+"""The largest number of digests in the list of trusted code. The older half of a full list is
+removed."""
 
 _LINE = 65
 _remembered: set[str] = set()
-"""The digests that this process remembers, also without a list."""
+"""The digests of code that this process remembers, even if no list can be stored."""
 
 
 def remember(text: str) -> None:
-    """Remember a text that describes code, for this process and, if possible, for later ones."""
+    """Remember a text that describes code, in this process and, if possible, in later processes."""
     digest = sha256(text)
     _remembered.add(digest)
     if (file := _open(os.O_RDWR | os.O_CREAT | os.O_APPEND)) is None:
@@ -302,9 +304,8 @@ def _digests(file: int) -> list[str]:
 
 
 def _folder() -> Path | None:
-    """Return the folder of the list, or None if this user has no state folder.
-
-    The folder need not exist.
+    """Return the folder for the list of trusted code, or None if this user has no state folder. The
+    folder may not exist yet.
     """
     if not hasattr(os, "geteuid"):  # Windows
         return None
@@ -324,9 +325,8 @@ _UNUSED = "gputune does not use the list of code that you have trained, because"
 
 
 def _open(flags: int) -> int | None:
-    """Return the file descriptor of the list, or None without a list.
-
-    Warns about a list that others may write.
+    """Return a file descriptor of the list of trusted code, or None without a list. Warns if other
+    users may write to the list.
     """
     folder = _folder()
     if folder is None or sys.platform == "win32":
@@ -358,7 +358,7 @@ def _open(flags: int) -> int | None:
 
 
 def _is_private(file: int, path: Path, is_kind: Callable[[int], bool]) -> bool:
-    """Return True if only this user may write an open file. Otherwise warns."""
+    """Return True if only this user may write to an open file. Otherwise warn."""
     status = os.fstat(file)
     if is_kind(status.st_mode) and is_users(status):
         return True

@@ -32,7 +32,7 @@ PRAGMAS = (
     "cell_size_check = ON",
     "schema_version",
 )
-"""Settings of each connection. The last setting makes SQLite read the file, which may fail."""
+"""SQLite settings of each connection. The last one makes SQLite read the file, which may fail."""
 
 TABLES = {
     "meta": "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL) "
@@ -51,12 +51,13 @@ OUTPUTS = (
     "CREATE TABLE outputs (number INTEGER PRIMARY KEY REFERENCES trials (number), epoch INTEGER "
     "NOT NULL, width INTEGER NOT NULL, outputs BLOB NOT NULL, checksum TEXT NOT NULL) STRICT"
 )
-"""The table of the outputs of trials. A file has it only if outputs were kept."""
+"""The SQL of the table with the outputs of trials. A file has this table only if outputs were
+stored."""
 
 
 def open_file(path: Path) -> sqlite3.Connection:
-    """Return a connection to a checked study file. The connection is read-only if the file may not
-    be written.
+    """Return a connection to a checked study file. The connection is read-only if this user may not
+    write to the file.
 
     The connection is in autocommit mode: ``transaction`` begins every transaction.
 
@@ -115,7 +116,7 @@ def check_study_file(path: Path) -> None:
 
 
 def companion(path: Path, ending: str) -> Path:
-    """Return the path of a file that SQLite keeps next to a study."""
+    """Return the path of a file that SQLite keeps next to a study file, such as its journal."""
     path = path.resolve()
     return path.with_name(path.name + ending)
 
@@ -131,9 +132,9 @@ def _closed_on_error(connection: sqlite3.Connection) -> Iterator[sqlite3.Connect
 
 @contextmanager
 def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
-    """Commit the changes of the block, or leave the file unchanged if it fails.
+    """Commit the changes of the block, or leave the file unchanged if the block fails.
 
-    IMMEDIATE: the lock is taken before the first read.
+    The transaction is IMMEDIATE: SQLite locks the file before the first read.
     """
     with sqlite_errors(path):
         connection.execute("BEGIN IMMEDIATE")
@@ -149,8 +150,8 @@ def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
 
 @contextmanager
 def sqlite_errors(path: Path) -> Iterator[None]:
-    """Translate SQLite's errors into Python's: a full disk, a lock, a missing right, otherwise
-    damage."""
+    """Translate SQLite's errors into Python exceptions for a full disk, a lock, a missing
+    permission or a damaged file."""
     try:
         yield
     except sqlite3.ProgrammingError as error:  # closed, or used from another thread
@@ -167,7 +168,7 @@ _OTHER_TABLES = "its tables are not those of a study"
 
 
 def damage_error(path: Path, reason: str) -> StudyCorruptError:
-    """Return the error for a study file that is damaged."""
+    """Return the StudyCorruptError for a damaged study file, with advice on its repair."""
     return StudyCorruptError(
         None,
         f"study {str(path)!r} is damaged: {reason}",
@@ -182,9 +183,9 @@ def _repair_command(path: Path) -> str:
 
 @contextmanager
 def option_errors(path: Path) -> Iterator[None]:
-    """Turn errors into StudyCorruptError while a search is made from options.
+    """Turn errors into StudyCorruptError while gputune restores a search from stored options.
 
-    These errors show that gputune never wrote these options.
+    Such an error shows that gputune never wrote these options.
     """
     try:
         yield
@@ -215,9 +216,8 @@ def _python_error(error: sqlite3.Error, path: Path) -> Exception:
 
 
 def connect(path: Path, mode: str, *, threads: bool = False) -> sqlite3.Connection:
-    """Return a connection in autocommit mode.
-
-    With ``threads`` any thread may use it, one at a time.
+    """Return a connection in autocommit mode. With ``threads``, any thread may use the connection,
+    one at a time.
     """
     uri = f"{path.resolve().as_uri()}?mode={mode}"
     with sqlite_errors(path):
@@ -273,8 +273,8 @@ def _check_bytes(path: Path) -> None:
 
 
 def _check_content(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise an error unless the file is undamaged, has a known version, and has only a study's
-    tables.
+    """Raise an error if the file is damaged, has an unknown version, or has other tables than a
+    study.
 
     Triggers and views are refused too.
     """
@@ -307,9 +307,9 @@ def _check_content(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def use_wal(connection: sqlite3.Connection, path: Path) -> bool:
-    """Switch to the write-ahead log, and return True if that succeeded.
+    """Switch SQLite to its write-ahead log, and return True if that succeeded.
 
-    The rollback journal is used if the file system has no shared memory.
+    SQLite uses the rollback journal if the file system has no shared memory.
     """
     with sqlite_errors(path):
         wal: bool = connection.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
@@ -326,7 +326,7 @@ Folders of killed processes are removed when the next folder is made, or when a 
 
 
 _STUDY = "study={!r}"
-"""Template of the argument with a new study's path, for errors."""
+"""For errors: the template of the argument that passes a new study's path."""
 
 
 def create_file(
@@ -352,7 +352,7 @@ def create_file(
 
 
 def insert(connection: sqlite3.Connection, table: str, row: StoredRow) -> None:
-    """Write one row, with its checksum as the last value."""
+    """Write one row into a table, with the row's checksum as the last value."""
     connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
 
 

@@ -1,5 +1,4 @@
-"""Export a tuned model to one file that runs without gputune: ONNX, or PyTorch's exported
-program."""
+"""Export a tuned model to one file that runs without gputune: ONNX or torch.export's format."""
 
 import copy
 import io
@@ -31,7 +30,8 @@ from gputune.version import __version__
 from gputune.wording import option
 
 METADATA = "gputune.json"
-"""Key of the description, in the metadata of ONNX and among the extra files of a .pt2."""
+"""Key of the model's description, in the metadata of an ONNX file and among the extra files of a
+.pt2 file."""
 
 _TALKATIVE = (
     "torch.onnx",
@@ -39,7 +39,7 @@ _TALKATIVE = (
     "torch._export",
     "torch.fx.experimental.symbolic_shapes",
 )
-"""Loggers that the exporters of torch use. Their messages are hidden."""
+"""Loggers of torch's exporters. gputune hides their messages."""
 
 
 class TableInputs(nn.Module):
@@ -200,8 +200,8 @@ class WholeModel(nn.Module):
 
 
 def _graph_tensors(module: nn.Module) -> list[Tensor]:
-    """Return the tensors with a graph that are attributes of a module, or in dicts or lists
-    there."""
+    """Return the tensors with an autograd graph in a module's attributes, and in its dicts and
+    lists."""
     values: list[object] = []
     for part in module.modules():
         for value in vars(part).values():
@@ -216,7 +216,8 @@ def _graph_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def takes_columns(layout: Layout) -> bool:
-    """Return True if an exported model takes the raw columns: all are numeric or boolean."""
+    """Return True if an exported model takes raw columns, because all columns are numeric or
+    boolean."""
     return all(column.kind in ("number", "boolean") for column in layout.columns)
 
 
@@ -243,7 +244,7 @@ def encoded(model: ModelContent, table: Table | Arrays) -> Any:
 
 
 def description(model: ModelContent) -> Json:
-    """Return the description of the inputs and outputs, as plain JSON.
+    """Return a JSON description of the exported model's inputs and outputs.
 
     One array is called X. Several arrays have their own names, or X0, X1.
     """
@@ -385,5 +386,6 @@ def _trace(whole: WholeModel, examples: tuple[Tensor, ...]) -> torch.export.Expo
 
 
 def _open_rows(examples: tuple[Tensor, ...], rows: object) -> tuple[object]:
-    """Return dynamic shapes that leave the number of rows open. ``forward`` takes ``*rows``."""
+    """Return dynamic shapes for torch.export that allow any number of rows. ``forward`` takes
+    ``*rows``."""
     return (tuple({0: rows} for _ in examples),)

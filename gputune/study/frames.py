@@ -12,7 +12,7 @@ Columns = Mapping[str, Sequence[object]]
 
 
 def pandas_frame(columns: Columns) -> "pandas.DataFrame":
-    """Return columns of equal length as a pandas DataFrame. None is a missing value.
+    """Return columns of equal length as a pandas DataFrame. None becomes a missing value.
 
     Raises:
         ImportError: pandas is not installed.

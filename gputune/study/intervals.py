@@ -1,4 +1,4 @@
-"""The width of prediction intervals, from the residuals of the folds."""
+"""Compute the width of prediction intervals from the residuals of the validation folds."""
 
 import math
 
@@ -14,11 +14,12 @@ _NO_INTERVAL = {
     "custom": ("custom outputs", "Use predict."),
     "multilabel": ("labels", _USE_PROBA),
 }
-"""For each task without intervals, the kind of its predictions and the remedy, for errors."""
+"""For errors: the predictions of each task without intervals, and the remedy."""
 
 
 def half_width(model: ModelContent, level: float) -> float:
-    """Return the half width of intervals that contain about a share ``level`` of the values.
+    """Return the half width of prediction intervals that contain about a share ``level`` of the
+    true values.
 
     The half width is in units of the residuals; see ``TunedModel.predict_interval``.
 

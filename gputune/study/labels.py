@@ -1,4 +1,4 @@
-"""The targets of rows that a model predicts, as codes of its classes or as numeric values.
+"""Read the true targets of rows as codes of a model's classes or as numbers.
 
 Numeric targets are read in the same way as in a search.
 """
@@ -20,9 +20,9 @@ def _without_column_axis(labels: np.ndarray) -> np.ndarray:
 
 
 def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], IntArray]:
-    """Return the classes of a model and the codes of y, (n,).
+    """Return the classes of a model and y as class codes, (n,).
 
-    Classes that only y has follow the classes of the model.
+    Classes that occur only in y follow the classes of the model.
 
     Raises:
         InputError: y is neither (n,) nor (n, 1).
@@ -51,10 +51,7 @@ def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], IntArray]
 
 
 def refuse_unknown(classes: list[object], codes: IntArray, K: int, name: str) -> None:
-    """Raise InputError if every code is beyond the K classes of a model.
-
-    These are the first K of ``classes``.
-    """
+    """Raise InputError if no label is one of a model's K classes, the first K of ``classes``."""
     if (codes >= K).all():
         raise InputError(
             None,
@@ -65,7 +62,7 @@ def refuse_unknown(classes: list[object], codes: IntArray, K: int, name: str) ->
 
 
 def checked_codes(classes: np.ndarray, y: object, rows: int) -> IntArray:
-    """Return the codes of labels y, (n,), one per row.
+    """Return labels y as class codes, (n,), with one code per row.
 
     Raises:
         InputError: the labels cannot be scored.

@@ -1,8 +1,8 @@
 """The ledger: the trials of a running search, its plan and its results.
 
-It is kept in memory, and in a study file if the search has one. A candidate is a configuration with
-its trial number. A chunk is a group of candidates that train together. A frozen chunk is stored and
-never changes.
+The ledger is kept in memory, and also in a study file if the search has a file. A candidate is a
+configuration with its trial number. A chunk is a group of candidates that train together. A frozen
+chunk is stored and never changes.
 """
 
 import time
@@ -52,15 +52,17 @@ class Ledger:
         self.plan: list[PlannedChunk] = []
         self.results: dict[int, Result] = {}
         self.finished: list[int] = []
-        """Trial numbers of the results that ``finish`` has kept."""
+        """Trial numbers of the results that ``finish`` has stored."""
         self.outputs: dict[int, Outputs] = {}
-        """Outputs by trial number, if there is no file to hold them."""
+        """The outputs of trials by trial number, if the search has no file to store them."""
         self.on_finish: Callable[[list[tuple[Candidate, Result | None]]], None] | None = None
-        """Called after ``finish`` has kept results, with the kept trials."""
+        """The function to call with the stored trials after ``finish`` has stored results."""
         self.on_wait: Callable[[str], None] | None = None
-        """Called repeatedly while this process waits for another process to finish planning.
+        """The function to call repeatedly while this process waits for another process to finish
+        planning.
 
-        It receives a message that names that process. It may raise an error to end the wait.
+        The function receives a message that names the other process. The function may raise an
+        error to end the wait.
         """
         # Trials that an earlier call's deadline stopped train again. Until then their old results
         # count.
@@ -68,7 +70,7 @@ class Ledger:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the study file again, if there is one."""
+        """Read the study file again, if the search has a file."""
         if self.store is None:
             return
         with without_collector():
@@ -82,13 +84,13 @@ class Ledger:
             (self.results if is_final else self._stopped)[number] = result
 
     def add(self, new: Sequence[Candidate]) -> None:
-        """Add new candidates before anything trains."""
+        """Add new candidates (configurations with trial numbers) before any trial trains."""
         if self.store is not None and new:
             self.store.add_trials(new)
         self.candidates += new
 
     def note(self, notes: Sequence[str]) -> None:
-        """Add notes to the study file, if there is one."""
+        """Add notes for the user to the study file, if the search has a file."""
         if self.store is not None:
             self.store.note(notes)
 
@@ -96,7 +98,7 @@ class Ledger:
     def exclusive_setup(self) -> Iterator[None]:
         """Keep other processes from adding candidates or chunks within the block.
 
-        The ledger is refreshed first, so it has everything that others have added.
+        The ledger is refreshed first, so it includes all candidates and chunks of other processes.
         """
         if self.claims is None:
             yield
@@ -126,9 +128,9 @@ class Ledger:
             self.refresh()
 
     def chunks(self, trials: Sequence[Candidate], stage: int, cut: Cut) -> list[PlannedChunk]:
-        """Return the frozen chunks of a stage that hold these trials.
+        """Return the frozen chunks of a stage that hold the given trials.
 
-        Trials without a chunk are cut into new chunks first.
+        Trials without a chunk are first cut into new chunks.
         """
         if self._without_plan(trials, stage):
             with self.exclusive_setup():
@@ -141,7 +143,7 @@ class Ledger:
         return [chunk for chunk in planned if not numbers.isdisjoint(chunk.trials)]
 
     def _plan(self, trials: Sequence[Candidate], stage: int, cut: Cut) -> None:
-        """Cut trials into new chunks, and freeze these."""
+        """Cut trials into new chunks (groups that train together), and freeze the chunks."""
         number = 1 + max((chunk.number for chunk in self.plan), default=-1)
         chunks = []
         for positions, threads, at_once in cut(trials):
@@ -160,20 +162,19 @@ class Ledger:
         return [trial for trial in trials if trial.number not in planned]
 
     def show(self, progress: Json) -> None:
-        """Report the progress of this process to other processes, if there is a file."""
+        """Report this process's progress to other processes, if the search has a study file."""
         if self.claims is not None:
             self.claims.show(progress)
 
     def claim(self, chunk: PlannedChunk) -> bool:
-        """Return True if this process may train a chunk.
-
-        Then the chunk is not finished and no other process trains it.
+        """Return True if this process may train a chunk, because it is not finished and no other
+        process trains it.
         """
         return self.claims is None or self.claims.take(chunk)
 
     def owners_of(self, chunks: Sequence[PlannedChunk]) -> tuple[str, str]:
-        """Return the other processes that have claimed chunks, and advice if one runs on another
-        host.
+        """Return the other processes that have claimed chunks, and advice if a process runs on
+        another host.
 
         Both results are text.
         """
@@ -188,8 +189,8 @@ class Ledger:
         return ", ".join(sorted(names)) or "another process", remedy
 
     def wait(self, chunks: Sequence[PlannedChunk], is_over: Callable[[], bool]) -> None:
-        """Wait until another process has finished a result or a chunk's owner is gone, or until
-        ``is_over``."""
+        """Wait until another process has finished a result or has ended, or until ``is_over`` is
+        true."""
         assert self.store is not None and self.claims is not None
         finished = self.store.n_finished()
         while (
@@ -201,18 +202,17 @@ class Ledger:
         self.refresh()
 
     def waiting(self) -> list[Candidate]:
-        """Return the candidates that have no result yet."""
+        """Return the candidates (configurations with trial numbers) that have no result yet."""
         return [candidate for candidate in self.candidates if candidate.number not in self.results]
 
     def has_waiting(self) -> bool:
-        """Return True if the file has a trial without a final result, of this or another
-        process."""
+        """Return True if a trial in the file has no final result, from this or another process."""
         return self.store is not None and self.store.n_waiting() > 0
 
     def finish(
         self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
     ) -> None:
-        """Store the results of one chunk, all or none. Existing results stay unchanged.
+        """Store all results of one chunk, or none of them. Existing results stay unchanged.
 
         Args:
             results: the results of the chunk.
@@ -248,7 +248,8 @@ class Ledger:
 
 
 def differences(stored: SearchRecord, current: SearchRecord) -> list[str]:
-    """Return the differences between the search in a file and the current call, as text."""
+    """Return the differences between the search in a file and the current call, as text for an
+    error."""
     changed = {}
     for name in IDENTITY:
         pair = (_comparable(stored, name), _comparable(current, name))
@@ -276,14 +277,14 @@ def differences(stored: SearchRecord, current: SearchRecord) -> list[str]:
 
 
 def _comparable(record: SearchRecord, name: str) -> Any:
-    """Return a value of a record, or None if its file lacks the value."""
+    """Return a field of a search record, or None if the file of the record lacks the field."""
     # Files without max_levels come from a version that always used 32.
     is_absent = name in record.absent and name != "max_levels"
     return None if is_absent else getattr(record, name)
 
 
 def _difference(name: str, stored: Any, current: Any) -> str:
-    """Return one difference, with both values if they are short."""
+    """Return a difference between two searches as text, with both values if these are short."""
     # search() calls this option ``direction``.
     if name == "scoring" and DIRECTIONS.keys() >= {stored, current}:
         return f"direction{_short_pair(DIRECTIONS[stored], DIRECTIONS[current])}"
@@ -293,9 +294,9 @@ def _difference(name: str, stored: Any, current: Any) -> str:
 
 
 def _without_steps(value: object) -> object:
-    """Return a value without the option that may grow when a search continues.
+    """Return an option of a search without the part that may grow when the search continues.
 
-    That is the number of outer steps of a hypergradient search.
+    This part is the number of outer steps of a hypergradient search.
     """
     if not isinstance(value, dict):
         return value
@@ -305,7 +306,7 @@ def _without_steps(value: object) -> object:
 def _row_differences(
     stored: SearchRecord, current: SearchRecord, *, target_differs: bool
 ) -> list[str]:
-    """Return the reason for different rows: the option that chooses them, or otherwise their
+    """Return the reason for different data rows: the option that selects the rows, otherwise their
     sizes."""
     sources = [record.source or {} for record in (stored, current)]
     shares = [source.get("test_size") for source in sources]

@@ -78,7 +78,8 @@ _PUBLIC: Mapping[str, type[nn.Module]] = {
 
 
 class Grant(Enum):
-    """The kind of object that a name may stand for, by the trust list or the caller."""
+    """The kind of object that a name in a file may stand for, according to the trust list or the
+    caller."""
 
     NOTHING = "nothing"
     MODULES = "a subclass of nn.Module that the file defines"
@@ -86,8 +87,7 @@ class Grant(Enum):
 
 
 def public_model(package: str, name: str) -> type[nn.Module] | None:
-    """Return a model of ``gputune.models`` by its name and its package or defining file, or
-    None."""
+    """Return the ``gputune.models`` class with a given name and package (or file), or None."""
     model = _PUBLIC.get(name)
     if model is None or package not in (_MODELS, model.__module__):
         return None
@@ -106,11 +106,12 @@ def remember_object(module: ModuleType, name: str, builder: Builder) -> None:
 
 
 _trained_here: WeakSet[Any] = WeakSet()
-"""Functions and partials of the running program that this process has trained."""
+"""The functions and partials of the running program that this process has trained from."""
 
 
 def grant_of(files: Files, name: str) -> Grant:
-    """Return the grant of the trust list for a name in these files. None of the files runs."""
+    """Return the kind of object that the trust list allows for a name in the given files. This runs
+    none of the files."""
     if not files:
         return Grant.NOTHING
     if is_remembered(_key(files, name)):
@@ -128,15 +129,15 @@ def _key(files: Files, name: str, *, is_script: bool = False) -> str:
 
 
 def is_granted(builder: Builder, grant: Grant) -> bool:
-    """Return True if a grant allows an object that ``lookup`` returned."""
+    """Return True if the trust list's grant allows the object that ``lookup`` returned."""
     inner = builder.func if type(builder) is functools.partial else builder
     return grant is Grant.OBJECT or (grant is Grant.MODULES and is_module_class(inner))
 
 
 def is_of_program(builder: Builder, name: str) -> bool:
-    """Return True if the running program may build its own object under this name.
+    """Return True if the running program may build its own object with this name.
 
-    The object is a class, or it was trained from this program.
+    This is so for a class, and for an object that was trained from this program.
     """
     if is_module_class(builder):
         return True
@@ -169,7 +170,7 @@ def lookup(module: ModuleType, name: str) -> Builder | None:
 
 
 def _is_defined(module: ModuleType, value: object) -> bool:
-    """Return True if a module has a class or function under the object's own name."""
+    """Return True if a module defines a class or function under the object's own name."""
     return _is_builder(value) and lookup(module, _place(value)[1]) is value
 
 
@@ -200,6 +201,6 @@ _QUALNAME = vars(type)["__qualname__"].__get__
 
 
 def _class_values(holder: type) -> Mapping[str, Any]:
-    """Return the dictionary of a class, without inherited attributes."""
+    """Return the attributes that a class itself defines, without inherited attributes."""
     values: Mapping[str, Any] = _DICTIONARY(holder)
     return values

@@ -104,7 +104,7 @@ class TunedModel(ModelContent):
         return self._predict(self._outputs(X))
 
     def _predict(self, outputs: Tensor) -> np.ndarray:
-        """Return the result of ``predict`` for rows with these outputs."""
+        """Return the predictions for rows from the outputs of the module."""
         if self.task in ("custom", "multilabel"):
             return (outputs if self.task == "custom" else (outputs > 0).long()).numpy()
         if self.classes is None:
@@ -147,7 +147,7 @@ class TunedModel(ModelContent):
         return self._ends(self._outputs(X), half)
 
     def _ends(self, outputs: Tensor, half: float) -> tuple[FloatArray, FloatArray]:
-        """Return the lower and upper ends of prediction intervals for rows with these outputs.
+        """Return the lower and upper ends of prediction intervals from the outputs of the module.
 
         Each interval extends by ``half`` to both sides of the prediction.
         """
@@ -156,7 +156,7 @@ class TunedModel(ModelContent):
         return ends.min(0), ends.max(0)  # a decreasing transformation swaps the ends
 
     def _in_units(self, values: FloatArray) -> FloatArray:
-        """Return values (n, K) in the units of the target, or (n,) if a row has one value."""
+        """Return predicted values in the units of the target: (n, K), or (n,) if K is 1."""
         if self.transform is not None:
             values = self.transform.inverse(torch.from_numpy(values)).numpy()
         return values[:, 0] if values.shape[1] == 1 else values
@@ -230,7 +230,7 @@ class TunedModel(ModelContent):
 
     @property
     def classes_(self) -> np.ndarray:
-        """The ``classes``, under the name that scikit-learn uses.
+        """The class labels, under scikit-learn's attribute name.
 
         Raises:
             AttributeError: the model has no classes.
@@ -359,7 +359,7 @@ class TunedModel(ModelContent):
         return torch.cat(outputs) / self.temperature
 
     def _too_large(self, table: Table, x: Tensor, *, first_row: int) -> InputError:
-        """Return the error for a table with inputs x (n, D') that are not all finite."""
+        """Return the error for a table with module inputs x (n, D') that are not all finite."""
         assert isinstance(self.layout, Layout)
         row = int((~x.isfinite().all(1)).nonzero()[0])
         sizes = np.nan_to_num(np.abs(self.layout.raw(table.select(np.array([row])))[0]))
@@ -376,8 +376,8 @@ class TunedModel(ModelContent):
         """Return X, or the inputs in a file, as a table or as arrays in the layout of the training
         data.
 
-        A tensor with the rows of a table becomes a table too, so that tensors and arrays get equal
-        predictions.
+        A tensor with the rows of a table becomes a table too, so that equal tensors and arrays have
+        equal predictions.
         """
         is_table = isinstance(self.layout, Layout)
         if isinstance(X, str | Path) and (Path(X).suffix.lower() in ARRAY_SUFFIXES or not is_table):
@@ -418,7 +418,8 @@ class TunedModel(ModelContent):
         return pick_inputs(path, self.layout.names, self.layout.shapes, self._unread)
 
     def _batches(self, table: Table | Arrays) -> Iterator[Table | Arrays]:
-        """Yield the rows in batches, so that a large file needs no more memory than a small one."""
+        """Yield the rows to predict in batches, so that a large file needs no more memory than a
+        small file."""
         if isinstance(self.layout, ArrayLayout):
             numbers = self.layout.row_numbers
         else:
@@ -448,7 +449,7 @@ class TunedModel(ModelContent):
         )
 
     def _repr_html_(self) -> str:
-        """Return the HTML that a notebook shows: target, inputs, scores and parameters."""
+        """Return the HTML of the model for notebooks: target, inputs, scores and parameters."""
         info = self.info
         rows = [("predicts", self.target), ("from", self.layout.in_words())]
         if self.classes is not None:

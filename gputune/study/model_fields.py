@@ -1,5 +1,7 @@
-"""Read the fields of a tuned model from its description. Each field is checked before it is
-used."""
+"""Read the fields of a tuned model from its JSON description.
+
+Each field is checked before it is used.
+"""
 
 import math
 from typing import get_args
@@ -34,7 +36,8 @@ _INFO = {
 
 
 def read_content(body: Json) -> Json:
-    """Return the fields of a ``ModelContent``, except its module.
+    """Return the fields of a saved model (``ModelContent``) from its description, except the
+    module.
 
     Raises:
         ValueError: a field has an impossible value.
@@ -74,7 +77,7 @@ def read_content(body: Json) -> Json:
 
 
 def _read_layout(layout: Json, statistics: Json) -> Json:
-    """Return the layout of the rows, and the statistics, which must fit it."""
+    """Return the layout of a model's rows, and the statistics that fit the layout."""
     if "shapes" in layout:
         array_layout = ArrayLayout.from_json(layout)
         array_statistics = ArrayStatistics.from_json(statistics)
@@ -108,7 +111,8 @@ def _check_target(fields: Json) -> None:
 
 
 def _of_target(value: float | list[float] | np.ndarray) -> float | FloatArray:
-    """Return the center or scale of a target: a float, or an array with one value per column."""
+    """Return the center or scale of a model's target: a float, or an array with one value per
+    column."""
     return np.asarray(value, np.float64) if isinstance(value, list | np.ndarray) else float(value)
 
 
@@ -117,7 +121,7 @@ _PARTS_OF = {"number": ("value",), "boolean": ("value",), "category": (), "date"
 
 
 def _check_column(column: Column) -> None:
-    """Raise ValueError for a column that cannot be in a layout."""
+    """Raise ValueError for a column with fields that no layout of a table can have."""
     if column.kind not in _PARTS_OF:
         raise ValueError(f"a column has the unknown kind {column.kind!r:.60}")
     texts = [column.name, *column.parts, *column.levels]

@@ -60,15 +60,15 @@ DRAFTS = ".model"
 
 BUILT_IN: dict[str, type[nn.Module]] = {"mlp": MLP, "logistic": LogisticRegression}
 _PLAIN = ("task", "classes", "center", "scale", "target", "info", "residuals", "temperature")
-"""The fields of a model that its description holds unchanged."""
+"""The fields of a model that the JSON description holds unchanged."""
 
 _Members = Sequence[tuple[Config, Config]]
-"""One pair per module of a model: its size arguments, and its other arguments."""
+"""One pair for each module of a model: the module's size arguments and its other arguments."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ModelContent:
-    """The fields of a ``TunedModel``, which documents them."""
+    """The fields of a ``TunedModel``. See that class for their meaning."""
 
     module: nn.Module
     layout: Layout | ArrayLayout
@@ -137,7 +137,7 @@ def save_model(model: ModelContent, folder: StrPath) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise InputError for a folder that does not hold only a model."""
+    """Raise InputError if the folder for a model holds other files too."""
     argument = f"save(folder={str(folder)!r})"
     if folder.exists() and not folder.is_dir():
         raise InputError(argument, "is a file", remedy="Choose another folder.")
@@ -153,7 +153,7 @@ def _check_folder(folder: Path) -> None:
 def _full_spec(model: ModelContent) -> Json:
     """Return the recipe to build the module again.
 
-    For a user's class it includes the current file of the class.
+    For a user's class, the recipe includes the current file of the class.
     """
     # A function made the module, and the module has no link to it.
     if model.spec["kind"] != "module" or "made" in model.spec:
@@ -168,7 +168,7 @@ def _full_spec(model: ModelContent) -> Json:
 
 
 def _module_type(model: ModelContent) -> type[nn.Module]:
-    """Return the class of the module, or of the members of an ensemble."""
+    """Return the class of a model's module, or of the modules in an ensemble."""
     return type(model.module.members[0] if isinstance(model.module, Ensemble) else model.module)
 
 
@@ -221,7 +221,7 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
 
 
 def _members(fields: Json) -> _Members:
-    """Return the arguments of the modules of a model: several for an ensemble."""
+    """Return the constructor arguments of a model's module, or of each module in an ensemble."""
     spec = fields["spec"]
     layout = fields["layout"]
     statistics = fields["statistics"]
@@ -309,7 +309,7 @@ def _module_class(
 def _build(
     module_class: Builder, members: _Members, seeds: Sequence[int | None], fields: Json
 ) -> list[nn.Module]:
-    """Build the modules of a model, on the CPU."""
+    """Build the module or modules of a saved model, on the CPU."""
     layout = fields["layout"]
     names = None
     kinds = list[InputKind]()

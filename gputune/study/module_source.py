@@ -1,4 +1,4 @@
-"""The place of a user's module class, or of a function that makes modules, for other processes.
+"""Describe the file or package of a user's module class, so that other processes find the class.
 
 {"import": "package.module:Class", "sha256": ...}
     a class of an installed package, or of the running script
@@ -54,10 +54,11 @@ LARGEST_SOURCE = 2**24
 
 
 def class_source(module_class: Builder) -> Json:
-    """Return the place of the class's definition. ``find_class`` returns the class from it.
+    """Return a description of the place that defines a class. ``find_class`` returns the class from
+    this description.
 
     Raises:
-        InputError: a partial has no name and cannot be written down.
+        InputError: a partial has no name, and its arguments cannot be stored.
     """
     home, name = _place(module_class)
     module = sys.modules.get(home)
@@ -73,14 +74,14 @@ def class_source(module_class: Builder) -> Json:
 
 
 def is_builder(value: object) -> TypeGuard[Builder]:
-    """Return True for a class of modules, a function, or a partial of one of them."""
+    """Return True for a module class, a function, or a partial of a class or a function."""
     if isinstance(value, functools.partial):
         return is_builder(value.func)
     return inspect.isfunction(value) or is_module_class(value)
 
 
 def _unwrap(builder: Builder) -> Builder:
-    """Return the class or the function of a partial. Other values are returned unchanged."""
+    """Return the class or function inside a partial. Other values are returned unchanged."""
     return builder.func if isinstance(builder, functools.partial) else builder
 
 
@@ -96,8 +97,7 @@ def _place(builder: Builder) -> tuple[str, str]:
 
 
 def _builder_json(builder: Builder) -> Json:
-    """Return the entries that describe a builder in addition to its place: "made" and
-    "keywords"."""
+    """Return the entries "made" and "keywords" that describe a builder in addition to its place."""
     if not isinstance(builder, functools.partial):
         return {"made": "function"} if inspect.isfunction(builder) else {}
     inner = builder.func
@@ -127,7 +127,7 @@ def source_file(module_class: Builder) -> str | None:
 
 
 def unreachable_place(module_class: Builder) -> str | None:
-    """Return the place of a class that another process cannot find, as text, or None if it can."""
+    """Return the place of a class as text if other processes cannot find the class, else None."""
     home, name = _place(module_class)
     if home == MAIN:
         script = source_file(module_class)
@@ -235,8 +235,8 @@ def _of_file(
     trust_code: bool,
     or_changed: bool = True,
 ) -> Builder:
-    """Return the class of a file. ``known_digest`` is the digest of the file, or None if it is not
-    known."""
+    """Return a class from a Python file. ``known_digest`` is the expected digest of the file, or
+    None."""
     check_path = "Check the path."
     try:
         path = Path(path).resolve()
@@ -265,8 +265,8 @@ def _of_file(
 
 
 def _of_main(place: str, script: str | None, trust_code: bool) -> Builder:
-    """Return a class of the running program, or of the script that defined it. The script is
-    then run."""
+    """Return a class from the running program, or from the script that defined the class. The
+    latter runs the script."""
     name = place.partition(":")[2]
     builder = lookup(sys.modules[MAIN], name)
     if builder is not None:
@@ -320,10 +320,11 @@ def _import_builder(place: str, file: str | None, trust_code: bool) -> Builder:
 
 
 def _checked_grant(files: Files, name: str, change: str = "") -> Grant:
-    """Return the grant of the trust list for the name.
+    """Return the kind of object that the trust list allows for a name.
 
     Raises:
-        UntrustedCodeError: the trust list allows nothing. It is raised before the files run.
+        UntrustedCodeError: the trust list allows nothing for the name. The error is raised before
+            any file runs.
     """
     grant = grant_of(files, name)
     if grant is Grant.NOTHING:
@@ -357,7 +358,7 @@ def _granted(module: ModuleType, name: str, grant: Grant) -> Builder:
 
 
 def _trusted(module: ModuleType, name: str) -> Builder:
-    """Return the object of a name that the user typed, or trusts. The name may lead through
+    """Return the object behind a name that the user typed or trusts. The name may lead through
     other modules."""
     with suppress(AttributeError):
         builder = functools.reduce(getattr, name.split("."), module)

@@ -40,7 +40,8 @@ def saved_numbers(module: nn.Module) -> AttributeNumbers:
 
 
 def read_numbers(body: Json) -> Json:
-    """Return the saved numeric attributes of the module. Empty for files of old versions.
+    """Return the saved numeric attributes of the module. The result is empty for files of old
+    versions.
 
     Raises:
         ValueError: the description has another type of value there.
@@ -126,6 +127,7 @@ def _counting_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_like(value: object, before: object) -> bool:
-    """Return True if a saved numeric value may replace the value of an attribute."""
+    """Return True if a saved value may replace an attribute's value, because both have a numeric
+    type."""
     kinds = (bool,) if type(before) is bool else (int, float)
     return type(before) in (bool, int, float) and type(value) in kinds

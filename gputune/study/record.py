@@ -25,8 +25,8 @@ from gputune.types import Json
 from gputune.wording import option
 
 OPTION_COUNT = ""
-"""The key of the option that holds the number of other options. A repair detects lost options by
-it."""
+"""The key of the option that holds the count of the other options. With this count, a repair
+detects lost options."""
 
 TEXT = (str, None)
 FINGERPRINT = {"rows": int, "columns": int, "sha256": str}
@@ -103,7 +103,7 @@ _ENDING = ("target_score", "patience_trials")
 
 @dataclass(frozen=True)
 class RecordField:
-    """The purpose of a field of a record.
+    """The purpose of one field of a search record.
 
     Attributes:
         form: its form in a file. None: the type of the field.
@@ -123,7 +123,7 @@ class RecordField:
 
 
 def _record_field(default: object, label: str = "", **purpose: Any) -> Any:
-    """Return a dataclass field with its purpose.
+    """Return a dataclass field of a search record, with its purpose as metadata.
 
     ``default``, or its result if it is ``dict`` or ``list``, is used if a file lacks the field.
     """
@@ -134,7 +134,7 @@ def _record_field(default: object, label: str = "", **purpose: Any) -> Any:
 
 
 def _argument(default: object, name: str, **purpose: object) -> Any:
-    """Return a field that holds an argument of ``tune`` and must stay the same."""
+    """Return a field for an argument of ``tune`` that must be the same to resume the search."""
     return _record_field(default, name, argument=name, **{"training": True, **purpose})
 
 
@@ -142,7 +142,8 @@ def _argument(default: object, name: str, **purpose: object) -> Any:
 class SearchRecord:
     """The description of a search that its study keeps.
 
-    A field that the file lacks is "", 0, None or empty, and its name is in ``absent``.
+    If the study file lacks a field, the field is "", 0, None or empty, and its name is in
+    ``absent``.
 
     Attributes:
         face: "sklearn" for a search of the scikit-learn API, "loop" for ``gputune.search`` with a
@@ -231,7 +232,8 @@ class SearchRecord:
 
     @classmethod
     def from_json(cls, options: Mapping[str, Any]) -> Self:
-        """Return the record from the options of a file. Options of later versions are ignored."""
+        """Return the search record from the options of a study file. Options of later versions are
+        ignored."""
         known = {name: options[name] for name in RECORD_FIELDS if name in options}
         if "arguments" in known:
             names = Arguments.__dataclass_fields__.keys() & known["arguments"].keys()
@@ -239,7 +241,7 @@ class SearchRecord:
         return cls(**known, absent=frozenset(RECORD_FIELDS.keys() - known.keys()))
 
     def to_json(self) -> Json:
-        """Return the options for a file."""
+        """Return the search record as named options for a study file."""
         options = {name: getattr(self, name) for name in RECORD_FIELDS if name not in self.absent}
         if "arguments" in options:
             options["arguments"] = dict(vars(self.arguments))
@@ -267,12 +269,13 @@ class SearchRecord:
 
     @property
     def method_name(self) -> str:
-        """The name of the method."""
+        """The name of the search method, such as "halving"."""
         return self.method if isinstance(self.method, str) else str(self.method.get("name", ""))
 
     @property
     def is_hypergradient(self) -> bool:
-        """True if its trials are the points of a hypergradient search."""
+        """True if the search moves hyperparameters by hypergradients, so that its trials are points
+        on paths."""
         return self.method_name == "hypergradient"
 
     @property
@@ -283,20 +286,20 @@ class SearchRecord:
         return ["C"] if self.optimizer == "exact" else list(self.method.get("hyperparameters", ()))
 
     def measure(self, best: float) -> Measure:
-        """Return the format of scores, with enough decimals for the best of them."""
+        """Return the display format of scores, with enough decimals for the best score."""
         return measure_of(self.scoring or "score", best, self.ranked_class)
 
     @property
     def ranked_class(self) -> str | bool | float | None:
-        """The class to which ``scoring`` refers, or None."""
+        """The positive class of ``scoring``, or None."""
         known: str | bool | float | None = (
             self.metrics[0]["positive"] if self.metrics else self.positive
         )
         return known
 
     def measures(self, best: Sequence[float]) -> dict[str, Measure]:
-        """Return the format of the scores of each metric by its name, with decimals for the
-        ``best``."""
+        """Return the display format of each metric by name, with enough decimals for its ``best``
+        score."""
         formats = {}
         for metric, score in zip(self.metrics, best):
             name = metric["name"]
@@ -305,7 +308,8 @@ class SearchRecord:
 
 
 def lost_option(path: Path | None, name: str) -> StudyCorruptError:
-    """Return the error for a study file that has lost a necessary option."""
+    """Return the error for a damaged study file without an option that is needed to resume the
+    search."""
     study = "study"
     call = ""
     if path is not None:
@@ -343,11 +347,11 @@ OPTION_FORMS: Mapping[str, object] = {
         for name, purpose in RECORD_FIELDS.items()
     },
 }
-"""The form of each option, keyed by option name."""
+"""The type or structure of each option, keyed by option name."""
 
 
 def has_form(value: object, form: object) -> bool:
-    """Return True if a value from a file has the given form."""
+    """Return True if a value from a study file has the given type or structure."""
     match form:
         case tuple():
             return any(has_form(value, choice) for choice in form)

@@ -23,7 +23,7 @@ from gputune.study.rows import (
 )
 
 _MOST_FAILURES = 20_000
-"""The number of failed reads after which the rows between damaged pages are given up.
+"""The number of failed reads after which a repair skips the other rows between damaged pages.
 
 The limit is larger than the count of rows below one interior page of SQLite's tree.
 """
@@ -40,8 +40,8 @@ _READERS: dict[str, Callable[..., Iterable[Any]]] = {
 class RepairResult:
     """The count of saved rows, and the count of rows that the file is known to have held.
 
-    A trial without a result may have lost it, or may never have had one. ``finished`` is the number
-    of trials with a result.
+    A trial without a result may have lost its result, or may never have had a result. ``finished``
+    is the number of trials with a result.
     """
 
     options: tuple[int, int]
@@ -51,7 +51,8 @@ class RepairResult:
 
     @property
     def is_whole_search(self) -> bool:
-        """True if the search can continue in the new file."""
+        """True if the new file has all options of the search, so that the search can continue in
+        it."""
         return self.options[0] >= self.options[1]
 
     def __str__(self) -> str:
@@ -125,7 +126,8 @@ def repair(path: StrPath, out: StrPath) -> RepairResult:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Return a connection that reads the file with its log, or without the log if that fails."""
+    """Return a connection that reads the damaged file with its log, or without the log if that
+    fails."""
     for mode in ("mode=ro", "mode=ro&immutable=1"):
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)
         # Invalid text is replaced instead of raising: its checksum no longer fits.
@@ -145,8 +147,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _whole_rows(connection: sqlite3.Connection, table: str) -> dict[int, tuple[StoredRow, Any]]:
-    """Return the values of the undamaged rows of a table, keyed by rowid. Empty if the file lost
-    the table."""
+    """Return the values of the undamaged rows of a table, keyed by rowid. The result is empty if
+    the file has lost the table."""
     whole: dict[int, tuple[StoredRow, Any]] = {}
     schema = "SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?"
     with suppress(sqlite3.Error):

@@ -37,7 +37,8 @@ StoredValue = TypeVar("StoredValue")
 
 _LARGE = 2**30
 _PADDING = 64
-"""Bytes that the stacked curves may always take, and bytes per byte of the single curves.
+"""The memory limit of stacked curves: bytes that are always allowed, and bytes per byte of the
+single curves.
 
 Stacked curves above both limits are refused.
 """
@@ -69,7 +70,7 @@ def option_to_row(key: str, value: object) -> StoredRow:
 
 
 def option_from_row(key: str, text: str) -> tuple[str, Any]:
-    """Return the name and the value of an option."""
+    """Return the name and the value of a search option from a row of the table ``meta``."""
     value = from_json(text)
     if key in OPTION_FORMS and not has_form(value, OPTION_FORMS[key]):
         raise ValueError(f"{text[:60]} has a wrong type")
@@ -78,7 +79,7 @@ def option_from_row(key: str, text: str) -> tuple[str, Any]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration with its trial number, before it is trained."""
+    """A configuration with its trial number, before gputune trains the trial."""
 
     number: int
     params: Config
@@ -256,7 +257,9 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class FoldReport:
-    """Details of one trial on its folds. Parts that were not requested are empty.
+    """Details of one trial on its folds: confusion matrix and column importance.
+
+    Details that were not requested are empty.
 
     Attributes:
         trial: the number of the trial.
@@ -308,7 +311,7 @@ def ranked(scores: FloatArray, pruned: NDArray[np.bool_]) -> NDArray[np.intp]:
 
 
 def stack_curves(curves: Sequence[Curve | None]) -> Curve:
-    """Return curves of different lengths as one array (C, epochs, F) or (C, epochs, F, M).
+    """Return learning curves of different lengths as one array (C, epochs, F) or (C, epochs, F, M).
 
     The array is NaN beyond the end of a curve.
 
@@ -361,7 +364,7 @@ class Lazy:
 
 
 def read_detail(text: str) -> Json:
-    """Return the detail of a result.
+    """Return the details of a trial's result, such as the reason of a failure.
 
     Raises:
         ValueError: the text is not the detail of a result.
@@ -375,7 +378,7 @@ def read_detail(text: str) -> Json:
 def read_rows(
     make: Callable[..., Iterable[StoredValue]], rows: Sequence[StoredRow]
 ) -> list[StoredValue]:
-    """Return the values of rows. The last column of each row is its checksum.
+    """Return the values of table rows after a check. The last column of each row is its checksum.
 
     Raises:
         ValueError: a row is damaged.
@@ -408,7 +411,7 @@ def checksums(columns: Iterable[Sequence[str | bytes | int]]) -> list[str]:
 
 
 def checksum(*values: str | bytes | int) -> str:
-    """Return the checksum of one row, see ``checksums``."""
+    """Return the checksum of one row of a table, see ``checksums``."""
     return checksums(zip(values))[0]
 
 

@@ -56,7 +56,8 @@ _ROWS = {
     "results": "the result of trial {}",
     "outputs": "the row of outputs of trial {}",
 }
-"""The name of a row in errors, keyed by table. The first value of the row fills the braces."""
+"""The name of a row in error messages, keyed by table. The first value of the row replaces the
+braces."""
 
 _AT_ONCE = 100
 """The count of rows that are read together. With more rows, gputune spends more memory, and more
@@ -142,11 +143,12 @@ class Store(AbstractContextManager["Store"]):
         return options
 
     def note(self, notes: Iterable[str]) -> None:
-        """Add notes to the option ``notes``. Notes that it already has are not repeated."""
+        """Add notes for the user to the option ``notes``. Notes that are already in the option are
+        not repeated."""
         self.replace_option("notes", list(dict.fromkeys([*self.meta["notes"], *notes])))
 
     def replace_option(self, name: str, option: object) -> None:
-        """Write a new value of an option that the file has."""
+        """Write a new value for an existing option of the file."""
         key, value = option_to_row(name, option)
         self._check_place()
         with transaction(self._connection, self.path):
@@ -154,7 +156,7 @@ class Store(AbstractContextManager["Store"]):
             self._connection.execute(change, (value, checksum(key, value), key))
 
     def add_trials(self, candidates: Iterable[Candidate]) -> None:
-        """Write candidates, all or none.
+        """Write all given candidates into the file, or none of them.
 
         Raises:
             InputError: a number is already taken.
@@ -162,7 +164,7 @@ class Store(AbstractContextManager["Store"]):
         self._insert("trials", [candidate.to_row() for candidate in candidates])
 
     def add_chunks(self, chunks: Iterable[PlannedChunk]) -> None:
-        """Freeze chunks of the plan, all or none.
+        """Write all given chunks into the plan, or none of them. The plan's chunks never change.
 
         Raises:
             InputError: a number is already taken.
@@ -172,7 +174,7 @@ class Store(AbstractContextManager["Store"]):
     def finish(
         self, results: Iterable[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
     ) -> None:
-        """Write the results of one chunk, all or none. Then write their outputs.
+        """Write all results of one chunk, or none of them. Then write the outputs of the trials.
 
         The results are on the disk when this returns. A trial that a deadline had stopped gets its
         new result in place of the old one. The outputs are a second transaction. If it fails, the
@@ -230,7 +232,7 @@ class Store(AbstractContextManager["Store"]):
         return [(candidate, results.get(candidate.number)) for candidate in candidates]
 
     def check(self, numbers: Collection[int] | None = None) -> set[int]:
-        """Check trials and results against their checksums. Return the trial numbers of the
+        """Check trials and results against their checksums, and return the trial numbers of the
         results.
 
         ``numbers`` selects trials by trial number; None means all trials.
@@ -260,7 +262,8 @@ class Store(AbstractContextManager["Store"]):
         return _by_number(self._all("results", Result.from_rows, self._results))
 
     def states(self) -> States:
-        """Return the number of trials of each state and detail. Checksums are not verified."""
+        """Return the number of trials for each pair of state and detail. Checksums are not
+        verified."""
         groups = self._read("SELECT state, detail, count(*) FROM results GROUP BY state, detail")
         states: States = []
         waiting = self._count("trials")
@@ -309,8 +312,8 @@ class Store(AbstractContextManager["Store"]):
         return self._all("plan", partial(map, PlannedChunk.from_row), self._chunks)
 
     def backup(self, path: StrPath) -> None:
-        """Write the current study to a new file, complete or not at all, even while others write to
-        it.
+        """Write the current study to a new file, complete or not at all, even while other processes
+        write to the study.
 
         Raises:
             InputError: ``path`` exists already, or its folder does not exist.
@@ -318,7 +321,7 @@ class Store(AbstractContextManager["Store"]):
         database.copy_file(self._connection, Path(path))
 
     def outputs(self, numbers: Collection[int]) -> dict[int, Outputs]:
-        """Return the outputs that are kept for trials with these trial numbers.
+        """Return the stored outputs of the trials with the given trial numbers.
 
         Raises:
             StudyCorruptError: a row is damaged.
@@ -375,8 +378,8 @@ class Store(AbstractContextManager["Store"]):
     def _all(
         self, table: str, make: Callable[..., Iterable[CachedRow]], known: dict[int, CachedRow]
     ) -> list[CachedRow]:
-        """Return the values of a table with rows that never change. Rows in ``known`` are not
-        read again."""
+        """Return the values of a table with rows that never change. The call does not read rows in
+        ``known`` again."""
         if self._count(table) != len(known):
             numbers = None
             if known:
@@ -393,9 +396,8 @@ class Store(AbstractContextManager["Store"]):
             return self._connection.execute(query).fetchall()
 
     def _check_place(self) -> None:
-        """Raise OSError if the file is not at its path any more.
-
-        Anything written to it then might be lost.
+        """Raise OSError if the study file is no longer at its path, because new results might then
+        be lost.
         """
         with suppress(OSError):
             if os.path.samestat(self._absolute.stat(), self._file):
@@ -421,7 +423,7 @@ class Store(AbstractContextManager["Store"]):
                     raise self._conflict(table, row[0], error) from error
 
     def _conflict(self, table: str, number: int, error: sqlite3.IntegrityError) -> InputError:
-        """Return the error for a row that the file does not accept."""
+        """Return the error for a trial or chunk that SQLite refuses to write."""
         kind = "chunk" if table == "plan" else "trial"
         reason = "exists already and is never replaced"
         if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:

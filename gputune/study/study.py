@@ -93,7 +93,7 @@ class Trial:
 
     @property
     def origin_text(self) -> str:
-        """The ``origin`` as text."""
+        """The origin of the trial as text, such as "random" or "start 3, step 1"."""
         return (
             self.origin
             if isinstance(self.origin, str)
@@ -176,7 +176,7 @@ class Study:
         data: object = None,
         file: Path | None = None,
     ) -> Self:
-        """Return the study of these candidates, in this order, with their results so far."""
+        """Return a study of the given candidates, in the same order, with their results so far."""
         # The record keeps the marks of arguments in its notes. Each interface renders them.
         record = SearchRecord.from_json(meta)
         options: dict[str, object] = copy(meta) if isinstance(meta, dict) else dict(meta)
@@ -212,12 +212,13 @@ class Study:
 
     @cached_property
     def record(self) -> SearchRecord:
-        """The record of the search: its typed options."""
+        """The search record: the options of the search as typed fields."""
         return SearchRecord.from_json(self.meta)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of the metrics; the metric that ranks comes first. () for one metric."""
+        """The names of the metrics, with the ranking metric first, or () if there is only one
+        metric."""
         return tuple(metric["name"] for metric in self.record.metrics)
 
     def curves_of(self, metric: str) -> Curve:
@@ -263,7 +264,7 @@ class Study:
 
     @property
     def best_trial(self) -> Trial:
-        """The trial with the highest finite score; on a tie, the lower number.
+        """The trial with the highest finite score. On a tie, the lower trial number wins.
 
         A pruned trial is best only if no other trial has a finite score.
 
@@ -290,8 +291,7 @@ class Study:
 
     @property
     def spent(self) -> tuple[int, int]:
-        """(trained, possible): the count of trained trial-epochs, and the count if every trial
-        trained fully."""
+        """The number of trained trial-epochs, and the number if every trial had trained fully."""
         # (C, epochs, F): an epoch was trained if the scores of all folds are finite
         trained = int(np.isfinite(self.curves).all(2).sum())
         return trained, len(self.trials) * (self.record.max_epochs or self.curves.shape[1])
@@ -315,8 +315,8 @@ class Study:
     def ranking(self) -> tuple[Trial, ...]:
         """Return the trials, best first.
 
-        Pruned trials follow the others. Trials without a finite score come last. Ties are ordered
-        by number.
+        Pruned trials follow the others. Trials without a finite score come last. Ties are in order
+        of trial number.
 
         Example:
             >>> study.ranking()[0] == study.best_trial
@@ -375,7 +375,7 @@ class Study:
         return columns
 
     def failure_message(self) -> str:
-        """Return the reason and the remedy if no trial has a finite score."""
+        """Return the reason for a study without any finite score, and a remedy."""
         trials = self.trials
         if not trials:
             return "the study has no trials. Search with at least one trial."
@@ -429,8 +429,10 @@ def best_trial(study: Study) -> Trial | None:
 
 
 def curves_of_all(study: Study) -> Curve:
-    """Return the curves (C, epochs, F, M) of a study by all metrics; (C, epochs, F) for one
-    metric."""
+    """Return the learning curves (C, epochs, F, M) of a study by all metrics.
+
+    With one metric the shape is (C, epochs, F).
+    """
     study.curves  # noqa: B018 they are made now
     curves: Curve = vars(study)["curves"]
     return curves

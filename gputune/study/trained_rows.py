@@ -70,7 +70,7 @@ def share_of_rows(sample: str, layout: _AnyLayout, X: AnyRows, y: np.ndarray) ->
 
 
 def _digests(layout: _AnyLayout, X: AnyRows, y: np.ndarray) -> _Bits:
-    """Return one digest per row, (n,), of the row's encoded values and its target."""
+    """Return a digest of each row's encoded values and target, (n,)."""
     target = np.asarray(y, dtype=np.float64)
     target = target.reshape(len(y), -1)
     digests = []
@@ -96,7 +96,7 @@ def _inputs(layout: _AnyLayout, X: AnyRows, rows: np.ndarray) -> tuple[Tensor, .
 
 
 def _digests_of(numbers: FloatArray) -> _Bits:
-    """Return one digest per row, (n,), of encoded values (n, d).
+    """Return a digest of each row of encoded values (n, d), as (n,) integers.
 
     The digest is a sum over the columns. Each column has its own random factor, and the bits of
     each value are mixed first.

@@ -64,7 +64,7 @@ def to_json(value: object, *, name: str = "value") -> str:
 
 
 def from_json(text: str) -> Any:
-    """Return the value that ``to_json`` wrote.
+    """Return the Python value that ``to_json`` wrote as JSON text.
 
     Raises:
         ValueError: ``to_json`` cannot have written this text.
@@ -136,7 +136,7 @@ def _decode_array(content: Json) -> np.ndarray:
 
 
 def _torch_name(value: object, name: str) -> str:
-    """Return "module:name" of a function or class of torch.nn.
+    """Return the text "module:name" for a function or class of torch.nn.
 
     Raises:
         InputError: the value is anything else.
@@ -193,7 +193,7 @@ DECODERS: dict[str, Callable[[Any], object]] = {
     "array": _decode_array,
     "torch": _torch_object,
 }
-"""Tag -> the function that reads the tag's content.
+"""Maps each tag to the function that reads the tag's content.
 
 A user's dict with a tag as its only key is written under the tag "dict".
 """

@@ -26,8 +26,7 @@ from gputune.wording import option, per_interface
 SearchedModel = Literal["mlp", "logistic", "module"]
 
 NAMED: dict[str, Builder] = {"cnn": CNN, "gru": GRU, "realmlp": RealMLP}
-"""Modules of ``gputune.models`` that have a name. These modules are searched like any other module.
-"""
+"""Names of modules of ``gputune.models``. A search treats them like any other module."""
 
 BUILT_IN = ("mlp", "logistic")
 

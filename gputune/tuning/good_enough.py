@@ -28,7 +28,7 @@ BATCH = "batch "
 _BLOCK = 16
 """The smallest number of consecutive trials that are planned together.
 
-Fewer trials would leave the stacked backends with little work.
+With fewer trials, the stacked backends would have too little work.
 """
 
 

@@ -198,7 +198,8 @@ _ABSENT = """
 target optimizer schedule task classes source fingerprint features columns numbers max_levels class_weight sample_weight
 cv splits objective code positive baseline dtype device
 """.split()
-"""The fields of a record about rows and models, which a custom training loop does not have."""
+"""The fields of a search record about rows and models. Searches with a custom training loop lack
+them."""
 
 
 def _record(

@@ -237,7 +237,7 @@ class Progress:
 
 
 PREPARING = "reading and preparing rows"
-"""The name of a clock that several places use."""
+"""The name of a timer that several parts of the code share."""
 
 # Size of the square matrices in the speed measurement, and number of products.
 _SIZE = 1024

@@ -55,8 +55,8 @@ _DRAWING_SHARE = 0.05
 _DRAWING_SECONDS = 0.5
 """The time in seconds that sampling the trials may take with any ``timeout``.
 
-This time is enough for thousands of trials. So a short timeout shortens the training, but not the
-list of trials, which a resumed search trains.
+This time is enough for thousands of trials. A short timeout therefore shortens the training but not
+the list of trials, which a resumed search trains.
 """
 
 _BEST = 5  # this number of trials of each earlier study is tried first
