@@ -1,8 +1,9 @@
-"""The checks of ``gputune check``: correctness laws on one device, and its training speed.
+"""The command ``gputune check``: check the correctness of training on a device, and measure its
+speed.
 
-The result is a table, findings that are stored for later runs, and one line of advice on the device
-to choose. ``gputune check`` runs the laws on the user's device. The tests run them on the CPU and
-on a simulated GPU.
+The result is a table, findings that gputune stores for later runs, and one line of advice on the
+device to choose. A law is a property of training that must hold on every device. ``gputune check``
+checks the laws on the user's device. The tests check the laws on the CPU and on a simulated GPU.
 """
 
 import json
@@ -46,12 +47,12 @@ They apply to training runs of at most 50 steps.
 
 @dataclass(frozen=True)
 class Law:
-    """A property that must hold on every device.
+    """A property of training that must hold on every device, and the function that measures it.
 
     ``measure`` returns the largest difference between the device's result and the right result,
-    relative to the largest value of the right result. It must be at most ``allowed`` with each of
-    ``backends`` that the device has. If ``backends`` is (), the law does not train with a backend,
-    and it is measured once, as "eager".
+    relative to the largest value of the right result. The difference must be at most ``allowed``
+    with each of ``backends`` that the device has. If ``backends`` is (), the law does not train
+    with a backend, and gputune measures it once, as "eager".
     """
 
     name: str
@@ -93,9 +94,10 @@ _MODULE = Case(_RATES, module=True)
 
 
 def solution(device: torch.device, _backend: Backend) -> float:
-    """Return the largest difference from scikit-learn's logistic regression.
+    """Return the largest difference between gputune's solved logistic regression and
+    scikit-learn's.
 
-    The class probabilities are compared. scikit-learn stops at a residual of 1e-12.
+    The function compares class probabilities. scikit-learn stops at a residual of 1e-12.
     """
     case = Case(({"C": 0.1}, {"C": 2.0}))
     worst = []
@@ -113,8 +115,8 @@ def solution(device: torch.device, _backend: Backend) -> float:
 
 
 def gradients(mode: Mode, other: Mode, device: torch.device, _backend: Backend) -> float:
-    """Return the difference between two modes of hypergradients, for learning rate and weight
-    decay."""
+    """Return the difference between two methods of computing hypergradients, for the learning rate
+    and the weight decay."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 5, generator=generator, dtype=torch.float64).to(device)
     y = torch.randint(3, (40,), generator=generator).to(device)
@@ -197,9 +199,10 @@ LAWS: tuple[Law, ...] = (
 
 @dataclass(frozen=True)
 class CheckRow:
-    """The result of one law with one backend.
+    """The result of checking one property (law) of training with one backend.
 
-    ``difference`` is NaN if the measurement raised ``error``.
+    ``difference`` is NaN if the measurement raised an error, and ``error`` then has the error's
+    text.
     """
 
     law: str
@@ -211,13 +214,14 @@ class CheckRow:
 
     @property
     def ok(self) -> bool:
-        """True if the difference is at most the allowed one."""
+        """True if the measured difference is at most the allowed difference."""
         return self.difference <= self.allowed
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The results of checking one device; ``speeds`` maps device and backend to training speed."""
+    """The results of ``gputune check`` for one device. ``speeds`` maps device and backend to
+    training speed."""
 
     device: str
     facts: str
@@ -226,7 +230,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """True if every law holds on this device."""
+        """True if every checked property of training (law) holds on this device."""
         return all(row.ok for row in self.rows)
 
     def __str__(self) -> str:
@@ -247,8 +251,8 @@ class CheckReport:
         return "\n".join(lines)
 
     def _speeds(self) -> list[str]:
-        """Return the lines of the speed table, and the smallest population that a GPU trains
-        faster."""
+        """Return the lines of the report with the speeds, and the number of networks from which a
+        GPU is faster."""
         if not self.speeds:
             return []
         few = FEW * FOLDS
@@ -282,7 +286,8 @@ class CheckReport:
         return lines
 
     def json(self) -> str:
-        """Return the report as JSON; a difference is null if a law raised an error."""
+        """Return the report as JSON text. A difference is null if its measurement raised an
+        error."""
         rows = []
         for row in self.rows:
             rows.append(asdict(row) | {"ok": row.ok})
@@ -303,7 +308,8 @@ class CheckReport:
 
 
 def checks_of(device: torch.device) -> list[tuple[Law, Backend]]:
-    """Return every law with each of its backends that a device has."""
+    """Return the list of checks to run on a device: each law (property of training) with each of
+    its available backends."""
     available = backends_of(device)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     checks = []
@@ -315,7 +321,7 @@ def checks_of(device: torch.device) -> list[tuple[Law, Backend]]:
 
 
 def backends_of(device: torch.device) -> tuple[Backend, ...]:
-    """Return the backends that can train the built-in MLP on a device."""
+    """Return the names of the backends that can train the built-in MLP on a device."""
     if device.type == "cpu":
         with suppress(NotBuiltError):
             library(torch.float64)
@@ -324,7 +330,7 @@ def backends_of(device: torch.device) -> tuple[Backend, ...]:
 
 
 def timed_of(device: torch.device) -> list[tuple[torch.device, Backend]]:
-    """Return the backends to time: all backends of the device, and compiled training on the CPU."""
+    """Return the backends to time: all backends of the device, and compiled code on the CPU."""
     pairs = [(device, backend) for backend in backends_of(device)]
     if device != CPU and "compiled" in backends_of(CPU):
         pairs.append((CPU, "compiled"))
@@ -332,9 +338,10 @@ def timed_of(device: torch.device) -> list[tuple[torch.device, Backend]]:
 
 
 def check(device: torch.device, tell: Say) -> CheckReport:
-    """Time a device, check the laws on it, and store the findings.
+    """Measure the training speed of a device, check all laws (properties of training) on it, and
+    store the findings.
 
-    ``tell`` is called with a description before each part begins.
+    Before each measurement, the function calls ``tell`` with a description.
     """
     speeds: dict[tuple[str, Backend], Speed] = {}
     # Speeds come first, because the last law makes a recording fail.
@@ -368,7 +375,7 @@ def check(device: torch.device, tell: Say) -> CheckReport:
 
 
 def _facts(device: torch.device) -> str:
-    """Return a description of the device and the versions of the software."""
+    """Return a text with the device's cores or memory and the versions of torch and gputune."""
     versions = f"torch {torch.__version__}, gputune {__version__}"
     if device.type == "cpu":
         return f"{count(cores(), 'core')}; {versions}"

@@ -1,7 +1,9 @@
-"""Measurements of members that train together: their largest difference from the right result.
+"""Measure whether networks that train together get the right result, for ``gputune check`` and the
+tests.
 
-A member is one trial (configuration) on one fold. A population is the members that train together.
-In shapes, F counts folds, C configurations, B rows of a minibatch, D features and K outputs.
+Each measurement returns the largest difference from the right result. A member is one trial
+(configuration) on one fold. A population is the members that train together. In shapes, F counts
+folds, C configurations, B rows of a minibatch, D features and K outputs.
 
 The right result comes from a plain loop that trains one network, from scikit-learn, or from the
 same device by another method. Some measurements provoke a failure: trials diverge, memory runs out,
@@ -70,11 +72,11 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 def plain_mlp(
     config: Config, n_features: int, n_outputs: int
 ) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """Return an MLP in double precision with its seeded start, and its training-mode forward
-    function.
+    """Return a reference MLP in double precision with seeded starting weights, and its forward
+    function for training.
 
-    The function includes dropout. It maps a minibatch (B, D), an epoch and a step to outputs (B,
-    K).
+    The forward function includes dropout. It maps a minibatch (B, D), an epoch and a step to
+    outputs (B, K).
     """
     sizes = {name: config[name] for name in ("width", "depth", "activation")}
     module = MLP(n_features, n_outputs, **sizes).double()
@@ -108,7 +110,7 @@ def plain_mlp(
 
 
 class Net(nn.Module):
-    """A small network, written as a user of PyTorch would write it."""
+    """A small test network, written in the way of a PyTorch user."""
 
     def __init__(self, n_features: int, n_outputs: int) -> None:
         super().__init__()
@@ -117,7 +119,7 @@ class Net(nn.Module):
         self.last = nn.Linear(6, n_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs (B, K) for rows (B, D)."""
+        """Return the network's K outputs for each row of a minibatch, (B, K) for (B, D)."""
         hidden = torch.tanh(self.norm(self.first(x)))
         outputs: Tensor = self.last(hidden)
         return outputs
@@ -125,7 +127,7 @@ class Net(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """The data and the configurations of members that train together.
+    """A test case: a dataset, and the configurations that train on it together.
 
     ``shared`` has the values that all configurations share.
     """
@@ -141,7 +143,7 @@ class Case:
     horizon: int = 9
 
     def complete(self) -> tuple[Config, ...]:
-        """Return the configurations, with default values for missing keys."""
+        """Return the configurations of the test case, with default values for missing keys."""
         configs = []
         for config in self.configs:
             values = {"width": 8, "batch_size": 10, **self.shared, **config}
@@ -149,7 +151,7 @@ class Case:
         return tuple(configs)
 
     def data(self, device: torch.device) -> Dataset:
-        """Return a dataset with folds of unequal length.
+        """Return the test case's random dataset, with folds of unequal length.
 
         Each fold has its own copy of the inputs.
         """
@@ -178,12 +180,14 @@ class Case:
         return dataclasses.replace(data, weights=weights.to(device))
 
     def scoring(self, name: str) -> Scoring:
-        """Return the scoring with this name for the case's task."""
+        """Return the scoring method with the given name, for classification or regression as in the
+        test case."""
         classes = None if self.task == "regression" else np.arange(_CLASSES)
         return make_scoring(name, self.task, classes)
 
     def chunks(self, data: Dataset) -> list[Population]:
-        """Return the configurations, grouped into the populations that train together."""
+        """Return the configurations of the test case, grouped into the populations that train
+        together."""
         rows = max(data.train_lengths)
         kind: ModelKind = "module" if self.module else "mlp"
         return populations(self.complete(), kind, rows=rows)
@@ -194,7 +198,7 @@ class Case:
         scoring: Scoring | None = None,
         kind: type[Job] = Job,
     ) -> Job:
-        """Return the job (the settings of a training run) that trains the members."""
+        """Return the settings of a training run (job) for this test case and a backend."""
         return kind(
             seed=0,
             epochs=self.epochs,
@@ -207,15 +211,16 @@ class Case:
     def trained(
         self, device: torch.device, backend: Backend, scoring: Scoring | None = None
     ) -> list[tuple[Population, Trained]]:
-        """Train all members on a device, and return the results of each population."""
+        """Train all configurations on a device, and return the results of each population (group
+        that trains together)."""
         data = self.data(device)
         job = self.job(backend, scoring)
         return [(chunk, train_chunk(job, data, chunk)) for chunk in self.chunks(data)]
 
     @cached_property
     def plain_networks(self) -> dict[tuple[int, int], nn.Module]:
-        """The reference networks by (fold, configuration). A plain loop trains them in double
-        precision on the CPU."""
+        """The reference networks, keyed by fold and configuration index. A plain loop trains these
+        networks in double precision on the CPU."""
         data = self.data(CPU)
         networks = {}
         for f, (c, config) in product(range(_FOLDS), enumerate(self.complete())):
@@ -223,7 +228,8 @@ class Case:
         return networks
 
     def _plain_network(self, data: Dataset, fold: int, config: Config) -> nn.Module:
-        """Return the network that a plain loop trains on a fold."""
+        """Train one configuration on one fold in a plain PyTorch loop, and return the network as a
+        reference."""
         rows = data.folds[fold].train
         present = None if data.present is None else data.present[fold]
         x = data.x[fold, rows].double()
@@ -274,8 +280,8 @@ class Case:
 
 
 def difference(values: Tensor, expected: Tensor) -> float:
-    """Return the relative difference max |values - expected| / max |expected|, or NaN if a tensor
-    has a NaN."""
+    """Return the relative difference of two tensors, max |values - expected| / max |expected|. The
+    result is NaN if a tensor has a NaN."""
     values = values.detach().cpu().double()
     expected = expected.detach().cpu().double()
     largest = expected.abs().max().clamp_min(1e-30)
@@ -283,7 +289,8 @@ def difference(values: Tensor, expected: Tensor) -> float:
 
 
 def from_plain_loop(case: Case, device: torch.device, backend: Backend) -> float:
-    """Return the largest difference between any member and the network that a plain loop trains."""
+    """Return the largest difference between gputune's networks and the same networks trained in a
+    plain loop."""
     worst = []
     for chunk, trained in case.trained(device, backend):
         for (c, place), fold in product(enumerate(chunk.index), range(_FOLDS)):
@@ -294,9 +301,10 @@ def from_plain_loop(case: Case, device: torch.device, backend: Backend) -> float
 
 
 def from_eager(case: Case, device: torch.device, backend: Backend) -> float:
-    """Return the largest difference between members and the same members trained eagerly.
+    """Return the largest difference between networks trained by a backend and by eager PyTorch
+    operations.
 
-    Both train on the same device.
+    Both runs use the same device.
     """
     eager = case.trained(device, "eager")
     worst = []
@@ -306,11 +314,11 @@ def from_eager(case: Case, device: torch.device, backend: Backend) -> float:
 
 
 def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
-    """Return the largest difference between members that the compiled kernel trains and a plain
+    """Return the largest difference between networks trained by the CUDA kernel and in a plain
     loop.
 
-    Raises NotBuiltError if the kernel cannot be compiled and another backend would train the
-    members.
+    Raises NotBuiltError if the kernel cannot be compiled, because another backend would then train
+    the networks.
     """
     data = case.data(device)
     job = case.job(backend)
@@ -321,8 +329,8 @@ def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
 
 
 def on_other_gpus(case: Case, device: torch.device, backend: Backend) -> float:
-    """Return the largest difference between members on the machine's other GPUs and a plain
-    loop."""
+    """Return the largest difference between networks trained on the machine's other GPUs and in a
+    plain loop."""
     worst = [0.0]
     for index in range(torch.cuda.device_count()):
         if index != (device.index or 0):
@@ -332,9 +340,10 @@ def on_other_gpus(case: Case, device: torch.device, backend: Backend) -> float:
 
 
 def scores(configs: tuple[Config, ...], device: torch.device, backend: Backend) -> float:
-    """Return the largest difference between last-epoch scores and scikit-learn's scores.
+    """Return the largest difference between gputune's scores and scikit-learn's scores after the
+    last epoch.
 
-    scikit-learn's scorers get the members' own outputs.
+    scikit-learn's scorers receive the outputs of gputune's trained networks.
     """
     tasks = tuple[Task, ...](("multiclass", "regression"))
     worst = list[float]()
@@ -348,7 +357,8 @@ def scores(configs: tuple[Config, ...], device: torch.device, backend: Backend) 
 def _score_differences(
     case: Case, name: str, device: torch.device, backend: Backend
 ) -> Iterator[float]:
-    """Yield the difference of each member's last score from the score by scikit-learn's scorer."""
+    """For each trained network, yield the difference between gputune's last score and
+    scikit-learn's score."""
     scorer = get_scorer(name)
     data = case.data(CPU)
     classes = None if case.task == "regression" else np.arange(data.n_outputs)
@@ -365,7 +375,8 @@ def _score_differences(
 
 
 def members_that_leave(device: torch.device, backend: Backend) -> float:
-    """Return the difference between members trained with and without members that diverge."""
+    """Return the difference between networks trained with and without other networks that
+    diverge."""
     stable = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001})
     shared = {"optimizer": "sgd", "momentum": 0.9}
     ((_, expected),) = Case(stable, shared).trained(device, backend)
@@ -380,7 +391,7 @@ def members_that_leave(device: torch.device, backend: Backend) -> float:
 
 @dataclass(frozen=True)
 class _SmallMemory(Job):
-    """A simulated CPU memory that holds only a few trials.
+    """Training settings (a job) that simulate a CPU with memory for only a few trials.
 
     No program can limit the memory of a real CPU.
     """
@@ -388,16 +399,18 @@ class _SmallMemory(Job):
     def run(
         self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
     ) -> Outcome:
-        """Train one chunk; raise MemoryError if it does not fit."""
+        """Train a group of trials, or raise MemoryError if the group is too large for the simulated
+        memory."""
         if len(chunk.index) > _SINGLE:
             raise MemoryError(f"only {_SINGLE} trials fit into memory")
         return super().run(data, chunk, progress)
 
 
 def run_out_of_memory(device: torch.device, backend: Backend) -> float:
-    """Return the difference in scores between a run with too little memory and one with enough.
+    """Return the difference in scores between a run with too little memory and a run with enough
+    memory.
 
-    With too little memory the trials do not fit at once.
+    With too little memory, gputune cannot train all trials at once.
     """
     trials = 6
     width = 8
@@ -434,9 +447,9 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
 
 
 def recording_fails(device: torch.device, _backend: Backend) -> float:
-    """Return the count of training steps that were lost or taken twice after a failed recording.
+    """Return the number of training steps that were lost or repeated after recording a step failed.
 
-    Each step reads a tensor's value into Python, so it cannot be recorded.
+    Each step reads a tensor's value into Python, so gputune cannot record the step for replay.
     """
     total = torch.zeros((), device=device)
 

@@ -1,7 +1,8 @@
-"""Executors train chunks, and one queue hands the chunks out.
+"""Base class of executors, which train the trials of a search, and the queue that distributes the
+trials.
 
-A chunk is a group of trials that train together. It trains in this process, in a worker process or
-on a cluster.
+A chunk is a group of trials that train together. An executor trains a chunk in this process, in a
+worker process or on a cluster.
 """
 
 import threading
@@ -16,14 +17,14 @@ from gputune.text import count
 
 
 class Unit(Protocol):
-    """A chunk of trials, or one trial, that trains as one unit of work.
+    """One unit of work for an executor: a group of trials that train together, or a single trial.
 
-    It is identified by its trial numbers.
+    The trial numbers identify the unit.
     """
 
     @property
     def index(self) -> tuple[int, ...]:
-        """The trial numbers of the unit, by which the queue identifies it."""
+        """The trial numbers of the unit of work, by which the queue identifies the unit."""
 
 
 AnyUnit = TypeVar("AnyUnit", bound=Unit)
@@ -40,52 +41,58 @@ MAX_LOST_WORKERS = 3  # a chunk that has lost this number of workers is given up
 
 
 class LostWorkerError(Exception):
-    """A worker ended without an answer. The text of the error says how the worker ended."""
+    """Error for a worker that ended without returning results. The text of the error says how the
+    worker ended."""
 
 
 class Executor(Generic[AnyUnit, UnitResult]):
-    """The base executor, which has no workers: every chunk trains in this process.
+    """Executor without workers: every chunk (group of trials) trains in this process.
 
-    Subclasses train chunks in workers, in addition to this process or instead of it.
+    Subclasses train chunks in workers, in addition to this process or instead of this process.
     """
 
     worker = "this process"
 
     @property
     def capacity(self) -> int:
-        """The number of chunks that the workers can train at the same time."""
+        """The number of chunks (groups of trials) that the workers can train at the same time."""
         return 0
 
     def submit(self, chunk: AnyUnit, ended: Ended[AnyUnit, UnitResult]) -> bool:
-        """Give a chunk to a free worker. The caller makes sure that a worker is free.
+        """Start the training of a chunk (group of trials) in a free worker. The caller ensures that
+        a worker is free.
 
         Args:
             chunk: The chunk to train.
-            ended: The function to call with the results or the error of the chunk, from any thread.
+            ended: The function that receives the results or the error of the chunk, called from any
+                thread.
 
         Returns:
-            False if no worker can be started any more, else True.
+            False if the executor can start no worker any more, else True.
         """
         return False
 
     def wait(self) -> None:
-        """Block until a chunk may have ended, or for a short time."""
+        """Block until a worker may have ended a chunk (group of trials), but only for a short
+        time."""
 
     def give_up(self, chunk: AnyUnit, losses: int, reason: str) -> Sequence[UnitResult] | Exception:
-        """Return the results of a chunk that has lost ``losses`` workers, or an error.
+        """Return the failed results, or an error, for a chunk (group of trials) that has lost
+        ``losses`` workers.
 
         The queue raises the error after all other chunks have ended.
         """
         return []
 
     def stop(self) -> None:
-        """End the workers at once, also in the middle of a chunk."""
+        """End all workers at once, also while they train."""
 
 
 class Queue(Generic[AnyUnit, UnitResult]):
-    """The queue of waiting chunks.
+    """The queue of chunks (groups of trials) that wait for a free worker or for this process.
 
-    A worker that ends a chunk is given the next chunk at once, by the thread that reports the end.
+    When a worker ends a chunk, the thread that reports the end submits the next chunk to this
+    worker at once.
     """
 
     def __init__(
@@ -96,15 +103,16 @@ class Queue(Generic[AnyUnit, UnitResult]):
         claim: Claim[AnyUnit],
         may_begin: Claim[AnyUnit] | None = None,
     ) -> None:
-        """Make the queue.
+        """Create the queue of chunks (groups of trials that train together).
 
         Args:
             chunks: The chunks to train, in order.
             executor: The executor with the workers.
             stop: The signal that ends the search.
-            claim: Returns whether a chunk may be trained. A chunk that it refuses is dropped.
-            may_begin: Returns whether a chunk may begin now. Until then the chunk waits for the
-                results of other chunks. None lets every chunk begin.
+            claim: A function that returns whether a chunk may train. The queue drops a chunk if the
+                result is False.
+            may_begin: A function that returns whether a chunk may begin now. Until then the chunk
+                waits for the results of other chunks. None lets every chunk begin.
         """
         self.executor = executor
         self.stopping = stop
@@ -126,11 +134,11 @@ class Queue(Generic[AnyUnit, UnitResult]):
     def run(
         self, task: LocalTraining[AnyUnit, UnitResult] | None, progress: ProgressCallback
     ) -> Iterator[UnitResult]:
-        """Yield the results of the chunks as they end.
+        """Train all chunks (groups of trials), and yield the results of each chunk when it ends.
 
         Args:
-            task: Trains a chunk in this process when no worker takes it. None leaves all chunks to
-                the workers.
+            task: A function that trains a chunk in this process when no worker is free. None leaves
+                all chunks to the workers.
             progress: The function to call with the progress of the chunks that workers have
                 trained.
         """
@@ -163,7 +171,7 @@ class Queue(Generic[AnyUnit, UnitResult]):
             raise
 
     def _take(self) -> AnyUnit | None:
-        """Return the next chunk that may begin and that can be claimed, or None."""
+        """Remove and return the next chunk that this search may train now, or return None."""
         with self.lock:
             while (chunk := self._next()) is not None:
                 self.waiting.remove(chunk)
@@ -173,13 +181,13 @@ class Queue(Generic[AnyUnit, UnitResult]):
             return None
 
     def _next(self) -> AnyUnit | None:
-        """Return the first waiting chunk that may begin, or None."""
+        """Return the first waiting chunk (group of trials) that may begin now, or None."""
         if self.may_begin is None:
             return self.waiting[0] if self.waiting else None
         return next(filter(self.may_begin, self.waiting), None)
 
     def _fill(self) -> None:
-        """Give chunks to the free workers.
+        """Submit waiting chunks (groups of trials) to all free workers.
 
         At least one chunk begins, even if the time of the search is already over.
         """
@@ -198,8 +206,8 @@ class Queue(Generic[AnyUnit, UnitResult]):
                     return
 
     def _end_chunk(self, chunk: AnyUnit, result: Sequence[UnitResult] | Exception) -> None:
-        """Store the results of a chunk, and give its worker the next chunk. Called from any
-        thread."""
+        """Store the results of a chunk (group of trials), and submit the next chunk to its worker.
+        Any thread may call this method."""
         with self.lock:
             self.running.discard(chunk.index)
             ending: Sequence[UnitResult] | Exception | str = result
@@ -213,7 +221,8 @@ class Queue(Generic[AnyUnit, UnitResult]):
                 self.done.append(ending)
 
     def _lose(self, chunk: AnyUnit, reason: str) -> Sequence[UnitResult] | str:
-        """Put the chunk of a lost worker back into the queue, or give the chunk up.
+        """Queue the chunk (group of trials) of a lost worker again, or give the chunk up after
+        several losses.
 
         Returns:
             The text of a warning, or the results of a chunk that was given up.
@@ -233,8 +242,8 @@ class Queue(Generic[AnyUnit, UnitResult]):
         return outcomes
 
     def _collect_results(self, progress: ProgressCallback) -> Iterator[UnitResult]:
-        """Yield the results that the workers have delivered so far. An error of a worker is raised
-        here."""
+        """Yield the results that workers have returned so far. Raises the error of a worker, if an
+        error has occurred."""
         while self.done:
             result = self.done.popleft()
             if isinstance(result, Exception):

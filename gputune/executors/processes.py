@@ -72,7 +72,7 @@ _GiveUp = Callable[[AnyUnit, int, str], Sequence[UnitResult]]
 
 @dataclass(frozen=True)
 class MappedFile:
-    """The position of a tensor's values in a file.
+    """The position of a tensor's values in a file, from which another process can map the tensor.
 
     The values begin at the byte ``begin``. The ``strides`` are in bytes.
     """
@@ -85,7 +85,7 @@ class MappedFile:
     strides: tuple[int, ...]
 
     def array(self) -> np.ndarray:
-        """Return the values as an array that maps the file.
+        """Return the tensor's values as a NumPy array that is mapped from the file.
 
         Raises InputError if the file was moved or replaced.
         """
@@ -104,7 +104,8 @@ class MappedFile:
 
 
 def _map_tensors(value: object, change: Any) -> Any:
-    """Return a dataset in which ``change`` replaced every tensor, array and MappedFile."""
+    """Apply ``change`` to every tensor, array and ``MappedFile`` in a dataset, and return the new
+    dataset."""
     if isinstance(value, Tensor | np.ndarray | MappedFile):
         return change(value)
     if isinstance(value, tuple):
@@ -119,10 +120,11 @@ def _map_tensors(value: object, change: Any) -> Any:
 
 
 def to_arrays(data: Dataset, *, same_machine: bool = False) -> Dataset:
-    """Return a copy of a dataset on the CPU with arrays in place of tensors.
+    """Convert the tensors of a dataset on the CPU to NumPy arrays, to send the dataset to another
+    process.
 
-    With ``same_machine=True``, each tensor that is mapped from a file becomes a MappedFile. Only
-    processes of this machine can read it.
+    With ``same_machine=True``, each tensor that is mapped from a file becomes a ``MappedFile``,
+    which only processes of this machine can read.
     """
 
     def change(tensor: Tensor) -> np.ndarray | MappedFile:
@@ -134,7 +136,7 @@ def to_arrays(data: Dataset, *, same_machine: bool = False) -> Dataset:
 
 
 def to_tensors(data: Dataset) -> Dataset:
-    """Convert the result of ``to_arrays`` back to a dataset of tensors."""
+    """Convert the arrays of a dataset, the result of ``to_arrays``, back to tensors."""
 
     def change(value: np.ndarray | MappedFile) -> Tensor:
         array = value.array() if isinstance(value, MappedFile) else value
@@ -146,7 +148,7 @@ def to_tensors(data: Dataset) -> Dataset:
 
 
 def to_device(data: Dataset, device: torch.device) -> Dataset:
-    """Return a dataset with its tensors on a device.
+    """Copy the tensors of a dataset to a device, and return the new dataset.
 
     The inputs stay in main memory if the dataset keeps them there (``on_host``).
     """
@@ -155,7 +157,7 @@ def to_device(data: Dataset, device: torch.device) -> Dataset:
 
 
 def mapped_file(tensor: Tensor) -> MappedFile | None:
-    """Return the position of a tensor in a file that this process has mapped.
+    """Return the position of a tensor's values in a file that this process has mapped into memory.
 
     Returns None if the tensor is not mapped from a file, or if this process may have changed its
     private copy.
@@ -186,12 +188,13 @@ def mapped_file(tensor: Tensor) -> MappedFile | None:
 
 
 def _extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:
-    """Return the number of bytes from the first value to the end of the last value."""
+    """Return the number of bytes between the start of a strided array's first value and the end of
+    its last value."""
     return sum((n - 1) * step for n, step in zip(shape, strides)) + itemsize
 
 
 def _identity(path: str) -> tuple[int, int] | None:
-    """Return the device and inode of a file, or None if the file is gone."""
+    """Return the device and inode numbers of a file, or None if the file no longer exists."""
     try:
         status = os.stat(path)
     except OSError:
@@ -200,10 +203,11 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def pickle_job(job: Job, *, same_machine: bool = True) -> bytes:
-    """Pickle a job for a worker, together with the code that the worker cannot import.
+    """Pickle the settings of a search for a worker, together with the code that the worker cannot
+    import.
 
-    With ``same_machine=True`` the worker runs on this machine and can import modules from ``sys.path``.
-    Otherwise it can import only installed packages.
+    With ``same_machine=True`` the worker runs on this machine and can import modules from
+    ``sys.path``. Otherwise it can import only installed packages.
     """
     parts: list[object] = [job.module_class]
     if job.scoring is not None:
@@ -219,7 +223,7 @@ _NO_SEMAPHORES = "make it writable, or choose workers=1, which trains in this pr
 
 
 class Processes(Executor[AnyUnit, UnitResult]):
-    """An executor of worker processes.
+    """An executor that trains chunks (groups of trials) in worker processes on this machine.
 
     Each worker has its own settings: its environment variables, and the last argument of its calls
     of ``work``.
@@ -247,11 +251,12 @@ class Processes(Executor[AnyUnit, UnitResult]):
 
     @property
     def capacity(self) -> int:
-        """The number of chunks that the workers can train at the same time."""
+        """The number of chunks (groups of trials) that the worker processes can train at the same
+        time."""
         return len(self.settings)
 
     def submit(self, chunk: AnyUnit, ended: Ended[AnyUnit, UnitResult]) -> bool:
-        """Give a chunk to an idle worker.
+        """Start the training of a chunk (group of trials) in an idle worker process.
 
         Returns False if the interpreter is ending and can start no worker any more.
         """
@@ -275,8 +280,8 @@ class Processes(Executor[AnyUnit, UnitResult]):
         ended: Ended[AnyUnit, UnitResult],
         future: "Future[Sequence[UnitResult]]",
     ) -> None:
-        """Make the worker of a chunk idle again, or replace it if it is lost, and deliver the
-        results."""
+        """Deliver the results of a chunk (group of trials), and mark its worker as idle. Replaces a
+        lost worker."""
         error = future.exception()
         # The order matters: a worker is always idle or busy, so that stop() in another thread finds
         # it.
@@ -293,23 +298,24 @@ class Processes(Executor[AnyUnit, UnitResult]):
             self.news.set()
 
     def _replace_worker(self, lost: ProcessPoolExecutor) -> ProcessPoolExecutor:
-        """Return a new worker that replaces a lost worker."""
+        """Return a new worker process with the settings of a lost worker."""
         settings = self.settings.pop(lost)
         pool = single_worker(settings[0])
         self.settings[pool] = settings
         return pool
 
     def wait(self) -> None:
-        """Block until a worker has ended a chunk, for at most one second."""
+        """Block until a worker has ended a chunk (group of trials), for at most one second."""
         self.news.wait(timeout=1.0)
         self.news.clear()
 
     def give_up(self, chunk: AnyUnit, losses: int, reason: str) -> Sequence[UnitResult]:
-        """Return the results of a chunk that has lost ``losses`` workers."""
+        """Return the failed results of a chunk (group of trials) that has lost ``losses``
+        workers."""
         return self._give_up(chunk, losses, reason)
 
     def stop(self) -> None:
-        """End the workers at once, also in the middle of a chunk."""
+        """End all worker processes at once, also while they train."""
         for pool in [*self.idle, *self.busy.values()]:
             pool.shutdown(wait=False, kill_workers=True)
         self.idle.clear()
@@ -319,7 +325,7 @@ class Processes(Executor[AnyUnit, UnitResult]):
 def chunk_processes(
     job: Job, data: Dataset, devices: Sequence[torch.device]
 ) -> Iterator[Processes[Population, Outcome | Failure]]:
-    """Provide one worker process with one thread for each device, in addition to this process.
+    """Provide one single-threaded worker process for each device, in addition to this process.
 
     Afterwards the idle workers stay available for the next search.
     """
@@ -342,7 +348,8 @@ def chunk_processes(
 
 
 def _failures(chunk: Population, losses: int, reason: str) -> Outcomes:
-    """Return a failure for each trial of a chunk that has lost too many workers."""
+    """Return the failed results of a chunk (group of trials) that has lost too many worker
+    processes."""
     n = len(chunk.index)
     message = (
         f"its chunk of {count(n, 'trial')} has lost {losses} worker processes one after the "
@@ -357,7 +364,7 @@ def _failures(chunk: Population, losses: int, reason: str) -> Outcomes:
 
 
 def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.device) -> Outcomes:
-    """Train one chunk on a device.
+    """Train one chunk (group of trials) on a device, in a worker process.
 
     Returns an empty result if the search ends before the chunk begins.
     """
@@ -383,10 +390,10 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.de
 
 @functools.lru_cache(maxsize=1)
 def _unpack_job(packed: bytes) -> Job:
-    """Return the job of a search.
+    """Unpickle the settings of a search (the job) in a worker process.
 
-    All chunks of a search share one object, so that steps recorded for one chunk (the operations of
-    a training step, replayed) serve the next chunk.
+    All chunks (groups of trials) of a search share one job object. Training steps that gputune has
+    recorded for one chunk can therefore be replayed for the next chunk.
     """
     return cast(Job, pickle.loads(packed))
 
@@ -404,7 +411,7 @@ def trial_processes(
 ) -> Iterator[Executor[LoopTrial, TrialEnding]]:
     """Provide worker processes that call the objective of a custom training loop.
 
-    No workers are started if one process is enough.
+    If one process is enough, the context manager starts no workers.
     """
     with task.stop.shared_with_workers(folder / "stop"):
         executor = Executor[LoopTrial, TrialEnding]()
@@ -440,7 +447,7 @@ def _failed_trial(trial: LoopTrial, losses: int, reason: str) -> Sequence[TrialE
 
 
 def environments(workers: int | None, n_trials: int) -> list[dict[str, str]]:
-    """Return the environment variables of each worker.
+    """Return the environment variables of each worker process: its GPU and its number of threads.
 
     Args:
         workers: The number of workers. None means one for each GPU, without GPUs one for each core,

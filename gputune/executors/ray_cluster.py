@@ -1,7 +1,8 @@
-"""Chunks (groups of trials that train together) train as tasks of a Ray cluster.
+"""Train the trials of a search on a Ray cluster. Each chunk (trials that train together) is one Ray
+task.
 
-Each task has one GPU or some CPUs. The data goes to Ray's object store once. This process trains
-nothing itself. Ray is imported only when it is used.
+A task has one GPU or some CPUs. The data goes to Ray's object store once. This process trains
+nothing itself. gputune imports Ray only for a search that uses a cluster.
 """
 
 import functools
@@ -121,9 +122,10 @@ def check_ray(device: str) -> None:
 
 @contextmanager
 def ray_cluster(workers: Ray, *, device: str) -> Iterator["RayCluster"]:
-    """Connect to the cluster for the duration of a ``with`` block.
+    """Connect to the Ray cluster that the user chose, for the duration of a ``with`` block.
 
-    A connection that existed before stays open. Raises InputError if the cluster cannot be used.
+    If this process was already connected, the connection stays open. Raises InputError if the
+    cluster cannot be used.
     """
     ray = import_module("ray")
     is_ours = not ray.is_initialized()
@@ -149,7 +151,8 @@ def ray_cluster(workers: Ray, *, device: str) -> Iterator["RayCluster"]:
 
 
 def _connect(ray: ModuleType, address: str) -> None:
-    """Connect to a cluster. Raises InputError if it cannot be used."""
+    """Connect this process to the Ray cluster at an address. Raises InputError if the cluster
+    cannot be used."""
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         # Ray reports usage statistics to its makers by default. Off in a cluster that we start.
@@ -182,16 +185,17 @@ def _connect(ray: ModuleType, address: str) -> None:
 
 
 def _host_and_port(address: str) -> tuple[str, int] | None:
-    """Return the host and port of an address, or None if it has another form."""
+    """Return the host and port of a Ray address, or None if the address does not have the form
+    HOST:PORT."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     return (host, int(port)) if host and port.isdecimal() and "/" not in host else None
 
 
 def make_task(ray: ModuleType) -> Any:
-    """Return the remote function that trains one chunk.
+    """Return the Ray remote function that trains one chunk (group of trials).
 
-    The remote function is defined inside this function so that Ray sends its code. It therefore
-    also starts on a node without gputune.
+    The remote function is defined inside this function, so that Ray sends its code. The remote
+    function therefore starts even on a node without gputune.
     """
 
     def chunk(
@@ -225,7 +229,7 @@ def make_task(ray: ModuleType) -> Any:
 def run_in_task(
     common: list[Any], population: bytes, left: float | None, threads: int, device: str
 ) -> Outcomes:
-    """Train one chunk in a Ray worker.
+    """Train one chunk (group of trials) in a Ray worker.
 
     Args:
         common: Ray's references to the dataset and to the pickled job.
@@ -255,15 +259,15 @@ def _dataset(reference: Any, device: str) -> Dataset:
 
 
 def free_bytes() -> int:
-    """Return the number of free bytes on the GPU of a task."""
+    """Return the number of free bytes of GPU memory, when called inside a Ray task."""
     return int(torch.cuda.mem_get_info()[0])
 
 
 class RayCluster:
-    """A cluster to which this process is connected.
+    """A Ray cluster to which this process is connected, with its nodes and stored datasets.
 
-    Its tasks compute on ``device``. ``free`` is the number of free bytes of a GPU, or None on a
-    CPU.
+    The tasks of the cluster compute on ``device``. ``free`` is the number of free bytes on a GPU,
+    or None on a CPU.
     """
 
     def __init__(self, ray: ModuleType, *, device: str, cpus: int) -> None:
@@ -308,10 +312,10 @@ class RayCluster:
         return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
 
     def bytes_of_a_task(self) -> int:
-        """Return the number of bytes that one task may use.
+        """Return the number of bytes of memory that one Ray task may use.
 
-        On a GPU these are its free bytes. On a CPU it is a task's share of its node's memory, on
-        the node where this share is smallest.
+        On a GPU, the result is the GPU's free memory. On a CPU, the memory of each node is divided
+        by its number of tasks, and the result is the smallest quotient.
         """
         if self.free is not None:
             return self.free
@@ -323,7 +327,7 @@ class RayCluster:
         return int(min(shares))
 
     def put(self, data: Dataset) -> object:
-        """Return the reference to a dataset in Ray's object store, which stores it only once."""
+        """Store a dataset in Ray's object store, only once, and return its Ray reference."""
         prepared = len(data.preparations)
         if self._stored is None or self._stored[0] is not data or self._stored[1] < prepared:
             self._stored = data, prepared, self.ray.put(to_arrays(data))
@@ -331,13 +335,13 @@ class RayCluster:
 
 
 def _tasks_on(node: dict[str, float], cpus: int, device: str) -> int:
-    """Return the number of tasks that can run on a node at the same time."""
+    """Return the number of tasks that can run on a node of a Ray cluster at the same time."""
     tasks = int(node.get("CPU", 0) // cpus)
     return min(tasks, int(node.get("GPU", 0))) if device == "cuda" else tasks
 
 
 class RayTasks(Executor[Population, Outcome | Failure]):
-    """The executor that trains the chunks of one plan as Ray tasks.
+    """The executor that trains each chunk (group of trials) of a search as a Ray task.
 
     The workers write no checkpoints. Raises InputError and ClusterError.
     """
@@ -367,14 +371,14 @@ class RayTasks(Executor[Population, Outcome | Failure]):
 
     @property
     def capacity(self) -> int:
-        """The number of tasks that can run at the same time.
+        """The number of Ray tasks that can run at the same time.
 
-        The number is 0 if a chunk was given up before any chunk was trained.
+        The value is 0 if a chunk lost too many workers before any other chunk was trained.
         """
         return 0 if self.has_given_up and not self.has_trained else self.n_tasks
 
     def submit(self, chunk: Population, ended: Ended[Population, Outcome | Failure]) -> bool:
-        """Submit a chunk as a Ray task."""
+        """Start the training of a chunk (group of trials) as a Ray task."""
         # The task gets the remaining seconds, not a time of day: clocks of machines differ.
         deadline = self.stopping.deadline
         self.submitted = time.monotonic()
@@ -393,7 +397,7 @@ class RayTasks(Executor[Population, Outcome | Failure]):
         return True
 
     def wait(self) -> None:
-        """Collect the results of a task that has ended, after a short wait at most."""
+        """Wait for a Ray task to end, but only for a short time, and collect its results."""
         # Tasks do not receive the request to stop. They are canceled, and a later call trains their
         # chunks again.
         if self.stopping.requested:
@@ -415,7 +419,7 @@ class RayTasks(Executor[Population, Outcome | Failure]):
             ended(chunk, self._result(ref))
 
     def _result(self, ref: object) -> Outcomes | Exception:
-        """Return the results of a task, or the error that lost its worker."""
+        """Return the results of a Ray task, or a LostWorkerError if its worker was lost."""
         errors = self.ray.exceptions
         try:
             end, *content = self.ray.get(ref)
@@ -447,9 +451,9 @@ class RayTasks(Executor[Population, Outcome | Failure]):
         return outcomes
 
     def give_up(self, chunk: Population, losses: int, reason: str) -> Exception:
-        """Return the error of a chunk that has lost ``losses`` workers.
+        """Return the error for a chunk (group of trials) that has lost ``losses`` Ray workers.
 
-        The trials of the chunk wait for a later call.
+        A later call with the same study trains the trials of the chunk.
         """
         self.has_given_up = True
         return ClusterError(
@@ -459,7 +463,7 @@ class RayTasks(Executor[Population, Outcome | Failure]):
         )
 
     def stop(self) -> None:
-        """Cancel the tasks at once, also in the middle of a chunk.
+        """Cancel all Ray tasks at once, also while they train.
 
         A bug of Ray 2.60 can end this process. The bug occurs if a task is canceled in the
         milliseconds between its submission and its arrival in Ray's queue. Ray then marks the task

@@ -1,4 +1,4 @@
-"""The code that runs in a worker process, and the functions that start workers.
+"""Start worker processes, and run trials in them.
 
 A worker also calls the objective of a custom training loop. It imports this file and torch, but no
 slow module that would delay the loop. Each trial has its own file with the values that it reports.
@@ -39,13 +39,13 @@ Answer = TypeVar("Answer")
 def pickled_with_code(
     value: object, parts: Iterable[object], *, same_machine: bool = True
 ) -> bytes:
-    """Pickle a value for a worker, together with the code that the worker cannot import.
+    """Pickle a value for a worker process, together with the code that the worker cannot import.
 
     Args:
         value: The value to pickle.
         parts: The classes and functions in the value whose code may have to be included.
-        same_machine: If True, the worker runs on this machine and can import modules from ``sys.path``. If
-            False, it can import only installed packages.
+        same_machine: If True, the worker runs on this machine and can import modules from
+            ``sys.path``. If False, it can import only installed packages.
     """
     can_import = _importable if same_machine else _is_installed
     modules = set()
@@ -65,7 +65,7 @@ def pickled_with_code(
 
 
 def _importable(name: str) -> bool:
-    """Return True if a new process with the same ``sys.path`` could import the module."""
+    """Return True if a new process with the same ``sys.path`` could import the module ``name``."""
     path = None
     for dot in re.finditer(r"\.|$", name):
         spec = PathFinder.find_spec(name[: dot.start()], path)
@@ -76,7 +76,8 @@ def _importable(name: str) -> bool:
 
 
 def _is_installed(name: str) -> bool:
-    """Return True if a module belongs to Python, to gputune or to an installed package."""
+    """Return True if the module ``name`` belongs to Python, to gputune or to an installed
+    package."""
     top = name.partition(".")[0]
     if top == "gputune" or top in sys.stdlib_module_names or top in sys.builtin_module_names:
         return True
@@ -97,11 +98,11 @@ training = threading.Lock()
 
 
 def single_worker(environment: Mapping[str, str] | None = None) -> ProcessPoolExecutor:
-    """Return an executor with exactly one worker, so that losing a worker never affects other
+    """Return a process pool with exactly one worker, so that losing a worker never affects other
     workers.
 
-    The executor may be an idle executor of an earlier search. If environment variables are given,
-    the executor is always new.
+    The pool may be an idle pool of an earlier search. With environment variables, the pool is
+    always new.
     """
     if environment is None:
         with suppress(IndexError):
@@ -118,7 +119,8 @@ def single_worker(environment: Mapping[str, str] | None = None) -> ProcessPoolEx
 def submit(
     executor: ProcessPoolExecutor, work: Callable[..., Answer], *arguments: object
 ) -> "Future[Answer]":
-    """Submit a function call to a worker. A worker that has ended is started again."""
+    """Submit a function call to a worker process. If the worker has ended, the pool starts it
+    again."""
     with _starting, _signals_held_off(), _streams_that_flush():
         return cast("Future[Answer]", executor.submit(work, *arguments))
 
@@ -143,9 +145,11 @@ def _signals_held_off() -> Iterator[None]:
 
 @contextmanager
 def _streams_that_flush() -> Iterator[None]:
-    """Replace a standard output or error that is missing, closed or full for a moment.
+    """Inside the ``with`` block, replace standard output or standard error if the stream cannot be
+    flushed.
 
-    loky flushes both streams when it starts a worker, and would fail.
+    loky flushes both streams when it starts a worker, and fails if a stream is missing, closed or
+    full.
     """
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     try:
@@ -178,7 +182,7 @@ def begin_worker(parent: int) -> None:
 
 
 def loss_reason(error: BrokenProcessPool) -> str:
-    """Return one sentence that says how a worker ended."""
+    """Return a sentence that says how a lost worker process ended, for example by a signal."""
     if match := re.search(r"(SIG[A-Z]+)\(-\d+\)", str(error)):
         if match[1] == "SIGKILL":
             return "SIGKILL ended it, which the system sends if memory has run out."
@@ -193,14 +197,16 @@ EndState = Literal["complete", "pruned", "stopped", "failed"]
 
 
 class TrialValues(NamedTuple):
-    """The reported values of a trial so far, (steps,) float64, and whether the trial has ended."""
+    """The values that a trial has reported so far, (steps,) float64, and whether the trial has
+    ended."""
 
     values: FloatArray
     ended: bool
 
 
 class Reports:
-    """The reported values of all trials of a search, one file for each trial in one folder.
+    """Storage for the values that the trials of a search report, with one file for each trial in a
+    folder.
 
     Greater values are better.
     """
@@ -210,18 +216,19 @@ class Reports:
         folder.mkdir(exist_ok=True)
 
     def write(self, number: int, values: Sequence[float] | FloatArray, *, ended: bool) -> None:
-        """Replace the stored values of a trial. A final NaN marks a trial that has ended."""
+        """Replace the stored values of a trial. With ``ended=True``, a final NaN marks the trial as
+        ended."""
         stored = np.append(values, math.nan) if ended else np.asarray(values)
         (self.folder / str(number)).write_bytes(stored.astype("<f8").tobytes())
 
     def add(self, number: int, value: float) -> None:
-        """Append one value to the values of a trial."""
+        """Append one reported value to the stored values of a trial."""
         with (self.folder / str(number)).open("ab") as file:
             file.write(np.float64(value).tobytes())
 
     def read(self, up_to: int) -> dict[int, TrialValues]:
-        """Return the values of all trials up to the number ``up_to``, keyed by trial number in
-        ascending order."""
+        """Return the reported values of all trials up to the trial number ``up_to``, keyed by trial
+        number in ascending order."""
         reported = {}
         for number in sorted(int(place.name) for place in self.folder.iterdir()):
             if number > up_to:
@@ -242,19 +249,18 @@ _LOOK = 0.01
 
 
 class TrialEnd(BaseException):
-    """The exception that ends a trial at a report.
+    """The exception that ends a trial when its training loop reports a value.
 
-    It is not a subclass of Exception, because a training loop may catch every Exception as a
-    failure of its own.
+    The class is not a subclass of Exception, because a training loop may catch every Exception.
     """
 
 
 class Report:
     """The function with which an objective of ``gputune.search`` reports its progress.
 
-    Call ``report(value)`` after each epoch, or whenever the model is validated. A call ends the
-    trial if the search prunes it, if the time is over, or if the value is NaN. It does so by
-    raising an exception, so ``finally`` and ``with`` blocks still run. The exception is not an
+    Call ``report(value)`` after each epoch, or after each validation of the model. A call ends the
+    trial if the search prunes it, if the time is over, or if the value is NaN. The call then raises
+    an exception, so ``finally`` and ``with`` blocks still run. The exception is not an
     ``Exception``, so ``except Exception`` does not catch it.
 
     ``gputune.search`` makes one report for each trial and passes it to the objective. With halving
@@ -285,7 +291,7 @@ class Report:
         self._state: EndState | None = None
 
     def __call__(self, value: float) -> None:
-        """Report the score after one more step of the training.
+        """Report the validation score after one more epoch or step of the training.
 
         Args:
             value: The score. The ``direction`` of the search says whether higher or lower is
@@ -306,7 +312,8 @@ class Report:
             raise TrialEnd
 
     def _judge(self, rule: PruningRule) -> EndState | None:
-        """Return the final state if the trial ends at this report, or None if it continues.
+        """Return the final state of the trial if the trial ends at this report, or None if it
+        continues.
 
         The call waits until the trials with lower numbers have reported.
         """
@@ -319,7 +326,7 @@ class Report:
 
 @dataclass(frozen=True)
 class TrialEnding:
-    """The result of a trial.
+    """The result of a trial of a custom training loop: its final state, score and reported values.
 
     The score is NaN if the trial failed. ``values`` are the reported values, ``seconds`` is the
     duration, and ``error`` is the text of the error that ended the trial.
@@ -335,21 +342,20 @@ class TrialEnding:
 
 @dataclass(frozen=True)
 class LoopTrial:
-    """One configuration and its trial number. A trial of a custom training loop trains as one
-    unit."""
+    """A trial of a custom training loop: its configuration and its trial number."""
 
     number: int
     params: Config
 
     @property
     def index(self) -> tuple[int]:
-        """The number of the trial, as a tuple."""
+        """The trial number as a tuple, by which the queue identifies the trial."""
         return (self.number,)
 
 
 @dataclass(frozen=True)
 class LoopTask:
-    """An objective and the settings that all its trials share.
+    """The user's objective function, and the settings that all trials of the search share.
 
     ``sign`` is -1 if lower values are better, else 1.
     """
@@ -362,8 +368,8 @@ class LoopTask:
     stop: Stop
 
     def __call__(self, trial: LoopTrial) -> Sequence[TrialEnding]:
-        """Train one trial. An exception of the objective becomes its result, and the search
-        continues."""
+        """Train one trial. If the objective raises an exception, the trial fails with this error,
+        and the search continues."""
         number = trial.number
         params = trial.params
         begin = time.monotonic()
@@ -391,7 +397,7 @@ class LoopTask:
 
 
 def _number(value: object, name: str) -> float:
-    """Return a value as a float. Raises TypeError if it is not a number."""
+    """Return ``value`` as a float. Raises TypeError if the value is not a number."""
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -399,14 +405,15 @@ def _number(value: object, name: str) -> float:
 
 
 def call_in_worker(path: str, trial: LoopTrial, _place: object) -> Sequence[TrialEnding]:
-    """Train one trial in a worker. The GPU and threads of the worker are set by its environment."""
+    """Train one trial of a custom training loop in a worker process. The worker's environment
+    variables set its GPU and threads."""
     return _task(path)(trial)
 
 
 @lru_cache(maxsize=1)
 def _task(path: str) -> LoopTask:
-    """Return the task of a search.
+    """Unpickle the objective and settings of a search (the task) in a worker process.
 
-    All trials of a search share one task object, so that its data is read only once.
+    All trials of a search share one task object, so that the worker reads its data only once.
     """
     return cast(LoopTask, cloudpickle.loads(Path(path).read_bytes()))
