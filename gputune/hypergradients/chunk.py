@@ -1,10 +1,12 @@
-"""Trains, scores and differentiates one chunk of a hypergradient search.
+"""Train, score and differentiate one group of trials (chunk) of a hypergradient search.
 
-A chunk is a group of trials with tensors of the same shapes, which train together. A member is one
-trial on one fold. In shapes, F counts folds, C trials, P = F*C members, N parameters of a member, B
-rows, K outputs, S segments of the training and L layers.
+A hypergradient is the derivative of the validation loss with respect to a hyperparameter. The
+trials of a chunk have tensors of the same shapes and train together. A member is one trial on one
+fold. In shapes, F counts folds, C trials, P = F*C members, N parameters of a member, B rows, K
+outputs, S segments of the training and L layers.
 
-The memory of the chosen mode limits the number of trials that are differentiated at once.
+The memory that differentiation needs limits the number of trials that gputune differentiates at
+once.
 """
 
 import time
@@ -54,11 +56,11 @@ _SLOWER = 10.0
 
 
 class PopulationTraining:
-    """A population as an inner training of ``epochs`` epochs, with one row of parameters per
-    member.
+    """The differentiable training of C trials on F folds for ``epochs`` epochs, with one row of
+    parameters per member.
 
-    Members are F folds x C trials, p = f*C + c. Members, starting weights, minibatches and dropout
-    are the same as in plain training. Therefore a member here equals the same member there.
+    A member is one trial on one fold, with the index p = f*C + c. Starting weights, minibatches and
+    dropout are the same as in plain training, so the trained members are the same too.
     """
 
     def __init__(
@@ -92,11 +94,11 @@ class PopulationTraining:
         return self._rows(self.first.values())
 
     def _rows(self, tables: Iterable[Tensor]) -> Tensor:
-        """Join tensors (F, C, ...) into one row per member, (P, N)."""
+        """Flatten parameters (F, C, ...) into one row of N values for each member, (P, N)."""
         return torch.cat([table.reshape(self.folds * self.trials, -1) for table in tables], 1)
 
     def clock(self, step: int) -> StepPosition:
-        """Return the position of each member before this step.
+        """Return each member's number of finished steps, and whether the member takes this step.
 
         Members with fewer steps per epoch wait until the epoch ends.
         """
@@ -112,9 +114,9 @@ class PopulationTraining:
         return StepPosition(done.flatten(), None if active.all() else active.flatten(), factor)
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
-        """Return each member's minibatch loss (P,).
+        """Return the minibatch losses of all P members in one training step, (P,).
 
-        The loss is 0 for a member that has no step now.
+        The loss is 0 for a member that takes no step now.
         """
         params = self._params_of(weights)
         losses = [weights.new_zeros(self.trials)] * self.folds
@@ -128,9 +130,9 @@ class PopulationTraining:
         return torch.cat(losses)
 
     def statistics(self, weights: Tensor, step: int) -> Tensor:
-        """Return the running statistics (P, kept) after this step.
+        """Return the running statistics of BatchNorm after this training step, (P, kept).
 
-        They do not change for a member that has no step now.
+        The statistics do not change for a member that takes no step now.
         """
         assert isinstance(self.network, StackedModule)
         params = self._params_of(weights)
@@ -143,7 +145,7 @@ class PopulationTraining:
         return self._rows(map(torch.stack, after.values()))
 
     def _part_inputs(self, params: Params, batch: Batch) -> tuple[Params, list[Tensor]]:
-        """Return the parameters and inputs for one part of a step's members, each (P, ...)."""
+        """Return the parameters and the inputs of the members in one minibatch, each (P, ...)."""
         # Autograd would copy a slice on the way back, so all folds are taken without slicing.
         if batch.folds != slice(0, self.folds):
             params = {name: tensor[batch.folds] for name, tensor in params.items()}
@@ -154,9 +156,9 @@ class PopulationTraining:
         return weights, inputs
 
     def validation(self, weights: Tensor) -> Tensor:
-        """Return the loss (P,) on the validation rows.
+        """Return the validation loss of each of the P members, (P,).
 
-        It is the cross-entropy, or the squared error in the target's original units.
+        The loss is the cross-entropy, or the squared error in the target's original units.
         """
         params = self._params_of(weights)
         losses = []
@@ -168,7 +170,8 @@ class PopulationTraining:
 
     @torch.no_grad()
     def scores(self, weights: Tensor, scoring: Scoring) -> np.ndarray:
-        """Return the scores (C, F) of all members on the validation rows of their fold."""
+        """Return the scores (C trials, F folds) of all members on the validation rows of their
+        fold."""
         params = self._params_of(weights)
         columns = []
         for f in range(self.folds):
@@ -178,7 +181,7 @@ class PopulationTraining:
         return np.asarray(torch.stack(columns, 1).cpu().numpy())
 
     def _valid(self, params: Params, fold: int, *, masked: bool = True) -> Tensor:
-        """Return the outputs (C, B, K) of a fold's members on its validation rows."""
+        """Return the outputs of all C trials on the B validation rows of a fold, (C, B, K)."""
         rows = self.data.rows(fold, self.data.folds[fold].valid)
         weights = {name: tensor[fold] for name, tensor in params.items()}
         inputs = [x.expand(self.trials, *x.shape) for x in rows]
@@ -186,19 +189,20 @@ class PopulationTraining:
         return self._mask_absent(outputs[None], slice(fold, fold + 1))[0] if masked else outputs
 
     def _mask_absent(self, outputs: Tensor, folds: slice) -> Tensor:
-        """Set the outputs (F, C, B, K) of classes that are absent from a fold to -inf."""
+        """Set the outputs (F, C, B, K) to -inf for the classes that are absent from a fold."""
         present = self.data.present
         if present is None:
             return outputs
         return outputs.masked_fill(~present[folds, None, None], -torch.inf)
 
     def _params_of(self, weights: Tensor) -> Params:
-        """Split rows (P, N) into the named parameters (F, C, ...)."""
+        """Split rows of N values per member, (P, N), into the named parameters (F, C, ...)."""
         parts = zip(self.shapes.items(), torch.split(weights, self.sizes, 1))
         return {name: part.view(self.folds, self.trials, *shape) for (name, shape), part in parts}
 
     def member(self, weights: Tensor, fold: int, trial: int) -> nn.Module:
-        """Return one member as a plain module on the CPU, in evaluation mode."""
+        """Return the network of one trial on one fold as a plain module on the CPU, in evaluation
+        mode."""
         blocks = self.network.blocks
         flat = weights.new_empty(blocks.size)
         views = blocks.by_member(flat)
@@ -209,11 +213,12 @@ class PopulationTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class HypergradientJob(Job):
-    """The settings that all chunks of a hypergradient search share.
+    """The settings that all groups of trials (chunks) of a hypergradient search share.
 
-    Each searched hyperparameter (``hyperparameters``) has ``segments`` segments. With ``per_layer``
-    it has a separate value for each layer. ``budget`` is in bytes. The mode "exact" is the fastest
-    of reverse and forward mode that fits into the budget.
+    Each hyperparameter in ``hyperparameters`` has a separate value for each of ``segments``
+    segments of the training time, and with ``per_layer`` for each layer. ``budget`` is the memory
+    limit in bytes. The mode "exact" is the fastest of reverse and forward mode that fits into the
+    limit.
     """
 
     hyperparameters: tuple[str, ...] = ("lr",)
@@ -225,7 +230,8 @@ class HypergradientJob(Job):
     def run(
         self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
     ) -> "Slopes":
-        """Train one chunk, score it after each epoch and differentiate its validation losses."""
+        """Train one group of trials, score the trials after each epoch, and differentiate their
+        validation losses."""
         begin = time.monotonic()
         problem = inner_problem(self, data, chunk)
         training = problem.training
@@ -274,16 +280,17 @@ class HypergradientJob(Job):
     def mode_of(
         self, problem: InnerProblem[PopulationTraining]
     ) -> tuple[ExactMode, dict[ExactMode, int]]:
-        """Return the fastest mode that fits into the memory budget, and the bytes that each mode
-        needs."""
+        """Return the fastest mode of differentiation that fits into the memory limit, and the bytes
+        that each mode needs."""
         number = len(problem.columns(self.hyperparameters))
         sizes = measure(problem).of_modes(problem.training.steps, number)
         return fastest_that_fits(sizes, self.budget, hyperparameters=number), sizes
 
     def tables(self, training: PopulationTraining, configs: Sequence[Config]) -> Tables:
-        """Return the hyperparameters of some configurations as tables (P, S, L).
+        """Return the hyperparameters of configurations as tensors (P members, S segments, L
+        layers).
 
-        The tables of searched hyperparameters have all their segments and layers.
+        The tensors of searched hyperparameters have a value for each segment and layer.
         """
         layers = int(training.layer.max()) + 1 if self.per_layer else 1
         defaults = {"beta1": BETA1, "beta2": BETA2}
@@ -299,11 +306,11 @@ class HypergradientJob(Job):
 
 @dataclass(frozen=True)
 class Slopes(Outcome):
-    """The score curves of a chunk, with its validation losses and their derivatives.
+    """The results of differentiating a group of trials: scores, validation losses and derivatives.
 
-    ``losses`` (C, F) are computed on the validation rows. ``slopes`` maps each hyperparameter to
-    (C, F, S, L). ``ratios`` (C, F) tells noise from usable derivatives. All three are None if the
-    deadline stopped the chunk.
+    ``losses`` (C trials, F folds) are the losses on the validation rows. ``slopes`` maps each
+    hyperparameter to its derivatives (C, F, S, L). ``ratios`` (C, F) tells noise from usable
+    derivatives. All three are None if the deadline stopped the chunk.
     """
 
     losses: np.ndarray | None = None
@@ -312,13 +319,14 @@ class Slopes(Outcome):
 
 
 class _OverError(Exception):
-    """The deadline has passed; the argument is the number of finished epochs."""
+    """Raised when the time of the search is over. The argument is the number of finished epochs."""
 
 
 def inner_problem(
     job: HypergradientJob, data: Dataset, chunk: Population
 ) -> InnerProblem[PopulationTraining]:
-    """Return a chunk's training over all epochs, with the hyperparameters of its configurations.
+    """Return the differentiable training of a group of trials, with their hyperparameters as
+    tensors.
 
     Raises InputError if the network or its loss cannot be differentiated.
     """
@@ -351,7 +359,7 @@ def inner_problem(
 
 
 def train_scheduled(job: HypergradientJob, data: Dataset, chunk: Population) -> nn.Module:
-    """Train the only trial of a chunk on its only fold, with its segments and layers.
+    """Train one trial on one fold, with separate hyperparameter values for segments and layers.
 
     Returns the trained module.
     """
@@ -367,7 +375,8 @@ def plan_chunks(
     workers: int | None,
     gpus: int = 1,
 ) -> Plan:
-    """Return the plan of a job: the chunks to run and their memory.
+    """Return the plan of a hypergradient search: the groups of trials (chunks) to train, and their
+    memory.
 
     The job's ``budget`` is the memory of one process. Raises InputError if a single trial with all
     its folds does not fit.

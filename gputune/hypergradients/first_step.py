@@ -1,7 +1,7 @@
-"""Checks of a training run before it is differentiated: its second derivatives and their memory.
+"""Check a training run before gputune differentiates it: its second derivatives and the memory.
 
-Second derivatives are tested on the first minibatch, because PyTorch often returns wrong ones
-without an error. Memory is measured on one step.
+gputune tests second derivatives on the first minibatch, because PyTorch often returns wrong second
+derivatives without an error. It measures the memory on one step.
 """
 
 import math
@@ -44,12 +44,12 @@ _FINITE_DIFFERENCES = "call gputune.hypergradient with mode='fd'."
 
 
 def check_start(config: Config, name: str, start: str, *, argument: str, remedy: str = "") -> None:
-    """Check that a hypergradient search can differentiate a starting point in the hyperparameter
-    ``name``.
+    """Check that a hypergradient search can differentiate a starting configuration in the
+    hyperparameter ``name``.
 
-    Raises InputError otherwise. ``config`` is the configuration of the starting point, and
-    ``start`` is its name in errors. ``argument`` is the argument that chose the hyperparameter.
-    ``remedy`` is a remedy other than changing the configuration; it continues a sentence.
+    Raises InputError otherwise. ``config`` is the starting configuration, and ``start`` is its name
+    in errors. ``argument`` is the argument that chose the hyperparameter. ``remedy`` is a remedy
+    other than changing the configuration; it continues a sentence.
     """
     optimizer = config["optimizer"]
     unsupported = [key for key in config if key.startswith(OPTIMIZER_PREFIX)]
@@ -84,11 +84,11 @@ def check_start(config: Config, name: str, start: str, *, argument: str, remedy:
 
 
 def check_coordinate(name: str, value: float, start: str, *, called: str, space: str) -> None:
-    """Check that the value of a starting point has a finite coordinate (logarithm or logit).
+    """Check that the logarithm (or logit) of a starting value is finite.
 
-    Values such as 0 or infinity have none, and raise InputError: a hypergradient search cannot move
-    away from them. ``start`` is the name of the starting point. Errors name the hyperparameter
-    ``called`` and the space ``space``.
+    A hypergradient search cannot move away from values such as 0 or infinity. The function raises
+    InputError for such values. ``start`` is the name of the starting configuration. Errors name the
+    hyperparameter ``called`` and the space ``space``.
     """
     number = torch.tensor(float(value), dtype=torch.float64, device="cpu")
     if not math.isfinite(to_coordinate(name, number)):
@@ -125,10 +125,10 @@ def check_classes(
 
 @contextmanager
 def twice_differentiable(training: InnerTraining) -> Iterator[None]:
-    """Check that a training run can be differentiated twice, or raise InputError.
+    """Raise InputError if PyTorch cannot differentiate a training run twice.
 
-    The first minibatch is tested on entry. If torch fails inside the ``with`` block for the same
-    reason, the same InputError is raised.
+    The context manager tests the first minibatch at its start. If torch fails inside the ``with``
+    block for the same reason, it raises the same InputError.
     """
     try:
         _check_second_derivatives(training)
@@ -148,7 +148,7 @@ def twice_differentiable(training: InnerTraining) -> Iterator[None]:
 
 
 def nodes(tensor: Tensor) -> set[Node]:
-    """Return all autograd nodes behind a tensor: the operations that computed it."""
+    """Return the autograd nodes of all operations that computed a tensor."""
     graph: set[Node] = set()
     waiting = [tensor.grad_fn]
     while waiting:
@@ -196,11 +196,11 @@ def _check_second_derivatives(training: InnerTraining) -> None:
 
 
 def _symmetric(gradient: Tensor, weights: Tensor, v: Tensor) -> bool:
-    """Return whether the derivative H of a gradient is symmetric, as every Hessian must be.
+    """Return whether the Hessian that autograd computes is symmetric, as every Hessian must be.
 
-    With p = H'v, the products p'p and v'(H'p) are equal if H is symmetric. In single precision
-    rounding makes them differ, but by far less than the tolerance. The tolerance is the cube root
-    of the dtype's machine epsilon.
+    With the Hessian H and p = H'v, the products p'p and v'(H'p) are equal if H is symmetric. In
+    single precision, rounding makes the products differ, but by far less than the tolerance. The
+    tolerance is the cube root of the dtype's machine epsilon.
     """
     p = hessian_times(gradient, weights, v)
     q = hessian_times(gradient, weights, p)
@@ -213,14 +213,15 @@ def _symmetric(gradient: Tensor, weights: Tensor, v: Tensor) -> bool:
 def _agrees_with_difference(
     training: InnerTraining, gradient: Tensor, weights: Tensor, v: Tensor
 ) -> bool:
-    """Return whether the second derivative agrees with a finite difference along ``v``.
+    """Return whether autograd's second derivative agrees with a finite difference of the gradient
+    along ``v``.
 
-    The difference is taken of the gradient. Differences over two tiny distances tell how accurate
-    the measurement is. The two differences disagree if a kink (for example of a relu) lies between
-    them, or if operations run in lower precision. The differences in the two directions disagree if
-    the kink is at the weights themselves, as for a relu whose input is exactly 0. In single
-    precision kinks are too close to each other for this comparison. Then nothing is measured, and
-    the result is True.
+    Differences over two tiny distances tell how accurate the measurement is. The two differences
+    disagree if a kink (for example of a relu) lies between them, or if operations run in lower
+    precision. The differences in the two directions disagree if the kink is at the weights
+    themselves, as for a relu whose input is exactly 0. In single precision kinks are too close to
+    each other for this comparison. In single precision, the result is therefore True without a
+    measurement.
     """
     if weights.dtype != torch.float64:
         return True
@@ -252,15 +253,16 @@ ExactMode = Literal["reverse", "checkpointed", "forward"]
 class MemoryNeed:
     """The bytes that one training run needs for all its members (trials on folds).
 
-    ``step`` is the memory of the graph of one step. ``state`` is the memory of one state
-    (parameters and moments).
+    ``step`` is the memory of the autograd graph of one step. ``state`` is the memory of the
+    parameters and the optimizer's moments.
     """
 
     step: int
     state: int
 
     def of_modes(self, steps: int, hyperparameters: int) -> dict[ExactMode, int]:
-        """Return the bytes that each mode needs.
+        """Return the bytes of memory that each mode of differentiation needs for T = ``steps``
+        steps.
 
         Reverse mode holds the graphs of all steps. Checkpointed reverse mode holds the graphs of
         one block of sqrt(T) steps, and one state per block. Forward mode holds the graph of one
@@ -275,7 +277,8 @@ class MemoryNeed:
 
 
 def measure(problem: AnyProblem) -> MemoryNeed:
-    """Take the first step once, and return the bytes that its autograd graph and the state need."""
+    """Take the first training step, and return the bytes that its autograd graph and the training
+    state need."""
     leaves = {name: table.detach().requires_grad_() for name, table in problem.tables.items()}
     state = leaves_of(problem.start())
     stored: dict[int, Tensor] = {}
@@ -295,14 +298,15 @@ def measure(problem: AnyProblem) -> MemoryNeed:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that may be used on a device: 80% of the free memory."""
+    """Return the number of bytes that gputune may use on a device: 80% of the free memory."""
     return int(0.8 * (free_of_gpu(device) if device.type == "cuda" else free_memory()))
 
 
 def fastest_that_fits(
     sizes: Mapping[ExactMode, int], budget: int, *, hyperparameters: int
 ) -> ExactMode:
-    """Return the fastest mode that fits into ``budget`` bytes, or "forward" if no mode fits.
+    """Return the fastest mode of differentiation that fits into ``budget`` bytes, or "forward" if
+    no mode fits.
 
     For one hyperparameter forward mode is about as fast as reverse mode, and its memory does not
     grow with the number of steps.

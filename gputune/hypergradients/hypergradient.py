@@ -1,7 +1,7 @@
-"""The public function hypergradient(), which differentiates a training run.
+"""The function hypergradient(), which trains a module and differentiates its validation loss.
 
-It trains a module and differentiates the validation loss with respect to the hyperparameters of
-this training.
+The derivatives are with respect to the hyperparameters of the training, for example the learning
+rate.
 
 A table (1, S, L) has the values of one hyperparameter: S segments of the training, L layers. The 1
 is the number of members, because only one module trains.
@@ -60,16 +60,16 @@ def hypergradient(
     fixed: Mapping[str, object] | None = None,
     memory: int | str | None = None,
 ) -> HypergradientResult:
-    """Train ``module`` and differentiate its validation loss in the hyperparameters of that
-    training.
+    """Train ``module`` and differentiate its validation loss with respect to hyperparameters, for
+    example the learning rate.
 
-    Second derivatives are tested on the first minibatch before training. In float64 they are
-    compared with finite differences. In lower precision only their symmetry is tested, and this
-    test does not notice a ``.detach()`` in the loss.
+    Before training, gputune tests PyTorch's second derivatives on the first minibatch. In float64,
+    it compares them with finite differences. In lower precision, it tests only their symmetry,
+    which does not reveal a ``.detach()`` in the loss.
 
     Args:
-        module: Any ``nn.Module`` whose only state is the running statistics of BatchNorm. The
-            module itself is not changed.
+        module: Any ``nn.Module`` whose only state is the running statistics of BatchNorm. gputune
+            does not change the module itself.
         loss: A function ``loss(module(x), y)`` that returns one number, for example
             ``torch.nn.functional.cross_entropy``.
         batches: The minibatches (x, y). The optimizer takes one step for each of them.
@@ -107,8 +107,8 @@ def hypergradient(
         InputError: An argument is invalid, an operation cannot be differentiated twice, or the
             memory does not suffice.
 
-    Warns:
-        RuntimeWarning: Training is chaotic, so the gradient is noise; or the validation loss is not
+    Warns: RuntimeWarning: Training is chaotic, so the gradient is noise; or the validation loss is
+        not
             finite.
 
     Sources: Maclaurin et al. (2015), arXiv:1502.03492; Franceschi et al. (2017), arXiv:1703.01785;
@@ -177,7 +177,7 @@ def hypergradient(
 
 
 def _check_data(loss: object, batches: Iterable[DataPair], valid: DataPair) -> list[DataPair]:
-    """Check the loss and every pair (x, y), and return the minibatches as a list."""
+    """Check the loss function and every minibatch (x, y), and return the minibatches as a list."""
     if not callable(loss):
         raise InputError("loss", "must be a function loss(module(x), y)", got=loss)
     if not isinstance(batches, Iterable):
@@ -219,7 +219,7 @@ def _check_mode(mode: object, truncate: object, checkpoint: object) -> None:
 
 
 def _check_optimizer(optimizer: object) -> tuple[str, float]:
-    """Return the name of the update rule and its default momentum.
+    """Check the optimizer's name, and return the name of its update rule and its default momentum.
 
     "momentum" is the rule sgd with a momentum of 0.9.
     """
@@ -232,7 +232,7 @@ def _check_optimizer(optimizer: object) -> tuple[str, float]:
 
 
 def _default_tables(optimizer: str, momentum: float, like: Tensor) -> Params:
-    """Return a (1, 1, 1) table with the default value of each hyperparameter."""
+    """Return the default value of each hyperparameter as a tensor (1, 1, 1)."""
     values = {
         "lr": DEFAULT_LR,
         "momentum": momentum,
@@ -249,7 +249,8 @@ def _check_tables(
     optimizer: str,
     training: ModuleTraining,
 ) -> tuple[Params, Params]:
-    """Return two groups of tables: hyperparameters to differentiate, and fixed hyperparameters."""
+    """Check the hyperparameters to differentiate and the fixed hyperparameters, and return both as
+    tensors."""
     wanted = _check_hyperparameters(hyperparameters, optimizer, training, "hyperparameters")
     if not fixed:
         return wanted, {}
@@ -268,7 +269,7 @@ def _check_tables(
 def _check_hyperparameters(
     values: object, optimizer: str, training: ModuleTraining, argument: str
 ) -> Params:
-    """Return each hyperparameter's value as a table (1, S, L).
+    """Check the values of hyperparameters, and return each as a tensor (1, S segments, L layers).
 
     A value is a number, segments (S,), or segments and layers (S, L).
     """
@@ -293,7 +294,8 @@ def _check_hyperparameters(
 
 
 def _table(place: str, name: str, value: object, training: ModuleTraining) -> Tensor:
-    """Return one value as a table (1, S, L); raise InputError if its shape or range is wrong."""
+    """Return the value of one hyperparameter as a tensor (1, S segments, L layers). Raises
+    InputError if its shape or range is wrong."""
     layers = training.layers
     try:
         table = torch.as_tensor(value, dtype=training.dtype, device=training.device).detach()
@@ -329,7 +331,8 @@ def _table(place: str, name: str, value: object, training: ModuleTraining) -> Te
 def _differences(
     problem: InnerProblem[ModuleTraining], names: list[str]
 ) -> tuple[str, Hypergradients]:
-    """Compute hypergradients by finite differences. Also returns the reason for mode "fd"."""
+    """Compute hypergradients by finite differences. Returns a text that explains the mode "fd", and
+    the results."""
     for name in names:
         table = problem.tables[name]
         if bool((table == 0).any()):
@@ -352,11 +355,11 @@ def _choose(
     checkpoint: bool,
     budget: int | None,
 ) -> tuple[ExactMode, str]:
-    """Return the mode to use and the reason for it.
+    """Return the mode of differentiation to use, and the reason for this mode.
 
-    A mode other than "auto" is used unchanged. For "auto" it is the fastest mode that fits into
-    memory. ``budget`` is in bytes; None means most of the free memory. Raises InputError if the
-    mode does not fit.
+    The result is the mode ``asked``, unless the user asked for "auto". For "auto", the result is
+    the fastest mode that fits into memory. ``budget`` is in bytes; None means most of the free
+    memory. Raises InputError if the mode does not fit.
     """
     number = len(problem.columns(names))
     need = measure(problem)

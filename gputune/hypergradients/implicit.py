@@ -1,4 +1,4 @@
-"""Implicit differentiation of the solved logistic regression, which is fitted to its exact minimum.
+"""Implicit differentiation of the logistic regression that a solver fits to its exact minimum.
 
 This module computes d validation loss / d log C for every C in every fold. At the minimum of the
 training objective, ``C * slope of the loss + slope of the penalty = 0`` for every C. Therefore
@@ -48,13 +48,14 @@ BLOCK = 512  # training rows whose curvature is held at once
 
 @dataclass(frozen=True)
 class ImplicitGradient:
-    """The validation losses of P = F * C members and their derivatives in log C.
+    """The validation losses of solved logistic regressions, and their derivatives with respect to
+    log C.
 
-    Members are fold-major (p = f * C + c).
+    There are P = F * C members: F folds, C configurations. Members are fold-major (p = f * C + c).
 
-    ``value`` is the unweighted mean cross-entropy of the fold's validation rows. It is inf if a
-    validation row has a class without a training row in that fold. The loss is then infinite for
-    every C, and ``gradient`` is 0.
+    ``value`` is the unweighted mean cross-entropy of the fold's validation rows. ``value`` is inf
+    if a validation row has a class without a training row in that fold. The loss is then infinite
+    for every C, and ``gradient`` is 0.
 
     ``gradient`` is also 0 if the coefficients do not change with C:
 
@@ -75,10 +76,11 @@ class ImplicitGradient:
 def implicit_chunk(
     data: Dataset, configs: Sequence[Config], *, memory: int | None = None
 ) -> tuple[Solution, ImplicitGradient]:
-    """Fit all configurations in all folds, and return d validation loss / d log C.
+    """Fit logistic regressions for all configurations in all folds, and return d validation loss /
+    d log C.
 
-    A configuration has the hyperparameters ``C`` and ``l1_ratio``. The data are float64. Warns,
-    like ``solve_all``, about members that did not converge. Raises InputError like
+    A configuration has the hyperparameters ``C`` and ``l1_ratio``. The data is float64. Warns, like
+    ``solve_all``, about members that did not converge. Raises InputError like
     ``implicit_gradients``.
     """
     solution = solve_all(data, configs)
@@ -93,7 +95,7 @@ def implicit_gradients(
     *,
     memory: int | None = None,
 ) -> ImplicitGradient:
-    """Differentiate the validation loss of each member of a solved problem in log C.
+    """Differentiate the validation losses of solved logistic regressions with respect to log C.
 
     The problem must have fitted intercepts. ``valid`` has the row indices of each fold's validation
     rows.
@@ -142,9 +144,10 @@ class _Fold:
         self.valid = rows_of(x, problem.y[valid], share, outputs, intercept=True)
 
     def members_at_once(self, memory: int | None) -> int:
-        """Return the number of members that fit into ``memory`` bytes.
+        """Return the number of logistic regressions that can be differentiated at once in
+        ``memory`` bytes.
 
-        Raises InputError if not even one member fits.
+        Raises InputError if not even one logistic regression fits.
         """
         rows = len(self.train.design) + len(self.valid.design)
         outputs = self.train.outputs
@@ -169,7 +172,8 @@ class _Fold:
 def _differentiate(
     fold: _Fold, solution: Solution, members: Tensor, C: Tensor, l1_ratio: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the validation losses (m,) of some members of a fold, and d loss / d log C (m,)."""
+    """Return the validation losses (m,) of m logistic regressions of a fold, and d loss / d log C
+    (m,)."""
     coef = solution.coef[members]
     converged = solution.converged[members]
     intercept = solution.intercept[members] + (coef @ fold.center)
@@ -194,9 +198,10 @@ def _differentiate(
 
 
 def _point(rows: SolverRows, coef: Tensor, intercept: Tensor) -> Point:
-    """Return the loss, its gradient and the class probabilities of members at their coefficients.
+    """Return the loss, its gradient and the class probabilities of logistic regressions at their
+    coefficients.
 
-    Their intercepts may be infinite.
+    The intercepts may be infinite.
     """
     logits = product(coef, (rows.design[:, :-1] / rows.root[:, None]).T) + intercept[..., None]
     no_penalty = coef.new_zeros(len(coef), 1, 1)
@@ -204,7 +209,7 @@ def _point(rows: SolverRows, coef: Tensor, intercept: Tensor) -> Point:
 
 
 def _with_intercept(coef: Tensor) -> Tensor:
-    """Append a zero (or False) for the intercept: (m, K, D) -> (m, K, E)."""
+    """Append a zero (or False) for the intercept to coefficients: (m, K, D) -> (m, K, E)."""
     return functional.pad(coef, (0, 1))
 
 
@@ -263,9 +268,9 @@ def _make_solvable(matrix: Tensor, ridge: Tensor, active: Tensor, present: Tenso
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve H z = ``right`` (m, K, E) by Cholesky factorization.
+    """Solve the linear systems H z = ``right`` (m, K, E) by Cholesky factorization.
 
-    The result is NaN for a member whose matrix has no Cholesky factor.
+    The result is NaN for a matrix without a Cholesky factor.
     """
     size = right[0].numel()
     flat = matrix.view(-1, size, size)
@@ -293,7 +298,7 @@ def differentiate_minimum(
     *,
     memory: int | None,
 ) -> HypergradientResult:
-    """Return the validation loss at the minimum of the logistic regression, and its derivative in
+    """Fit a logistic regression, and return its validation loss and the derivative with respect to
     C.
 
     The objective is ``C * sum of losses + |W|^2 / 2``, as in
@@ -324,9 +329,10 @@ def differentiate_minimum(
 def _join(
     batches: Sequence[tuple[Tensor, Tensor]], valid: tuple[Tensor, Tensor], C: float, classes: int
 ) -> tuple[LogisticProblem, Tensor]:
-    """Join all minibatches into one problem, and return it with the indices of the validation rows.
+    """Join all minibatches into one logistic regression problem. Returns the problem and the
+    indices of the validation rows.
 
-    The validation rows have weight 0 in the problem.
+    In the problem, the validation rows have weight 0.
     """
     if not all(isinstance(part, Tensor) for pair in (*batches, valid) for part in pair):
         raise InputError(
@@ -363,7 +369,7 @@ def _join(
 def _check_problem(
     module: nn.Module, loss: object, hyperparameters: Mapping[str, Any]
 ) -> tuple[float, int]:
-    """Check the problem, and return C and the number of classes.
+    """Check the arguments for a logistic regression, and return C and the number of classes.
 
     Raises InputError if the module, the loss or the hyperparameters do not define the convex
     problem.

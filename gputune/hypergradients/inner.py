@@ -1,7 +1,7 @@
-"""The inner training: one differentiable step of all members, as a function of hyperparameters.
+"""Differentiable training steps of many networks at once, as functions of the hyperparameters.
 
-A member is one trial on one fold. In shapes, P counts members, N the parameters of a member, S
-segments of the training and L layers. T is the number of steps.
+A member is one network: one trial on one fold. In shapes, P counts members, N the parameters of a
+member, S segments of the training and L layers. T is the number of steps.
 
 The parameters of a member form one row of a (P, N) tensor, so an update is one pass of the pure
 update rule. The values of a hyperparameter form a table (P, S, L). Segment s covers the steps from
@@ -56,11 +56,11 @@ InnerState = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class StepPosition:
-    """The position of each member in its training, before a step.
+    """The progress of each of P members (networks) in its training, before a step.
 
     ``done`` (P,) is the number of finished steps. ``active`` (P,) tells if a member takes this
-    step; None means that all members do. ``factor`` (P,) is the schedule's factor on lr; None means
-    1.
+    step. None means that all members take it. ``factor`` (P,) is the schedule's factor on lr. None
+    means 1.
     """
 
     done: np.ndarray
@@ -69,7 +69,8 @@ class StepPosition:
 
 
 class InnerTraining(Protocol):
-    """A training run of P members for at most ``steps`` steps, on fixed minibatches."""
+    """Interface of a training run of P members (networks) for at most ``steps`` steps, on fixed
+    minibatches."""
 
     steps: int
     totals: np.ndarray
@@ -80,25 +81,26 @@ class InnerTraining(Protocol):
     """The number of entries at the end of a row that are running statistics, not parameters."""
 
     def start(self) -> Tensor:
-        """Return the starting parameters of all members, (P, N)."""
+        """Return the starting values of all members' N parameters, (P, N)."""
 
     def clock(self, step: int) -> StepPosition:
-        """Return the position of each member before this step."""
+        """Return each member's number of finished steps, and whether the member takes this step."""
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
-        """Return each member's loss (P,) on its minibatch of this step.
+        """Return the loss of each of the P members on its minibatch of this step, (P,).
 
         The losses are twice differentiable in ``weights``.
         """
 
     def statistics(self, weights: Tensor, step: int) -> Tensor:
-        """Return the running statistics (P, kept), for example of BatchNorm, after this step.
+        """Return the members' running statistics, for example of BatchNorm, after this step, (P,
+        kept).
 
-        They are differentiable in ``weights``, the weights before the step.
+        The statistics are differentiable in ``weights``, the weights before the step.
         """
 
     def validation(self, weights: Tensor) -> Tensor:
-        """Return each member's loss (P,) on the validation rows of its fold."""
+        """Return the loss of each of the P members on the validation rows of its fold, (P,)."""
 
 
 AnyTraining = TypeVar("AnyTraining", bound=InnerTraining, covariant=True)
@@ -106,7 +108,8 @@ AnyTraining = TypeVar("AnyTraining", bound=InnerTraining, covariant=True)
 
 @dataclass(frozen=True, eq=False)
 class InnerProblem(Generic[AnyTraining]):
-    """A training run with its update rule and its hyperparameters."""
+    """A differentiable training run: networks with minibatches, an optimizer's update rule, and
+    hyperparameters."""
 
     training: AnyTraining
     optimizer: str
@@ -114,14 +117,16 @@ class InnerProblem(Generic[AnyTraining]):
 
     @cached_property
     def rows(self) -> SegmentRows:
-        """The hyperparameters as one row per segment, which the steps read.
+        """The hyperparameter values for the training steps, with one tensor for each segment of the
+        training.
 
-        They are cut only once, because a row may be as large as the parameters.
+        The tensors are made only once, because each may be as large as the parameters.
         """
         return rows_of(self.tables, self.training.layer)
 
     def start(self) -> InnerState:
-        """Return the starting parameters and moments of zero."""
+        """Return the state before the first step: the starting parameters, and optimizer moments of
+        zero."""
         weights = self.training.start()
         return weights, *(torch.zeros_like(weights) for _ in MOMENTS[self.optimizer])
 
@@ -130,8 +135,8 @@ class InnerProblem(Generic[AnyTraining]):
     ) -> InnerState:
         """Return the parameters and moments after one training step.
 
-        With ``graph``, the state can be differentiated. ``rows`` replaces the hyperparameters of
-        the tables.
+        With ``graph=True``, autograd can differentiate the result. ``rows`` replaces the
+        hyperparameters of this object.
         """
         weights = state[0] if graph else state[0].detach().requires_grad_()
         gradient = slope(self.training, weights, step, graph=graph)
@@ -144,7 +149,7 @@ class InnerProblem(Generic[AnyTraining]):
             return new
 
     def advance(self, state: InnerState, steps: range, watch: Watch | None = None) -> InnerState:
-        """Return the state after several steps, without derivatives."""
+        """Return the parameters and moments after several training steps, without derivatives."""
         for step in steps:
             state = self.step(state, step)
             if watch is not None:
@@ -159,7 +164,8 @@ class InnerProblem(Generic[AnyTraining]):
         return self.advance(self.start(), range(steps or self.training.steps), watch)[0]
 
     def columns(self, names: Sequence[str]) -> list[tuple[str, int, int]]:
-        """Return the entries of some hyperparameters' tables as (name, segment, layer)."""
+        """Return a list of all separate values of the hyperparameters ``names``, as (name, segment,
+        layer)."""
         columns = []
         for name in names:
             columns += [(name, *entry) for entry in np.ndindex(self.tables[name].shape[1:])]
@@ -170,7 +176,8 @@ AnyProblem: TypeAlias = InnerProblem[InnerTraining]
 
 
 def slope(training: InnerTraining, weights: Tensor, step: int, *, graph: bool) -> Tensor:
-    """Return the gradient (P, N) of every member's minibatch loss in its parameters.
+    """Return the gradient of every member's minibatch loss with respect to its N parameters, (P,
+    N).
 
     ``weights`` must require gradients.
     """
@@ -181,7 +188,7 @@ def slope(training: InnerTraining, weights: Tensor, step: int, *, graph: bool) -
 
 
 def hessian_times(gradient: Tensor, weights: Tensor, vector: Tensor) -> Tensor:
-    """Return the Hessian of each member's loss times a vector, (P, N).
+    """Return the product of the Hessian of each member's loss and a vector, (P, N).
 
     The result is zero if the loss is linear in the weights.
     """
@@ -196,7 +203,7 @@ def hessian_times(gradient: Tensor, weights: Tensor, vector: Tensor) -> Tensor:
 def update(
     optimizer: str, state: InnerState, gradient: Tensor, rates: Rates, clock: StepPosition
 ) -> InnerState:
-    """Return the state after one step of the update rule.
+    """Return the parameters and moments of all members after one update by the optimizer.
 
     The state of members that are not active does not change.
     """
@@ -211,20 +218,22 @@ def update(
 
 
 def with_statistics(state: InnerState, statistics: Tensor) -> InnerState:
-    """Return the state with ``statistics`` in its last entries.
+    """Return the training state with the running statistics of BatchNorm in its last entries.
 
-    The update rule treats these entries as parameters, so its result for them is replaced.
+    The optimizer's update treats these entries as parameters, so this function replaces its result.
     """
     return torch.cat([state[0][..., : -statistics.shape[-1]], statistics], -1), *state[1:]
 
 
 def leaves_of(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the tensors without their graph, as new leaves that require gradients."""
+    """Detach tensors from their autograd graph, and return them as new leaves that require
+    gradients."""
     return tuple(tensor.detach().requires_grad_() for tensor in tensors)
 
 
 def rows_of(tables: Tables, layer: Tensor) -> SegmentRows:
-    """Cut tables (P, S, L) into one row per segment, (P, 1) or (P, N)."""
+    """Convert hyperparameter values (P members, S segments, L layers) to one tensor per segment,
+    (P, 1) or (P, N)."""
     rows = {}
     for name, table in tables.items():
         if table.shape[2] > 1:  # the layers have different values: (P, S, L) -> (P, S, N)
@@ -235,7 +244,7 @@ def rows_of(tables: Tables, layer: Tensor) -> SegmentRows:
 
 
 def rates_at(rows: SegmentRows, clock: StepPosition, totals: np.ndarray) -> Rates:
-    """Return the values of the hyperparameters in one step.
+    """Return the values of the hyperparameters of all members in one training step.
 
     A value is (P, 1) if all layers share it, otherwise (P, N).
     """
@@ -256,16 +265,17 @@ def rates_at(rows: SegmentRows, clock: StepPosition, totals: np.ndarray) -> Rate
 
 
 def segment_at(done: np.ndarray, totals: np.ndarray, segments: int) -> np.ndarray:
-    """Return the segment index (P,) of each member's next step, after ``done`` steps.
+    """Return the index of the training segment that each member's next step belongs to, (P,).
 
-    It is the last s with floor(s*T/S) <= done.
+    After ``done`` steps, the index is the last s with floor(s*T/S) <= done.
     """
     segment: np.ndarray = np.minimum(((done + 1) * segments - 1) // totals, segments - 1)
     return segment.astype(np.int64)
 
 
 def as_table(value: object, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """Return a hyperparameter's value as a table (S, L), broadcast to ``shape`` if it is given.
+    """Return a hyperparameter's value as an array (S segments, L layers), broadcast to ``shape`` if
+    it is not None.
 
     A value is a number, a list over segments, or a list over segments and layers.
     """
@@ -275,17 +285,20 @@ def as_table(value: object, shape: tuple[int, ...] | None = None) -> np.ndarray:
 
 
 def to_coordinate(name: str, value: Tensor) -> Tensor:
-    """Return a value's coordinate: its log, or its logit for momentum and the betas; -inf at 0."""
+    """Return the logarithm of a hyperparameter's value, or the logit for momentum and the betas.
+    The result is -inf at 0."""
     return value.logit() if name in BETWEEN_0_AND_1 else value.log()
 
 
 def from_coordinate(name: str, coordinate: Tensor) -> Tensor:
-    """Return the value of a coordinate. It undoes ``to_coordinate``."""
+    """Return the hyperparameter's value for a logarithm or logit. This function is the inverse of
+    ``to_coordinate``."""
     return coordinate.sigmoid() if name in BETWEEN_0_AND_1 else coordinate.exp()
 
 
 def speed(name: str, value: Tensor) -> Tensor:
-    """Return the derivative d value / d coordinate of a hyperparameter.
+    """Return the derivative of a hyperparameter's value with respect to its coordinate (logarithm
+    or logit).
 
     This factor turns a derivative in the value into a derivative in the coordinate.
     """
@@ -303,11 +316,11 @@ double precision agree with the hypergradient to 1e-6. From a few hundred on, th
 
 @dataclass(frozen=True)
 class Hypergradients:
-    """The results of one differentiated training, per member.
+    """The results of one differentiated training run, for each of P members (networks).
 
     ``value`` (P,) is the validation loss after training. ``gradients`` has a (P, S, L) table of
-    derivatives for each requested hyperparameter. ``ratio`` (P,) is the growth of small changes;
-    above ``CHAOTIC`` the derivatives are noise. ``weights`` (P, N) are the parameters after the
+    derivatives for each requested hyperparameter. ``ratio`` (P,) is the growth of small changes.
+    Above ``CHAOTIC``, the derivatives are noise. ``weights`` (P, N) are the parameters after the
     last step.
     """
 
@@ -319,9 +332,10 @@ class Hypergradients:
 
 @dataclass(frozen=True, eq=False)
 class HypergradientResult:
-    """The validation loss after training, and its derivatives.
+    """The result of ``gputune.hypergradient``: the validation loss after training, and its
+    derivatives.
 
-    ``gputune.hypergradient`` returns it.
+    The derivatives are with respect to the hyperparameters of the training.
 
     Attributes:
         value: The validation loss.

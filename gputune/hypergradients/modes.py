@@ -1,11 +1,13 @@
-"""Hypergradients through training: reverse mode, forward mode and finite differences.
+"""Compute hypergradients through training, in reverse mode, in forward mode or by finite
+differences.
 
-In shapes, P counts members (one trial on one fold each), N the parameters of a member, and d the
+A hypergradient is the derivative of the validation loss with respect to a hyperparameter. In
+shapes, P counts members (one trial on one fold each), N the parameters of a member, and d the
 derivatives. T is the number of steps.
 
 Reverse mode keeps the graph of every step and goes back through it once, for any number of
-hyperparameters (Maclaurin et al. 2015; Franceschi et al. 2017, Reverse-HG). It can be truncated or
-checkpointed. It differentiates the rules of optimizers/rules.py.
+hyperparameters (Maclaurin et al. 2015; Franceschi et al. 2017, Reverse-HG). Reverse mode can be
+truncated or checkpointed. It differentiates the rules of optimizers/rules.py.
 
 Forward mode carries a tangent Z = d state / d hyperparameter through training for each
 hyperparameter. Each step computes Z <- A Z + B, with one Hessian-vector product per hyperparameter.
@@ -57,12 +59,13 @@ def reverse(
     checkpoint: bool = False,
     watch: Watch | None = None,
 ) -> Hypergradients:
-    """Return the hypergradients of ``names`` by going back through training.
+    """Return the derivatives of the validation loss in the hyperparameters ``names``, by
+    backpropagation through training.
 
-    ``truncate=K`` goes back through the last K steps only, as if the earlier weights did not depend
-    on the hyperparameters. ``checkpoint`` keeps the state of every sqrt(T)-th step, and trains the
-    steps between two of them again on the way back. It needs the memory of 2 sqrt(T) steps and the
-    time of one more training.
+    ``truncate=K`` differentiates only the last K steps, as if the earlier weights did not depend on
+    the hyperparameters. ``checkpoint`` stores the state of every sqrt(T)-th step, and trains the
+    steps between two stored states again on the way back. Checkpointing needs the memory of 2
+    sqrt(T) steps and the time of one more training.
     """
     training = problem.training
     steps = problem.training.steps
@@ -102,11 +105,12 @@ def reverse(
 
 
 class _Record:
-    """Differentiable steps, and the growth of a small relative change of each member's weights.
+    """Runs differentiable training steps, and measures the growth of a small relative change of
+    each member's weights.
 
-    The growth at step t is |dL/dw_t| |w_t| divided by the same product after the last step. It is
-    the transpose of the ratio that forward mode computes. It is read from the adjoints on the way
-    back, at no extra cost.
+    The growth at step t is |dL/dw_t| |w_t| divided by the same product after the last step. This
+    growth is the transpose of the ratio that forward mode computes. The adjoints contain the
+    growth, so it costs nothing extra.
     """
 
     def __init__(self, problem: AnyProblem, rows: SegmentRows, like: Tensor) -> None:
@@ -128,7 +132,8 @@ class _Record:
         return state
 
     def _register_hook(self, weights: Tensor, *, last: bool = False) -> None:
-        """Register a hook that measures the adjoint of these weights when it is computed."""
+        """Register an autograd hook that measures the gradient with respect to these weights (their
+        adjoint)."""
         size = weights.detach().norm(dim=1)
 
         def hook(adjoint: Tensor) -> None:
@@ -139,9 +144,9 @@ class _Record:
         weights.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def ratio(self) -> Tensor:
-        """Return each member's largest growth (P,), at least 1.
+        """Return the largest growth of a small change in each member's training, (P,), at least 1.
 
-        It is 0 if the loss does not depend on the weights.
+        The result is 0 if the loss does not depend on the weights.
         """
         return (self.largest / self.final).masked_fill((self.final == 0) & (self.largest == 0), 0.0)
 
@@ -151,7 +156,8 @@ Operand = Union["Dual", Tensor, float]
 
 @dataclass(frozen=True, eq=False)
 class Dual:
-    """A tensor ``value`` (P, N) with its derivatives ``tangents`` (d, P, N), used like a tensor.
+    """A tensor ``value`` (P, N) with its d derivatives ``tangents`` (d, P, N). Optimizer rules use
+    the object like a tensor.
 
     N may be 1 in both tensors. The rules of optimizers/rules.py work entry by entry and use only
     the few operations of this class. The value is computed only once for any d, and a term without
@@ -170,7 +176,8 @@ class Dual:
         args: tuple[Tensor, "Dual", "Dual"],
         kwargs: object = None,
     ) -> object:
-        """Support ``torch.where(condition, a, b)`` of two duals, and no other function of torch."""
+        """Support ``torch.where(condition, a, b)`` for two ``Dual`` objects, and no other function
+        of torch."""
         if function is not torch.where:
             return NotImplemented
         condition, a, b = args
@@ -224,7 +231,8 @@ class Dual:
         return Dual(self.value**power, self.tangents * (power * self.value ** (power - 1)))
 
     def clamp_min(self, least: float) -> "Dual":
-        """Return ``Tensor.clamp_min`` of the value; the derivatives are 0 below ``least``."""
+        """Apply ``Tensor.clamp_min`` to the value. The derivatives are 0 where the value is below
+        ``least``."""
         # This is PyTorch's kernel for the derivative of a clamp. A comparison and a torch.where
         # would need two passes.
         tangents: Tensor = torch.ops.aten.threshold_backward(self.tangents, self.value, least)
@@ -238,7 +246,8 @@ class Dual:
 def forward(
     problem: AnyProblem, names: Sequence[str], *, watch: Watch | None = None
 ) -> Hypergradients:
-    """Return the hypergradients of ``names`` by carrying one tangent per hyperparameter entry."""
+    """Return the derivatives of the validation loss in the hyperparameters ``names``, by
+    forward-mode differentiation."""
     training = problem.training
     tables = problem.tables
     state = problem.start()
@@ -264,9 +273,11 @@ def forward(
 
 
 class _Tangents:
-    """The derivatives of the training state (``of_state``), each (d, P, N).
+    """The derivatives of the training state (``of_state``) with respect to hyperparameters, each
+    (d, P, N), for forward mode.
 
-    There is one tangent for each hyperparameter entry whose segment has begun.
+    There is one derivative (tangent) for each hyperparameter value whose training segment has
+    begun.
     """
 
     def __init__(
@@ -283,7 +294,8 @@ class _Tangents:
         self.ratio = state[0].new_zeros(len(state[0]))
 
     def step(self, state: InnerState, step: int) -> InnerState:
-        """Return the state after one step, and update the tangents and the ratio for this step."""
+        """Return the training state after one step, and update its derivatives (tangents) and the
+        growth ratio."""
         training = self.problem.training
         tables = self.problem.tables
         weights = state[0].detach().requires_grad_()
@@ -317,7 +329,8 @@ class _Tangents:
     def _update(
         self, state: InnerState, gradient: Tensor, tangents: Tensor, clock: StepPosition
     ) -> InnerState:
-        """Return the state after the update rule, and apply the rule to the tangents too."""
+        """Apply the optimizer's update rule to the training state and its derivatives (tangents),
+        and return the state."""
         dual: Any = Dual  # to the rules it is a tensor
         rates = rates_at(self.problem.rows, clock, self.problem.training.totals)
         searched = dict.fromkeys(name for name, _, _ in self.columns)
@@ -332,7 +345,8 @@ class _Tangents:
     def _keep_statistics(
         self, new: InnerState, weights: Tensor, before: Tensor, step: int
     ) -> InnerState:
-        """Put the running statistics and their tangents at the end of the new state.
+        """Write BatchNorm's running statistics and their derivatives (tangents) to the end of the
+        training state.
 
         ``weights`` are the weights before the step, and ``before`` are their tangents.
         """
@@ -347,7 +361,8 @@ class _Tangents:
         return with_statistics(new, statistics.detach())
 
     def _seed(self, name: str, clock: StepPosition) -> Tensor:
-        """Return the derivatives of a hyperparameter's values in this step, by each table entry.
+        """Return the derivatives of a hyperparameter's values in this step with respect to each
+        separate hyperparameter value.
 
         The result is (d, P, N), or (d, P, 1) if all layers share the value.
         """
@@ -367,9 +382,9 @@ class _Tangents:
 
 
 def default_width(dtype: torch.dtype) -> float:
-    """Return the cube root of the dtype's machine epsilon.
+    """Return the width of a finite difference for a dtype: the cube root of its machine epsilon.
 
-    At this width of a finite difference, rounding and curvature cause equal errors.
+    At this width, rounding and curvature cause equal errors.
     """
     return float(torch.finfo(dtype).eps ** (1 / 3))
 
@@ -382,10 +397,12 @@ def differences(
     width: float,
     watch: Watch | None = None,
 ) -> Hypergradients:
-    """Return the hypergradients of ``names`` from training runs at +-``width`` in the coordinate.
+    """Return the derivatives of the validation loss in the hyperparameters ``names``, by finite
+    differences.
 
-    The coordinate is the logarithm, or the logit of momentum and betas. Every value must be above
-    0. ``ratio`` is |weights(+) - weights(-)| / (2 width |weights|) after the last step.
+    The function trains with each hyperparameter value moved by +-``width`` in its logarithm, or in
+    its logit for momentum and betas. Every value must be above 0. ``ratio`` is |weights(+) -
+    weights(-)| / (2 width |weights|) after the last step.
     """
     training = problem.training
     tables = problem.tables

@@ -1,4 +1,5 @@
-"""A user's module, loss and minibatches as one member of an inner training (``inner.py``)."""
+"""The differentiable training of a user's module with a loss and minibatches, for
+``gputune.hypergradient``."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +27,9 @@ DataPair = tuple[Any, Any]
 
 
 class ModuleTraining:
-    """The inner training of a user's module: one minibatch per step, one member (P = 1).
+    """The differentiable training of one user's module (P = 1), with one minibatch per step.
 
-    Steps run in training mode. The validation pair runs in evaluation mode.
+    Steps run in training mode. The validation data runs in evaluation mode.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class ModuleTraining:
         return StepPosition(np.array([step]))
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
-        """Return the loss (1,) of one minibatch.
+        """Return the loss of the minibatch of one training step, (1,).
 
         Random draws such as dropout depend only on the seed and the step.
         """
@@ -89,9 +90,10 @@ class ModuleTraining:
         return self._loss(weights, None)[0]
 
     def _loss(self, weights: Tensor, step: int | None) -> tuple[Tensor, Tensor]:
-        """Return the loss (1,) and the running statistics (1, kept) of a minibatch.
+        """Compute the loss (1,) of a minibatch, and BatchNorm's running statistics (1, kept) after
+        it.
 
-        If ``step`` is None, the minibatch is the validation pair.
+        If ``step`` is None, the minibatch is the validation data.
         """
         if step is None:
             name = "valid"
@@ -139,11 +141,12 @@ class ModuleTraining:
         return loss.view(1), torch.cat([*running, weights.new_empty(0)])[None]
 
     def check_graph(self) -> None:
-        """Check that losses can be computed and that training reaches all parameters they use.
+        """Check that the first minibatch has a loss, and that training changes all parameters in
+        this loss.
 
-        The first minibatch is checked. Raises InputError otherwise. A module or loss that holds a
-        parameter in its own variable always reads the starting value. Such a parameter would not
-        change while the others are trained.
+        Raises InputError otherwise. A module or loss that stores a parameter in its own variable
+        always reads the starting value. This parameter would not change while the other parameters
+        train.
         """
         with torch.enable_grad():
             loss = self.losses(self.start().requires_grad_(), 0)
@@ -162,14 +165,14 @@ class ModuleTraining:
                 )
 
     def parameters(self, weights: Tensor) -> Params:
-        """Split a row (1, N) into the named parameters and running statistics."""
+        """Split a row of N weights, (1, N), into the named parameters and running statistics."""
         parts = zip(self.entries.items(), torch.split(weights[0], self.sizes))
         return {name: part.view(entry.shape) for (name, entry), part in parts}
 
 
 @contextmanager
 def _module_errors(name: str, pair: DataPair) -> Iterator[None]:
-    """Turn errors of a module or a loss into an InputError that names the pair (x, y)."""
+    """Convert errors of a module or a loss to an InputError that names the minibatch (x, y)."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -198,9 +201,9 @@ def _module_errors(name: str, pair: DataPair) -> Iterator[None]:
 
 
 class _Objective(nn.Module):
-    """A module and a loss as one module that returns the loss.
+    """A user's module and loss function, joined into one module that returns the loss.
 
-    If the loss reads the module's parameters, it sees the trained ones.
+    If the loss reads the module's parameters, it reads their trained values.
     """
 
     def __init__(self, module: nn.Module, loss: Loss) -> None:
@@ -213,7 +216,7 @@ class _Objective(nn.Module):
 
 
 def check_module(module: nn.Module) -> None:
-    """Raise InputError if a module cannot be trained as a function of its parameters."""
+    """Raise InputError if gputune cannot train a module as a function of its parameters."""
     if not isinstance(module, nn.Module):
         kind = Verbatim(type(module).__name__)
         raise InputError("module", "must be a torch.nn.Module", got=kind)

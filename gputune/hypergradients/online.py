@@ -1,6 +1,6 @@
 """Optimizers that adapt their learning rate while they train.
 
-They use the slope of the loss in the rate of the last step. After a step w_t = w_{t-1} - lr u_{t-1}
+Each optimizer uses the slope of the loss in the last lr. After a step w_t = w_{t-1} - lr u_{t-1}
 the loss is a function of lr. With the gradient g_t at w_t, its slope is
 
     dL(w_t)/dlr = -g_t . u_{t-1} = -h_t.
@@ -47,9 +47,9 @@ Tensors = list[Tensor]
 class _Online(Optimizer):
     """Base class of optimizers with parameter groups that adapt their ``lr``.
 
-    A subclass computes the direction of a step. The state of a parameter has ``direction``, the
-    direction of the last step, if that step moved the parameter. A group has ``grad_norm``, the
-    norm of its gradient at the last step, for the rule that divides by it.
+    A subclass computes the direction of a step. If the last step moved a parameter, the parameter's
+    state has the step's ``direction``. A group has ``grad_norm``, the norm of its gradient at the
+    last step, for the "normalized" rule.
     """
 
     _decoupled = False  # whether weight decay is part of the direction, not of the gradient
@@ -63,13 +63,13 @@ class _Online(Optimizer):
         super().__init__(params, {**defaults, "grad_norm": 0.0})
 
     def _directions(self, group: Group, params: Tensors, grads: Tensors) -> Tensors:
-        """Return the directions u of this step as new tensors, and update the moments."""
+        """Return the directions of this step as new tensors, and update the moments."""
         raise NotImplementedError
 
     def _gradients(self, group: Group, params: Tensors) -> Tensors:
-        """Return the gradients that enter h, including L2 weight decay.
+        """Return the gradients of the parameters, including L2 weight decay.
 
-        ``p.grad`` is not changed.
+        The method does not change ``p.grad``.
         """
         grads = [p.grad for p in params if p.grad is not None]
         for grad in grads:
@@ -87,8 +87,8 @@ class _Online(Optimizer):
         return list(torch._foreach_add(grads, params, alpha=decay))
 
     def _moments(self, name: str, params: Tensors) -> Tensors:
-        """Return the state tensors with this name, one per parameter; zero before the first
-        step."""
+        """Return the optimizer's state tensor ``name`` of each parameter, which is zero before the
+        first step."""
         for p in params:
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros_like(p)
@@ -98,8 +98,8 @@ class _Online(Optimizer):
         """Add a group of parameters, which may have its own hyperparameters.
 
         Args:
-            param_group: A dict with "params" and any of the optimizer's hyperparameters. Missing
-                ones have the optimizer's values.
+            param_group: A dict with "params" and any of the optimizer's hyperparameters. A missing
+                hyperparameter has the optimizer's value.
 
         Raises:
             InputError: A hyperparameter is out of its range.
@@ -133,14 +133,14 @@ class _Online(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Adapt the ``lr`` of every group, then take a step with it.
+        """Adapt the ``lr`` of every parameter group, then take a step with the new ``lr``.
 
         Args:
             closure: A function that computes the loss and its gradients again, and returns the
                 loss; or None.
 
         Returns:
-            The loss of ``closure``, or None without it.
+            The loss of ``closure``, or None without a closure.
         """
         with torch.enable_grad():
             loss = None if closure is None else closure()
@@ -163,7 +163,7 @@ class _Online(Optimizer):
         return loss
 
     def _adapt(self, group: Group, params: Tensors, grads: Tensors) -> None:
-        """Change the rate of a group by its rule.
+        """Change the learning rate of a parameter group by the group's rule.
 
         All tensors of the group share one rate, and their order does not matter.
         """
@@ -196,11 +196,11 @@ class _Online(Optimizer):
 class SGDHD(_Online):
     """torch.optim.SGD with a learning rate that adapts itself.
 
-    Heavy-ball and Nesterov momentum are supported.
+    The optimizer supports heavy-ball and Nesterov momentum.
 
-    After a step w = w - lr u, the loss is a function of lr with the slope -h, where h = g . u is the
-    new gradient times the last direction. Every step first changes the rate by ``rule``, and then
-    moves the parameters:
+    After a step w = w - lr u, the loss is a function of lr with the slope -h, where h = g . u is
+    the new gradient times the last direction. Every step first changes the learning rate by
+    ``rule``, and then moves the parameters:
 
     - "multiplicative" adds ``lr * hypergrad_lr * h / (|g| |u|)``. ``hypergrad_lr`` is the largest
       relative change of one step.
@@ -427,14 +427,14 @@ class AdamWHD(AdamHD):
 
 
 def _arguments(names: Mapping[str, object]) -> Group:
-    """Return the arguments of a constructor call, from its local variables."""
+    """Return the arguments of a constructor call as a dict, from its ``locals()``."""
     return {name: value for name, value in names.items() if name not in ("self", "__class__")}
 
 
 def _check_group(group: Group) -> Group:
-    """Check the hyperparameters of a group, and return them as Python numbers.
+    """Check the hyperparameters of a parameter group, and return them as Python numbers.
 
-    Raises InputError if one is out of range.
+    Raises InputError if a hyperparameter is out of range.
     """
     rule = group["rule"]
     if rule not in ONLINE_RULES:
@@ -486,7 +486,7 @@ def _number(
     high: float = math.inf,
     low_counts: bool = True,
 ) -> float:
-    """Return a hyperparameter as a float; raise InputError if it is out of range."""
+    """Return a hyperparameter as a float, or raise InputError if it is out of range."""
     value = group[name]
     if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
         number = float(value)  # a Fraction just below 1 may round to 1.0

@@ -1,4 +1,5 @@
-"""Sums of products of many tensors, in few calls, for optimizers that adapt their learning rate."""
+"""Compute sums of products of many tensors in few calls, for optimizers that adapt their learning
+rate."""
 
 import math
 from collections import defaultdict
@@ -11,9 +12,11 @@ GradientPair = tuple[Tensor, Tensor]
 
 
 def parts_together(pairs: Sequence[GradientPair], foreach: bool | None) -> list[list[int]]:
-    """Return groups of tensor indices; the tensors of a group are processed together.
+    """Group tensors that one PyTorch call can process together, and return the indices of each
+    group.
 
-    A group has all tensors of one device and dtype, or with ``foreach=False`` one tensor.
+    A group has all tensors of one device and dtype. With ``foreach=False``, each tensor is a
+    separate group.
     """
     groups: dict[Hashable, list[int]] = defaultdict(list)
     together = all(x.is_cuda for x, _ in pairs) if foreach is None else foreach
@@ -26,7 +29,7 @@ def parts_together(pairs: Sequence[GradientPair], foreach: bool | None) -> list[
 
 
 def sums_of_products(products: list[list[GradientPair]], foreach: bool | None) -> list[float]:
-    """Return, for each list of tensor pairs, the sum of the products of all their entries."""
+    """Return the sum of the products of all entries, for each list of tensor pairs."""
     dots: list[Tensor] = []
     owners = []  # the position of each dot's list
     for number, pairs in enumerate(products):
@@ -46,7 +49,7 @@ def sums_of_products(products: list[list[GradientPair]], foreach: bool | None) -
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Return all entries of some tensors as one vector, in float32 or a wider dtype."""
+    """Join the entries of several tensors into one vector, in float32 or a wider dtype."""
     if len(tensors) == 1:
         flat = tensors[0].reshape(-1)
     else:
@@ -56,7 +59,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def share(part: float, whole: float) -> float:
-    """Return part / whole, or 0 if ``whole`` is zero or the quotient is not finite."""
+    """Return the quotient part / whole, or 0 if ``whole`` is zero or the quotient is not finite."""
     if not whole > 0:  # also for NaN
         return 0.0
     quotient = part / whole
