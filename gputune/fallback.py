@@ -16,7 +16,8 @@ This variable is for tests and bug reports.
 
 
 def is_strict() -> bool:
-    """Return True if an error of a faster backend must end the search, for tests and bug reports."""
+    """Return True if an error of a faster backend must end the search, for tests and bug
+    reports."""
     return os.environ.get(STRICT, "") not in ("", "0")
 
 

@@ -102,7 +102,8 @@ def seeded_generators(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _restored_host_generators(enabled: bool) -> Iterator[None]:
-    """Restore the state of Python's and NumPy's random generators after the block, if ``enabled``."""
+    """Restore the state of Python's and NumPy's random generators after the block, if
+    ``enabled``."""
     if not enabled:
         yield
         return

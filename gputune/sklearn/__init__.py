@@ -1,4 +1,5 @@
-"""The scikit-learn API: estimators and searches that fit all configurations and folds at once."""
+"""The scikit-learn API: estimators and searches that train all configurations and folds
+together."""
 
 from gputune.sklearn.dataset import SliceDict
 from gputune.sklearn.descent import HypergradientSearchCV

@@ -1,7 +1,7 @@
-"""The base class of every estimator.
+"""The base class of gputune's scikit-learn estimators.
 
-Its ``fit`` is the case of one configuration and one fold. A search fits many configurations in many
-folds with the same code.
+``fit`` trains one configuration on one fold. A search trains many configurations in many folds with
+the same code.
 
 A recipe is the description of one training run (see recipe.py). A member is one trial (candidate)
 on one fold.
@@ -40,12 +40,13 @@ from gputune.wording import Verbatim
 
 
 def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., None]:
-    """Return a constructor with the parameters of scikit-learn's class, and with gputune's own.
+    """Return an ``__init__`` method with the parameters of scikit-learn's class and with additional
+    parameters.
 
     Args:
         theirs: scikit-learn's class.
-        defaults: gputune's parameters, and their defaults. A parameter that both have gets the
-            default given here.
+        defaults: gputune's parameters and their defaults. These defaults replace the defaults of
+            scikit-learn's parameters.
     """
     # scikit-learn's parameters change between releases, so they are read from the installed class.
     signature = inspect.signature(theirs.__init__)  # type: ignore[misc]
@@ -66,10 +67,11 @@ def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., N
 
 
 class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """An estimator that can fit many configurations and folds together.
+    """Base class of estimators that can train many configurations and folds together.
 
-    A subclass translates its parameters into a recipe (``_recipe``), fits recipes on the rows of
-    folds (``_fit_recipes``), and takes over the fitted result (``_set_fitted``).
+    A subclass describes a training run by its parameters (``_recipe``), trains such recipes on the
+    rows of folds (``_fit_recipes``), and sets its fitted attributes from a result
+    (``_set_fitted``).
     """
 
     _refused: ClassVar[Mapping[str, str]] = {}
@@ -99,7 +101,7 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     """
 
     def __new__(cls, *_: object, **params: object) -> Self:
-        """Refuse unknown parameters with a helpful message."""
+        """Create the estimator, and raise an error with a suggestion for unknown parameters."""
         cls._check_names(params)
         parameters = inspect.signature(cls.__init__).parameters
         unknown = [name for name in params if name not in parameters]
@@ -110,7 +112,7 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return estimator
 
     def set_params(self, **params: object) -> Self:
-        """Set parameters and return the estimator.
+        """Set parameters of the estimator, and return the estimator.
 
         Raises:
             InputError: a parameter of another library has no counterpart here.
@@ -121,7 +123,10 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
 
     @classmethod
     def _check_names(cls, names: Iterable[str]) -> None:
-        """Raise InputError for a refused name, unless a subclass has made it a parameter."""
+        """Raise InputError with a remedy for parameter names of other libraries, such as "lr".
+
+        A name is valid if a subclass has a parameter of this name.
+        """
         parameters = inspect.signature(cls.__init__).parameters
         for name in names:
             if name in cls._refused and name not in parameters:
@@ -162,9 +167,10 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return self._become(fit_together({0: self}, folds, FitOptions())[0, 0], rows)
 
     def _become(self, fitted: object, rows: CheckedRows) -> Self:
-        """Turn this estimator into a fitted one and return it.
+        """Set the fitted attributes of this estimator from a training result, and return the
+        estimator.
 
-        Raise the exception of a failed fit.
+        If the result is an exception, raise the exception.
         """
         if isinstance(fitted, Exception):
             raise fitted
@@ -176,7 +182,8 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return self
 
     def _left_to_scikit_learn(self, y: object) -> str | None:
-        """Return the setting that only scikit-learn's class of this name can fit, or None."""
+        """Return a setting such as "solver='lbfgs'" that only scikit-learn's own class can train,
+        or None."""
         del y
         return None
 
@@ -186,24 +193,31 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return tags
 
     def _recipe(self, draw: DrawSeed) -> Any:
-        """Return the recipe that the estimator's parameters describe. ``draw`` gives the seed for
-        random_state=None."""
+        """Return the recipe (description of a training run) for the estimator's parameters.
+
+        ``draw`` returns the seed for random_state=None.
+        """
         raise NotImplementedError
 
     def _set_fitted(self, fitted: Any, rows: CheckedRows) -> None:
-        """Set the fitted attributes of the estimator from the result of a fit."""
+        """Set the fitted attributes of the estimator, such as ``module_``, from a training
+        result."""
         raise NotImplementedError
 
 
 class FitHook(Protocol):
-    """A replacement for ``fit`` calls, while scikit-learn makes them one by one."""
+    """An object that replaces the ``fit`` calls of estimators while scikit-learn's search calls
+    them one by one."""
 
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
-        """Do the work of ``fit`` and return True, or return False to leave it to ``fit``."""
+        """Replace the estimator's ``fit`` and return True, or return False to let ``fit``
+        continue."""
 
     def transform(self, function: Callable[..., object], *args: Any, **options: Any) -> object:
-        """Return the result of ``function``, which fits a transformer of a pipeline and transforms
-        rows."""
+        """Replace the fit of a pipeline's transformer.
+
+        ``function`` fits the transformer and transforms the rows.
+        """
 
 
 fit_hook: ContextVar[FitHook | None] = ContextVar("fit_hook", default=None)
@@ -211,7 +225,10 @@ fit_hook: ContextVar[FitHook | None] = ContextVar("fit_hook", default=None)
 
 @contextmanager
 def hooked(hook: FitHook | None) -> Iterator[None]:
-    """Let a hook replace ``fit`` calls inside a ``with`` block. None removes the hook."""
+    """Use an object in place of the estimators' ``fit`` calls inside a ``with`` block.
+
+    With None, ``fit`` calls work as usual.
+    """
     token = fit_hook.set(hook)
     try:
         yield
@@ -226,10 +243,10 @@ FLOATS = (np.float64, np.float32)
 def check_rows(
     estimator: FusedEstimator, X: object, y: Any, sample_weight: object = None
 ) -> CheckedRows:
-    """Check the rows of a fit like scikit-learn does, and return them.
+    """Check the rows X and y of a ``fit`` call like scikit-learn does, and return ``CheckedRows``.
 
-    The estimator takes over the feature names. Only some estimators accept inputs that are not
-    tables, or targets with several columns.
+    The function also sets the estimator's feature names. Only some estimators accept inputs that
+    are not tables, or targets with several columns.
 
     Raises:
         InputError: a dict or a target has a form that the estimator does not support.
@@ -285,13 +302,13 @@ def check_rows(
 
 
 def has_columns(y: Any) -> bool:
-    """Return whether a target has several columns, or more than two axes."""
+    """Return True if a target has several columns, or more than two axes."""
     shape = y.shape if issparse(y) else np.asarray(y).shape
     return len(shape) > 1 and shape[1:] != (1,)
 
 
 def _check_columns(estimator: FusedEstimator, y: object) -> None:
-    """Raise InputError for a sparse target, and for classes in several columns."""
+    """Raise InputError if a target is a sparse matrix, or has classes in several columns."""
     if issparse(y):
         raise InputError(
             "y", "must be dense", got=Verbatim("a sparse matrix"), remedy="Pass y.toarray()."
@@ -309,9 +326,9 @@ def _check_columns(estimator: FusedEstimator, y: object) -> None:
 def fit_together(
     candidates: Mapping[int, FusedEstimator], folds: FoldGroup, training: FitOptions
 ) -> dict[FoldTrial, object]:
-    """Fit all candidates on the training rows of all folds at once.
+    """Train all candidates of a search on the training rows of all folds together.
 
-    A candidate with refused parameters fails in every fold, as its own ``fit`` would.
+    A candidate with invalid parameters gets an error in every fold, as its own ``fit`` would raise.
 
     Args:
         candidates: unfitted estimators of one class, by trial.
@@ -349,9 +366,9 @@ def fit_together(
 
 
 def last_step(estimator: object) -> tuple[str, BaseEstimator]:
-    """Return the prefix of the trained estimator's parameters, and that estimator.
+    """Return the last step of a pipeline, and the prefix of its parameters, such as "clf__".
 
-    For a pipeline it is the last step. Otherwise it is the estimator itself, with prefix "".
+    An estimator that is no pipeline is returned with the prefix "".
     """
     if isinstance(estimator, Pipeline) and estimator.steps:
         name, last = estimator.steps[-1]

@@ -2,7 +2,8 @@
 
 All folds share one copy of X.
 
-In shapes, n counts rows, D features and K target columns. Positions are row or class indexes.
+In shapes, n is the number of rows, D of features and K of target columns. Positions are row or
+class indexes.
 """
 
 import itertools
@@ -33,7 +34,7 @@ from gputune.wording import Verbatim
 
 @dataclass(frozen=True, eq=False)
 class CheckedRows:
-    """Checked rows of one fit, or of one search over many folds.
+    """The rows of one fit, or of one search over many folds, after scikit-learn's checks.
 
     Attributes:
         X: the inputs. A table is one tensor (n, D), float32 or float64. Other inputs are unchanged.
@@ -54,7 +55,8 @@ class CheckedRows:
 
     @property
     def is_table(self) -> bool:
-        """True if X is a table of numbers, so that scikit-learn can count and name its features."""
+        """True if X is one table of numbers, so that scikit-learn can count and name the
+        columns."""
         x = self.X.parts[0]
         return (
             len(self.X.parts) == 1
@@ -65,23 +67,27 @@ class CheckedRows:
 
     @property
     def task(self) -> Task:
-        """The task: binary or multiclass for classes, otherwise ``taken_as``."""
+        """The task of the target: binary or multiclass for classes, otherwise ``taken_as``."""
         if self.classes is not None:
             return "binary" if len(self.classes) == 2 else "multiclass"
         return self.taken_as
 
     @property
     def form(self) -> Hashable:
-        """A key. Rows with equal keys can be stored in one array."""
+        """A key that describes the columns, the task and the weights of the rows.
+
+        Rows with equal keys can be stored in one array.
+        """
         names = None if self.names is None else tuple(self.names)
         return ArrayLayout.of(self.X), names, self.weights is None, self.task, self.y.shape[1:]
 
     def weight(self, rows: IntArray) -> float:
-        """Return the sum of the weights of some rows."""
+        """Return the sum of the sample weights of some rows."""
         return float(len(rows) if self.weights is None else self.weights[rows].sum())
 
     def refusal(self, rows: IntArray) -> ValueError | None:
-        """Return the error that training on only these rows must raise, or None."""
+        """Return the error for training rows that are empty, have no weight or have one class, or
+        None."""
         if len(rows) == 0:
             return ValueError("no rows to train on: found array with 0 sample(s).")
         if not self.weight(rows) > 0:
@@ -96,10 +102,10 @@ class CheckedRows:
         return None
 
     def inputs(self, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """Return X on a device.
+        """Return the inputs X on a device.
 
-        Floats have the precision ``dtype`` if it is given. Otherwise they keep their precision on a
-        CPU, and have single precision on a GPU.
+        Floats have the precision ``dtype`` if set. Otherwise floats keep their precision on a CPU,
+        and have single precision on a GPU.
         """
         if dtype is None and device.type != "cpu":
             dtype = torch.float32
@@ -119,7 +125,7 @@ class FoldRows:
     index: IntArray
 
     def labels(self) -> list[str | float]:
-        """Return the labels that occur in the rows. A regression has none."""
+        """Return the class labels that occur in the rows. The list is empty for a regression."""
         return (
             []
             if self.rows.classes is None
@@ -129,7 +135,7 @@ class FoldRows:
 
 @dataclass(frozen=True, eq=False)
 class FoldGroup:
-    """Folds that train together.
+    """Several folds of a search that train together, with their rows.
 
     Attributes:
         numbers: the fold numbers, which identify the folds in the search.
@@ -146,9 +152,10 @@ class FoldGroup:
 
     @cached_property
     def classes(self) -> IntArray | None:
-        """Positions of the classes of the training rows. None without classes.
+        """The positions, among the classes of all rows, of the classes that the folds train on.
 
-        All folds of a group have the same classes, because ``split`` groups them so.
+        None for a regression. All folds of a group have the same classes, because ``split`` groups
+        folds by their classes.
         """
         return None if self.rows.classes is None else np.unique(self.rows.y[self.trains[0]])
 
@@ -162,7 +169,10 @@ class FoldGroup:
         return np.searchsorted(self.classes, self.rows.y).clip(max=len(self.classes) - 1)
 
     def part(self, index: Sequence[int]) -> "FoldGroup":
-        """Return some of the folds, by their positions, which ascend."""
+        """Return a group with only some of the folds.
+
+        ``index`` holds their positions in ascending order.
+        """
         is_chosen = [i in index for i in range(len(self.numbers))]
         numbers = tuple(itertools.compress(self.numbers, is_chosen))
         trains = tuple(itertools.compress(self.trains, is_chosen))
@@ -170,10 +180,10 @@ class FoldGroup:
         return FoldGroup(numbers, self.rows, trains, valids)
 
     def split(self, keys: Iterable[Hashable] | None = None) -> "list[FoldGroup]":
-        """Group the folds with the same key and the same classes in their training rows.
+        """Split the group into groups of folds with the same key and the same classes in their
+        training rows.
 
-        The networks of a group then have the outputs that a separate fit on each fold would give
-        them.
+        A network then has the same outputs as in a separate fit on its fold.
         """
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for i, (train, key) in enumerate(zip(self.trains, keys or itertools.repeat(None))):
@@ -183,7 +193,7 @@ class FoldGroup:
 
 
 def lay_out(folds: Mapping[int, Sequence[FoldRows]]) -> list[FoldGroup]:
-    """Group folds by the form of their rows.
+    """Group folds into ``FoldGroup`` objects, so that the rows of a group have one form.
 
     Args:
         folds: for each fold number its training rows, and optionally its validation rows. Both have
@@ -198,7 +208,10 @@ def lay_out(folds: Mapping[int, Sequence[FoldRows]]) -> list[FoldGroup]:
 
 
 def _fold_group(folds: Mapping[int, Sequence[FoldRows]]) -> FoldGroup:
-    """Return a group of folds with joined rows. The rows of all folds must have the same form."""
+    """Return a ``FoldGroup`` in which the rows of several folds are joined.
+
+    The rows of all folds must have the same form.
+    """
     blocks: list[CheckedRows] = []
     starts: dict[int, int] = {}  # id of a block -> the position of its first row after joining
     n_rows = 0
@@ -217,7 +230,10 @@ def _fold_group(folds: Mapping[int, Sequence[FoldRows]]) -> FoldGroup:
 
 
 def _join(blocks: Sequence[CheckedRows]) -> CheckedRows:
-    """Join blocks of rows, one after the other. Class codes refer to the classes of all blocks."""
+    """Concatenate several sets of rows.
+
+    The class codes of the result count over the classes of all sets.
+    """
     first = blocks[0]
     if len(blocks) == 1:
         return first
@@ -242,15 +258,15 @@ def make_dataset(
     numbers: str = "none",
     watched: bool = False,
 ) -> Dataset:
-    """Return the engine's dataset of a group of folds.
+    """Convert a group of folds to the dataset on which gputune's engine trains.
 
     Args:
         group: the folds and their rows.
         x: the inputs, tensors (n, ...).
         standardise: whether numeric targets are standardized by the training rows of each fold.
         numbers: "standard" or "none", the scaling of numeric inputs.
-        watched: whether the training loss is watched. The training rows with a positive weight are
-            then the validation rows too.
+        watched: whether the training computes its loss after each epoch. The training rows with a
+            positive weight are then the validation rows too.
     """
     rows = group.rows
     valids = group.valids
@@ -278,9 +294,9 @@ def make_dataset(
 
 
 def as_dense(X: Any) -> Any:
-    """Return a sparse matrix as an array, and anything else unchanged.
+    """Convert a sparse matrix to an array, and return anything else unchanged.
 
-    Raises InputError if memory does not hold the array.
+    Raises InputError if the array does not fit into memory.
     """
     if not issparse(X):
         return X
@@ -298,7 +314,10 @@ def as_dense(X: Any) -> Any:
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """Return an array as a tensor. torch shares memory only with writable arrays."""
+    """Convert an array to a tensor.
+
+    An array that is not writable is copied, because torch shares memory only with writable arrays.
+    """
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
@@ -344,7 +363,7 @@ class SliceDict(dict[str, Any]):
 
     @property
     def shape(self) -> tuple[int]:
-        """The shape (n,), from which scikit-learn counts the rows."""
+        """The shape (n,), from which scikit-learn reads the number of rows."""
         return (len(self),)
 
     def __getitem__(self, key: object) -> Any:
@@ -354,7 +373,7 @@ class SliceDict(dict[str, Any]):
 
 
 def as_sliced(X: object) -> object:
-    """Return a dict of inputs as a SliceDict, and anything else unchanged.
+    """Convert a dict of inputs to a SliceDict, and return anything else unchanged.
 
     Raises InputError for a tuple of inputs.
     """

@@ -1,7 +1,7 @@
 """HypergradientSearchCV: sampled candidates move along the derivative of their validation loss.
 
 All candidates move at once. A slope is the derivative of the validation loss with respect to a
-hyperparameter. To compute it, the training is repeated and differentiated.
+hyperparameter. To compute a slope, gputune repeats the training and differentiates it.
 
 A start is a starting point with the points that follow it. An outer step moves each start to its
 next point. F counts folds.
@@ -42,12 +42,12 @@ from gputune.wording import Verbatim
 
 
 class TrialSlopes(NamedTuple):
-    """The losses and slopes of one trial, fold by fold.
+    """The validation losses of one trial in each fold, and their derivatives (slopes).
 
     Attributes:
         losses: (F,) validation loss of each fold.
         slopes: hyperparameter -> (F, 1, 1) slope of the loss.
-        ratios: (F,) ratio by which the chaos guard decides whether a slope is noise.
+        ratios: (F,) value by which the chaos guard decides whether a slope is only noise.
     """
 
     losses: FloatArray
@@ -59,13 +59,13 @@ class TrialSlopes(NamedTuple):
 def slopes_of(
     fits: Sequence[RecordedFit], names: Sequence[str], mode: SlopeMode, training: FitOptions
 ) -> dict[int, TrialSlopes]:
-    """Return the slopes of each trial with respect to some hyperparameters.
+    """Return the slope of each trial's validation loss with respect to some hyperparameters.
 
-    All fits of the trials have been trained, and have validation rows. The loss is the mean
+    The trials must be trained, and each fold must have validation rows. The loss is the mean
     cross-entropy of the validation rows, or the mean squared error in the target's own unit. The
-    slope refers to the estimator's own hyperparameter, for example alpha if alpha is set. It is
-    exact, or computed from wide finite differences, as ``mode`` says. Trials that the deadline cuts
-    short are missing.
+    slope refers to the estimator's own hyperparameter, for example alpha if alpha is set. ``mode``
+    says whether a slope is exact or computed from wide finite differences. Trials that the deadline
+    cuts short are missing.
     """
     # trial -> fold -> slope
     by_fold: dict[int, dict[int, MemberSlope]] = defaultdict(dict)
@@ -95,14 +95,14 @@ def slopes_of(
 def descended_parameters(
     hyperparameters: str | Sequence[str] | None, estimator: object
 ) -> dict[str, str]:
-    """Return the engine's name of each moved hyperparameter -> the estimator's parameter for it.
+    """Return a dict from gputune's name of each hyperparameter to the estimator's parameter.
 
     Args:
         hyperparameters: names of parameters. None: the first that the estimator offers.
         estimator: the estimator or pipeline.
 
     Raises:
-        InputError: the estimator does not have a parameter, or it is named twice.
+        InputError: the estimator does not have a parameter, or a parameter is named twice.
     """
     prefix, last = last_step(estimator)
     params = last.get_params(deep=False)
@@ -129,9 +129,9 @@ def descended_parameters(
 
 
 def start_value(recipe: Recipe | Penalty, name: str, parameter: str, start: str) -> float:
-    """Return a hyperparameter of a starting point, in the unit of the estimator's parameter.
+    """Return the start value of a hyperparameter, in the unit of the estimator's parameter.
 
-    Raises InputError if a search cannot move from it.
+    Raises InputError if a hypergradient search cannot move the value.
     """
     if isinstance(recipe, Penalty):
         if not recipe.fit_intercept:
@@ -170,9 +170,9 @@ def neg_log_loss(
 ) -> float:
     """Return the negative log loss of a fitted classifier, in (-inf, 0].
 
-    It also works for rows that lack some classes, which scikit-learn's score of this name does not.
-    scikit-learn clips probabilities to [eps, 1 - eps]. A loss beyond -log(eps) is clipped there,
-    although the loss that the search minimizes can be larger.
+    Unlike scikit-learn's score of this name, the function also works for rows that lack some
+    classes. scikit-learn clips probabilities to [eps, 1 - eps]. A loss beyond -log(eps) is clipped
+    there, although the loss that the search minimizes can be larger.
 
     Args:
         estimator: the fitted classifier.
@@ -187,7 +187,7 @@ def neg_log_loss(
 
 @dataclass(eq=False)
 class DescentRun(SearchRun):
-    """A search run over the points of hypergradient searches on X and y.
+    """One run of HypergradientSearchCV: it trains the points of all starting points and moves them.
 
     ``origins`` holds the starting point and the outer step of each point. ``fits`` holds the fits
     of the current point of each start.
@@ -209,14 +209,14 @@ class DescentRun(SearchRun):
     def descend(
         self, candidates: Candidates, space: Any, method: Hypergradient
     ) -> TrainedCandidates:
-        """Train all candidates, then move them outer step by outer step.
+        """Train all candidates, then move each candidate along its slope for several steps.
 
-        The folds are split once and are the same at every step. A point that diverges reduces its
-        learning rate. A point that is refused, cannot be evaluated or is cut short by ``deadline``
-        is the last one of its start.
+        All steps use the same folds. A point that diverges reduces its learning rate. A start ends
+        at a point that is invalid, cannot be evaluated or is cut short by ``deadline``.
 
         Raises:
-            InputError: a candidate or a fold cannot be used. It is raised before anything trains.
+            InputError: a candidate or a fold cannot be used. The error comes before anything
+                trains.
         """
         begin = time.monotonic()
         self.outer_steps = method.outer_steps
@@ -246,7 +246,7 @@ class DescentRun(SearchRun):
         return TrainedCandidates(self.points, self.splits, self.events, share)
 
     def add(self, starts: Mapping[int, StartingPoint], step: int) -> None:
-        """Train the new points of starts that have moved."""
+        """Train the new points after a step of the search."""
         # A later point of a start overwrites an earlier one, so the last point remains.
         last_points = {start: point for (start, _), point in zip(self.origins, self.points)}
         points = []
@@ -257,7 +257,7 @@ class DescentRun(SearchRun):
             self._train(points, [(number, step) for number in starts])
 
     def _train(self, points: Candidates, origins: Sequence[tuple[int, int]]) -> None:
-        """Train points. Their trial numbers continue after the earlier points."""
+        """Train new points of the search. Their trial numbers continue after the earlier points."""
         events = self.record(points, self.X, self.y, self.splits)
         first = len(self.points)
         fits = fits_of(events)
@@ -278,10 +278,10 @@ class DescentRun(SearchRun):
         self.events += events
 
     def measure(self, starts: Mapping[int, StartingPoint], step: int) -> dict[int, Slope]:
-        """Return the slope of each start that can move further, at its current point.
+        """Return the slope at the current point of each start that can move further.
 
-        A start can move if its point was trained in all folds or diverged, and has validation rows
-        in all folds. Starts that the deadline cuts short are missing.
+        A start can move if its point has trained in all folds or has diverged, and if all folds
+        have validation rows. The result does not contain starts that the deadline cuts short.
         """
         if step == self.outer_steps:
             return {}
@@ -316,7 +316,8 @@ class DescentRun(SearchRun):
 
 
 def _check_validation_rows(fit: RecordedFit) -> None:
-    """Raise InputError unless the loss on the validation rows of a fit has a slope."""
+    """Raise InputError if the validation loss of a fit has no derivative, for example without
+    rows."""
     train = fit.train
     valid = fit.valid
     if not (isinstance(train, FoldRows) and isinstance(valid, FoldRows)):
@@ -337,9 +338,9 @@ def _check_validation_rows(fit: RecordedFit) -> None:
 class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # type: ignore[misc]
     """A search that moves its candidates by gradient descent on their cross-validated loss.
 
-    ``n_iter`` starting points are sampled. At each outer step all of them train in all folds at
-    once. The mean validation loss over the folds is differentiated through the training. Every
-    start then moves against its slope, in the logarithm of its hyperparameters (the logit for
+    ``n_iter`` starting points are sampled. At each outer step all starting points train in all
+    folds at once. The mean validation loss over the folds is differentiated through the training.
+    Every start then moves against its slope, in the logarithm of its hyperparameters (the logit for
     momentum). The other parameters of a start stay unchanged.
 
     Every point on the way is a candidate in ``cv_results_``. In addition to scikit-learn's keys it
@@ -432,7 +433,7 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
     def score(self, X: object, y: object = None, **params: object) -> float:
         """Return the score of the refitted estimator on rows X with targets y.
 
-        It uses ``scoring`` if you passed it, otherwise the ``score`` of the estimator.
+        The score is ``scoring`` if you set it, otherwise the ``score`` of the estimator.
         """
         if self.scoring is None and hasattr(self, "best_estimator_"):
             return float(self.best_estimator_.score(X, y, **params))

@@ -22,7 +22,7 @@ from gputune.types import Config
 
 @dataclass(eq=False)
 class HalvingRun(SearchRun):
-    """A search run that continues to train its candidates from rung to rung.
+    """One run of HalvingRandomSearchCV, in which candidates continue training from rung to rung.
 
     A candidate trains up to the epoch that its ``resource`` names.
     """
@@ -39,9 +39,9 @@ class HalvingRun(SearchRun):
         return replace(super().fit_options(candidates), horizon=self.horizon, states=states)
 
     def train(self, candidates: Candidates, fits: Sequence[RecordedFit]) -> None:
-        """Train the fits up to the rung, and store the state of every candidate.
+        """Train the candidates up to the epoch of the rung, and store their states.
 
-        A candidate that failed in a fold at the previous rung begins again.
+        A candidate that failed in a fold at the previous rung trains again from the beginning.
         """
         super().train(candidates, fits)
         by_trial: dict[int, list[RecordedFit]] = defaultdict(list)
@@ -57,7 +57,7 @@ class HalvingRun(SearchRun):
             self.states[self._key(candidates[trial])] = members[0].seed, states
 
     def _key(self, params: Config) -> Hashable:
-        """Return the key of a candidate across rungs.
+        """Return a key that identifies a candidate at all rungs.
 
         scikit-learn copies the dict of a candidate, but not the values in it. So the ids of the
         values stay the same and can form the key.
@@ -137,7 +137,8 @@ class HalvingRandomSearchCV(FusedSearch, successive_halving.HalvingRandomSearchC
         return overrides
 
     def _epochs_parameter(self) -> str | None:
-        """Return the estimator's parameter for epochs, if epochs are the resource, otherwise None.
+        """Return the estimator's parameter for the number of epochs, or None if the resource is not
+        epochs.
 
         Raises InputError for the names that other estimators use.
         """

@@ -36,7 +36,8 @@ _TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Penalty:
-    """The objective of one logistic regression and the tolerance of its solution, for ``solve``."""
+    """The settings of one logistic regression: penalty, class weights, solver tolerance and
+    device."""
 
     C: float
     l1_ratio: float
@@ -49,7 +50,8 @@ class Penalty:
 
 @dataclass(frozen=True, eq=False)
 class SolvedMember:
-    """The solution of one member, as a position in a jointly solved problem.
+    """The solution of one logistic regression (one trial on one fold) that was solved together with
+    others.
 
     Attributes:
         solution: the solution of all members that were solved together.
@@ -65,7 +67,7 @@ class SolvedMember:
 def solve_groups(
     penalties: Mapping[int, Penalty], folds: FoldGroup
 ) -> list[tuple[list[int], FoldGroup]]:
-    """Split trials and folds into groups that are solved together.
+    """Split trials and folds into groups that the solver can solve together.
 
     The trials of a group differ only in C and l1_ratio. Its folds have the same classes.
     """
@@ -80,9 +82,9 @@ def solve_groups(
 def solve_members(
     penalties: Mapping[int, Penalty], folds: FoldGroup, training: FitOptions
 ) -> dict[FoldTrial, SolvedMember | Exception]:
-    """Solve the logistic regression of every penalty on the training rows of every fold.
+    """Solve the logistic regression of each trial on the training rows of each fold.
 
-    A member whose class weights do not fit gets a ValueError as its result.
+    The result for a trial and fold is a ValueError if the class weights do not fit the classes.
     """
     del training  # a batched solve takes seconds, so deadlines and workers are ignored
     members: dict[FoldTrial, SolvedMember | Exception] = {}
@@ -103,7 +105,10 @@ def solve_members(
 def solver_slopes(
     penalties: Mapping[int, Penalty], folds: FoldGroup, *_: object
 ) -> dict[FoldTrial, MemberSlope]:
-    """Return the slope with respect to C, at the minimum, of every penalty in every fold."""
+    """Return the derivative of the validation loss at the solution of each trial in each fold.
+
+    The derivative is with respect to C.
+    """
     member_slopes: dict[FoldTrial, MemberSlope] = {}
     for trials, group in solve_groups(penalties, folds):
         problem = make_problem([penalties[trial] for trial in trials], group)
@@ -117,9 +122,9 @@ def solver_slopes(
 
 
 def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> LogisticProblem:
-    """Return the problem of several penalties that differ only in C and l1_ratio.
+    """Return the solver's problem for several trials that differ only in C and l1_ratio.
 
-    Raises ValueError if the weights leave no rows.
+    Raises ValueError if all rows have weight 0.
     """
     first = penalties[0]
     (x,) = folds.rows.inputs(device_for_solver(first.device).device, torch.float64)
@@ -142,7 +147,7 @@ def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> LogisticProb
 def _weights(
     class_weight: Mapping[object, float] | str | None, folds: FoldGroup, train: IntArray
 ) -> FloatArray:
-    """Return the weight (n,) of each row in a fold: sample weight times class weight.
+    """Return the weight (n,) of each row for one fold: its sample weight times its class weight.
 
     Rows outside of the training rows have weight 0.
     """
@@ -299,7 +304,7 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
 
 
 def _penalty(C: float, l1_ratio: float, penalty: str | None) -> tuple[float, float]:
-    """Return C and l1_ratio for the older parameter ``penalty``."""
+    """Return C and l1_ratio for a value of scikit-learn's older parameter ``penalty``."""
     if penalty is None:
         if C != 1.0 or l1_ratio != 0.0:
             warn(

@@ -51,7 +51,7 @@ supports."""
 
 
 class _MLP(TrainedEstimator):
-    """The common part of MLPClassifier and MLPRegressor."""
+    """The common base class of MLPClassifier and MLPRegressor."""
 
     _epochs = "max_iter"
     _differentiable: ClassVar = {
@@ -93,7 +93,8 @@ class _MLP(TrainedEstimator):
         return None
 
     def _setting_of_scikit_learn(self) -> str | None:
-        """Return the first setting that gputune cannot train, as text, or None."""
+        """Return the first setting that only scikit-learn can train, such as "early_stopping=True",
+        or None."""
         sgd = self.solver == "sgd"
         adam = self.solver == "adam"
         unsupported = {
@@ -115,10 +116,10 @@ class _MLP(TrainedEstimator):
         return None
 
     def _validate_input(self, X: object, y: object, incremental: bool, reset: bool) -> object:
-        """Begin scikit-learn's own ``fit`` or ``partial_fit``, and remove the network of an earlier
-        fit.
+        """Check settings at the beginning of scikit-learn's own ``fit`` or ``partial_fit``.
 
-        Raises InputError for settings that only gputune trains.
+        The method also removes the network of an earlier fit. Raises InputError for settings that
+        only gputune trains.
         """
         reason = "partial_fit" if incremental else self._left_to_scikit_learn(y)
         for name, values in _SCIKIT_LEARN_VALUES.items():
@@ -135,7 +136,7 @@ class _MLP(TrainedEstimator):
         return super()._validate_input(X, y, incremental, reset)
 
     def _check_solver(self) -> bool:
-        """Raise AttributeError if the solver has no ``partial_fit``."""
+        """Return True if the solver supports ``partial_fit``, otherwise raise AttributeError."""
         if self.solver not in ("sgd", "adam"):
             raise AttributeError(
                 f"partial_fit supports only solver='sgd' and solver='adam', got {self.solver!r}."
@@ -182,9 +183,9 @@ class _MLP(TrainedEstimator):
         )
 
     def _alpha(self) -> float | None:
-        """Return the L2 penalty, or None if another weight decay replaces it.
+        """Return the L2 penalty ``alpha``, or None if ``weight_decay`` replaces the penalty.
 
-        Raises InputError if both are set.
+        Raises InputError if the user sets both.
         """
         chosen = self.alpha != 1e-4  # scikit-learn's default
         if self.solver in ("adamw", "adamwhd"):
@@ -229,7 +230,7 @@ class _MLP(TrainedEstimator):
         self.__dict__.pop("_optimizer", None)
 
     def _set_outputs(self, fitted: TrainedMember, rows: CheckedRows) -> None:
-        """Convert the last layer of the network to scikit-learn's form.
+        """Convert the trained last layer to the form that scikit-learn's attributes have.
 
         For two classes the converted layer has one output, a probability. For a regression its
         outputs are in the units of the target.
@@ -237,7 +238,8 @@ class _MLP(TrainedEstimator):
         raise NotImplementedError
 
     def _forward_pass_fast(self, X: object, check_input: bool = True) -> NDArray[np.floating]:
-        """Return the outputs of the network: probabilities, or predicted values of a regression."""
+        """Return the network's predictions for rows X: probabilities, or values for a
+        regression."""
         if self.activation in SCIKIT_LEARN_ACTIVATIONS:
             return np.asarray(super()._forward_pass_fast(X, check_input=check_input))
         if check_input:
@@ -255,7 +257,10 @@ class _MLP(TrainedEstimator):
 
 
 def _layers(sizes: object) -> list[int]:
-    """Return the sizes of the hidden layers as a list. Raises InputError for other values."""
+    """Return the sizes of the hidden layers as a list of integers.
+
+    Raises InputError for values that are not sizes.
+    """
     layers = [sizes] if isinstance(sizes, Integral) else sizes
     if not isinstance(layers, list | tuple | np.ndarray) or not all(map(_is_size, layers)):
         raise InputError(
@@ -268,7 +273,7 @@ def _layers(sizes: object) -> list[int]:
 
 
 def _is_size(value: object) -> bool:
-    """Return whether a value is a valid number of units of a hidden layer."""
+    """Return True if a value is a valid number of units of a hidden layer."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 

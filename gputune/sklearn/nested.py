@@ -36,7 +36,7 @@ AnySearch = RandomizedSearchCV | GridSearchCV
 
 @dataclass(frozen=True, eq=False)
 class NestedScores:
-    """The results of nested cross-validation, one entry per outer fold (O outer folds).
+    """The results of nested cross-validation, with one entry for each of the O outer folds.
 
     Attributes:
         scores: (O,) test score of each fold's best candidate, refitted on the fold's training rows.
@@ -73,7 +73,7 @@ def nested_cv(
     groups: object = None,
     params: Mapping[str, object] | None = None,
 ) -> NestedScores:
-    """Run a search in each outer fold, and return the scores and best parameters.
+    """Run a search in each outer fold, and return each fold's test score and best parameters.
 
     The result equals the loop ``clone(search).fit(X[train], y[train]).score(X[test], y[test])``
     over the outer folds. Here the inner folds of all outer folds train together. A search with
@@ -185,9 +185,9 @@ def _check_search(search: object) -> None:
 def _route(
     search: object, splitter: object, groups: object, params: Mapping[str, object]
 ) -> list[Json]:
-    """Return the params for the outer splitter, the search's ``fit`` and its ``score``.
+    """Return the keyword arguments for the outer splitter, the search's ``fit`` and its ``score``.
 
-    The params are routed as in ``cross_val_score``.
+    The arguments are routed as in ``cross_val_score``.
     """
     if not get_config()["enable_metadata_routing"]:
         return [{"groups": groups}, params, {}]
@@ -207,9 +207,10 @@ def _route(
 
 
 def _routed_within(search: AnySearch, X: object, params: Mapping[str, object]) -> Bunch:
-    """Return the params that the search passes on from its ``fit``.
+    """Return the keyword arguments that the search's ``fit`` passes on to its splitter and
+    estimator.
 
-    Warnings are ignored here, because ``fit`` itself shows them.
+    The function hides warnings, because ``fit`` itself shows them.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -221,7 +222,7 @@ def _train(
     rows: Sequence[tuple[object, object, Mapping[str, object]]],
     parts: Sequence[FoldRows | None],
 ) -> list[TrainedCandidates]:
-    """Train the candidates of all searches in their inner folds."""
+    """Train the candidates of the searches of all outer folds together, in their inner folds."""
     begin = time.monotonic()
     recorded = []
     for search, (X, y, params), part in zip(searches, rows, parts):

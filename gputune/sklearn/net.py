@@ -165,7 +165,7 @@ class _NeuralNet(TrainedEstimator):
         )
 
     def _config(self) -> Config:
-        """Return the complete configuration that gputune's training engine needs."""
+        """Return all hyperparameters by name, as gputune's training engine needs them."""
         optimizer = optimizer_word(self.optimizer, "optimizer")
         decay = self.optimizer__weight_decay
         momentum = self.optimizer__momentum
@@ -210,8 +210,8 @@ class _NeuralNet(TrainedEstimator):
         return config
 
     def _loss(self) -> str | Callable[..., object] | None:
-        """Return the criterion as the engine's loss: a name, the user's own loss, or None for the
-        default."""
+        """Return the loss for ``criterion``: a loss name, the user's own loss, or None for the
+        default loss."""
         criterion: str | Callable[..., object] | None = self.criterion
         arguments = {name for name in self._arguments if name.startswith("criterion__")}
         for loss, name in self._own_losses.items():
@@ -225,7 +225,7 @@ class _NeuralNet(TrainedEstimator):
 
 
 def _builder(module: object) -> Builder:
-    """Return the module's class or function. Raises InputError for anything else."""
+    """Return the user's module class or function. Raises InputError for anything else."""
     if isinstance(module, nn.Module):
         remedy = "Arguments of the module are written module__*."
         raise InputError("module", what_to_pass(module), remedy=remedy)
@@ -239,7 +239,7 @@ def _builder(module: object) -> Builder:
 
 
 def _settings(criterion: nn.Module) -> Config:
-    """Return the constructor arguments of a loss object. A tensor of weights becomes a list."""
+    """Return the settings of a loss object as a dict. A tensor of weights becomes a list."""
     settings = {name: value for name, value in vars(criterion).items() if not name.startswith("_")}
     settings |= {name: buffer.tolist() for name, buffer in criterion.named_buffers()}
     settings.pop("training")
@@ -338,7 +338,7 @@ class NeuralNet(_NeuralNet):
     _own_losses: ClassVar = {}
 
     def predict(self, X: object) -> FloatArray:
-        """Return the outputs of the module, (n, ...)."""
+        """Return the outputs of the module for rows X, (n, ...)."""
         return self._outputs(X).numpy()
 
 
@@ -385,14 +385,14 @@ class NeuralNetClassifier(ClassifierMixin, _NeuralNet):  # type: ignore[misc]
         return labels
 
     def predict_proba(self, X: object) -> FloatArray:
-        """Return the probabilities (n, K) of the classes, in the order of ``classes_``, or of the
-        labels."""
+        """Return the predicted probability (n, K) of each class in the order of ``classes_``, or of
+        each label."""
         outputs = self._logits(X)
         has_labels = isinstance(self.classes_, list)
         return (outputs.sigmoid() if has_labels else outputs.softmax(1)).numpy()
 
     def predict_log_proba(self, X: object) -> FloatArray:
-        """Return the logarithms of the probabilities of ``predict_proba``, (n, K)."""
+        """Return the logarithms of the predicted probabilities, (n, K), as in ``predict_proba``."""
         outputs = self._logits(X)
         has_labels = isinstance(self.classes_, list)
         return (logsigmoid(outputs) if has_labels else outputs.log_softmax(1)).numpy()
@@ -472,7 +472,7 @@ class NeuralNetRegressor(RegressorMixin, _NeuralNet):  # type: ignore[misc]
             self.target_scale_ = fitted.scale + zeros
 
     def _warn_of_units(self) -> None:
-        """Warn if the outputs are not in the units of y because of the criterion."""
+        """Warn the user if the criterion makes the module's outputs have other units than y."""
         if self.training_step is not None:
             return
         arguments = {

@@ -1,4 +1,4 @@
-"""Estimators that are networks: joint training of all configurations and folds, and prediction.
+"""Training of all configurations and folds of network estimators together, and their predictions.
 
 A recipe describes the training of one configuration. A member is one trial (candidate) on one fold.
 A chunk is a set of members with tensors of one shape, which train together.
@@ -55,7 +55,8 @@ The errors are DivergedError, InputError for a module that cannot be trained, an
 
 @dataclass(frozen=True, eq=False)
 class RecipeBatch:
-    """Recipes that differ only in their configurations, on folds of the same classes."""
+    """Recipes (training runs) that differ only in their configurations, and folds with the same
+    classes."""
 
     trials: list[int]
     recipes: list[Recipe]
@@ -65,11 +66,11 @@ class RecipeBatch:
     objective: Objective | None
 
     def places(self, chunk: Population) -> list[FoldTrial]:
-        """Return the (fold, trial) pair that identifies each member of a chunk."""
+        """Return the (fold, trial) pair of each member of a chunk, in the order of the members."""
         return [(fold, self.trials[i]) for fold in self.folds.numbers for i in chunk.index]
 
     def trainer(self, training: FitOptions) -> Trainer:
-        """Return the eager trainer of the batch."""
+        """Return the trainer for the batch, with the eager backend."""
         recipe = self.recipes[0]
         return Trainer(
             data=self.data,
@@ -85,7 +86,10 @@ class RecipeBatch:
 
 
 def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[RecipeBatch]:
-    """Group recipes into batches that train together, and yield the batches."""
+    """Group recipes (descriptions of training runs) that can train together.
+
+    Yields the groups with their folds and data.
+    """
     rows = folds.rows
     families = defaultdict[Hashable, list[int]](list)
     for trial, recipe in recipes.items():
@@ -131,9 +135,10 @@ def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[RecipeB
 
 
 def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | None:
-    """Return the training objective.
+    """Return the training objective (loss and training step) of a recipe.
 
-    For a module that returns one logit for two classes it is the binary cross-entropy.
+    If a module without a chosen loss returns one logit for two classes, the loss is the binary
+    cross-entropy.
     """
     if recipe.module is not None and recipe.loss is None and recipe.step is None:
         # The later check of the module raises this error again, separately for each configuration.
@@ -145,10 +150,11 @@ def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | Non
 
 @entry
 def fit_members(recipes: Mapping[int, Recipe], folds: FoldGroup, training: FitOptions) -> Members:
-    """Train every recipe on the training rows of every fold, stacked as far as shapes allow.
+    """Train every configuration on the training rows of every fold, as many together as shapes
+    allow.
 
-    The results of a member depend on its recipe and its rows, not on the members that train with
-    it.
+    The result of a member depends only on its recipe and its rows, not on the members that train
+    with it.
     """
     members: Members = {}
     fitting = {}
@@ -170,12 +176,13 @@ def fit_members(recipes: Mapping[int, Recipe], folds: FoldGroup, training: FitOp
 
 
 class EstimatorNames(Interface):
-    """The names that scikit-learn estimators, like skorch's, give to the arguments of a search."""
+    """Names of arguments in messages for users of the scikit-learn estimators, such as
+    ``criterion`` for ``loss``."""
 
     name = "sklearn"
 
     def argument(self, reference: Reference) -> str:
-        """Return an argument as a parameter of an estimator: ``criterion=...`` for ``loss=...``."""
+        """Return an argument as users of an estimator write it, such as ``criterion=...``."""
         if reference.name == "space" and reference.keys:
             return reference.keys[0].strip("'\"")
         name = reference.name
@@ -187,12 +194,16 @@ class EstimatorNames(Interface):
 
 
 def with_estimator_names(error: InputError) -> InputError:
-    """Return an error of the engine with the parameter names of the scikit-learn API."""
+    """Return a copy of an error whose message has the parameter names of the scikit-learn
+    estimators."""
     return error.shown_by(EstimatorNames())
 
 
 def _fit_batch(batch: RecipeBatch, training: FitOptions) -> Members:
-    """Train the chunks of one batch, and return its members."""
+    """Train the configurations of one batch on its folds.
+
+    Returns a trained member or an error for each (fold, trial).
+    """
     recipe = batch.recipes[0]
     data = batch.data
     trainer = batch.trainer(training)
@@ -231,7 +242,7 @@ def _fit_batch(batch: RecipeBatch, training: FitOptions) -> Members:
 
 
 def _outcomes(trainer: Trainer, job: Job, plan: Plan) -> Iterator[Any]:
-    """Train the chunks of a plan on the threads that torch may use, and yield their outcomes.
+    """Train the chunks of a plan, with at most torch's number of threads, and yield their results.
 
     Raises the error of a trial that cannot be trained.
     """
@@ -243,7 +254,7 @@ def _outcomes(trainer: Trainer, job: Job, plan: Plan) -> Iterator[Any]:
 
 
 def _check_module(batch: RecipeBatch, config: Config) -> int:
-    """Return the number of parameters of the user's module, 0 for a built-in model.
+    """Check the user's module, and return its number of parameters (0 for a built-in model).
 
     Raises InputError if the module cannot be trained.
     """
@@ -268,9 +279,9 @@ def training_slopes(
     mode: SlopeMode,
     training: FitOptions,
 ) -> dict[FoldTrial, MemberSlope]:
-    """Return the slopes of recipes that train in the folds.
+    """Return the derivatives of the validation loss for each recipe that trains with minibatches.
 
-    Recipes that the deadline cuts short are missing.
+    The result does not contain recipes that the deadline cuts short.
     """
     member_slopes: dict[FoldTrial, MemberSlope] = {}
     for batch in batches(recipes, folds):
@@ -304,7 +315,7 @@ def training_slopes(
 
 
 def _resumed_chunk(chunk: Population, batch: RecipeBatch) -> BegunChunk:
-    """Return the chunk with the states from which its members continue training."""
+    """Return a chunk whose members continue training from the states that their recipes hold."""
     folds = batch.folds.numbers
     state = State.stack([batch.recipes[i].states[fold] for i in chunk.index for fold in folds])
     # (C * F, 1, N) -> (C, F, N)
@@ -319,8 +330,10 @@ NUMBERS = 1 << 20
 
 
 class TrainedEstimator(FusedEstimator):
-    """An estimator that trains with minibatches. After ``fit``, ``module_`` is the trained
-    network."""
+    """Base class of estimators that train a network with minibatches.
+
+    After ``fit``, ``module_`` is the trained network.
+    """
 
     _fit_recipes = staticmethod(fit_members)
     _slopes = staticmethod(training_slopes)
@@ -338,7 +351,7 @@ class TrainedEstimator(FusedEstimator):
         self._draws = fitted.draws
 
     def _outputs(self, X: object) -> Tensor:
-        """Return the module's outputs (n, K), float64, on the CPU."""
+        """Return the outputs of the trained module for rows X, (n, K) float64 on the CPU."""
         check_is_fitted(self)
         X = as_dense(X)
         if self._layout is None:

@@ -1,4 +1,4 @@
-"""The training of one configuration, whatever names its parameters have.
+"""The description of one training run, independent of the estimator's parameter names.
 
 This module also defines when a chunk stops training, and the result of each member. A member is one
 trial on one fold. A chunk is a set of members that train together. A member can end earlier than
@@ -65,7 +65,7 @@ class Patience:
 
 @dataclass(frozen=True, eq=False)
 class TrainedMember:
-    """One trained member.
+    """The result of training one member (one trial on one fold).
 
     Attributes:
         module: function that makes a plain module with copies of the parameters, in evaluation
@@ -77,10 +77,10 @@ class TrainedMember:
         scaling: the scaling of each input. None leaves an input unchanged.
         rows: number of training rows.
         epochs: number of trained epochs.
-        stalled: number of epochs at the end without an improvement.
+        stalled: number of last epochs without an improvement.
         seed: seed of its random numbers.
-        state: the state (1, 1, N) of this member if it can continue training. It has no buffers if
-            the training is over.
+        state: the state (1, 1, N) of this member if it can continue training. The state has no
+            buffers if the training is over.
         losses: (epochs,) loss on its training rows after each epoch. Empty if the loss was not
             watched.
         draws: whether the module draws random numbers in predictions.
@@ -103,7 +103,7 @@ class TrainedMember:
 
 @dataclass(frozen=True)
 class FitOptions:
-    """The options of fits that are made together.
+    """The options that all fits of a joint training share: processes, deadline, rungs.
 
     Attributes:
         workers: number of processes. None lets an estimate decide.
@@ -125,7 +125,7 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The training of one configuration, whatever names its parameters have.
+    """The description of one training run, independent of the estimator's parameter names.
 
     Attributes:
         kind: kind of model.
@@ -134,7 +134,7 @@ class Recipe:
         alpha: scikit-learn's L2 penalty. None if ``weight_decay`` replaces it. See ``config_for``.
         epochs: number of epochs.
         seed: seed of initial weights, row orders and dropout.
-        device: the device as the user wrote it.
+        device: the device that the user set.
         module: function or class that makes the user's module, for kind "module".
         loss: name of a loss or the user's own loss. None for the default of the task.
         step: the user's training step for a minibatch, as in ``Objective``.
@@ -163,12 +163,13 @@ class Recipe:
 
     @property
     def begin(self) -> int:
-        """The number of epochs that the configuration has trained already."""
+        """The number of epochs that this configuration has trained at earlier rungs."""
         return max((state.epoch for state in self.states.values()), default=0)
 
     @property
     def family(self) -> Hashable:
-        """The key of recipes that train together, on one device and for the same time."""
+        """A key that is equal for recipes that can train together: same device, model, seed and
+        epochs."""
         length = (self.begin, self.epochs, self.horizon)
         functions = tuple(map(content, (self.module, self.loss, self.step, self.augment)))
         never_stops = self.patience is None
@@ -177,7 +178,7 @@ class Recipe:
     def objective(self, task: Task) -> Objective | None:
         """Return the training objective of a module, or None for a built-in model.
 
-        Raises InputError if it does not fit the task.
+        Raises InputError if the loss does not fit the task.
         """
         if self.kind != "module":
             return None
@@ -186,7 +187,8 @@ class Recipe:
         return objective
 
     def config_for(self, rows: int, weight: float) -> Config:
-        """Return the configuration for a number of training rows and their total weight.
+        """Return the configuration, with ``alpha`` converted to a weight decay for the training
+        rows.
 
         scikit-learn's gradient over a minibatch is (sum of weight x slope + alpha W) / (sum of
         weights). So its penalty is an L2 weight decay of alpha / (sum of the minibatch's weights).
@@ -201,7 +203,7 @@ class Recipe:
 
 
 def draw_seed(random_state: object, draw: DrawSeed) -> int:
-    """Return an integer seed for scikit-learn's ``random_state``.
+    """Return an integer seed for scikit-learn's parameter ``random_state``.
 
     An integer stays unchanged, a RandomState gives its next random integer, and None gives
     ``draw()``. Anything else raises scikit-learn's error.
@@ -215,7 +217,7 @@ def draw_seed(random_state: object, draw: DrawSeed) -> int:
 
 
 def content(value: object) -> Hashable:
-    """Return a hashable key that is equal for a value and its copies.
+    """Return a hashable key for a value, so that a value and its copies have equal keys.
 
     A value that cannot be pickled gets a unique key.
     """
@@ -228,9 +230,9 @@ def content(value: object) -> Hashable:
 
 
 class TrainingLoss(scoring.Scoring):
-    """The negative weighted loss on the training rows, as a score.
+    """A score that is the negative weighted loss on the training rows.
 
-    In these datasets the training rows are the validation rows.
+    The dataset must have the training rows as its validation rows.
     """
 
     def __init__(self) -> None:
@@ -239,7 +241,8 @@ class TrainingLoss(scoring.Scoring):
     def __call__(
         self, data: Dataset, fold: int, outputs: Tensor, member: scoring.TrialModel | None = None
     ) -> Tensor:
-        """Return the scores (C,), float64, of outputs (C, m, K).
+        """Return the score (C,), float64, of each trial: minus the weighted mean loss of its
+        outputs (C, m, K).
 
         For a regression the loss is half the squared error of the standardized target.
         """
@@ -260,7 +263,8 @@ class TrainingLoss(scoring.Scoring):
 
 
 class Stopping:
-    """The action after every epoch of a chunk: end stalled members and keep their parameters.
+    """A callback after every epoch that ends members whose loss stalls, and stores their
+    parameters.
 
     Attributes:
         ends: (2, C, F) the number of trained epochs of each member, and the number of its last
@@ -283,9 +287,10 @@ class Stopping:
         self.rows: Tensor | None = None
 
     def __call__(self, trained: Trained) -> bool | np.ndarray:
-        """Return a mask of the remaining trials that continue, or True if the time is over.
+        """End members whose loss stalls.
 
-        A trial continues if at least one of its members continues.
+        Returns a mask of the remaining trials that continue, or True if the time is over. A trial
+        continues if at least one of its members continues.
         """
         alive = np.array(trained.alive)
         epochs, stalled = self.ends[:, alive]
@@ -312,11 +317,12 @@ class Stopping:
 
 @dataclass(frozen=True)
 class ChunkWeights(Outcome):
-    """The result of training a chunk.
+    """The trained parameters of the members of one chunk (members that train together).
 
     Attributes:
         rows: (C, F, N) the parameters of each member. None if a member did not reach its end.
-        buffers: (C, F, N) the whole state of the members. Empty if they do not continue training.
+        buffers: (C, F, N) the whole state of the members. Empty if the members do not continue
+            training.
         ends: (2, C, F) the number of trained epochs of each member, and the number of its last
             epochs that had stalled.
     """
@@ -328,12 +334,12 @@ class ChunkWeights(Outcome):
 
 @dataclass(frozen=True, kw_only=True)
 class MemberJob(Job):
-    """A job that returns the weights of the members of a chunk instead of scores.
+    """A training job that returns the trained parameters of its members instead of scores.
 
     Attributes:
         keeps_state: whether the chunks return the whole state, so that members can continue
             training.
-        patiences: the rule of each trial by its index. Empty if all train to the last epoch.
+        patiences: the rule of each trial by its index. Empty if all trials train to the last epoch.
     """
 
     keeps_state: bool = False
@@ -342,7 +348,7 @@ class MemberJob(Job):
     def run(
         self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
     ) -> ChunkWeights:
-        """Train one chunk and return its weights."""
+        """Train the members of one chunk together, and return their parameters."""
         begin = time.monotonic()
         stopping = None
         if self.patiences:
@@ -373,7 +379,7 @@ class MemberJob(Job):
         weights: ChunkWeights,
         classes: IntArray | None,
     ) -> list[TrainedMember | Exception]:
-        """Return the members of a chunk, fold by fold.
+        """Return the trained members of a chunk, or their errors, fold by fold.
 
         The list is empty if the chunk did not train to its end.
         """
@@ -418,7 +424,7 @@ class MemberJob(Job):
 
 
 def _diverged(config: Config) -> DivergedError:
-    """Return the error to raise for a member with weights that are not finite."""
+    """Return the DivergedError for a member that has weights which are not finite."""
     return DivergedError(
         f"the training diverged with {config['optimizer']} and a learning rate of "
         f"{config['lr']:.3g}: its weights are not finite. Use a smaller learning rate, or scale "

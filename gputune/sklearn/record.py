@@ -1,4 +1,5 @@
-"""The list of all fits of a search, recorded from the estimators without training them."""
+"""The list of all fits of a search, which gputune records by calling the estimators' ``fit``
+without training."""
 
 import functools
 import itertools
@@ -49,13 +50,14 @@ class RecordedFit:
 
     @property
     def error(self) -> Exception | None:
-        """The exception that this fit raises. None if it succeeds."""
+        """The exception that this fit raised, or None if the fit succeeded."""
         if isinstance(self.train, Exception):
             return self.train
         return self.fitted if isinstance(self.fitted, Exception) else None
 
     def finish(self, estimator: FusedEstimator) -> None:
-        """Turn the estimator into a fitted one, or raise the exception of this fit."""
+        """Set the fitted attributes of an estimator from this fit, or raise the exception of this
+        fit."""
         error = self.error
         if error is not None:
             # The exception may be raised in many fits. Without this, each traceback would include
@@ -65,9 +67,9 @@ class RecordedFit:
         estimator._become(self.fitted, self.rows)
 
     def is_of(self, estimator: FusedEstimator, X: object) -> bool:
-        """Return whether this is the fit of the given estimator.
+        """Return True if this recorded fit belongs to the given estimator.
 
-        Only parameters that print the same in a copy are compared.
+        The comparison uses only parameters whose text is the same in a copy.
         """
         return (
             type(estimator) is type(self.estimator)
@@ -77,7 +79,10 @@ class RecordedFit:
 
 
 def _printed(estimator: FusedEstimator) -> dict[str, str]:
-    """Return the text of the parameters that print the same in a copy."""
+    """Return a dict of an estimator's plain parameters as text.
+
+    These parameters have the same text in a copy of the estimator.
+    """
     types = (bool, int, float, str, type(None))
     params = estimator.get_params(deep=False).items()
     return {name: repr(value) for name, value in params if isinstance(value, types)}
@@ -85,12 +90,13 @@ def _printed(estimator: FusedEstimator) -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class Transformation:
-    """The result of fitting a transformer and transforming rows, or the exception."""
+    """The recorded result of a pipeline's transformer for some rows, or the exception that it
+    raised."""
 
     result: object
 
     def take(self) -> object:
-        """Return the result, or raise the exception."""
+        """Return the transformer's result, or raise its exception."""
         if isinstance(self.result, Exception):
             raise self.result.with_traceback(None)
         return self.result
@@ -100,7 +106,7 @@ Event = RecordedFit | Transformation
 
 
 def fits_of(events: Iterable[Event]) -> list[RecordedFit]:
-    """Return only the fits from a list of recorded fits and transformations."""
+    """Return the fits from a list of recorded fits and transformations."""
     return [event for event in events if isinstance(event, RecordedFit)]
 
 
@@ -110,10 +116,10 @@ Trials = dict[int, dict[int, RecordedFit]]  # fits by trial and fold
 def layouts(
     fits: Iterable[RecordedFit], *, held_out: bool = False
 ) -> Iterator[tuple[FoldGroup, Trials]]:
-    """Yield groups of folds, each with the trials that are fitted together in them.
+    """Yield groups of folds, each with the trials that can train together in these folds.
 
-    These trials have one class, and train on the same rows of one form. With ``held_out`` the folds
-    have their validation rows too.
+    The trials of a group have one estimator class, and train on the same rows. With ``held_out``
+    the folds also have their validation rows.
     """
     by_trial: Trials = defaultdict(dict)
     for fit in fits:
@@ -135,10 +141,11 @@ def layouts(
 def shared_rows(
     candidate: object, X: object, y: object, fit_params: Mapping[str, object]
 ) -> FoldRows | None:
-    """Return all rows, checked once for all folds, or None if each fold must be checked separately.
+    """Check all rows once, and return them if they are valid for all folds together.
 
-    Separate checks are needed in a pipeline, and if all rows together are refused. If all rows
-    together are refused, each fold may still be valid, because it may not contain the invalid rows.
+    Returns None if each fold must be checked separately. This is the case in a pipeline, and if all
+    rows together are invalid. Each fold may then still be valid, because it may not contain the
+    invalid rows.
     """
     if not isinstance(candidate, FusedEstimator) or set(fit_params) - {"sample_weight"}:
         return None
@@ -150,10 +157,10 @@ Returned = TypeVar("Returned")
 
 
 class FitRecorder:
-    """A recorder of fits that trains nothing.
+    """An object that records the ``fit`` calls of a search without training the estimators.
 
-    A pipeline's transformers are fitted as the recording reaches them, unless an equal transformer
-    was fitted before. With ``held_out`` each fit receives the validation rows of its fold too.
+    The recorder fits a pipeline's transformers, unless it has fitted an equal transformer before.
+    With ``held_out=True``, it also records the validation rows of each fit.
     """
 
     def __init__(self, *, held_out: bool = False) -> None:
@@ -174,11 +181,11 @@ class FitRecorder:
         fit_params: Mapping[str, object],
         within: FoldRows | None = None,
     ) -> list[Event]:
-        """Return the fits and transformations of every candidate in every fold.
+        """Record the fits and transformations of every candidate in every fold, and return them.
 
         The fits and transformations have the order of scikit-learn's loop. ``within`` holds checked
-        rows that contain X and y and that other searches share. If it is None, X and y are checked
-        here.
+        rows that contain X and y and that other searches share. If ``within`` is None, this method
+        checks X and y.
         """
         within = within or (shared_rows(candidates[0], X, y, fit_params) if candidates else None)
         self.events = []
@@ -208,7 +215,7 @@ class FitRecorder:
     def _record_parts(
         self, candidates: Sequence[FusedEstimator], splits: Splits, within: FoldRows
     ) -> None:
-        """Record the fits of candidates on parts of rows that are already checked."""
+        """Record the fits of candidates on folds of rows that are already checked."""
         rows = within.rows
         folds = []
         for train, test in splits:
@@ -225,9 +232,10 @@ class FitRecorder:
                 self.left[t, f] = reason
 
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
-        """Record the fit, unless it is left to scikit-learn's loop.
+        """Record the fit of one estimator in place of its ``fit`` call.
 
-        Raises the error of rows that it refuses.
+        A fit that gputune does not support is noted for scikit-learn's loop. Raises the error of
+        invalid rows.
         """
         reason = estimator._left_to_scikit_learn(y)
         if reason is not None:
@@ -251,7 +259,7 @@ class FitRecorder:
         *args: object,
         **options: Any,
     ) -> object:
-        """Fit a transformer and return the result of ``function``.
+        """Fit a pipeline's transformer, record its result and return the result.
 
         Equal transformers on the same rows are fitted only once.
         """
@@ -266,9 +274,9 @@ class FitRecorder:
         return event.take()
 
     def _once(self, key: Hashable, owners: object, make: Callable[[], Returned]) -> Returned:
-        """Return the result of ``make``, computed once per key.
+        """Return the stored result for a key, or call ``make`` to compute it.
 
-        ``owners`` are kept alive, so that no other object can get their ids.
+        The recorder keeps a reference to ``owners``, so that no other object can get their ids.
         """
         if key not in self._made:
             self._made[key] = make(), owners
@@ -276,8 +284,10 @@ class FitRecorder:
         return made
 
     def _hold_out(self, fitted: object, X: object, y: object, train: object, test: object) -> None:
-        """Attach the validation rows to the latest fit, computed once for all candidates on the
-        same rows."""
+        """Add the validation rows to the latest fit.
+
+        They are computed once for all candidates on the same rows.
+        """
         fit = self.events[-1]
         assert isinstance(fit, RecordedFit) and isinstance(fit.train, FoldRows)
         part = fit.train
@@ -296,8 +306,10 @@ class FitRecorder:
         train: object,
         fit_params: Mapping[str, object],
     ) -> tuple[tuple[object, ...], Mapping[str, object]]:
-        """Return the arguments of ``fit`` for some rows: the same objects whenever the rows are the
-        same."""
+        """Return the arguments of ``fit`` for the training rows of a fold.
+
+        Equal rows give the same objects, because other keys contain the ids of these objects.
+        """
 
         def split() -> tuple[tuple[object, ...], Mapping[str, object]]:
             rows = _safe_split(estimator, X, y, train)
@@ -312,7 +324,7 @@ class FitRecorder:
 
 
 def held_out_part(fitted: BaseEstimator, train: FoldRows, X: object, y: object) -> FoldRows:
-    """Return validation rows X (m, D) and y (m,) in the form of the training rows.
+    """Check and transform validation rows X (m, D) and y (m,) like the training rows of a fit.
 
     Each row has weight one.
 
@@ -320,7 +332,7 @@ def held_out_part(fitted: BaseEstimator, train: FoldRows, X: object, y: object) 
         fitted: an estimator, or a Pipeline with fitted transformers.
         train: the training rows on which ``fitted`` was fitted.
         X: the validation rows.
-        y: their targets.
+        y: the targets of the validation rows.
 
     Raises:
         ValueError: the columns differ from the training rows. The errors of the transformers and of
@@ -348,7 +360,7 @@ def held_out_part(fitted: BaseEstimator, train: FoldRows, X: object, y: object) 
 
 
 def _as_rows(mask_or_rows: ArrayLike) -> IntArray:
-    """Return row positions, given positions or a boolean mask."""
+    """Convert a boolean mask of rows to row positions. Positions stay unchanged."""
     array = np.asarray(mask_or_rows)
     return np.flatnonzero(array) if array.dtype == bool else array.astype(np.int64)
 
@@ -356,13 +368,13 @@ def _as_rows(mask_or_rows: ArrayLike) -> IntArray:
 def _check(
     estimator: FusedEstimator, X: object, y: object, sample_weight: object
 ) -> FoldRows | Exception:
-    """Return the checked rows, or the exception of the check."""
+    """Check rows for an estimator. Returns the checked rows, or the exception of the check."""
     rows = _result(functools.partial(check_rows, estimator, X, y, sample_weight))
     return rows if isinstance(rows, Exception) else FoldRows(rows, np.arange(len(rows.X)))
 
 
 def _result(call: Callable[[], Returned]) -> Returned | Exception:
-    """Return the result of a call, or its exception."""
+    """Call a function, and return its result or the exception that it raised."""
     try:
         return call()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""One run of a search: fits are recorded, trained together, and replayed in scikit-learn's loop.
+"""One run of a scikit-learn search, in which gputune trains all fits before scikit-learn's loop.
 
 scikit-learn fits candidate after candidate, and fold after fold. gputune knows the steps of this
 loop in advance and trains all of them first. Each ``fit`` call of the loop then receives its
@@ -40,7 +40,10 @@ Candidates = Sequence[Config]
 
 
 def train(fits: Iterable[RecordedFit], training: FitOptions) -> None:
-    """Train recorded fits. Fits that share their rows and their estimator class train together."""
+    """Train the recorded fits of a search.
+
+    Fits that share their rows and their estimator class train together.
+    """
     for folds, trials in layouts(fits):
         first = folds.numbers[0]
         candidates = {trial: by_fold[first].estimator for trial, by_fold in trials.items()}
@@ -59,9 +62,10 @@ def workers() -> int | None:
 
 
 class HookedMemory:
-    """The ``memory`` of a pipeline in a search.
+    """A replacement for the ``memory`` cache of a pipeline during a search.
 
-    It passes every fitted transformer to the hook. Without a hook it is the user's memory.
+    It reports every fitted transformer to gputune's hook. Without a hook it works like the user's
+    memory.
     """
 
     def __init__(self, memory: object) -> None:
@@ -71,7 +75,8 @@ class HookedMemory:
         return repr(self.memory)
 
     def cache(self, function: Callable[..., object], **options: object) -> Callable[..., object]:
-        """Return the function that fits a transformer, through the hook if there is one."""
+        """Return a function that fits a transformer through gputune's hook, or through the user's
+        memory without a hook."""
         hook = fit_hook.get()
         if hook is not None:
             return functools.partial(hook.transform, function)
@@ -83,7 +88,7 @@ class HookedMemory:
 
 
 def with_hook(estimator: BaseEstimator, device: str) -> BaseEstimator:
-    """Return a copy of the estimator for scikit-learn's search.
+    """Return a copy of the estimator that scikit-learn's search uses, with the search's device.
 
     The user's estimator is unchanged.
     """
@@ -99,9 +104,9 @@ def with_hook(estimator: BaseEstimator, device: str) -> BaseEstimator:
 
 @dataclass(frozen=True, eq=False)
 class TrainedCandidates:
-    """Candidates that were trained in all ``splits``, with the recorded steps of scikit-learn's
-    loop.
+    """The candidates of a search that gputune has trained in all folds (``splits``).
 
+    ``events`` holds the recorded fits and transformations in the order of scikit-learn's loop.
     ``seconds`` is the share of each fit in the training time.
     """
 
@@ -113,13 +118,12 @@ class TrainedCandidates:
 
 @dataclass(eq=False)
 class SearchRun:
-    """One call of a search's ``fit``, which gives each fit of scikit-learn's loop its trained
-    result.
+    """One run of a search, which passes gputune's trained results to scikit-learn's loop.
 
     Attributes:
         trained: candidates that were already trained, together with other searches.
         seconds: training time of each candidate, in the order of evaluation.
-        epochs: number of trained epochs of each candidate, in the same order.
+        epochs: number of trained epochs of each candidate, in the order of evaluation.
         steps: the remaining steps of scikit-learn's loop.
     """
 
@@ -144,8 +148,8 @@ class SearchRun:
         more_results: object = None,
         **context: object,
     ) -> dict[str, np.ndarray]:
-        """Do the work of scikit-learn's ``evaluate_candidates``, with fits that are trained
-        together."""
+        """Train all candidates together, then let scikit-learn's ``evaluate_candidates`` score
+        them."""
         candidates = list(candidate_params) if self.trained is None else self.trained.candidates
 
         def split(X: object, y: object, **params: object) -> Splits:
@@ -182,7 +186,10 @@ class SearchRun:
         return results
 
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
-        """Finish the estimator if its fit is the next step. Return False if it must fit itself."""
+        """Set the fitted attributes of an estimator if its fit is the next recorded fit.
+
+        Return False if the estimator must train itself.
+        """
         del sample_weight
         if not self.steps or estimator._left_to_scikit_learn(y) is not None:
             return False
@@ -196,7 +203,10 @@ class SearchRun:
     def transform(
         self, function: Callable[..., object], *args: object, **options: object
     ) -> object:
-        """Return the fitted transformer's result if it is the next step, otherwise fit it."""
+        """Return the next recorded result of a transformer.
+
+        If the next record is not a transformation, fit the transformer.
+        """
         step = self.steps[0] if self.steps else None
         if isinstance(step, Transformation):
             self.steps.popleft()
@@ -207,8 +217,10 @@ class SearchRun:
     def split(
         self, X: object, y: object, params: Mapping[str, object], cv: object = None
     ) -> Splits:
-        """Return the (train, test) splits that ``cv`` makes. With ``cv=None`` the search's ``cv``
-        is used."""
+        """Return the (train, test) row positions of each fold that ``cv`` makes.
+
+        ``cv=None`` means the search's ``cv``.
+        """
         splitter = check_cv(
             self.cv if cv is None else cv, y, classifier=is_classifier(self.estimator)
         )
@@ -217,7 +229,7 @@ class SearchRun:
     def _train_all(
         self, candidates: Candidates, X: object, y: object, splits: Splits
     ) -> TrainedCandidates:
-        """Record and train all candidates in all splits."""
+        """Record the fits of all candidates in all folds, and train the fits together."""
         begin = time.monotonic()
         events = self.record(candidates, X, y, splits)
         self.train(candidates, fits_of(events))
@@ -233,7 +245,7 @@ class SearchRun:
         splits: Splits,
         within: FoldRows | None = None,
     ) -> list[Event]:
-        """Return the fits and transformations of the candidates.
+        """Record the fits and transformations of candidates, and return them.
 
         X and y can be part of rows that other searches share (``within``). Raises scikit-learn's
         ValueError for a parameter that the estimator does not have.
@@ -253,10 +265,10 @@ class SearchRun:
         return events
 
     def fit_options(self, candidates: Candidates) -> FitOptions:
-        """Return the options with which the fits of candidates train."""
+        """Return the options (processes, deadline) with which the candidates train."""
         del candidates
         return FitOptions(workers(), self.deadline, patient=self.patient)
 
     def train(self, candidates: Candidates, fits: Sequence[RecordedFit]) -> None:
-        """Train the fits of candidates."""
+        """Train the recorded fits of the candidates together."""
         train(fits, self.fit_options(candidates))

@@ -1,4 +1,4 @@
-"""scikit-learn's searches, with all candidates and folds trained together.
+"""Versions of scikit-learn's searches that train all candidates and folds together.
 
 Everything else is scikit-learn's own code. A search can also write its trials to a study file, for
 ``gputune.Study.open`` and the command line.
@@ -35,7 +35,7 @@ from gputune.types import Config
 
 
 def reason_to_train_separately(estimator: BaseEstimator, space: object) -> str | None:
-    """Return the reason why the candidates of a space cannot train together, or None."""
+    """Return the reason why gputune cannot train the candidates of a search together, or None."""
     prefix, last = last_step(estimator)
     name = type(last).__name__
     if not isinstance(last, FusedEstimator):
@@ -56,7 +56,7 @@ def reason_to_train_separately(estimator: BaseEstimator, space: object) -> str |
 class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no types
     """The mixin that makes a scikit-learn search train its candidates together.
 
-    It precedes scikit-learn's class among the bases.
+    A search class inherits from the mixin first, then from scikit-learn's class.
     """
 
     _space_name: ClassVar[str]
@@ -117,7 +117,10 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
         return self
 
     def _make_run(self, X: object, y: object) -> SearchRun:
-        """Return the run of one fit. X and y are not checked yet."""
+        """Return the object that trains the candidates during one ``fit`` call.
+
+        X and y are not checked yet.
+        """
         del X, y
         deadline = None
         if isinstance(self.timeout, Real):
@@ -125,8 +128,8 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
         return SearchRun(self.estimator, self.cv, deadline, self._trained)
 
     def _overrides(self, *, together: bool) -> dict[str, object]:
-        """Return the values that scikit-learn sees in place of the user's parameters during the
-        search."""
+        """Return the parameters and attributes that gputune changes while scikit-learn's search
+        runs."""
         overrides = {
             self._space_name: to_scipy(getattr(self, self._space_name)),
             "scoring": self._effective_scoring(),
@@ -143,11 +146,12 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
         return overrides
 
     def _effective_scoring(self) -> object:
-        """Return the scoring of the candidates."""
+        """Return the scoring by which the search ranks its candidates."""
         return self.scoring
 
     def _leave_to_own_loop(self, reason: str) -> None:
-        """Warn that scikit-learn's own loop takes over."""
+        """Warn the user that scikit-learn's loop trains the candidates one by one, for a given
+        reason."""
         message = (
             f"{type(self).__name__} cannot train these candidates together, because {reason}. "
             "scikit-learn's own loop fits them one by one."
@@ -181,7 +185,7 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
 
 @contextmanager
 def override(search: object, overrides: Mapping[str, object]) -> Iterator[None]:
-    """Replace parameters and attributes of a search inside a ``with`` block."""
+    """Temporarily replace attributes of a search inside a ``with`` block."""
     before = {name: getattr(search, name) for name in overrides}
     vars(search).update(overrides)
     try:
@@ -286,7 +290,7 @@ def write_search(path: StrPath, search: BaseSearchCV, epochs: Sequence[int] | No
     Args:
         path: the new file.
         search: the fitted search.
-        epochs: number of trained epochs of each candidate. None if it is not known.
+        epochs: number of trained epochs of each candidate. None if the number is not known.
     """
     results = search.cv_results_
     n_trials = len(results["params"])
@@ -323,7 +327,10 @@ def write_search(path: StrPath, search: BaseSearchCV, epochs: Sequence[int] | No
 
 
 def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Result:
-    """Return the result of a trial with scores (F, M) after its last epoch only."""
+    """Return the study result of a candidate.
+
+    ``scores`` (F, M) are its scores after the last epoch.
+    """
     curve = np.full((epochs, *scores.shape), np.nan)
     # The other epochs have no score and stay NaN.
     curve[-1] = scores
@@ -335,7 +342,7 @@ def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Res
 
 
 def _score_name(search: BaseSearchCV) -> str:
-    """Return the name of the search's score, as the study shows it."""
+    """Return the name of the score that ranks the candidates, as a study shows it."""
     scoring = search.refit if isinstance(search.refit, str) else search._effective_scoring()
     if scoring is None:
         return "r2" if is_regressor(search.estimator) else "accuracy"
@@ -345,7 +352,7 @@ def _score_name(search: BaseSearchCV) -> str:
 
 
 def _storable(value: object) -> object:
-    """Return a value of a configuration in a form that a file can hold, as text if necessary."""
+    """Return a value that a study file can store: the value itself, or its text if necessary."""
     with suppress(InputError):
         to_json(value)
         return value

@@ -1,4 +1,5 @@
-"""Checks of the arguments ``model`` and ``method``, and their conversion to and from a study file."""
+"""Checks of the arguments ``model`` and ``method``, and their conversion to and from a study
+file."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace

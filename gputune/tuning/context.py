@@ -281,7 +281,8 @@ class Context(Session):
         return replace(plan, chunks=tuple(chunks), workers=n_workers, threads=threads)
 
     def note_fault(self, fault: str) -> None:
-        """Show a harmless problem of the training to the user, and note the problem for the study."""
+        """Show a harmless problem of the training to the user, and note the problem for the
+        study."""
         if fault:
             self.faults[fault] = None
             self.progress.say(f"note: {fault}", once=True)
@@ -319,7 +320,8 @@ class Context(Session):
         )
 
     def checkpoints_of(self, numbers: Sequence[int], configs: Sequence[Config]) -> list[Checkpoint]:
-        """Read the checkpoints of trials, and tell the user how many trials can continue training."""
+        """Read the checkpoints of trials, and tell the user how many trials can continue
+        training."""
         if self.checkpoints is None:
             return []
         checkpoints = self.checkpoints.read(dict(zip(numbers, configs)))

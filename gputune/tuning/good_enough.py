@@ -143,7 +143,8 @@ class GoodEnough:
             self._count_trials(chunks)
 
     def _count_trials(self, chunks: Sequence[PlannedChunk]) -> None:
-        """Judge trials in the order of their trial numbers, and stop at the first unfinished trial."""
+        """Judge trials in the order of their trial numbers, and stop at the first unfinished
+        trial."""
         candidates = self.ledger.candidates
         while not self.reason and self._counted < len(candidates):
             number = candidates[self._counted].number

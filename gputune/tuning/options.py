@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 
 def _option(value: object, *rule: Any, **settings: Any) -> Any:
-    """Return a dataclass field for an option with a default value and a rule (check and help text)."""
+    """Return a dataclass field for an option with a default value and a rule (check and help
+    text)."""
     return field(default=value, metadata={"rule": Rule(*rule, **settings)})
 
 

@@ -370,7 +370,8 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
 
 
 def remember_what_runs(choice: ModelChoice, workers: object) -> None:
-    """Remember the module's class and the cluster, so that later processes of this user trust both."""
+    """Remember the module's class and the cluster, so that later processes of this user trust
+    both."""
     if choice.module_class is not None:
         remember_code(choice.module_class)
     if isinstance(workers, Ray) and workers.is_elsewhere:

@@ -197,7 +197,8 @@ class Problem:
 
     @property
     def has_soft_labels(self) -> bool:
-        """True if the target holds a probability of each class, and the loss accepts such a target."""
+        """True if the target holds a probability of each class, and the loss accepts such a
+        target."""
         objective = self.objective
         if objective is None or objective.step is not None:
             return False
@@ -273,7 +274,8 @@ class Problem:
         return "bce" if returns_one_logit(module, params, data) else ""
 
     def summary(self) -> str:
-        """Return a line of text about the model, the number of rows and features, and the target."""
+        """Return a line of text about the model, the number of rows and features, and the
+        target."""
         layout = self.layout
         target = self.target
         is_array = isinstance(layout, ArrayLayout)

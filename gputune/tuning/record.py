@@ -223,9 +223,9 @@ def _is_storable(value: object) -> bool:
 
 
 def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFolder | None:
-    """Return the folder with a study's checkpoints:
+    """Return the folder with a study's checkpoints: ``study.db.state`` next to ``study.db``.
 
-    ``study.db.state`` next to ``study.db``. Returns None if the study is not stored in a file.
+    Returns None if the study is not stored in a file.
     """
     if study is None:
         return None

@@ -105,10 +105,10 @@ class ReopenedSearch:
         )
 
     def note_on_draws(self, data: Dataset, trials: Sequence[Trial]) -> Config:
-        """Return {"draws":
+        """Return {"draws": True} for the ``info`` of a model that uses random numbers in
+        predictions.
 
-        True} for the ``info`` of a model that uses random numbers in predictions. For other models,
-        return an empty dict.
+        For other models, return an empty dict.
         """
         draws = [self.evaluation_draws(data, trial) for trial in trials]
         return {"draws": True} if any(draws) else {}

@@ -340,7 +340,7 @@ def fold_report(access: Access, *, confusion: bool = False, importance: bool = F
 def check_fold_report(study: Study, *, confusion: bool) -> None:
     """Raise InputError if a study cannot have a report on its folds.
 
-    gputune must be able to train the trials on their folds. ``confusion`` needs a target of classes.
+    gputune must be able to train the trials on their folds. ``confusion`` needs classes.
     """
     _check_folds_train(study, f"report({'confusion' if confusion else 'importance'}=True)")
     if confusion and (study.record.classes is None or study.record.task == "multilabel"):
