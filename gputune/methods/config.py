@@ -1,4 +1,5 @@
-"""Checks of one configuration: its keys, and the type and range of each value."""
+"""Check a configuration (one trial's hyperparameter values): its keys, and the type and range of
+each value."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -25,7 +26,7 @@ from gputune.wording import Verbatim, option
 
 
 class Range(NamedTuple):
-    """The range of the numeric values that a key accepts, with its text for errors."""
+    """The range of valid values of a numeric hyperparameter, with a text for error messages."""
 
     rule: str
     example: str
@@ -35,7 +36,7 @@ class Range(NamedTuple):
     integer: bool = False
 
     def includes(self, value: float) -> bool:
-        """Return True if a numeric value is in the range."""
+        """Return True if a numeric value lies in this range."""
         inside = self.low < value < self.high
         return (
             inside
@@ -108,11 +109,11 @@ _OTHER_NAMES: Mapping[str, str] = {
 
 
 def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> tuple[str, ...]:
-    """Return the keys that a space for this kind of model may have.
+    """Return the keys (hyperparameter names) that a search space for a kind of model may have.
 
     A module may also have ``module__*`` keys. ``optimizer="exact"`` is the logistic regression that
-    is solved to convergence, without training steps. It has only the key ``numbers`` (scaling of
-    numeric columns) and the keys of its penalty.
+    a solver fits to convergence, without training steps. Its space has only the key ``numbers``
+    (scaling of numeric columns) and the keys of its penalty.
     """
     if model == "logistic" and optimizer == "exact":
         return ("C", "l1_ratio", "penalty", "numbers")
@@ -128,18 +129,18 @@ def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> t
 
 
 def key_of(word: str) -> str | None:
-    """Return the key that a text means, either by its own name or by its name in other libraries.
+    """Return the key (hyperparameter name) for a name in gputune or in another library.
 
-    Returns None if the text means no key.
+    Returns None if the name is unknown. For example, "learning_rate" is the key "lr".
     """
     key = _OTHER_NAMES.get(word, word)
     return key if key in KEYS or key.startswith(PREFIXES) else None
 
 
 def check_key(key: object, *, keys: Collection[str], module: bool, name: str) -> None:
-    """Raise InputError, with the nearest legal key, unless ``key`` is one of ``keys``.
+    """Raise InputError, with the most similar legal key, unless ``key`` is one of ``keys``.
 
-    If ``module`` is true, keys with a prefix such as ``module__*`` are legal too. ``name`` is the
+    If ``module`` is True, keys with a prefix such as ``module__*`` are legal too. ``name`` is the
     name of the dict in the error.
     """
     with_prefix = isinstance(key, str) and any(
@@ -164,7 +165,7 @@ def check_key(key: object, *, keys: Collection[str], module: bool, name: str) ->
 
 
 def _key_remedy(key: str, keys: Collection[str], module: bool) -> str:
-    """Return the advice for a key that is not legal."""
+    """Return advice for the user, for the error about a key that is not legal."""
     if key in ("hypergrad_lr", "hypergrad_rule"):
         example = option("optimizer", "adamwhd")
         return f"Only the optimizers {', '.join(ONLINE)} have it, for example {example}."
@@ -185,11 +186,11 @@ def _key_remedy(key: str, keys: Collection[str], module: bool) -> str:
 
 
 def check_config(config: Mapping[str, object], *, name: str = "config") -> Config:
-    """Return a checked configuration with plain Python values and sorted keys.
+    """Check a configuration, and return it with plain Python values and sorted keys.
 
-    ``penalty`` is translated: 'l2' becomes l1_ratio = 0, 'l1' becomes l1_ratio = 1, and None or
-    'none' becomes C = inf. ``name`` is the name of the configuration in an error. Raises InputError
-    for a wrong key or a value out of range.
+    The function translates ``penalty``: 'l2' becomes l1_ratio = 0, 'l1' becomes l1_ratio = 1, and
+    None or 'none' becomes C = inf. ``name`` is the name of the configuration in an error. Raises
+    InputError for a wrong key or a value out of range.
     """
     for key in config:
         check_key(key, keys=KEYS, module=True, name=name)
@@ -221,20 +222,20 @@ def check_config(config: Mapping[str, object], *, name: str = "config") -> Confi
 def plain_config(config: Mapping[str, object], *, name: str = "") -> Config:
     """Return a configuration of a custom training loop with plain Python values and sorted keys.
 
-    It has the signature of ``check_config`` but checks nothing.
+    The function has the signature of ``check_config`` but checks nothing.
     """
     return {key: _plain(config[key]) for key in sorted(config)}
 
 
 def _plain(value: object) -> object:
-    """Return a NumPy scalar as a Python scalar, and any other value unchanged."""
+    """Convert a NumPy scalar to a Python scalar, and return any other value unchanged."""
     is_scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
     return value.item() if is_scalar else value  # type: ignore[attr-defined]
 
 
 def check_penalty(keys: Collection[str], name: str) -> None:
-    """Raise InputError if a space has both ``penalty`` and ``l1_ratio``. ``penalty`` is the older
-    name."""
+    """Raise InputError if a space has both ``penalty`` and ``l1_ratio``. Both set the penalty, and
+    ``penalty`` is the older name."""
     if "penalty" in keys and "l1_ratio" in keys:
         raise InputError(
             name,
@@ -245,8 +246,7 @@ def check_penalty(keys: Collection[str], name: str) -> None:
 
 
 def check_value(key: str, value: object, name: str) -> Any:
-    """Return the checked value of ``key`` as a plain Python value, for example a number or a
-    string.
+    """Check the value of the hyperparameter ``key``, and return it as a plain Python value.
 
     Raises InputError if the value is out of range.
     """
@@ -282,7 +282,8 @@ def check_value(key: str, value: object, name: str) -> Any:
 
 
 def _check_number(rule: Range, value: object, name: str) -> float | int:
-    """Return a numeric value as an int or a float. Raises InputError if it is out of range."""
+    """Check a numeric value, and return it as an int or a float. Raises InputError if the value is
+    out of range."""
     number = math.nan  # in no range
     remedy = f"For example {rule.example}."
     got = value

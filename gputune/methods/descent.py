@@ -1,9 +1,9 @@
-"""The options of a hypergradient search, and the steps of one starting point.
+"""The options of a hypergradient search, and the steps from one starting configuration.
 
-A starting point is a configuration from which the search begins. It moves so that the mean
-validation loss over the folds falls. It moves in the coordinates of its hyperparameters, which are
-logarithms or logits. Batch size, width and depth do not move. These three hyperparameters differ
-between starting points.
+A starting point is a configuration from which the search begins. The search changes its
+hyperparameters so that the mean validation loss over the folds falls. The steps are in the
+logarithms or logits of the hyperparameters, called coordinates. Batch size, width and depth do not
+change. These three hyperparameters differ between starting points.
 """
 
 import math
@@ -44,12 +44,12 @@ Bounds = Mapping[str, tuple[float, float]]
 class Hypergradient:
     """Options of a hypergradient search, for ``tune(method=...)``.
 
-    Each starting point follows the gradient of its mean validation loss over the folds. At every
-    point the model trains for ``max_epochs`` epochs.
+    The search begins at several configurations. Each starting point follows the gradient of its
+    mean validation loss over the folds. At every point, the model trains for ``max_epochs`` epochs.
 
     A step moves the logarithm of a value: a step of 1.0 multiplies or divides the value by e. For
-    momentum and betas it moves the logit, log(p / (1 - p)), so that the value p stays between 0 and
-    1.
+    momentum and betas, the step moves the logit, log(p / (1 - p)), so that the value p stays
+    between 0 and 1.
 
     Sources: Maclaurin et al. (2015), arXiv:1502.03492; Franceschi et al. (2017), arXiv:1703.01785.
 
@@ -59,7 +59,7 @@ class Hypergradient:
             "beta1" and "beta2" [default: ("lr",)]. The solved logistic regression moves "C"
             instead.
         segments: The number of values of each hyperparameter over the training time, at least 1
-            [default: 1]. Each value is used for an equal part of the training.
+            [default: 1]. Each value applies to an equal part of the training.
         per_layer: If True, each layer has its own value [default: False].
         step: The rule for a step. "sign" moves every value by its own step, which is halved when
             the sign of its slope flips (Riedmiller and Braun 1993; Micaelli and Storkey 2021).
@@ -133,7 +133,7 @@ class Hypergradient:
 
 @dataclass(frozen=True)
 class Slope:
-    """The result of the training at one point.
+    """The mean validation loss of one configuration and its derivatives in the hyperparameters.
 
     Attributes:
         loss: The mean validation loss over the folds.
@@ -153,7 +153,7 @@ class Slope:
     mode: Literal["exact", "differences"]
 
     def to_detail(self) -> Json:
-        """Return the slope as plain values for the study."""
+        """Convert this result to plain Python values, to store it in the study."""
         return {
             "loss": self.loss,
             "ratio": self.ratio,
@@ -165,7 +165,7 @@ class Slope:
 
     @classmethod
     def from_detail(cls, detail: Json) -> "Slope":
-        """Return the slope from the plain values that ``to_detail`` made."""
+        """Restore a result from the plain values that ``to_detail`` made."""
         return cls(
             detail["loss"],
             _as_arrays(detail["slope"]),
@@ -191,7 +191,7 @@ def slope_at(
     ratios: np.ndarray,
     mode: Literal["exact", "differences"],
 ) -> Slope:
-    """Return the Slope of a point: its mean loss and slopes over the F folds.
+    """Return the mean validation loss and the mean derivatives of a configuration over its F folds.
 
     Args:
         config: The configuration of the point.
@@ -219,10 +219,10 @@ def slope_at(
 
 
 class StartingPoint:
-    """The state of one starting point of a hypergradient search.
+    """A starting point of a hypergradient search, and its progress through the steps of the search.
 
-    It holds the current values, the lengths of the next steps, and the number of chaotic points so
-    far.
+    The object has the current hyperparameter values, the lengths of the next steps, and the number
+    of chaotic points so far.
     """
 
     def __init__(
@@ -242,13 +242,15 @@ class StartingPoint:
 
     @property
     def mode(self) -> Literal["exact", "differences"]:
-        """The way in which the slope at the next point is computed."""
+        """The method for the derivatives at the next point: exact derivatives or finite
+        differences."""
         return (
             "differences" if self.n_chaotic >= _MOST_CHAOTIC and self.names != ("C",) else "exact"
         )
 
     def move(self, slope: Slope) -> None:
-        """Take a step from the current point with a given slope.
+        """Take a step from the current configuration in the direction that lowers the validation
+        loss.
 
         Sets ``ended`` if the starting point cannot move any further.
         """
@@ -292,7 +294,7 @@ class StartingPoint:
             self.config |= {name: self._value(name, after[name]) for name in self.names}
 
     def _begin(self, slope: Slope) -> None:
-        """Set the lengths of the first steps."""
+        """Set the lengths of the first steps of all hyperparameter values."""
         n_values = sum(table.size for table in slope.slopes.values())
         self.length = self.method.first_step or (FIRST_STEP if n_values == 1 else FIRST_OF_SEVERAL)
         for name, table in slope.slopes.items():
@@ -300,9 +302,10 @@ class StartingPoint:
             self.signs[name] = np.zeros(table.shape)
 
     def _sign_step(self, slope: Slope) -> Tables:
-        """Return the moves of all values, each by its own step against its slope.
+        """Return the changes of all hyperparameter values, each by its own step length against its
+        slope.
 
-        A value stays if its slope is smaller than the standard error over the folds.
+        A value does not change if its slope is smaller than the standard error over the folds.
         """
         moves = {}
         for name in self.names:
@@ -312,7 +315,7 @@ class StartingPoint:
         return moves
 
     def _by_sign(self, name: str, signs: SegmentTable) -> SegmentTable:
-        """Return the moves of the values of one hyperparameter, from the signs of their slopes."""
+        """Return the changes of one hyperparameter's values, from the signs of their slopes."""
         # The step of a value is halved when the sign of its slope flips.
         flipped = signs * self.signs[name] < 0
         self.steps[name] = np.where(flipped, self.steps[name] / 2, self.steps[name])
@@ -320,7 +323,8 @@ class StartingPoint:
         return -signs * self.steps[name]
 
     def _normalized_step(self, slope: Slope) -> Tables:
-        """Return the moves of all values along the slope, with the current length."""
+        """Return the changes of all hyperparameter values along the slope, with the current total
+        length."""
         if slope.loss > self.last_loss:
             self.length /= _DIVIDED
         self.last_loss = slope.loss
@@ -329,9 +333,10 @@ class StartingPoint:
         return {name: -scale * slope.slopes[name] for name in self.names}
 
     def _step_down(self, slope: Slope) -> Tables:
-        """Return a move to a lower learning rate, after a chaotic point.
+        """Return a change to a lower learning rate, after training at the current point was
+        chaotic.
 
-        A learning rate that is too large causes chaos, so the other values stay.
+        A learning rate that is too large causes chaos, so the other values do not change.
         """
         self.n_chaotic += 1
         moves = {name: np.zeros(slope.slopes[name].shape) for name in self.names}
@@ -340,7 +345,8 @@ class StartingPoint:
         return moves
 
     def _move(self, before: Tables, moves: Tables) -> Tables:
-        """Return the coordinates after a move, clipped to the bounds."""
+        """Return the coordinates (logarithms or logits) after a step, clipped to the bounds of the
+        space."""
         after = {}
         for name in self.names:
             low, high = self.bounds.get(name, (-math.inf, math.inf))
@@ -353,7 +359,8 @@ class StartingPoint:
     def _value(
         self, name: str, coordinate: SegmentTable
     ) -> float | list[float] | list[list[float]]:
-        """Return the value of a configuration at given coordinates.
+        """Return a hyperparameter's value for the configuration, from its coordinates (logarithms
+        or logits).
 
         The value is a number, a list over segments, or a list of lists over segments and layers.
         """
@@ -369,5 +376,5 @@ class StartingPoint:
 
 
 def _are_close(point: Tables, other: Tables) -> bool:
-    """Return True if two points are equal except for rounding."""
+    """Return True if the hyperparameters of two points are equal except for rounding."""
     return all(np.allclose(point[name], other[name], rtol=1e-9, atol=1e-9) for name in point)

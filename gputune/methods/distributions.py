@@ -1,8 +1,9 @@
-"""The distributions of the values of a space: lists, scipy.stats distributions, and our own.
+"""Distributions of hyperparameter values in a search space: lists, scipy.stats distributions, and
+gputune's own.
 
-A distribution, and therefore a space, can be converted to three notations. Text is used for a hash.
-Plain values are used for a study file. Optuna's notation has a "kind" (float, int or choices) and
-its arguments.
+This module converts distributions and spaces to three notations: text for a hash, plain values for
+a study file, and Optuna's notation. Optuna's notation has a "kind" (float, int or choices) and its
+arguments.
 """
 
 import math
@@ -24,7 +25,8 @@ from gputune.wording import Verbatim
 
 
 class Distribution(Protocol):
-    """Any object with scipy's ``rvs``, as scikit-learn's ParameterSampler expects."""
+    """Any object with the sampling method ``rvs`` of scipy.stats, as scikit-learn's
+    ParameterSampler expects."""
 
     def rvs(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -46,7 +48,7 @@ Label = bool | int | float | str | None
 
 
 def is_distribution(value: object) -> TypeGuard[Distribution]:
-    """Return True if ``value`` is an object (not a class) with ``rvs``."""
+    """Return True if ``value`` is a distribution: an object, not a class, with a method ``rvs``."""
     return callable(getattr(value, "rvs", None)) and not isinstance(value, type)
 
 
@@ -58,9 +60,11 @@ def is_real(value: object) -> TypeGuard[float]:
 def range_of(
     space: Iterable[Mapping[str, object]], names: Collection[str]
 ) -> tuple[float, float] | None:
-    """Return the range that the distributions of some parameters span over all dicts of a space.
+    """Return the range (low, high) that the distributions of the hyperparameters ``names`` span in
+    a space.
 
-    Returns None without distributions, because the values of a list have no range.
+    The range covers all dicts of the space. Returns None without distributions, because the values
+    of a list have no range.
     """
     lows = []
     highs = []
@@ -76,9 +80,9 @@ def range_of(
 
 @dataclass(frozen=True)
 class OwnDistribution:
-    """A distribution that scipy lacks, with values from ``low`` to ``high``.
+    """Base class of distributions that scipy lacks, with values from ``low`` to ``high``.
 
-    It samples integers on a log scale, or values in equal steps.
+    Subclasses sample integers on a log scale, or values in equal steps.
     """
 
     word: ClassVar[str]
@@ -87,18 +91,19 @@ class OwnDistribution:
     high: float
 
     def support(self) -> tuple[float, float]:
-        """Return the smallest and the largest value. Both can be sampled."""
+        """Return the smallest and the largest value that the distribution can sample."""
         return self.low, self.high
 
     @property
     def description(self) -> Json:
-        """The distribution in Optuna's notation."""
+        """The distribution in Optuna's notation, a dict with its kind and arguments."""
         return {"kind": "int", "low": self.low, "high": self.high, "log": True}
 
 
 @dataclass(frozen=True, repr=False)
 class LogInt(OwnDistribution):
-    """Log-uniform integers. ``log_int`` makes them and checks the ends."""
+    """The log-uniform distribution of integers that ``log_int`` returns, after a check of its
+    bounds."""
 
     word = "log_int"
 
@@ -136,7 +141,7 @@ def log_int(low: int, high: int) -> LogInt:
         A distribution with the ``rvs`` of scipy.stats.
 
     Raises:
-        InputError: An end is not an integer or not in its range.
+        InputError: A bound is not an integer or not in its range.
 
     Example:
         >>> import gputune
@@ -162,7 +167,7 @@ def log_int(low: int, high: int) -> LogInt:
 
 @dataclass(frozen=True)
 class LogIntegers(OwnDistribution):
-    """The log-uniform distribution of integers in Optuna's definition.
+    """The log-uniform distribution of integers, as Optuna defines it.
 
     A sample is a log-uniform real number from [low - 1/2, high + 1/2], rounded to an integer.
     """
@@ -178,7 +183,7 @@ class LogIntegers(OwnDistribution):
 
 @dataclass(frozen=True, repr=False)
 class EvenSteps(OwnDistribution):
-    """The values low, low + step, ..., high with equal probability.
+    """The distribution of the values low, low + step, ..., high with equal probability.
 
     All values are integers if the three arguments are integers.
     """
@@ -209,9 +214,9 @@ class EvenSteps(OwnDistribution):
 
 
 def _scipy_form(value: object) -> tuple[ScipyFamily, Config] | None:
-    """Return scipy's distribution and its parameters by name.
+    """Return the scipy.stats distribution that a value uses, and its parameters by name.
 
-    Returns None for a custom class, also if it has the name of a scipy distribution.
+    Returns None for a custom class, even if the class has the name of a scipy distribution.
     """
     family: Any = getattr(value, "dist", value)
     if type(family) is not type(getattr(stats, str(getattr(family, "name", "")), stats)):
@@ -221,10 +226,10 @@ def _scipy_form(value: object) -> tuple[ScipyFamily, Config] | None:
 
 
 def distribution_text(value: Any) -> str:
-    """Return a distribution as text that is the same in every process.
+    """Convert a distribution to a text that is the same in every process.
 
-    Our own distributions are written as their repr, and scipy's as name and parameters. Any other
-    distribution is written as its type and its first samples.
+    The text is the repr for gputune's own distributions, and the name and parameters for scipy's.
+    For any other distribution, the text has its type and its first samples.
     """
     if isinstance(value, OwnDistribution):
         return repr(value)
@@ -246,7 +251,8 @@ def _plain_values(parameters: Config, dtype: type | None = None) -> Config:
 
 
 def choices_to_json(choices: Choices) -> Json:
-    """Return a list or distribution as plain values. Raises InputError for a custom class."""
+    """Convert a list or distribution to plain values for a study file. Raises InputError for a
+    custom class."""
     if isinstance(choices, list):
         return {"list": choices}
     if isinstance(choices, OwnDistribution):
@@ -258,7 +264,7 @@ def choices_to_json(choices: Choices) -> Json:
 
 
 def choices_from_json(values: Json) -> Choices:
-    """Return the list or distribution that ``choices_to_json`` converted.
+    """Restore the list or distribution that ``choices_to_json`` converted to plain values.
 
     Raises InputError for a name that scipy.stats lacks.
     """
@@ -284,9 +290,9 @@ def choices_from_json(values: Json) -> Choices:
 
 
 def from_optuna(value: Any) -> object:
-    """Return an Optuna distribution as a list or a distribution for scikit-learn.
+    """Convert an Optuna distribution to a list, or to a distribution for scikit-learn's sampler.
 
-    Any other value is returned unchanged.
+    The function returns any other value unchanged.
     """
     kind = type(value).__name__ if type(value).__module__.partition(".")[0] == "optuna" else ""
     if kind == "CategoricalDistribution":
@@ -307,7 +313,8 @@ def from_optuna(value: Any) -> object:
 
 
 def as_optuna(description: Json) -> object:
-    """Return the ``optuna.distributions`` object of a description."""
+    """Return the ``optuna.distributions`` object for a distribution in Optuna's notation, a
+    dict."""
     distributions = import_extra(
         "optuna.distributions", extra="optuna", used_by="An Optuna distribution"
     )
@@ -321,7 +328,7 @@ def as_optuna(description: Json) -> object:
 
 
 def describe(choices: Choices) -> Json | None:
-    """Return the list or distribution of one key in Optuna's notation.
+    """Convert the list or distribution of a hyperparameter to Optuna's notation, a dict.
 
     Returns None for a distribution that Optuna lacks.
     """
@@ -346,7 +353,7 @@ def describe(choices: Choices) -> Json | None:
 
 
 def label(choice: object) -> Label:
-    """Return the value that represents a choice in Optuna.
+    """Return the value by which Optuna's storage represents a choice of a list.
 
     Optuna's storages accept numbers, strings and None. Any other choice becomes a string.
     """
@@ -358,23 +365,23 @@ def label(choice: object) -> Label:
 
 
 def labels(choices: Iterable[object]) -> list[Label]:
-    """Return the labels of choices without duplicates."""
+    """Return the values by which Optuna represents the choices of a list, without duplicates."""
     # True and 1 are equal, but they are different labels.
     return list({(type(text), text): text for text in map(label, choices)}.values())
 
 
 def choice_of_label(text: object, choices: Sequence[object]) -> object:
-    """Return the choice that a label represents."""
+    """Return the choice of a list that Optuna represents by the label ``text``."""
     return next(c for c in choices if type(label(c)) is type(text) and label(c) == text)
 
 
 def is_fixed(choices: Choices) -> bool:
-    """Return True if the choices are a single value."""
+    """Return True if a hyperparameter has a single possible value."""
     return isinstance(choices, list) and len(choices) == 1
 
 
 def is_inside(config: Config, space: CheckedSpace) -> bool:
-    """Return True if a configuration lies in the space, so that sampling could return it."""
+    """Return True if a configuration lies in a search space, so that sampling could return it."""
     for part in space:
         if config.keys() == part.keys() and all(
             can_draw(part[key], value) for key, value in config.items()
@@ -384,7 +391,7 @@ def is_inside(config: Config, space: CheckedSpace) -> bool:
 
 
 def can_draw(choices: Choices, value: object) -> bool:
-    """Return True if a value is among the choices or in the range of a distribution."""
+    """Return True if a value is an entry of a list, or lies in the range of a distribution."""
     if isinstance(choices, list):
         return value in choices
     if not hasattr(choices, "support") or not isinstance(value, int | float):
@@ -394,10 +401,10 @@ def can_draw(choices: Choices, value: object) -> bool:
 
 
 def space_text(space: CheckedSpace) -> str:
-    """Return a checked space as text with sorted keys, the same in every process.
+    """Convert a checked search space to a text that is the same in every process, with sorted keys.
 
-    The text is used for the study file and its hash. Raises InputError for a ``module__*`` value
-    that is identified only by its address in memory.
+    gputune uses the text for the study file and its hash. Raises InputError for a ``module__*``
+    value that is identified only by its address in memory.
     """
     texts = []
     for part in space:
@@ -428,7 +435,7 @@ def _text(value: Any, key: str) -> str:
 
 
 def space_to_json(space: CheckedSpace) -> Sequence[Json] | None:
-    """Return a checked space as values for a study file.
+    """Convert a checked search space to plain values for a study file.
 
     Returns None if the space has a custom object.
     """
@@ -443,7 +450,7 @@ def space_to_json(space: CheckedSpace) -> Sequence[Json] | None:
 
 
 def space_from_json(values: Sequence[Json]) -> CheckedSpace:
-    """Return the space that ``space_to_json`` converted.
+    """Restore the search space that ``space_to_json`` converted to plain values.
 
     Raises InputError for a name that scipy.stats lacks.
     """
@@ -454,7 +461,7 @@ def space_from_json(values: Sequence[Json]) -> CheckedSpace:
 
 
 def to_scipy(space: object) -> object:
-    """Return a space with Optuna's distributions replaced by scikit-learn's.
+    """Convert Optuna's distributions in a search space to distributions for scikit-learn's sampler.
 
     The space is a dict or a list of dicts.
     """

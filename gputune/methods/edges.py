@@ -1,4 +1,5 @@
-"""Remarks for hyperparameters with the best value at an end of their range."""
+"""Remarks for the user about hyperparameters with the best value at an end of the searched
+range."""
 
 import math
 from collections.abc import Mapping
@@ -17,12 +18,13 @@ _NEAR = 0.05  # this share of a range, on its own scale, counts as its end
 
 
 def edge_remarks(study: Study) -> tuple[str, ...]:
-    """Return one sentence for each hyperparameter with the best value at an end of its range.
+    """Return one sentence for each hyperparameter with the best value at an end of its searched
+    range.
 
-    There is no remark for categorical values, for values without a distribution of one range, and
-    for hyperparameters that a hypergradient search moves. There is also no remark for an end that
-    no value may exceed, such as dropout=0. An included trial that went further, or another trial
-    with the same score elsewhere, also prevents a remark.
+    Some hyperparameters get no remark: categorical values, values without a distribution of one
+    range, and hyperparameters that a hypergradient search moves. The function also makes no remark
+    in three cases: the end is a value that no trial may exceed, such as dropout=0; an included
+    trial went further; or another trial elsewhere has the same score.
     """
     finite = np.flatnonzero(np.isfinite(study.scores)).tolist()
     if not finite:
@@ -62,7 +64,7 @@ def edge_remarks(study: Study) -> tuple[str, ...]:
 
 
 def _ends(distribution: Mapping[str, object]) -> tuple[float, float] | None:
-    """Return the smallest and the largest value of a distribution.
+    """Return the smallest and the largest value of a hyperparameter's distribution.
 
     Returns None for categorical values, and for a list of fewer than three distinct numbers.
     """
@@ -77,9 +79,10 @@ def _ends(distribution: Mapping[str, object]) -> tuple[float, float] | None:
 
 
 def _position(value: float, low: float, high: float, distribution: Mapping[str, object]) -> float:
-    """Return the position of a value between the low end (0) and the high end (1).
+    """Return the relative position of a value in its range, from 0 (low end) to 1 (high end).
 
-    Among choices, only the two ends have the positions 0 and 1. All others have 0.5.
+    In a list of choices, the smallest value has the position 0, the largest has 1, and all others
+    have 0.5.
     """
     if distribution["kind"] == "choices":
         return {low: 0.0, high: 1.0}.get(value, 0.5)

@@ -1,4 +1,4 @@
-"""Optuna samplers propose configurations, and a study can be exported to Optuna.
+"""Use Optuna samplers to propose configurations, and export a study to Optuna.
 
 gputune copies the user's sampler into an Optuna study in memory. It asks this copy for
 configurations, and reports their scores to it.
@@ -44,17 +44,18 @@ class OptunaSampler:
 
     The sampler proposes batches of configurations. The configurations of a batch train together. If
     the search resumes from its study file, a fresh copy of the sampler proposes the same trials
-    again, and receives their results. A sampler without a seed may propose other trials. A note
-    then says so.
+    again, and receives their results. A sampler without a seed may propose other trials. gputune
+    then adds a note.
 
     Args:
-        sampler: An Optuna sampler such as ``optuna.samplers.TPESampler(seed=0)``. It is copied for
-            each search and never changed. A TPESampler should have ``constant_liar=True``, which is
-            Optuna's default since version 5. Otherwise the proposals of one batch are very similar.
+        sampler: An Optuna sampler such as ``optuna.samplers.TPESampler(seed=0)``. gputune copies
+            the sampler for each search and never changes it. A TPESampler should have
+            ``constant_liar=True``, which is Optuna's default since version 5. Otherwise the
+            proposals of one batch are very similar.
         batch: The number of proposals that train together, at least 1 [default: 16]. The sampler
             receives no score of a batch before it has proposed all of the batch.
         halving: None trains every trial to its end. ``gputune.Halving(...)`` applies successive
-            halving within each batch. Trials that stop at a rung are reported to the sampler as
+            halving within each batch. gputune reports trials that stop at a rung to the sampler as
             pruned.
 
     Raises:
@@ -105,9 +106,9 @@ class OptunaSampler:
 
 
 class OptunaStudy:
-    """An Optuna study over one space.
+    """An Optuna study in memory for one gputune search space, with a copy of the user's sampler.
 
-    Its sampler proposes configurations and receives their scores.
+    The sampler proposes configurations and receives their scores.
     """
 
     def __init__(
@@ -134,9 +135,9 @@ class OptunaStudy:
             logging.set_verbosity(verbosity)
 
     def ask(self, params: Config | None = None) -> tuple["optuna.Trial", Config]:
-        """Return an Optuna trial and its configuration.
+        """Return a new Optuna trial and its configuration, which the sampler proposes.
 
-        The configuration is proposed by the sampler, or it is ``params`` if given.
+        If ``params`` is not None, the configuration is ``params`` instead.
         """
         if params is not None:
             self.study.enqueue_trial(self._label_choices(params))
@@ -151,8 +152,8 @@ class OptunaStudy:
             raise InputError(None, f"A proposal of the sampler for {error.message}") from error
 
     def tell(self, trial: "optuna.Trial", result: Result) -> None:
-        """Report the result of a proposed trial to Optuna. Pruned and diverged trials are marked in
-        Optuna."""
+        """Report the result of a proposed trial to Optuna's sampler, including pruned and diverged
+        trials."""
         if result.state == "pruned":
             for epoch, mean in fold_means(result.curve).items():
                 trial.report(mean, epoch)
@@ -162,9 +163,10 @@ class OptunaStudy:
             self.study.tell(trial, state=state_of(self.optuna, result.state))
 
     def add(self, params: Config, result: Result) -> bool:
-        """Report the result of a configuration that the sampler did not propose.
+        """Report the result of a trial that Optuna's sampler did not propose, such as the default
+        trial.
 
-        Returns False if its configuration is not in the space.
+        Returns False if the trial's configuration is not in the space.
         """
         if params.keys() != self.distributions.keys():
             return False
@@ -182,8 +184,7 @@ class OptunaStudy:
         return True
 
     def _label_choices(self, params: Config) -> Config:
-        """Return a configuration in which labels replace the choices of lists, as Optuna stores
-        them."""
+        """Return a configuration in which Optuna's labels replace the choices of lists."""
         labeled = {}
         for key in self.distributions:
             is_list = isinstance(self.choices[key], list)
@@ -194,20 +195,22 @@ class OptunaStudy:
 def fold_means(curve: np.ndarray) -> dict[int, float]:
     """Return the mean validation score of each epoch, keyed by epoch from 1.
 
-    Only epochs that were scored in every fold are included.
+    The result includes only epochs with a score in every fold.
     """
     means = first_metric(curve, axes=2).mean(1).tolist()
     return {epoch: mean for epoch, mean in enumerate(means, 1) if not math.isnan(mean)}
 
 
 def state_of(optuna: ModuleType, state: str) -> object:
-    """Return Optuna's state of a trial. A trial that was stopped by a deadline counts as pruned."""
+    """Convert the state of a gputune trial to Optuna's state. A trial that the deadline has stopped
+    counts as pruned."""
     states = optuna.trial.TrialState
     return {"complete": states.COMPLETE, "failed": states.FAIL}.get(state, states.PRUNED)
 
 
 def check_askable(space: CheckedSpace) -> tuple[Mapping[str, Choices], dict[str, object]]:
-    """Return the only dict of a space and its ``optuna.distributions`` by key.
+    """Check that Optuna supports a space. Returns the space's only dict and its
+    ``optuna.distributions`` by key.
 
     Raises InputError if the space has several dicts, or a distribution that Optuna lacks.
     """
@@ -233,7 +236,7 @@ def check_askable(space: CheckedSpace) -> tuple[Mapping[str, Choices], dict[str,
 
 
 def export_to_optuna(study: Study, storage: object, name: str | None) -> "optuna.Study":
-    """Return an ``optuna.Study`` with every trial of ``study``, written to ``storage``.
+    """Write every trial of a gputune study to an Optuna storage, and return the ``optuna.Study``.
 
     See ``Study.to_optuna``.
     """
@@ -274,7 +277,8 @@ def export_to_optuna(study: Study, storage: object, name: str | None) -> "optuna
 
 @contextmanager
 def _new_study(optuna: ModuleType, storage: object, name: str | None) -> Iterator["optuna.Study"]:
-    """Make an Optuna study that maximizes. The study is deleted again if writing it fails."""
+    """Create an Optuna study that maximizes the score. Deletes the study again if writing to it
+    fails."""
     try:
         place = optuna.storages.get_storage(storage)
         if not isinstance(place, optuna.storages.BaseStorage):
@@ -304,9 +308,9 @@ def _new_study(optuna: ModuleType, storage: object, name: str | None) -> Iterato
 
 
 def _attributes(trial: Trial, inside: Mapping[str, object]) -> dict[str, object]:
-    """Return the facts about a trial that have no field in Optuna.
+    """Return the user attributes of a trial in Optuna: all facts that have no Optuna field.
 
-    None stands for NaN, which JSON lacks.
+    NaN becomes None, because JSON lacks NaN.
     """
     attributes: dict[str, object] = {
         "number": trial.number,
@@ -331,10 +335,11 @@ def _plain(value: float) -> float | None:
 
 
 def widened_description(study: Study, key: str) -> Json:
-    """Return the distribution of a key, widened to include the default and the included trials.
+    """Return a hyperparameter's distribution in Optuna's notation, widened to include the values of
+    all trials.
 
-    If the study does not have the distribution, because Optuna lacks it, it is uniform over the
-    values of the trials.
+    The result then covers the default trial and the included trials too. If Optuna lacks the
+    distribution, the result is uniform over the values of the trials.
     """
     values = [label(trial.params[key]) for trial in study.trials if key in trial.params]
     description = study.record.distributions.get(key) or _guess_description(values)
@@ -358,7 +363,8 @@ def widened_description(study: Study, key: str) -> Json:
 
 
 def _guess_description(values: Sequence[object]) -> Json:
-    """Return a distribution over the values of the trials, in Optuna's notation."""
+    """Return a uniform distribution over the trials' values of a hyperparameter, in Optuna's
+    notation."""
     numbers = [value for value in values if is_real(value) and math.isfinite(value)]
     if len(numbers) < len(values):
         return {"kind": "choices", "choices": labels(values)}
@@ -367,9 +373,9 @@ def _guess_description(values: Sequence[object]) -> Json:
 
 
 def _can_include(description: Json, value: object) -> bool:
-    """Return True if a distribution can be widened to include a value.
+    """Return True if widening an Optuna distribution can make it include a value.
 
-    A string cannot be included in a numeric distribution, and 0 cannot be included on a log scale.
+    A numeric distribution cannot include a string, and a log scale cannot include 0.
     """
     if description["kind"] == "choices":
         return True

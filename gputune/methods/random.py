@@ -1,6 +1,7 @@
-"""Random search: scikit-learn's ParameterSampler samples the trials of a search once, at its start.
+"""Random search: scikit-learn's ParameterSampler samples all configurations once, at the start of a
+search.
 
-This module also makes the remarks about these trials.
+This module also makes the remarks for the user about these trials.
 """
 
 import math
@@ -37,11 +38,11 @@ def draw(
     seconds: float | None = None,
     n_known: int = 0,
 ) -> list[Config]:
-    """Sample ``n_trials`` configurations from a checked space.
+    """Sample ``n_trials`` random configurations from a checked search space.
 
-    ParameterSampler, and therefore RandomizedSearchCV, gives the same configurations. A space that
-    has only lists is sampled without replacement. If it has fewer than ``n_trials`` points, all
-    points are returned, and ``remarks`` tells the user.
+    scikit-learn's ParameterSampler, and therefore RandomizedSearchCV, samples the same
+    configurations. A space that has only lists is sampled without replacement. If the space has
+    fewer than ``n_trials`` points, the function returns all points, and ``remarks`` tells the user.
 
     Args:
         space: The checked space.
@@ -81,23 +82,25 @@ def first_candidates(
     defaults: Mapping[str, object],
     portfolio: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Return the first trials of a new search.
+    """Return the first trials of a new search: the default configuration and the user's
+    configurations.
 
-    They are the default configuration, a ``portfolio`` if the default configuration is run, and
-    then the configurations of ``include``. A missing key takes its default value, moved into the
-    space if the space has the key. A configuration equal to an earlier configuration is dropped.
+    The order is: the default configuration, a ``portfolio`` if the default configuration is run,
+    and the configurations of ``include``. A missing key has its default value, moved into the space
+    if the space has the key. The function drops a configuration that is equal to an earlier
+    configuration.
 
     Args:
         space: The checked space.
         n_trials: The number of trials. It limits the length of the portfolio.
         include: Configurations that the user wants to run.
-        include_default: If True, the default configuration is run.
+        include_default: If True, the search runs the default configuration.
         defaults: The default values. They include the ``optimizer``. If they lack a key of the
-            space, no default configuration is run, and ``notes`` tells the user.
+            space, the search runs no default configuration, and ``notes`` tells the user.
         portfolio: Good configurations to begin with.
 
     Raises:
-        InputError: A configuration is invalid, or there is nothing to run.
+        InputError: A configuration is invalid, or no trial remains to run.
     """
     check_count(n_trials, "n_trials", least=0, remedy=f"For example {option('n_trials', 64)}.")
     configs: list[tuple[Config, str]] = []
@@ -137,12 +140,13 @@ def top_up(
     earlier: Sequence[Config] = (),
     seconds: float | None = None,
 ) -> tuple[Candidate, ...]:
-    """Return the sampled trials that are missing from ``old``, with the next free trial numbers.
+    """Return new random trials for a resumed search, so that it has ``n_trials`` trials in total.
 
-    ``n_trials`` configurations are sampled again, and configurations already in ``old`` are
-    dropped. The same seed therefore continues a search. There are at most ``n_trials`` trials,
-    including the default trial but not the included trials. A space of only lists is sampled
-    without replacement, so a larger ``n_trials`` gives a different selection.
+    The function samples ``n_trials`` configurations again, and drops the configurations that are
+    already in ``old``. The same seed therefore continues a search. The new trials have the next
+    free trial numbers. The total of ``n_trials`` includes the default trial, but not the included
+    trials. A space of only lists is sampled without replacement, so a larger ``n_trials`` gives a
+    different selection.
 
     Args:
         old: The trials so far.
@@ -150,8 +154,8 @@ def top_up(
         n_trials: The number of trials.
         seed: The random seed.
         check: Checks each configuration.
-        earlier: Configurations that other searches have tried. These configurations are dropped
-            too, and replaced by other sampled configurations if the space has enough.
+        earlier: Configurations that other searches have tried. The function replaces these
+            configurations by other sampled configurations if the space has enough.
         seconds: After this time the sampling ends with fewer trials. None means no limit.
     """
     new: tuple[Candidate, ...] = ()
@@ -180,7 +184,8 @@ def notes(
     include_default: bool,
     defaults: Mapping[str, object],
 ) -> tuple[str, ...]:
-    """Return the remarks about the trials of a call, one sentence each."""
+    """Return remarks for the user about default values and unused hyperparameters, one sentence
+    each."""
     sentences = []
     if include_default and (missing := _fill_for_space({}, space, defaults)[1]):
         sentences.append(
@@ -222,8 +227,8 @@ def remarks(
     include_default: bool,
     timeout: float | None = None,
 ) -> tuple[str, ...]:
-    """Return a remark if the number of ``trials`` is not ``n_trials``, or if an earlier default
-    stays."""
+    """Return a remark if a study has more or fewer trials than requested, or a default trial of an
+    earlier call."""
     sentences = []
     for trial in trials:
         if trial.origin == "default" and not include_default:
@@ -257,8 +262,8 @@ def remarks(
 
 
 def _n_draws(space: CheckedSpace, n_trials: int) -> int:
-    """Return the number of configurations that can be sampled from the space, at most
-    ``n_trials``."""
+    """Return the number of different configurations to sample from a space: ``n_trials``, or fewer
+    in a small space of lists."""
     # At most the number of points of a space of lists. scikit-learn would warn about more draws.
     try:
         return len(ParameterSampler(space, n_trials))
@@ -279,9 +284,10 @@ def numbered(
     old: Sequence[Candidate] = (),
     earlier: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Give trial numbers to new configurations, beginning after the trial numbers of ``old``.
+    """Make trials from new configurations, with trial numbers that begin after the numbers of the
+    trials ``old``.
 
-    Configurations that are already in ``old`` or ``earlier`` are left out.
+    The function leaves out configurations that are already in ``old`` or ``earlier``.
     """
     seen = set(map(_identity, earlier))
     number = 0
@@ -299,8 +305,8 @@ def numbered(
 def _fill_for_space(
     config: Config, space: CheckedSpace, defaults: Mapping[str, object]
 ) -> tuple[Config, list[str]]:
-    """Return a configuration with default values for its missing keys, and the keys without a
-    default."""
+    """Add default values for the missing keys of a configuration. Returns the configuration and the
+    keys without a default."""
     full = _with_defaults_in_space(config, space, defaults)
     keys = set().union(*space)
     if "penalty" in keys:
@@ -315,11 +321,10 @@ def _fill_for_space(
 def _with_defaults_in_space(
     config: Config, space: CheckedSpace, defaults: Mapping[str, object]
 ) -> Config:
-    """Return a configuration with all default values, moved into the space if the space has the
-    key.
+    """Add all default values to a configuration, moved into the space if the space has the key.
 
     If the space has alternative dicts, gputune uses the first dict that excludes the fewest default
-    values. A key without a default takes its fixed value.
+    values. A key without a default has its fixed value from the space.
     """
     plain = _with_plain_defaults(config, defaults)
 
@@ -341,10 +346,10 @@ def _with_defaults_in_space(
 
 
 def _nearest(key: str, choices: Choices, value: object) -> object:
-    """Return the value of ``choices`` that is nearest to a value.
+    """Return the value of a list or distribution that is nearest to a default value.
 
-    This is the value itself if ``choices`` has it. Otherwise it is the nearest numeric value, the
-    first entry of a list, or a random sample.
+    The result is the default value itself if ``choices`` contains it. Otherwise, the result is the
+    nearest numeric value, the first entry of a list, or a random sample.
     """
     if isinstance(choices, list):
         if value in choices:
@@ -369,14 +374,14 @@ def _nearest(key: str, choices: Choices, value: object) -> object:
 
 
 def _with_plain_defaults(config: Config, defaults: Mapping[str, object]) -> Config:
-    """Return a configuration with all default values. Some of them depend on the optimizer."""
+    """Add all default values to a configuration. Some default values depend on the optimizer."""
     optimizer = config.get("optimizer", defaults.get("optimizer"))
     of_optimizer = {} if optimizer is None else optimizer_defaults(str(optimizer))
     return {**of_optimizer, **defaults, **config}
 
 
 def _identity(config: Mapping[str, object]) -> frozenset[tuple[str, Hashable]]:
-    """Return a hashable value that is equal for equal configurations."""
+    """Return a hashable value for a configuration, to find equal configurations."""
     try:
         return frozenset(config.items())
     except TypeError:  # a value has no hash
@@ -384,9 +389,9 @@ def _identity(config: Mapping[str, object]) -> frozenset[tuple[str, Hashable]]:
 
 
 def _hashable(value: object) -> Hashable:
-    """Return the value, or a hashable value that represents it.
+    """Return a hyperparameter value, or a hashable value that represents it.
 
-    A list and a tuple of equal entries give the same result.
+    The result is the same for a list and a tuple with equal entries.
     """
     if isinstance(value, list | tuple):
         return tuple(map(_hashable, value))

@@ -1,6 +1,7 @@
-"""The space of a search, checked before anything trains, and the default space of each model.
+"""Check the search space before training begins, and define the default space of each model.
 
-A space has lists, scipy.stats distributions and fixed values. Some published spaces have a name.
+A search space maps hyperparameters to lists, scipy.stats distributions or fixed values. Some
+published spaces have a name.
 """
 
 import math
@@ -40,10 +41,10 @@ from gputune.wording import Verbatim, per_interface
 
 
 def check_space(space: object, *, keys: Collection[str], module: bool) -> CheckedSpace:
-    """Return a checked space as a list of dicts of lists and distributions.
+    """Check a search space, and return it as a list of dicts with lists and distributions.
 
-    Every value is in the range of its key. ``penalty`` stays a key of the space, so that
-    scikit-learn samples the same configurations. ``check_config`` translates it later.
+    After the check, every value is in the range of its key. ``penalty`` stays a key of the space,
+    so that scikit-learn samples the same configurations. ``check_config`` translates it later.
 
     Args:
         space: A dict, or a list of dicts (alternatives). A value is a list, tuple, range or 1-D
@@ -79,9 +80,9 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Checke
 
 
 def _check_part(part: Mapping[str, object], name: str, prefix: str = "") -> dict[str, Choices]:
-    """Return the checked choices of one dict of a space.
+    """Check one dict of a search space, and return its lists and distributions.
 
-    ``prefix`` is put before each key while its values are checked.
+    The check puts ``prefix`` before each key.
     """
     return {
         key: _check_choices(f"{prefix}{key}", value, f"{name}[{key!r}]")
@@ -90,9 +91,9 @@ def _check_part(part: Mapping[str, object], name: str, prefix: str = "") -> dict
 
 
 def choices_of(space: CheckedSpace, key: str, *, default: object) -> list[Any]:
-    """Return all values of a key in the lists of a space.
+    """Return all values that a hyperparameter can have in the lists of a search space.
 
-    A dict of the space without this key has the default.
+    In a dict of the space without this key, the value is ``default``.
     """
     values = []
     for part in space:
@@ -103,9 +104,9 @@ def choices_of(space: CheckedSpace, key: str, *, default: object) -> list[Any]:
 
 
 def check_own_space(space: object) -> CheckedSpace:
-    """Return the checked space of a custom training loop, in the form of ``check_space``.
+    """Check the search space of a custom training loop, and return it as a list of dicts.
 
-    Its keys are any strings, and its values any values.
+    The keys may be any strings, and the values may have any type.
     """
     named = _dicts_by_name(space, remedy="For example space={'lr': [0.01, 0.001]}.")
     for name, part in named.items():
@@ -119,7 +120,8 @@ def check_own_space(space: object) -> CheckedSpace:
 
 
 def _dicts_by_name(space: object, *, remedy: str) -> dict[str, Mapping[Any, object]]:
-    """Return the dicts of a space, keyed by their names in error messages."""
+    """Return the dicts of a search space. The keys of the result are their names in error
+    messages."""
     parts = [space] if isinstance(space, Mapping) else space
     if not _are_dicts(parts):
         raise InputError(
@@ -136,9 +138,10 @@ def _dicts_by_name(space: object, *, remedy: str) -> dict[str, Mapping[Any, obje
 
 
 def _check_online(part: Mapping[str, object], name: str) -> None:
-    """Raise InputError for a key that the optimizers of the space never use.
+    """Raise InputError for ``hypergrad_lr`` or ``hypergrad_rule`` in a space without an optimizer
+    that uses it.
 
-    These keys belong to the optimizers that adapt their learning rate.
+    Only the optimizers that adapt their learning rate use these keys.
     """
     optimizers = part.get("optimizer")
     names = [optimizers] if isinstance(optimizers, str) else optimizers
@@ -155,9 +158,11 @@ def _check_online(part: Mapping[str, object], name: str) -> None:
 
 
 def check_include(include: object, *, keys: Collection[str], module: bool) -> list[Config]:
-    """Return the checked configurations of ``include``, which the user wants to run.
+    """Check the configurations that the user wants to run (the argument ``include``), and return
+    them.
 
-    ``keys`` and ``module`` are as in ``check_space``. Raises InputError.
+    ``keys`` and ``module`` are as in ``check_space``. Raises InputError for an invalid
+    configuration.
     """
     configs = _dicts(include)
     for i, config in enumerate(configs):
@@ -167,9 +172,10 @@ def check_include(include: object, *, keys: Collection[str], module: bool) -> li
 
 
 def check_own_include(include: object, space: CheckedSpace) -> list[Config]:
-    """Return the configurations of ``include`` for a custom training loop.
+    """Check the configurations that the user wants to run in a custom training loop (``include``).
 
-    Each must have exactly the keys of one dict of the space. Otherwise InputError is raised.
+    Each configuration must have exactly the keys of one dict of the space. Raises InputError
+    otherwise.
     """
     configs = _dicts(include)
     for i, config in enumerate(configs):
@@ -183,7 +189,7 @@ def check_own_include(include: object, space: CheckedSpace) -> list[Config]:
 
 
 def _dicts(include: object) -> Sequence[Mapping[str, object]]:
-    """Return the dicts of ``include``. Raises InputError."""
+    """Return the argument ``include``, or raise InputError if it is not a list of dicts."""
     if not _are_dicts(include):
         raise InputError(
             "include",
@@ -199,7 +205,8 @@ def _are_dicts(value: object) -> TypeGuard[Sequence[Mapping[Any, object]]]:
 
 
 def _check_choices(key: str, value: object, name: str) -> Choices:
-    """Return the checked list or distribution of one key. Raises InputError."""
+    """Check the values of one hyperparameter in a search space, and return a list or distribution.
+    Raises InputError."""
     if is_distribution(value):
         _check_distribution(key, value, name)
         return value
@@ -230,7 +237,8 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
 
 
 def _check_distribution(key: str, value: Any, name: str) -> None:
-    """Raise InputError for a distribution that can return values outside its key's range."""
+    """Raise InputError for a distribution that can sample values outside the hyperparameter's valid
+    range."""
     scipy_classes = (stats.rv_continuous, stats.rv_discrete)
     is_unfrozen = isinstance(value, scipy_classes)
     if is_unfrozen and value.numargs:
@@ -314,7 +322,7 @@ _SIZES: Mapping[type[nn.Module], Mapping[str, Choices]] = {
 
 
 def recipe_of(builder: object, goal: Goal) -> Config:
-    """Return the values that replace the common defaults for a model, or an empty dict.
+    """Return a model's own default values, which replace the common defaults, or an empty dict.
 
     ``goal`` says whether the model predicts classes, numeric values (regression), or neither.
     """
@@ -328,12 +336,12 @@ def recipe_of(builder: object, goal: Goal) -> Config:
 def default_space(
     model: Literal["mlp", "logistic", "module"], optimizer: str, builder: object = None
 ) -> dict[str, Choices]:
-    """Return the default space of a search.
+    """Return the default search space for a kind of model and an optimizer.
 
-    The learning rate matters most and is sampled on a log scale. SGD does not scale each step as
-    Adam does, so its range is one or two powers of ten higher. For a class of torch.optim the range
-    lies around the default of this class. Batch size and width come from short lists of powers of
-    two. Many trials then share one tensor shape and train as one population. Depth, activation and
+    The learning rate matters most and has a log scale. SGD does not scale each step as Adam does,
+    so its range is one or two powers of ten higher. For a class of torch.optim the range lies
+    around the default of this class. Batch size and width come from short lists of powers of two.
+    Many trials then share one tensor shape and train as one population. Depth, activation and
     dropout stay at their defaults, because each of them splits populations or adds little on
     tables. The space of the solved logistic regression (no training steps) has only its penalty.
 
@@ -359,7 +367,8 @@ def default_space(
 
 
 def _choices_of(key: str) -> Choices:
-    """Return the default choices of a key: a list, or a log-uniform distribution."""
+    """Return the default search values of a hyperparameter: a list, or a log-uniform
+    distribution."""
     searched = SEARCHED[key]
     if isinstance(searched, tuple):
         return list(searched)
@@ -368,7 +377,7 @@ def _choices_of(key: str) -> Choices:
 
 
 def _realmlp(goal: Goal) -> CheckedSpace:
-    """Return the space RealMLP-HPO. A value that is more likely is listed several times.
+    """Return the published search space RealMLP-HPO. A list repeats a value that is more likely.
 
     Source: Holzmueller et al. (2024), arXiv:2407.04491, table C.2.
     """
@@ -388,11 +397,11 @@ def _realmlp(goal: Goal) -> CheckedSpace:
 
 
 def _realmlp_tabarena(goal: Goal) -> CheckedSpace:
-    """Return the space of TabArena for RealMLP. Source: pytabkit, "tabarena-new".
+    """Return TabArena's search space for RealMLP. Source: pytabkit, "tabarena-new".
 
-    Departures: one network per trial instead of 8, the same number of epochs for all trials without
-    early stopping, label smoothing without a schedule, beta2 from a list, and at most 32 levels per
-    category.
+    Differences from the source: one network per trial instead of 8, the same number of epochs for
+    all trials without early stopping, label smoothing without a schedule, beta2 from a list, and at
+    most 32 levels per category.
     """
     common: dict[str, Choices] = {
         "module__depth": [2, 3, 4],
@@ -441,7 +450,7 @@ SPACES: Mapping[str, Callable[[Goal], CheckedSpace]] = {
 
 
 def named_space(name: str, goal: Goal) -> CheckedSpace:
-    """Return the space with a given name. Raises InputError for an unknown name."""
+    """Return the search space with a given name. Raises InputError for an unknown name."""
     if name not in SPACES:
         names = ", ".join(SPACES)
         forms = per_interface("a dict, a list of dicts,", "KEY=SPEC,")

@@ -1,7 +1,7 @@
-"""Rules that stop trials early: their options, their epochs of decision, and their decisions.
+"""Rules that stop trials early: successive halving and the median rule.
 
-All trials (of a bracket) train together. At some epochs, the mean validation scores decide which
-trials continue. The median rule is milder than successive halving.
+All trials (of a bracket) train together. After some epochs, a rule compares the mean validation
+scores and decides which trials continue. The median rule is milder than successive halving.
 """
 
 import math
@@ -22,17 +22,18 @@ are included."""
 
 @dataclass(frozen=True, kw_only=True)
 class StoppingRule:
-    """The methods that every stopping rule has."""
+    """Base class of the rules that stop trials early, with the methods of every rule."""
 
     def stops(self, max_epochs: int) -> list[int]:
-        """Return the epochs at which the rule decides, in order, all below ``max_epochs``.
+        """Return the epochs after which the rule may stop trials, in order, all below
+        ``max_epochs``.
 
-        Raises InputError if the options allow no epoch of decision.
+        Raises InputError if the options allow no such epoch.
         """
         raise NotImplementedError
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
-        """Return the trial numbers of the trials that the rule prunes after an epoch of
+        """Return the trial numbers of the trials that the rule stops (prunes) after an epoch of
         ``stops``."""
         raise NotImplementedError
 
@@ -41,7 +42,8 @@ class StoppingRule:
 class Halving(StoppingRule):
     """Options of successive halving, for ``tune(method=...)`` and ``search(method=...)``.
 
-    At each rung, the best 1/``factor`` of the trials continue. The other trials are "pruned".
+    A rung is an epoch after which trials are compared. At each rung, the best 1/``factor`` of the
+    trials continue. The other trials stop and are "pruned".
 
     Sources: Jamieson and Talwalkar (2016), arXiv:1502.07943. For brackets: Li et al. (2018),
     arXiv:1603.06560.
@@ -55,9 +57,8 @@ class Halving(StoppingRule):
         min_epochs: The number of epochs before the first rung, at least 1 and below ``max_epochs``.
             None means max(1, max_epochs // 27).
         brackets: The number of brackets, at least 1 [default: 1]. At most one more than the number
-            of rungs. Bracket s has its first rung at min_epochs * factor**s, so
-            that some trials are not judged early. Each bracket gets about the same number of epochs
-            in total.
+            of rungs. Bracket s has its first rung at min_epochs * factor**s, so that some trials
+            are not compared early. Each bracket gets about the same number of epochs in total.
 
     Raises:
         InputError: An option is invalid. ``tune`` raises it if ``max_epochs`` is too small.
@@ -85,10 +86,11 @@ class Halving(StoppingRule):
         check_count(self.brackets, "Halving(brackets=...)")
 
     def rungs(self, max_epochs: int) -> list[list[int]]:
-        """Return the epochs of the rungs of each bracket, all below ``max_epochs``.
+        """Return the epochs after which each bracket (group) of trials is compared, all below
+        ``max_epochs``.
 
-        The last bracket may have no rungs. Raises InputError if ``min_epochs`` is not below
-        ``max_epochs``, or if there are too many brackets.
+        These epochs are called rungs. The last bracket may have no rungs. Raises InputError if
+        ``min_epochs`` is not below ``max_epochs``, or if there are too many brackets.
         """
         epochs: list[int] = []
         rung = float(_first_epoch(self, max_epochs, 27))
@@ -108,13 +110,14 @@ class Halving(StoppingRule):
         return [epochs[s:] for s in range(self.brackets)]
 
     def stops(self, max_epochs: int) -> list[int]:
-        """Return the epochs of all rungs of all brackets, in order."""
+        """Return all epochs after which successive halving compares trials of any bracket, in
+        order."""
         return sorted(set().union(*self.rungs(max_epochs)))
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
         """Return the trial numbers of the trials that successive halving prunes after this epoch.
 
-        These trials are not among the best of their bracket by mean validation score.
+        These trials are not among the best trials of their bracket by mean validation score.
         """
         # By trial number, not by position: a repaired study may lack some trials.
         bracket_of = self.brackets_of(1 + max(curves, default=-1), max_epochs)
@@ -131,7 +134,8 @@ class Halving(StoppingRule):
         return stopped
 
     def brackets_of(self, n_trials: int, max_epochs: int) -> list[int]:
-        """Return the bracket index of each trial, in order of trial number.
+        """Return the index of the bracket (group with its own rungs) that each trial belongs to, in
+        order of trial number.
 
         Every bracket gets about the same number of epochs in total.
         """
@@ -150,11 +154,12 @@ class Halving(StoppingRule):
 
 
 def survivors(means: np.ndarray, factor: float) -> np.ndarray:
-    """Return a mask of the trials that continue after a rung, (C,) for C trials.
+    """Return a mask of the trials that continue after a comparison in successive halving, (C,) for
+    C trials.
 
-    These are the best 1/``factor`` of the trials by the mean validation scores ``means`` (C,), or
-    only the best trial if this share is less than one trial. A trial with NaN never continues. In a
-    tie, the earlier trial wins.
+    The best 1/``factor`` of the trials continue, by the mean validation scores ``means`` (C,). If
+    this share is less than one trial, only the best trial continues. A trial with NaN never
+    continues. In a tie, the earlier trial wins.
     """
     finite = np.isfinite(means)
     count = min(int(finite.sum()), max(1, int(len(means) / factor)))
@@ -211,13 +216,13 @@ class Median(StoppingRule):
         check_count(self.min_trials, "Median(min_trials=...)")
 
     def stops(self, max_epochs: int) -> list[int]:
-        """Return the epochs of the decisions, in order."""
+        """Return the epochs after which the median rule compares trials, in order."""
         first = _first_epoch(self, max_epochs, 10)
         return list(range(first, max_epochs, self.every or first))
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
-        """Return the trial numbers of the trials with a best mean validation score below the
-        median.
+        """Return the trial numbers of the trials that the median rule stops, because their best
+        mean score is below the median.
 
         Trials that ended earlier stay ended. NaN, the score of a diverged trial, is worse than any
         finite score.
@@ -239,13 +244,15 @@ class Median(StoppingRule):
 def ends_in_order(
     rule: StoppingRule, max_epochs: int, number: int, epoch: int, reports: Reports
 ) -> bool | None:
-    """Return True if a trial of a custom training loop ends after ``epoch`` reported values.
+    """Return True if a stopping rule ends a trial of a custom training loop after ``epoch``
+    reported values.
 
-    The trial is compared with the trials that have lower numbers and have reported as many values.
-    This is successive halving without rounds, which ends a trial that the paper's version would
-    pause (Li et al., 2020, arXiv:1810.05934), or the median rule of Vizier. Both published rules
-    judge trials in the order in which they arrive. gputune judges trials in order of trial number.
-    Therefore any number of workers, and a resumed search, prune the same trials.
+    The rule compares the trial with the trials that have lower trial numbers and have reported as
+    many values. The result is successive halving without rounds, which ends a trial that the
+    paper's version would pause (Li et al., 2020, arXiv:1810.05934), or the median rule of Vizier.
+    Both published rules judge trials in the order in which they arrive. gputune judges trials in
+    order of trial number. Therefore any number of workers, and a resumed search, prune the same
+    trials.
 
     Returns None while a trial with a lower number still trains and has reported fewer values.
     """
@@ -260,7 +267,7 @@ def ends_in_order(
 
 
 def _first_epoch(rule: Halving | Median, max_epochs: int, part: int) -> int:
-    """Return the epoch of the first decision.
+    """Return the epoch after which a rule first compares trials.
 
     Raises InputError if ``min_epochs`` is not below ``max_epochs``.
     """
