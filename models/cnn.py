@@ -59,7 +59,7 @@ class CNN(nn.Module):
         self.one_channel = len(input_shape) == 2
         if min(input_shape[-2:]) < 2**depth:
             raise ValueError(
-                f"depth={depth} halves height and width {depth} times, which takes images of "
+                f"depth={depth} halves height and width {depth} times, which needs images of "
                 f"{2**depth} x {2**depth} or more, got {input_shape[-2]} x {input_shape[-1]}: "
                 "lower depth, or check the order of the axes"
             )

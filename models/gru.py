@@ -59,9 +59,9 @@ class GRU(nn.Module):
             )
         if (len(input_shape) == 1) != (n_tokens is not None):
             raise ValueError(
-                f"rows of shape {input_shape} and n_tokens={n_tokens} do not fit: token ids, "
-                "(steps,), need n_tokens, the largest id plus 1 (module__n_tokens in the space), "
-                "and numbers, (steps, numbers), none"
+                f"rows of shape {input_shape} and n_tokens={n_tokens} do not fit: token ids of "
+                "shape (steps,) need n_tokens, the largest id plus 1 (module__n_tokens in the "
+                "space), and sequences of shape (steps, numbers) need n_tokens=None"
             )
         self.embedding = None if n_tokens is None else nn.Embedding(n_tokens, hidden)
         # numbers per step that the first layer receives

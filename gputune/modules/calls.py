@@ -344,7 +344,9 @@ class _DrawRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         plain = name in _PLAIN or _PLAIN_OVERLOADS.get(name) == func._overloadname
         # a generator of the user's own must not be replaced
         if not plain or kwargs.get("generator") is not None:
-            raise TraceError(f"{func} draws numbers that depend on more than the key of the step")
+            raise TraceError(
+                f"{func} makes random numbers that depend on more than the epoch and the step"
+            )
         layouts = [_empty_like(x) if isinstance(x, Tensor) else x for x in args]
         self.draws.append(_Draw(func, layouts, kwargs))
         result = func(*args, **kwargs)

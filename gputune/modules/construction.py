@@ -195,8 +195,8 @@ def _remedy(builder: Builder, kwargs: Config, error: str) -> str:
     if refused and refused[1] in kwargs and refused[1] not in parameters_of(builder):
         name = name_of(builder)
         return (
-            f"{name} takes any keyword, so gputune passes n_features and n_outputs. "
-            f"Pass a function that calls it: def make(n_outputs): return {name}(...)."
+            f"{name} accepts any keyword argument, so gputune passes n_features and n_outputs. "
+            f"Pass a function that calls {name}: def make(n_outputs): return {name}(...)."
         )
     values = per_interface("values of the space", "values of --space", "values")
     return f"Correct it, or the module__* {values}."
@@ -317,8 +317,8 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
             rest = f"give it a default, or pass functools.partial({name_of(builder)}, {name}=...)."
             raise InputError(
                 None,
-                f"{name_of(builder)}{signature} requires {name!r}, which does not follow from the "
-                "data",
+                f"{name_of(builder)}{signature} requires {name!r}, which gputune cannot "
+                "derive from the data",
                 remedy=per_interface(
                     f"Put 'module__{name}' with one or several values into the space, {rest}",
                     f"Put module__{name}=... into --space, or give it a default.",
@@ -396,9 +396,9 @@ def note_of_cast(module: nn.Module, dtype: torch.dtype) -> str:
     for name, tensor in named_tensors(module).items():
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, dtype):
             return (
-                f" All floats of a module are {dtype} while it trains, also {name!r}, which was "
-                f"created as {tensor.dtype}. In the forward pass, write x.to(self.{name}.dtype) "
-                "instead of a fixed dtype."
+                f" gputune converts all floating-point tensors of a module to {dtype}, also "
+                f"{name!r}, which was created as {tensor.dtype}. In the forward pass, write "
+                f"x.to(self.{name}.dtype) instead of a fixed dtype."
             )
     return ""
 
@@ -412,17 +412,17 @@ def hint(error: str, inputs: Sequence[Tensor]) -> str:
         if any(x.is_floating_point() and x.dim() == 2 for x in inputs):
             remedy = per_interface(
                 "For token ids pass a tensor of integers, torch.as_tensor(X)",
-                "Token ids are a tensor of integers in a .pt file",
+                "For token ids store a tensor of integers in a .pt file",
             )
-            return f" {remedy}: an array or a DataFrame of two axes is a table of numbers."
+            return f" {remedy}: gputune reads a 2-D array or DataFrame as a table of numbers."
         return (
             " An embedding takes ids as int64 or int32. Pass X.long(), or begin the forward pass "
             "with x.long()."
         )
     if "positional argument" in error or "unexpected keyword argument" in error:
         return (
-            " gputune passes several inputs in order, and the inputs of a dict under their keys. "
-            "If the items of a Dataset are (inputs, target), leave y out."
+            " gputune passes several inputs in order, and the inputs of a dict as keyword "
+            "arguments. If the items of a Dataset are (inputs, target), leave y out."
         )
     is_whole = any(not x.is_floating_point() for x in inputs)
     words = ("Input type", "dtype", "Byte", "Bool", "Long", "Int")

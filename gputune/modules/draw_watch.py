@@ -47,9 +47,7 @@ class DrawWatch:
         if not code and not self.generator:
             return ""
         where = code or f"it draws from {self.generator}"
-        return (
-            f"{where}, and a stacked or recorded step would repeat the number that is drawn first"
-        )
+        return f"{where}, and a stacked or recorded step would repeat the first random number"
 
     @contextmanager
     def watching(self, *, training: bool) -> Iterator[None]:

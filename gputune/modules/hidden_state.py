@@ -161,7 +161,7 @@ def _check_same(
         raise InputError(
             None,
             f"{trial.name} {finding}, and its predictions depend on it. A saved model would lose "
-            "it",
+            "this attribute",
             remedy=_remedy(key, _value_of(trial.module, name)),
         )
 

@@ -52,7 +52,7 @@ _EVALUATION = (0, 0, 0)  # the key of the tried evaluation
 _VMAP = "Members are stacked with torch.func.vmap"
 _ADVICE = {
     (".item()", "data-dependent", "as_tensor"): (
-        "which cannot read a number of a tensor: decide by torch.where instead of if or .item()"
+        "which cannot read a tensor's value in Python: use torch.where instead of if or .item()"
     ),
     ("inplace",): "which cannot write into that tensor: write x = x + y instead of x += y",
     ("dynamic", "nonzero"): (
@@ -99,7 +99,7 @@ def traits_of(
         raise InputError(
             None,
             f"{option('sample_weight')} and {option('class_weight')} weight rows, but {loss} "
-            "returns the mean of the rows instead of one number per row",
+            "returns the mean over the rows instead of one loss per row",
             remedy="Return row losses of shape (rows,), or leave the weights out.",
         )
     return traits
@@ -135,7 +135,7 @@ def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> 
             choices = ", ".join(sorted(parts))
             raise InputError(
                 f"space[{key!r}]",
-                f"must contain a part of the path of a parameter of {name}",
+                f"must contain a part of a parameter's dotted name in {name}",
                 remedy=f"The parts are {choices}.",
             )
     if config["dropout"] and not traits.scheduled:
@@ -234,7 +234,7 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     if not reason:
         reason, unused = _stacking_traits(trial, traits)
     if trial.watch.decides and not reason:
-        reason = "it draws random numbers and decides by a number of a tensor"
+        reason = "it draws random numbers and branches on a tensor's value"
     return replace(traits, unstackable=reason, unused=() if reason else unused)
 
 
@@ -260,10 +260,10 @@ def _advice(message: str) -> str:
     for parts, advice in _ADVICE.items():
         if any(part in message for part in parts):
             return f"{_VMAP}, {advice}"
-    return f"{_VMAP}, which does not run this operation"
+    return f"{_VMAP}, which does not support this operation"
 
 
-_DIFFERS = "when its members are stacked than alone"
+_DIFFERS = "for stacked members than for single members"
 
 
 def _stacking_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
@@ -445,7 +445,7 @@ def explain(
             others = fold.train[fold.train != rows.to(fold.train.device)]
             few = torch.split(others[:: max(1, len(others) // 8)], 1)  # enough of them to decide
             if len(others) and all(map(fails, few)):
-                rule = f"{_sentence(call)} No single row of X is at fault, because others fail too"
+                rule = f"{_sentence(call)} No single row of X is the cause, because others fail too"
                 return InputError(None, rule, remedy=remedy)
         return InputError(
             None,

@@ -216,7 +216,9 @@ class StackedModule(ModuleNetwork):
         if not ahead:
             return None  # the step draws for itself, by the key of the minibatch
         if self.objective.augment is not None:
-            raise TraceError("augment draws by the key of the minibatch, which is not recorded")
+            raise TraceError(
+                "augment makes random numbers for each minibatch, which cannot be recorded"
+            )
         drops = any(config["dropout"] for config in self.configs)
         for is_off in (False,) if drops else (True, False):
             for part in self.template.modules():
@@ -460,9 +462,9 @@ class StackedModule(ModuleNetwork):
         except IndexError as error:
             raise InputError(
                 None,
-                f"{name_of(self.builder)} raised IndexError: {error}. The rows on which gputune "
-                "tried it raised no error",
-                remedy="An embedding must have a place for every code in the data.",
+                f"{name_of(self.builder)} raised IndexError: {error}. It raised no error on the "
+                "rows that gputune tried before training",
+                remedy="An embedding must have an entry for every code in the data.",
             ) from error
         finally:
             warns(True)

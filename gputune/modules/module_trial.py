@@ -142,7 +142,7 @@ class ModuleTrial:
             if number < 0:
                 remedy = "Give such ids other numbers."
             places = (
-                f"{number}{row}, but the embedding {path!r} of {self.name} has {size} places, for "
+                f"{number}{row}, but the embedding {path!r} of {self.name} has {size} entries, for "
                 f"ids 0 to {size - 1}"
             )
             for label, x in zip(data.labels, searched):
@@ -342,7 +342,7 @@ class ModuleTrial:
                 None,
                 f"{option(f'augment={function}')} raised {type(error).__name__}: {error}",
                 remedy="gputune calls augment(x, generator) with the inputs of a minibatch. It "
-                "must return such inputs.",
+                "must return inputs of the same form.",
             ) from error
 
     def draws_in_augment(self) -> str:
@@ -426,7 +426,7 @@ class ModuleTrial:
 
 
 _UNSCALED = option("numbers", "none")
-_SCALED = " gputune scales the numbers of a table. " + per_interface(
+_SCALED = " gputune scales the numeric columns of a table. " + per_interface(
     f"Pass a tensor of integers, torch.as_tensor(X), or {_UNSCALED}, which leaves codes unchanged.",
     f"Pass a tensor of integers in a .pt file, or {_UNSCALED}, which leaves codes unchanged.",
 )

@@ -34,8 +34,8 @@ _HIDDEN = {aten.native_batch_norm.default: (3, 4)}
 statistics."""
 
 _RULES = (
-    (torch.Tag.data_dependent_output, "reads a number"),
-    (torch.Tag.dynamic_output_shape, "gives a tensor whose shape depends on numbers"),
+    (torch.Tag.data_dependent_output, "reads a value of a tensor"),
+    (torch.Tag.dynamic_output_shape, "returns a tensor with a shape that depends on values"),
     (torch.Tag.nondeterministic_seeded, "draws random numbers"),
 )
 

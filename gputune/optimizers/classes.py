@@ -96,7 +96,7 @@ def optimizer_word(value: object, name: str, *, more: Collection[str] = ()) -> s
     if isinstance(value, torch.optim.Optimizer):
         raise InputError(
             name,
-            "must be the class, not an instance, because each member builds its optimizer",
+            "must be the class, not an instance, because gputune builds one optimizer per member",
             remedy=f"Pass torch.optim.{type(value).__name__}, and put its arguments into the "
             "search space: lr and optimizer__*.",
         )
@@ -237,7 +237,7 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
             if isinstance(default, tuple) and not isinstance(value, tuple):
                 python = f"as a tuple in a list, [{default}]"
                 numbers = per_interface(python, f"in parentheses, '{default}'")
-                remedy = f"{remedy} Write several numbers that are one value {numbers}."
+                remedy = f"{remedy} If one value consists of several numbers, write it {numbers}."
                 break
         raise InputError(
             None,

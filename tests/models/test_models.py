@@ -94,7 +94,7 @@ def test_bytes_and_token_ids_are_taken_as_they_are():
             r"a GRU takes sequences, .*got rows of shape \(1, 2, 3\)",
         ),
         (GRU, {"input_shape": (6,)}, "need n_tokens, the largest id plus 1"),
-        (GRU, {"input_shape": (6, 2), "n_tokens": 5}, "and numbers, .*, none"),
+        (GRU, {"input_shape": (6, 2), "n_tokens": 5}, "and sequences .* need n_tokens=None"),
         (
             RealMLP,
             {"n_features": 3, "activation": "tanh"},
@@ -128,9 +128,9 @@ def test_they_are_searched_by_name_and_loaded_without_trust(tmp_path, monkeypatc
 def test_token_ids_are_an_integer_tensor():
     space = {"lr": [0.01], "module__n_tokens": [5], "module__hidden": [4]}
     assert gputune.tune("gru", IDS, LABELS, space=space, **ONE).best_score > 0
-    with refused("gputune scales the numbers of a table"):
+    with refused("gputune scales the numeric columns of a table"):
         gputune.tune("gru", IDS.numpy(), LABELS, space=space, **ONE)
-    with refused("X has the id 4 in row 0, but the embedding .* has 3 places"):
+    with refused("X has the id 4 in row 0, but the embedding .* has 3 entries"):
         gputune.tune("gru", IDS, LABELS, space={"module__n_tokens": [3]}, **ONE)
 
 

@@ -115,7 +115,7 @@ LAZY = r"Lazy raised ValueError on two rows of zeros, .*4D .*Pass X\[:, None\]"
         (
             Words,
             changed(IDS, 27, 9),
-            r"X has the id 9 in row 27, but the embedding 'code' of Words has 9 places",
+            r"X has the id 9 in row 27, but the embedding 'code' of Words has 9 entries",
         ),
         (
             Words,
@@ -269,7 +269,10 @@ class Tires(Linear):
 
 @pytest.mark.parametrize(
     ("evaluates", "finding"),
-    [(True, "No single row of X is at fault"), (False, "In evaluation mode it fails on no row")],
+    [
+        (True, "No single row of X is the cause"),
+        (False, "In evaluation mode it fails on no row"),
+    ],
 )
 def test_a_failure_that_no_row_causes_names_the_configuration(evaluates, finding):
     space = {

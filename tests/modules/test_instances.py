@@ -125,5 +125,5 @@ def test_the_default_that_gives_the_wrong_number_of_outputs_is_named():
 
 
 def test_a_function_of_any_keyword_that_refuses_the_sizes_is_told_to_be_wrapped():
-    with refused(r"vision takes any keyword, .*: def make\(n_outputs\): return vision\(\.\.\.\)"):
+    with refused(r"vision accepts any keyword .*: def make\(n_outputs\): return vision\(\.\.\.\)"):
         tune(vision)

@@ -184,7 +184,7 @@ def test_a_parameter_that_a_step_does_not_use_is_left_as_it_is(optimizer):
     data = make_data()
     configs = fill({"optimizer": optimizer, "lr": 0.01, "batch_size": 7, "weight_decay": 0.1})
     traits = traits_of(Dropping, configs[0], data)
-    assert traits.unstackable == "it draws random numbers and decides by a number of a tensor"
+    assert traits.unstackable == "it draws random numbers and branches on a tensor's value"
     begun = trained(Dropping, configs, data, 2)
     found = trained(Dropping, configs, data, 5, begin=begun.state).member(1, 0)
     assert largest_difference(found, module_loop(Dropping, data, 1, configs[0], 5)) <= 1e-8
@@ -428,7 +428,9 @@ class Hiding(Remembering):
 )
 def test_a_gradient_that_differs_by_more_than_rounding_is_found_in_single_precision(build, says):
     traits = inspect_module(ModuleTrial(build, *fill({}), data_of(rows()[0], 3)))
-    assert traits.unstackable == f"{says} another gradient when its members are stacked than alone"
+    assert (
+        traits.unstackable == f"{says} another gradient for stacked members than for single members"
+    )
 
 
 def noisy_step(module, batch):
@@ -461,7 +463,7 @@ def test_a_training_step_that_decides_by_a_draw_trains_one_by_one(capsys):
         return noisy_step(module, batch) * (2 if torch.rand(()).item() < 0.5 else 1)
 
     search(Linear, training_step=step, verbose=1)
-    assert "it draws random numbers and decides by a number of a tensor" in capsys.readouterr().err
+    assert "it draws random numbers and branches on a tensor's value" in capsys.readouterr().err
 
 
 def test_a_search_says_what_trains_one_by_one_and_why(capsys):

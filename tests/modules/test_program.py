@@ -90,8 +90,8 @@ def test_pooling_takes_the_first_of_equal_numbers(channels):
 
 
 REFUSED = {
-    "reads a number": lambda t: t.sum().item(),
-    "gives a tensor whose shape depends on numbers": lambda t: t[t > 0],
+    "reads a value of a tensor": lambda t: t.sum().item(),
+    "returns a tensor with a shape that depends on values": lambda t: t[t > 0],
     "draws random numbers": lambda t: t.add_(torch.rand_like(t)),
     "moves or resizes a tensor": lambda t: t.resize_(8),
     "is not a plain tensor in main memory": lambda t: t.to_sparse(),
@@ -254,7 +254,7 @@ def test_attention_is_recorded_and_draws_by_other_numbers_are_made_in_the_step()
 def test_a_generator_of_a_modules_own_is_refused_before_it_draws():
     own = torch.Generator().manual_seed(1)
     before = own.get_state()
-    with pytest.raises(TraceError, match="aten.rand.generator draws numbers that depend on more"):
+    with pytest.raises(TraceError, match="aten.rand.generator makes random numbers that depend on more"):
         calls.draws_of(lambda: torch.rand(3, generator=own))
     assert torch.equal(own.get_state(), before)
 

@@ -397,7 +397,7 @@ def test_a_code_that_the_tried_rows_have_not_is_named():
     params = network.blocks.views(network.start())
     assert network.outputs(params, 0, [torch.tensor([[4.0, 1.0]])]).shape == (1, 1, 2)
     with pytest.raises(
-        InputError, match=r"Coded raised IndexError: index out of range.*a place for every code"
+        InputError, match=r"Coded raised IndexError: index out of range.*an entry for every code"
     ):
         network.outputs(params, 0, [torch.tensor([[5.0, 1.0]])])
 

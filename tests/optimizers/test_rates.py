@@ -132,7 +132,7 @@ def test_a_factor_is_the_product_of_those_that_are_named():
         (
             "random",
             {"lr_factor__scale": 2.0},
-            r"space\['lr_factor__scale'\] must contain a part of the path of a parameter of Net. The "
+            r"space\['lr_factor__scale'\] must contain a part of a parameter's dotted name in Net. The "
             "parts are 0",
         ),
         (
