@@ -254,7 +254,9 @@ def test_attention_is_recorded_and_draws_by_other_numbers_are_made_in_the_step()
 def test_a_generator_of_a_modules_own_is_refused_before_it_draws():
     own = torch.Generator().manual_seed(1)
     before = own.get_state()
-    with pytest.raises(TraceError, match="aten.rand.generator makes random numbers that depend on more"):
+    with pytest.raises(
+        TraceError, match="aten.rand.generator makes random numbers that depend on more"
+    ):
         calls.draws_of(lambda: torch.rand(3, generator=own))
     assert torch.equal(own.get_state(), before)
 
