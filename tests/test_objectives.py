@@ -551,7 +551,7 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
         (
             TWO,
             {"model": OneLogit, "loss": nn.BCELoss()},
-            "BCELoss takes probabilities, .* Give loss='bce', which",
+            "BCELoss expects probabilities, .* Give loss='bce', which",
         ),
         (
             TWO,
@@ -590,17 +590,17 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
         (
             SEVERAL[:, 0],
             {"loss": nn.CrossEntropyLoss()},
-            "CrossEntropyLoss is a loss of classes, but y is one number per row",
+            "CrossEntropyLoss is a loss for classes, but y has one number per row",
         ),
         (
             SEVERAL[:, 0],
             {"loss": functional.cross_entropy},
-            "functional.cross_entropy is a loss of classes, but y is one number per row",
+            "functional.cross_entropy is a loss for classes, but y has one number per row",
         ),
         (
             LABELS[:, 0],
             {"loss": functional.mse_loss},
-            "functional.mse_loss is a loss of numbers, but y is classes. If they are numbers, say task='regression'",
+            "mse_loss is a loss for numbers, but y holds classes. If they are numbers, say task='regression'",
         ),
         (SEVERAL, {"loss": lambda o, y: (o * math.inf).mean(1)}, "is not finite on the first rows"),
         (
@@ -621,12 +621,12 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
         (
             SEVERAL,
             {"scoring": lambda o, y: o @ y},
-            "It is called as scoring.outputs, y., with tensors",
+            "gputune calls scoring.outputs, y., with tensors",
         ),
         (
             LABELS,
             {"loss": nn.CrossEntropyLoss()},
-            "is a loss of one class per row, .* Give loss=torch.nn.BCEWithLogits",
+            "is a loss for one class per row, .* Give loss=torch.nn.BCEWithLogits",
         ),
         (
             LABELS[:, 0],
@@ -639,19 +639,18 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
         (
             None,
             {},
-            "y is missing. .* For a loss that reads only X, as of an autoencoder, pass y=X and task='custom'",
+            "y is missing. .* If the loss reads only X, as for an autoencoder, pass y=X and task='custom'",
         ),
         (
             SEVERAL[:, 0],
             {"loss": needed, "space": {"loss__power": [1, 2]}, "scoring": "neg_loss"},
-            "loss__power has several values in the space and no default. Give it a default, or "
+            "loss__power has several values in the space and no default. Give the argument a default, or "
             "pass scoring=callable",
         ),
         (
             X,
             {"task": "custom", "training_step": lambda m, b: m(b[0]).square().mean()},
-            "A custom target that training_step trains on has no score of its own. Give "
-            "scoring=callable",
+            "A custom target with a training_step has no default score. Give scoring=callable",
         ),
         (
             COUNTS,

@@ -31,9 +31,9 @@ _WRITE = (
 )
 _TEXT_BYTES = 64  # an estimate: the str that Python makes of one short text
 _READERS = {1: npy_format.read_array_header_1_0, 2: npy_format.read_array_header_2_0}
-"""Readers of the header of a .npy file, by the major version of the format.
+"""The NumPy functions that read the header of a .npy file, by the major version of the format.
 
-Version 3 is used only for named fields, which gputune refuses.
+Only arrays with named fields have version 3. gputune refuses such arrays.
 """
 
 
@@ -77,7 +77,7 @@ def read_array_file(path: Path) -> dict[str, Any]:
         raise InputError(
             None,
             f"{str(path)!r} needs more memory than is free",
-            remedy="Read it on a machine with more memory.",
+            remedy="Read the file on a machine with more memory.",
         ) from error
     except Exception as error:  # a damaged file can raise anything in NumPy's and torch's readers
         writer = "torch.save" if read is _read_torch else "NumPy"
@@ -142,7 +142,7 @@ def _check_array(file: IO[bytes], size: int, name: str = "the array") -> int:
     if declared > available:
         raise _Malformed(
             f"{name} has the shape {shown_shape} and needs {size_words(declared)}, but only "
-            f"{size_words(max(0, available))} follow in the file. The file may be cut off"
+            f"{size_words(max(0, available))} remain in the file. The file may be truncated"
         )
     # Text (kinds "S" and "U") needs the array and one Python string per value.
     return declared + n_values * _TEXT_BYTES * (dtype.kind in "SU")
@@ -156,7 +156,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
         raise InputError(
             None,
             f"{str(path)!r} holds more than tensors. gputune does not unpickle other objects, "
-            "because that may run code",
+            "because unpickling may run code",
             remedy=_WRITE,
         ) from error
     is_dict = isinstance(arrays, dict)
@@ -165,7 +165,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
             None,
             f"{str(path)!r} must hold a dict of tensors",
             got=Verbatim(type(arrays).__name__),
-            remedy="Save one, for example torch.save({'image': X, 'label': y}, path).",
+            remedy="Save a dict, for example torch.save({'image': X, 'label': y}, path).",
         )
     tensors = {str(name): value.detach() for name, value in arrays.items()}
     needed = 0
@@ -173,7 +173,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
         refuse_kind(value, f"{name!r:.100} in {str(path)!r}")
         stored = value.untyped_storage().nbytes()
         if stored not in sizes and value.numel() > 0:
-            raise _Malformed(f"the tensor {name!r:.100} does not fit the records of the file")
+            raise _Malformed(f"the tensor {name!r:.100} does not match any record in the file")
         # A tensor of stride 0 stores each number once. Gathering rows writes all of them out.
         full = value.numel() * value.itemsize
         if full > stored:
@@ -281,7 +281,7 @@ def pick_inputs(
             None,
             f"{str(path)!r} {holds}, but the model takes {count(len(shapes), 'array')} of shape "
             f"{expected}",
-            remedy="Write a file with the inputs as in training. It may also hold the target.",
+            remedy="Write a file with the same inputs as in training. The file may also hold the target.",
         )
     return inputs if len(shapes) > 1 else inputs[0]
 
@@ -312,7 +312,8 @@ def _read_partner(path: Path, argument: str, name: object) -> np.ndarray:
             argument,
             f"must be the path of a .npy file with one value per row of {str(path)!r}",
             got=name,
-            remedy="Or write both arrays into one file: numpy.savez(path, image=X, label=y).",
+            remedy="Pass such a path, or write both arrays into one file: "
+            "numpy.savez(path, image=X, label=y).",
         )
     partner = Path(name)
     if not os.path.exists(partner):

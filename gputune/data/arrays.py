@@ -128,14 +128,16 @@ def _check_arrays(
                     label,
                     "must be finite",
                     got=Verbatim(f"NaN or an infinite value in row {row}"),
-                    remedy="Fill it, or leave that row out.",
+                    remedy="Replace the value, or leave that row out.",
                 )
     return arrays
 
 
 _REMEDIES = {
-    "O": "If its rows have different shapes, pad or crop them to one, then use numpy.stack.",
-    **dict.fromkeys("SUT", "Give each text a number, for example its position in a vocabulary."),
+    "O": "If the rows have different shapes, pad or crop the rows to one shape. Then use numpy.stack.",
+    **dict.fromkeys(
+        "SUT", "Replace each text by an integer, for example its position in a vocabulary."
+    ),
 }
 """Advice on how to make a NumPy array numeric, keyed by the kind of its dtype."""
 
@@ -166,7 +168,7 @@ def _tensor(value: np.ndarray | Tensor, label: str) -> Tensor:
     if value.dim() == 0 or 0 in value.shape:
         raise InputError(
             label,
-            "must have rows, and no axis of length 0",
+            "must have at least one row, and no axis of length 0",
             got=Verbatim(f"shape {tuple(value.shape)}"),
         )
     return value.detach().to(_TAKEN_AS.get(value.dtype, value.dtype))
@@ -196,7 +198,7 @@ def refuse_kind(value: Tensor, label: str) -> None:
             label,
             "must hold real numbers",
             got=got,
-            remedy="Pass real and imaginary parts as two numbers.",
+            remedy="Pass the real part and the imaginary part as two real numbers.",
         )
     if value.is_quantized:
         raise InputError(
@@ -318,7 +320,7 @@ class ArrayLayout:
             raise ValueError("the names of its inputs are not text")
         counts = {len(layout.shapes), len(layout.dtypes), len(names or layout.dtypes)}
         if len(counts) > 1 or not layout.shapes:
-            raise ValueError("the numbers of shapes, dtypes and names of its inputs differ")
+            raise ValueError("its inputs have different counts of shapes, dtypes and names")
         return layout
 
 

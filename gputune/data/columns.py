@@ -148,7 +148,7 @@ def fit_column(
         remarks.append("counts the rows. Leave it out if it is only an identifier")
     if keep and kind != "date":
         if missing:
-            fill = "are all 0" if len(known) == 0 else "take the mean of the training rows"
+            fill = "are all 0" if len(known) == 0 else "become the mean of the training rows"
             remarks.append(f"missing values {fill}")
         return Column(name, kind, parts=("value",)), tuple(remarks)
     if len(known) == 0:
@@ -161,7 +161,7 @@ def fit_column(
         remarks.append("all known values are equal, so its only feature marks missing values")
     elif missing:
         remarks.append(
-            "missing values take the mean of the training rows, and a feature marks them"
+            "missing values become the mean of the training rows, and a feature marks them"
         )
     return column, tuple(remarks)
 
@@ -281,7 +281,7 @@ def _summary(X: Tensor) -> Table:
 
 Columns = Literal["keep", "drop-constant"]
 Raw: TypeAlias = np.ndarray | Tensor
-"""Feature values of the rows, (n, D), before imputation and scaling."""
+"""The features (n, D) of a table or a tensor, before scaling."""
 AnyRows: TypeAlias = Table | Tensor | Arrays
 N_BINS = 16
 """The largest number of bins of a numeric column. With fewer bins, the remaining features are 0."""

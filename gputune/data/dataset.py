@@ -429,7 +429,7 @@ def _present(
 
 
 _ODD = 0x9E3779B97F4A7C15 - 2**64
-"""Multiplier of the hash of a row: the bits of the golden ratio, as in splitmix64."""
+"""The multiplier in the hash of a row: the bits of the golden ratio, as in splitmix64."""
 
 
 def first_equal(rows: Tensor) -> Tensor | None:

@@ -39,12 +39,12 @@ from gputune.wording import option
 LIMIT = 20.0
 """The distance from the mean, in standard deviations, at which numbers are clipped.
 
-If the farthest training row is farther, they are clipped at its distance instead.
+If the farthest training row is farther from the mean, numbers are clipped at that distance instead.
 """
 _ROUNDING = 1e-6
-"""Relative tolerance on the distance of the farthest training row.
+"""The relative tolerance on the distance from the mean to the farthest training row.
 
-Without this tolerance, rounding in single precision could clip a training row.
+Without a tolerance, rounding in single precision could clip a training row.
 """
 
 _LARGEST = np.finfo(np.float64).max  # stands for no limit, because JSON has no infinity
@@ -298,8 +298,8 @@ def transform(raw: Array, statistics: Statistics) -> Array:
 
 _BOUND = 3.0
 _FAR = 1e15
-"""From here on the smooth clip equals its bound up to rounding. Squares of larger numbers may
-overflow."""
+"""The number from which ``smooth_clip`` returns its bound, up to rounding. Squares of larger
+numbers may overflow."""
 
 
 def smooth_clip(x: Array) -> Array:

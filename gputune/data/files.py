@@ -229,7 +229,7 @@ def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
         _check_lines(path, separator)
     names = ["" if name is None else name.strip() for name in fields.row(0)]
     no_names = f"The first line of {str(path)!r} must hold the names of the columns"
-    remedy = "Write a line of names above it."
+    remedy = "Write a line with the column names above the first line."
     longest = max(map(len, names))
     if longest > _LONGEST_NAME:
         raise InputError(
@@ -347,7 +347,7 @@ _BYTE_ORDER_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
 
 def _check_encoding(path: Path, sample: bytes) -> None:
     """Raise InputError if the first bytes of a file show UTF-16, UTF-32 or a binary file."""
-    remedy = "Save it as UTF-8, which Excel calls 'CSV UTF-8'."
+    remedy = "Save the file as UTF-8, which Excel calls 'CSV UTF-8'."
     for mark, encoding in _BYTE_ORDER_MARKS:
         if sample.startswith(mark):
             raise InputError(
@@ -357,7 +357,7 @@ def _check_encoding(path: Path, sample: bytes) -> None:
         raise InputError(
             None,
             f"{str(path)!r} is not a text table, because it has bytes of value 0",
-            remedy="If it is text in UTF-16, save it as UTF-8.",
+            remedy="If the file is text in UTF-16, save the file as UTF-8.",
         )
 
 

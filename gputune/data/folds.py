@@ -153,7 +153,11 @@ def parse_cv(text: str) -> int | TimeSeriesSplit:
     """
     kind, _, count = text.rpartition(":")
     if kind not in ("", "time") or not count.isdecimal() or int(count) < 2:
-        raise InputError("cv", "must be a number of at least 2 folds, or time:5", got=text)
+        raise InputError(
+            "cv",
+            "must be the number of folds, at least 2, or a time series split such as time:5",
+            got=text,
+        )
     return TimeSeriesSplit(int(count)) if kind else int(count)
 
 
@@ -172,11 +176,11 @@ def check_groups(groups: object, n_rows: int, cv: object = None) -> np.ndarray |
             f"must have one value per row, shape ({n_rows},)",
             got=Verbatim(f"shape {values.shape}"),
         )
-    refuse_missing(values, "groups", "Give each of these rows a group that no other row has.")
+    refuse_missing(values, "groups", "Put each of these rows into a group of its own.")
     if isinstance(cv, TimeSeriesSplit):
         raise InputError(
             "groups",
-            "cannot be used with a time series split, which cuts by the order of the rows",
+            "cannot be used with a time series split, which splits rows by their order",
             remedy=f"Leave out {option('groups')}, or set {option('cv')} to a number of folds.",
         )
     return values
@@ -293,7 +297,7 @@ def _split(
             hint = f"; {target.override}" if target.override else ""
             warn(
                 f"{target.name} has classes with fewer rows than the {len(pairs)} folds: "
-                f"{shown}{others}. Some folds are validated without them{hint}."
+                f"{shown}{others}. Some folds have no validation row of these classes{hint}."
             )
     return pairs
 
@@ -349,8 +353,9 @@ def _warn_of_missing_classes(
         absent = classes[is_missing[lacking[0]]]
         warn(
             f"{len(lacking)} of {len(folds)} folds (the first is fold {lacking[0]}) train without "
-            f"rows of a class ({', '.join(map(repr, absent[:8].tolist()))} there), so they cannot "
-            "predict it. Shuffle or stratify the folds, or leave such classes out."
+            f"rows of a class ({', '.join(map(repr, absent[:8].tolist()))} in that fold), so their "
+            "models cannot predict this class. Shuffle or stratify the folds, or leave out the rows "
+            "of such classes."
         )
 
 
@@ -428,7 +433,7 @@ def _hold_out_classes(
         refuse_identifier(target)
         raise InputError(
             None,
-            f"The target {target.name!r} has only one row of each of its {len(counts)} classes",
+            f"The target {target.name!r} has only one row for each of its {len(counts)} classes",
             remedy="Choose a different target, or set "
             f"{option('task', 'regression')} if it is a number.",
         )
@@ -444,7 +449,7 @@ def _hold_out_classes(
             raise InputError(
                 "test_size",
                 f"would hold out {n_test} of {len(target)} rows, so the {n_classes} classes cannot "
-                "be in proportion on both sides",
+                "have the same proportions in both parts",
                 remedy="Use a different share, or 0.",
             ) from error
         rest, test = _spread_apart(target.values[pool], n_test, seed)

@@ -26,7 +26,7 @@ from gputune.wording import Verbatim, option
 Kind = Literal["number", "boolean", "category", "date"]
 
 KINDS = ("number", "category", "date")
-"""The column kinds that a user can request. gputune detects booleans by itself."""
+"""The kinds that a user can choose for a column. gputune detects booleans itself."""
 MISSING_TEXT = frozenset(["", *"? NA N/A n/a #N/A <NA> NaN nan NAN null NULL None NaT".split()])
 """The texts that are read as a missing value in a source without types, such as a CSV file."""
 
@@ -245,8 +245,8 @@ _OBJECTS: tuple[tuple[Any, Kind, Callable[[Any], float]], ...] = (
     (datetime.time, "number", _seconds_of_day),
     (datetime.timedelta, "number", datetime.timedelta.total_seconds),
 )
-"""(types, kind, converter) for columns of Python objects. An entry applies to a column if all its
-values have these types."""
+"""Entries (types, kind, converter) for columns of Python objects. An entry applies if all values of
+the column have its types."""
 
 _AMOUNT = re.compile(
     r"([-+]?)([$€£¥]?) ?([-+]?)(0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(\.[0-9]+)? ?([%$€£¥]?)"

@@ -36,7 +36,7 @@ def refuse_ragged(value: object, label: str) -> None:
             raise InputError(
                 label,
                 "is a nested tensor, whose rows have different lengths",
-                remedy="Pad them to one length with torch.nested.to_padded_tensor, and pass the "
+                remedy="Pad the rows to one length with torch.nested.to_padded_tensor, and pass the "
                 "padded tensor.",
             )
         return
@@ -63,7 +63,7 @@ def pad_remedy(label: str) -> str:
     rows = f"[torch.as_tensor(row) for row in {label}]"
     pad = f"torch.nn.utils.rnn.pad_sequence({rows}, batch_first=True)"
     return (
-        f"Pad or crop them to one shape, for example {label} = {pad}. In a table, fill the "
+        f"Pad or crop the rows to one shape, for example {label} = {pad}. In a table, fill the "
         "shorter rows with None."
     )
 

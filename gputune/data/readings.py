@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import polars as pl
 
 _WORDS = ["NA", "N/A", "n/a", "NULL", "null", "None"]
-"""Texts of ``MISSING_TEXT`` that may also be real categories, such as North America or no
-alcohol."""
+"""Texts that are read as missing values, but may be real categories. For example, NA may mean North
+America."""
 
 EXAMPLE = "<column>"
-"""The placeholder for a column's name in a remark about the column."""
+"""A placeholder for the column name in the text of a remark."""
 
 _LEADING_ZERO = r"^\s*[-+]?0[0-9]"
 

@@ -59,10 +59,10 @@ class Scaling:
 
 
 SHARED_BEYOND = 2**28
-"""Size in bytes of the scaled copies of a table, one per fold. Above this size, all folds share one
-unscaled copy, which is scaled when rows are gathered.
+"""The size in bytes of a table's copies above which all folds share one copy.
 
-Small copies are read faster.
+gputune scales the shared copy for each minibatch. Smaller tables have one scaled copy per fold,
+because reading scaled rows is faster.
 """
 _BLOCK = 2**22  # numbers per transformed block
 

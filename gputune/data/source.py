@@ -150,10 +150,11 @@ class Source:
     origin: Json | None
     original: object = None
     positions: np.ndarray | None = None
-    """Positions of the remaining rows among the given rows, or None if no row lacked a target."""
+    """The positions in the user's X of the rows that have a target, or None if no target is
+    missing."""
     n_given: int = 0
     is_task_guessed: bool = False
-    """True if the task was chosen from all rows of a file and not by the user."""
+    """True if gputune chose the task from all rows of a file, and the user did not choose it."""
 
     @property
     def n_dropped(self) -> int:
@@ -283,7 +284,7 @@ def _read_values(
         remedy = "Pass the target as an array, or the name of its column in X."
         if module:
             remedy = (
-                f"{remedy} For a loss that reads only X, as of an autoencoder, pass y=X and "
+                f"{remedy} If the loss reads only X, as for an autoencoder, pass y=X and "
                 f"{option('task', 'custom')}."
             )
         raise InputError("y", "is missing", remedy=remedy)
@@ -378,7 +379,7 @@ def _source_of(
     if drop and not {*table.names} - {*drop} - used:
         raise InputError(
             "drop",
-            "must leave a column to predict from",
+            "must leave at least one column to predict from",
             got=Verbatim(quoted(drop)),
             remedy="Name fewer columns.",
         )

@@ -47,12 +47,13 @@ class Table:
     kinds: tuple[Kind, ...]
     columns: tuple[np.ndarray, ...]
     amounts: Mapping[str, str] = field(default_factory=dict)
-    """Remark by column name on numeric values that were written as amounts (see kinds.py).
+    """For each column of amounts, such as "$1,200", a remark for the user, by column name.
 
     The mapping includes columns that were taken out of the table.
     """
     readings: Mapping[str, str] = field(default_factory=dict)
-    """Remark by column name on a column that a file and a data frame would read differently.
+    """Remarks, by column name, on columns that gputune reads differently from a file and a data
+    frame.
 
     See readings.py.
     """
@@ -439,9 +440,9 @@ def refuse_lists(X: object) -> None:
             f"{container} arrays of different shapes: X[0] has {shapes[0]}, X[{different}] has "
             f"{shapes[different]}"
         )
-        remedy = "Pad or crop them to one shape and pass numpy.stack(X)."
+        remedy = "Pad or crop the arrays to one shape and pass numpy.stack(X)."
     if len(X) < 9:
-        remedy = f"{remedy} If they are the inputs of the module, pass a tuple of them."
+        remedy = f"{remedy} If the arrays are the inputs of the module, pass a tuple of arrays."
     raise InputError("X", rule, remedy=remedy)
 
 
@@ -451,8 +452,8 @@ def is_image(value: object) -> bool:
 
 
 _STACK_IMAGES = (
-    "numpy.stack([numpy.asarray(image) for image in X]), with images of one size. Its channels are "
-    "last. For torch's layers, put them first with .transpose(0, 3, 1, 2)."
+    "numpy.stack([numpy.asarray(image) for image in X]), with images of one size. The result has "
+    "its channels last. For torch's layers, move them first with .transpose(0, 3, 1, 2)."
 )
 
 

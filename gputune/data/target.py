@@ -25,9 +25,9 @@ from gputune.types import Task
 from gputune.wording import Verbatim, option, per_interface
 
 MAX_CLASSES = 20
-"""A target of whole numbers with more distinct values than this is a regression.
+"""The largest number of distinct whole numbers that are still classes. More are a regression.
 
-``task`` overrides this.
+The argument ``task`` overrides this limit.
 """
 
 TaskWord = Literal["classification", "binary", "multiclass", "regression", "multilabel", "custom"]
@@ -54,12 +54,12 @@ class Target:
     classes: np.ndarray | None
     name: str = "y"
     column: bool = False
-    """True if a numeric target (n,) was given as (n, 1). Custom losses and scores then read the
-    target as (n, 1)."""
+    """True if the user passed a numeric target (n,) as (n, 1). Then custom losses and scores
+    receive the target as (n, 1)."""
     transform: TargetTransform | None = None
-    """The transformation of a numeric target before it is standardized. None without one."""
+    """The transformation of a numeric target before standardization, or None."""
     standardize: bool = True
-    """True if a numeric target is standardized by each fold's training rows, False for a custom
+    """True if each fold standardizes a numeric target by its training rows, False for a custom
     loss."""
 
     def __len__(self) -> int:
@@ -196,7 +196,7 @@ def with_transform(target: Target, transform: TargetTransform | None) -> Target:
     if target.task != "regression":
         raise InputError(
             option("target_transform", transform),
-            f"is only for numbers to predict, but {target.name} is {target.in_words}",
+            f"is only for a numeric target, but {target.name} is {target.in_words}",
             remedy=f"Leave it out, or set {option('task', 'regression')}.",
         )
     check_values(transform, target.values, target.name)
@@ -225,7 +225,7 @@ def check_spread(target: Target) -> None:
         row = int(np.abs(scaled - middle)[:, column].argmax())
         raise InputError(
             None,
-            f"{target.name} has {values[row, column]:.4g} in row {row}, which is so far away that "
+            f"{target.name} has {values[row, column]:.4g} in row {row}, which is so extreme that "
             "half of the other numbers become equal in single precision",
             remedy=f"Correct it, leave that row out, or choose a {option('target_transform')}.",
         )

@@ -41,7 +41,8 @@ _WORDS: Mapping[object, tuple[Callable[..., np.ndarray], Callable[[Tensor], Tens
     "log": (np.log, torch.exp, 0.0),
     "log1p": (np.log1p, torch.expm1, -1.0),
 }
-"""Named transformations: the function, its inverse, and the bound above which it is defined."""
+"""Named transformations: the function, its inverse, and the bound above which the function is
+defined."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,12 @@ def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTrans
         raise InputError(
             option("target_transform", transform),
             f"raised {type(error).__name__} on the training rows of a fold: {error}",
-            remedy=f"Choose a different one, or leave out {option('target_transform')}.",
+            remedy=f"Choose a different transformer, or leave out {option('target_transform')}.",
         ) from error
     if not np.allclose(restored, values):
         warn(
             f"The inverse_transform of {option('target_transform', transform)} does not restore "
-            "the target, so no model can predict it well. Choose a different one.",
+            "the target, so no model can predict the target well. Choose a different transformer.",
             InputWarning,
         )
     return fitted

@@ -1,4 +1,4 @@
-"""The charts of scores: learning curves, history, scores against each hyperparameter, and paths."""
+"""The HTML report's charts of scores: learning curves, history, slices and hypergradient paths."""
 
 from collections.abc import Sequence
 
@@ -43,20 +43,19 @@ from gputune.views.scores import (
 THIN_CURVES = 250
 CURVE_POINTS = 80
 STARTS = 100
-"""Limits of a chart: the values of the constants above, in the same order.
+"""The largest numbers of thin curves, of points per curve, and of starting points in a chart.
 
-They are the number of curves behind the best curves, of epochs per curve, and of starting points of
-a hypergradient search.
+Thin curves are the curves behind the best curves. Starting points belong to a hypergradient search.
 """
 
 POINTS = 1500
 FEWEST = 100
 ALL = 9000
 FAILURES = 300
-"""Limits on points: the values of the constants above, in the same order.
+"""The limits on the number of points in the charts of scores.
 
-They are the points of one chart, the fewest points of a chart if there are many charts, the points
-of all charts together, and the marks of diverged trials.
+``POINTS`` limits one chart, and ``ALL`` limits all charts together. If there are many charts, each
+may still have ``FEWEST`` points. ``FAILURES`` limits the marks of diverged trials.
 """
 
 FEW = 12  # few values of a hyperparameter: each value has a strip of points
@@ -70,10 +69,10 @@ _LETTERS = 14
 
 
 def curves_chart(study: Study) -> Chart | None:
-    """Return the chart of learning curves, or None if no trial has a line to draw.
+    """Return the chart of learning curves, or None if no trial has scores of two epochs.
 
-    The best trials have a band that shows the spread over the folds. All other trials are thin
-    lines behind them.
+    The best trials have a colored line, with a band that shows the spread over the folds. All other
+    trials are thin lines behind the best trials.
     """
     curves = page_curves(study)
     if not (np.isfinite(curves.mean).sum(1) > 1).any():
@@ -106,13 +105,13 @@ def curves_chart(study: Study) -> Chart | None:
     if len(drawn) < len(others):
         notes.append(
             f"Behind the best {len(best)}, {len(drawn)} of the {len(others)} other curves are "
-            "drawn: the next best, and the rest evenly by rank."
+            "drawn: the next best, and others at even steps in rank."
         )
     return frame.chart(title, *parts, notes=notes)
 
 
 def _thin_curve(curves: LearningCurves, row: int, frame: Frame) -> Markup:
-    """Return the thin line of one trial, with at most ``CURVE_POINTS`` points."""
+    """Return the thin learning curve of one trial as SVG, with at most ``CURVE_POINTS`` points."""
     known = np.flatnonzero(np.isfinite(curves.mean[row]))
     if len(known) > CURVE_POINTS:
         # A long curve is thinned evenly.
@@ -122,7 +121,10 @@ def _thin_curve(curves: LearningCurves, row: int, frame: Frame) -> Markup:
 
 
 def _best_curve(curves: LearningCurves, row: int, rank: int, frame: Frame) -> Markup:
-    """Return the line, the band and the scored epoch of one of the best trials."""
+    """Return the learning curve of one of the best trials as SVG, with its band over the folds.
+
+    A dot marks the epoch of the trial's score.
+    """
     mean = curves.mean[row]
     spread = curves.spread[row]
     trial = curves.study.trials[row]
@@ -140,7 +142,7 @@ def _best_curve(curves: LearningCurves, row: int, rank: int, frame: Frame) -> Ma
 
 
 def _legend(curves: LearningCurves, best: list[int], frame: Frame) -> Markup:
-    """Return the legend of the best trials."""
+    """Return the legend of the learning curves as SVG: the number and score of each best trial."""
     x = frame.width - frame.right + 14
     parts = []
     for rank, row in enumerate(best):
@@ -170,8 +172,10 @@ def folds_note(study: Study) -> str:
 
 
 def history_chart(study: Study) -> Chart | None:
-    """Return the chart of scores by trial number with the best score so far, or None without a
-    score."""
+    """Return the chart of scores by trial number, with a line for the best score so far.
+
+    The result is None if no trial has a score.
+    """
     view = page_scores(study)
     if not view.order:
         return None
@@ -197,16 +201,17 @@ def history_chart(study: Study) -> Chart | None:
 
 
 def pareto_charts(study: Study) -> list[Chart]:
-    """Return a chart of the ranking metric with each other metric.
+    """Return one chart for each further metric, which plots the metric against the ranking metric.
 
-    The list is empty for one metric, and if no trial has a score.
+    The list is empty for a study with one metric, or without scores.
     """
     fronts = [page_front(study, study.metrics[0], name) for name in study.metrics[1:]]
     return [_pareto(study, front) for front in fronts if front.order]
 
 
 def _pareto(study: Study, front: ParetoFront) -> Chart:
-    """Return a dot per trial by two metrics, with a line through the Pareto-optimal trials."""
+    """Return a chart of two metrics, with a dot per trial and a line through the Pareto-optimal
+    trials."""
     x_values, y_values = front.values.T
     x_measure, y_measure = front.measures
     x_scale = value_scale(*score_range(x_values, x_measure), x_measure)
@@ -233,21 +238,23 @@ def _pareto(study: Study, front: ParetoFront) -> Chart:
     # Points that were moved by more than a margin lie beyond the axes.
     far = np.hypot(x - frame.across(x_values), y - frame.down(y_values)) > 12
     if far.any():
-        notes.append(f"{count(int(far.sum()), 'trial')} beyond the axes, drawn at the edge.")
+        trials = count(int(far.sum()), "trial")
+        notes.append(f"The points at the edge include {trials} beyond the axes.")
     title = f"{x_measure.name} and {y_measure.name} of the trials"
     return frame.chart(title, *parts, notes=notes)
 
 
 def _ring(title: str, x: float, y: float, r: int) -> Markup:
-    """Return a ring with a title."""
+    """Return an SVG ring that highlights a point of a chart, with a tooltip."""
     return element("circle", element("title", title), class_="ring", cx=float(x), cy=float(y), r=r)
 
 
 def slice_charts(study: Study) -> tuple[list[Chart], tuple[str, ...]] | None:
-    """Return a chart for each hyperparameter that varied, and notes on all of them.
+    """Return a chart of the scores against each hyperparameter that varied, and notes for all
+    charts.
 
-    None if no hyperparameter varied, or if no trial has a score. Each chart has notes on its own
-    omissions.
+    The result is None if no hyperparameter varied, or if no trial has a score. Each chart also has
+    notes on the trials that it leaves out.
     """
     view = page_scores(study)
     varied = varied_parameters(study)
@@ -258,7 +265,7 @@ def slice_charts(study: Study) -> tuple[list[Chart], tuple[str, ...]] | None:
 
 
 def _slice(view: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
-    """Return the chart of the scores against one hyperparameter."""
+    """Return the chart of the trials' scores against one hyperparameter."""
     few = len(parameter.distinct) <= FEW
     # Strips of points need more space at the edges.
     scale = parameter_scale(parameter, pad=0.12 if few else 0.04)
@@ -273,9 +280,9 @@ def _slice(view: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
     marks = "".join(f"M{x:.1f} {bottom:.1f}v-8" for x in places.tolist() if np.isfinite(x))
     notes = []
     if parameter.hidden:
-        verb = "has" if parameter.hidden == 1 else "have"
+        verb = "is" if parameter.hidden == 1 else "are"
         trials = count(parameter.hidden, "trial")
-        notes.append(f"{trials} with an infinite {parameter.label} {verb} no place here.")
+        notes.append(f"{trials} with an infinite {parameter.label} {verb} not drawn.")
     return frame.chart(
         f"Score against {parameter.label}",
         frame.axes(parameter.label, view.measure.title),
@@ -286,21 +293,21 @@ def _slice(view: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
 
 
 def _rows_to_draw(view: Scores, most: int) -> tuple[list[int], tuple[str, ...]]:
-    """Return the rows to draw, worst first, and notes on the other rows."""
+    """Choose at most ``most`` trials to draw, worst first, and return notes on the other trials."""
     drawn = spread_over(view.order, most)
     n_scored = len(view.order)
     notes = view.notes
     if len(drawn) < n_scored:
         note = (
-            f"{len(drawn)} of {n_scored} scored trials are drawn: the best {most // 4}, and the "
-            "others evenly by rank."
+            f"{len(drawn)} of {n_scored} scored trials are drawn: the best {most // 4}, and "
+            "others at even steps in rank."
         )
         notes = (note, *notes)
     return drawn[::-1], notes
 
 
 def _points(view: Scores, across: FloatArray, frame: Frame, drawn: Sequence[int]) -> list[Markup]:
-    """Return the dots of each state, and a ring around the best trial."""
+    """Return SVG dots for the trials, one path for each state, and a ring around the best trial."""
     y = frame.down_within(view.values)
     parts = []
     trials = view.study.trials
@@ -316,7 +323,7 @@ def _points(view: Scores, across: FloatArray, frame: Frame, drawn: Sequence[int]
 
 
 def path_charts(study: Study) -> list[Chart]:
-    """Return charts of the score and of each hyperparameter that a hypergradient search moved.
+    """Return charts that show how a hypergradient search changed the score and each hyperparameter.
 
     The list is empty for any other kind of search.
     """
@@ -337,7 +344,8 @@ def path_charts(study: Study) -> list[Chart]:
 def _path_chart(
     starts: Sequence[DescentPath], values: Sequence[FloatArray], y: Scale, name: str
 ) -> Chart:
-    """Return the chart of one value by outer step, with a line per starting point."""
+    """Return the chart of a score or hyperparameter by outer step, with a line per starting
+    point."""
     drawn = starts[:STARTS]
     last = max(1, *(int(start.steps[-1]) for start in drawn))
     frame = Frame(*_SMALL, linear_scale(0, last, most=min(last, 10), whole=True), y).with_room()

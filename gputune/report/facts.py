@@ -1,4 +1,5 @@
-"""The texts of the report: facts at its top, options of the search, and endings of the trials."""
+"""The texts of the HTML report: the facts at its top, the search options, and the trials'
+states."""
 
 import math
 from collections import Counter
@@ -43,7 +44,7 @@ MODEL_INFO = {
     "held_out_chose?": bool,
     "held_out_baseline?": {"answer": str, "score": float},
 }
-"""The types of the entries that the report reads from a saved model's ``info``."""
+"""The names and types of the entries in a saved model's ``info`` that the report reads."""
 
 
 Fact = tuple[str, str, str]
@@ -51,7 +52,10 @@ Fact = tuple[str, str, str]
 
 
 def score_facts(study: Study, model: Json | None) -> list[Fact]:
-    """Return the facts on the best score. ``model`` is the ``info`` of the study's tuned model."""
+    """Return the report's facts on the best trial: its score, held-out score and improvement.
+
+    ``model`` is the ``info`` of the study's tuned model, or None.
+    """
     record = study.record
     best = best_trial(study)
     if best is None:
@@ -70,7 +74,7 @@ def score_facts(study: Study, model: Json | None) -> list[Fact]:
 
 
 def search_facts(study: Study) -> list[Fact]:
-    """Return the facts on the search: the score without a model, trials, time and device."""
+    """Return the report's facts on the search: baseline score, trials, training time and device."""
     record = study.record
     facts = []
     baseline = record.baseline
@@ -85,7 +89,7 @@ def search_facts(study: Study) -> list[Fact]:
 
 
 def _time_fact(study: Study) -> Fact:
-    """Return the fact on the training time."""
+    """Return the report's fact on the total training time of all trials."""
     seconds = sum(trial.seconds for trial in study.trials if math.isfinite(trial.seconds))
     trained, full = study.spent
     note = "added up over all trials"
@@ -95,7 +99,8 @@ def _time_fact(study: Study) -> Fact:
 
 
 def eligible_text(study: Study) -> str:
-    """Return a text on the trials that can be the best trial, or "" if all trials can be."""
+    """Return a note that says whether pruned trials can be the best trial, or "" without pruned
+    trials."""
     pruned = sum(trial.state == "pruned" for trial in study.trials)
     if not pruned:
         return ""
@@ -110,7 +115,8 @@ def eligible_text(study: Study) -> str:
 
 
 def _improvement_facts(study: Study, measure: Measure) -> list[tuple[str, str, str]]:
-    """Return the fact that says whether tuning helped, or [] without a default to compare with."""
+    """Return the report's fact on the improvement over the default, or [] without a default
+    trial."""
     text = improvement_text(study)
     default = default_trial(study)
     if default is None or not text:
@@ -135,7 +141,7 @@ def _improvement_facts(study: Study, measure: Measure) -> list[tuple[str, str, s
 
 
 def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[str, str, str]:
-    """Return the fact on the held-out score."""
+    """Return the report's fact on the tuned model's score on held-out rows."""
     tried = int(np.isfinite(study.scores).sum())
     name = f"held-out {measure.name}"
     optimistic = f"the best of {tried} is optimistic" if tried > 1 else "the folds chose the epoch"
@@ -152,7 +158,7 @@ def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[
     # held-out score was always chosen by them.
     if model.get("held_out_chose", members is not None):
         other = "an ensemble" if members is None else "the best trial"
-        note += f", but they chose it over {other}, so its score is a little optimistic"
+        note += f", but these rows chose it over {other}, so its score is a little optimistic"
     baseline = model.get("held_out_baseline")
     if baseline is not None:
         note += f"; without a model {measure.text(baseline['score'])} ({clean(baseline['answer'])})"
@@ -160,7 +166,7 @@ def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[
 
 
 def is_its_model(study: Study, model: Json) -> bool:
-    """Return whether the ``info`` of a model matches this study's best trial and its data rows."""
+    """Return True if a saved model's ``info`` matches the study's best trial and data rows."""
     best = best_trial(study)
     rows = study.record.fingerprint
     scoring = study.record.scoring
@@ -173,8 +179,10 @@ def is_its_model(study: Study, model: Json) -> bool:
 
 
 def read_model_info(study: Study, folder: Path) -> Json | None:
-    """Return the info of the model next to a study, or None if it does not belong to the best
-    trial."""
+    """Return the ``info`` of the model saved in a study's folder, for the report.
+
+    The result is None without a model, or if the model does not belong to the best trial.
+    """
     from gputune.study.model_files import DESCRIPTION, file_errors, read_description
 
     if not (folder / DESCRIPTION).is_file():
@@ -187,12 +195,12 @@ def read_model_info(study: Study, folder: Path) -> Json | None:
 
 
 def states_of(study: Study) -> States:
-    """Return the state and detail of each trial, in the form of a study file's counts."""
+    """Return (state, detail, 1) for each trial, as input for ``states_text``."""
     return [(trial.state, trial.detail, 1) for trial in study.trials]
 
 
 def seconds_text(seconds: float) -> str:
-    """Return a duration as text in at most two units, from a number of seconds."""
+    """Return a duration in seconds as text, such as "12.3 s" or "2 h 5 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -200,11 +208,11 @@ def seconds_text(seconds: float) -> str:
 
 
 _EXACT = ("data", "target", "classes", "positive class", "versions")
-"""Options with texts that the report shows unchanged, because they are names."""
+"""Options whose text the report does not shorten, because the text holds names or versions."""
 
 
 def setting(study: Study) -> list[tuple[str, str]]:
-    """Return the names and values of the search's options."""
+    """Return the names and values of the search's options, for a table in the report."""
     record = study.record
     classes = study.record.classes or ()
     labels = [*map(str, classes[:12]), *["…"] * (len(classes) > 12)]
@@ -240,7 +248,8 @@ def setting(study: Study) -> list[tuple[str, str]]:
 
 
 def _transform(recorded: str | Json | None) -> object:
-    """Return the text of a recorded target transformation."""
+    """Return a study's target transformation as text, such as
+    "PowerTransformer(method='box-cox')"."""
     if not isinstance(recorded, Mapping) or "params" not in recorded:
         return recorded if recorded is None or isinstance(recorded, str) else recorded.get("object")
     params = ", ".join(f"{key}={value!r}" for key, value in recorded["params"].items())
@@ -248,9 +257,9 @@ def _transform(recorded: str | Json | None) -> object:
 
 
 def _options(options: Json) -> str:
-    """Return the options of a method as text, without its name.
+    """Return the options of a search method as text, such as "factor=3, min_epochs=2".
 
-    If a sampler uses halving, the options of halving stand in parentheses.
+    If a sampler uses halving, the options of halving are in parentheses.
     """
     texts = []
     for key, value in options.items():
@@ -261,7 +270,10 @@ def _options(options: Json) -> str:
 
 
 def states_text(states: States) -> str:
-    """Return the number of trials of each state. Failed trials are counted by their reason."""
+    """Return the number of trials in each state as text, such as "8 complete, 2 pruned".
+
+    Failed trials are counted by their reason.
+    """
     counts: Counter[str] = Counter(dict.fromkeys([*STATES.values(), _RAISED, _TOO_BIG, _LOST], 0))
     for state, detail, number in states:
         if "error" in detail:
@@ -274,14 +286,14 @@ def states_text(states: States) -> str:
 
 
 def params_text(trial: Trial, between: str = ", ", equals: str = "=") -> str:
-    """Return the hyperparameters of a trial as one text."""
+    """Return the hyperparameters of a trial as one text, such as "lr=0.01, batch_size=64"."""
     return between.join(
         f"{clean(name)}{equals}{short(value)}" for name, value in trial.params.items()
     )
 
 
 def failure_reason(study: Study, trial: Trial) -> str:
-    """Return the reason why a trial failed."""
+    """Return the reason why a trial failed as text, such as "diverged in epoch 3"."""
     reason = trial.detail.get("error", trial.detail.get("reason"))
     if reason is None and study.record.face == "loop":
         reason = "a NaN or infinite score was returned or reported"
@@ -289,7 +301,8 @@ def failure_reason(study: Study, trial: Trial) -> str:
 
 
 def endings(study: Study) -> Json:
-    """Return the data for the report's section on the final states of the trials."""
+    """Return the numbers and texts for the report's section on complete, pruned and failed
+    trials."""
     counts: Counter[TrialState] = Counter()
     pruned: Counter[int] = Counter()
     failures: list[tuple[int, str, str]] = []
@@ -323,7 +336,7 @@ def endings(study: Study) -> Json:
 
 
 def check_place(argument: str, path: Path, read: Path | None, noun: str = "") -> None:
-    """Raise InputError for a path where a report or another text cannot be written.
+    """Raise InputError if a report or another text cannot be written to a path.
 
     Args:
         argument: the beginning of the message.

@@ -1,4 +1,4 @@
-"""The charts of importance: bars, parallel coordinates and the confusion matrix."""
+"""The report's importance bars, parallel coordinates and confusion matrix, as SVG charts."""
 
 from collections.abc import Collection, Sequence
 
@@ -45,16 +45,19 @@ _STRIP = 0.045  # share of an axis over which lines through the same value sprea
 
 
 def importance_chart(forest: Importance) -> Chart:
-    """Return a chart with one bar per hyperparameter. The length of a bar is the fall of the
-    forest's R2 when the hyperparameter is shuffled."""
+    """Return a bar chart of the importance of each hyperparameter.
+
+    The length of a bar is the fall of a random forest's R2 if the values of the hyperparameter are
+    shuffled.
+    """
     rows = list(zip(forest.labels, forest.drops.tolist(), forest.errors.tolist()))
     return _bars("Importance of the hyperparameters", "fall of the forest's R²", rows, decimals=2)
 
 
 def columns_chart(study: Study, report: FoldReport) -> Chart | None:
-    """Return a chart with one bar per column of the data, or None without columns.
+    """Return a bar chart of the importance of each column of the data, or None without columns.
 
-    The length of a bar is the loss of score when the column is shuffled.
+    The length of a bar is the loss of score if the values of the column are shuffled.
     """
     if not report.columns:
         return None
@@ -68,7 +71,7 @@ def columns_chart(study: Study, report: FoldReport) -> Chart | None:
 
 
 def _left_out(nouns: str, quality: str, n_drawn: int, n_all: int) -> list[str]:
-    """Return a list with a note on the columns or classes left out, or [] if all are drawn."""
+    """Return a list with a note on the columns or classes that a chart leaves out, or []."""
     if n_drawn == n_all:
         return []
     return [f"The {n_drawn} most {quality} {nouns}; {n_all - n_drawn} others are left out."]
@@ -82,9 +85,9 @@ def _bars(
     decimals: int,
     notes: Sequence[str] = (),
 ) -> Chart:
-    """Return a bar for each label, with a mean and a standard deviation.
+    """Return a bar chart from rows (label, mean, standard deviation).
 
-    ``name`` is the name of the axis.
+    ``name`` is the name of the value axis.
     """
     longest = max(10.0**-decimals, *(drop + error for _, drop, error in rows))
     scale = linear_scale(0.0, longest, most=5)
@@ -113,10 +116,12 @@ def _bars(
 def brush_data(
     axes: Sequence[Axis], rows: list[int], numbers: Collection[str]
 ) -> list[dict[str, object]]:
-    """Return the data with which the report's script places the rows of the table on each axis.
+    """Return the positions of all trials on the parallel axes, as data for the report's script.
 
-    A column named in ``numbers`` (numeric hyperparameters) has a scale. Every other column has the
-    heights of its rows, in thousandths.
+    The script selects trials by these positions when a reader drags a brush on an axis.
+
+    For a column in ``numbers`` (numeric hyperparameters), the data is the axis scale. For any other
+    column, the data is the height of each row, in thousandths.
     """
     data: list[dict[str, object]] = []
     for axis in axes:
@@ -131,10 +136,10 @@ def brush_data(
 
 
 def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, list[Axis]] | None:
-    """Return the chart of parallel coordinates and its axes, from left to right.
+    """Return the chart of parallel coordinates and the list of its axes, from left to right.
 
-    None if no trial has a score or no hyperparameter varied. If there are too many axes, the
-    ``important`` hyperparameters come first.
+    The result is None if no trial has a score or no hyperparameter varied. If there are too many
+    axes, the ``important`` hyperparameters come first.
     """
     view = page_scores(study)
     notes = []
@@ -163,7 +168,7 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, 
     if len(drawn) < len(scored):
         notes.append(
             f"{len(drawn)} of {len(scored)} scored trials have a line: the best {LINES // 4}, and "
-            "the others evenly by rank. A brush chooses among all of them."
+            "others at even steps in rank. A brush selects from all trials."
         )
     half = float(x[1] - x[0]) / 2
     parts = [element("g", *lines, class_="lines")]
@@ -174,9 +179,9 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, 
 
 
 def _line_heights(heights: FloatArray) -> FloatArray:
-    """Return the heights, from the top, at which lines pass an axis.
+    """Return the y coordinate at which the line of each trial crosses a parallel axis.
 
-    On an axis with few values, lines through the same value are drawn next to each other.
+    On an axis with few values, lines through the same value lie next to each other.
     """
     few = len(np.unique(heights[np.isfinite(heights)])) <= FEW
     return _down(np.clip(shifted(heights, _STRIP), 0, 1) if few else heights)
@@ -188,8 +193,7 @@ def _down(height: FloatArray) -> FloatArray:
 
 
 def _axis(x: float, axis: Axis, place: int, letters: int) -> Markup:
-    """Return the SVG of one axis: its name, its ticks and the brush with which a reader selects
-    trials."""
+    """Return one parallel axis as SVG: its name, its ticks, and a brush for selecting trials."""
     top = _TOP
     bottom = _HEIGHT - _BOTTOM
     parts = [
@@ -220,9 +224,9 @@ _COUNTED = 0.65  # opacity of a cell with all rows of its class; keeps its text 
 
 
 def confusion_chart(study: Study, report: FoldReport) -> Chart | None:
-    """Return the confusion matrix of the classes, or None without a matrix.
+    """Return the chart of the confusion matrix, or None if the report has no confusion matrix.
 
-    The strength of a cell is its share of the rows of the true class.
+    The color of a cell is stronger for a larger share of the rows of the true class.
     """
     if not report.confusion.size:
         return None

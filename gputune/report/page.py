@@ -1,8 +1,8 @@
-"""The HTML report of a study.
+"""Write the HTML report of a study.
 
-The report is one HTML file. It needs no network and no other file, and may run only its own script.
-The table of trials is stored as columns of JSON, best trial first. This is short enough for ten
-thousand trials.
+The report is one HTML file. The report needs no network and no other file, and its browser policy
+allows only its own script. The file stores the table of trials as columns of JSON, best trial
+first. This form is short enough for ten thousand trials.
 """
 
 import base64
@@ -60,8 +60,8 @@ from gputune.wording import PYTHON, Verbatim
 
 MOST_ROWS = 10_000
 BUDGET = 1_100_000
-"""Limits of the table: the number of trials (``MOST_ROWS``) and of characters (``BUDGET``). Beyond
-them the worst trials are left out."""
+"""Limits of the table: the number of trials (``MOST_ROWS``) and of characters (``BUDGET``). A
+larger table leaves out the worst trials."""
 
 TableColumn = dict[str, Any]
 """A column of the table, with a "key", a "label" and "values" in order of score (null for no
@@ -73,7 +73,7 @@ has "decimals". Its "first" is -1 if a first click sorts the largest score to th
 
 
 def table_columns(study: Study) -> tuple[list[TableColumn], int]:
-    """Return the columns of the table, and the number of its rows."""
+    """Return the columns of the report's table of trials, and the number of rows that fit."""
     rows = min(len(study.trials), MOST_ROWS)
     while True:
         columns = _columns(study, rows)
@@ -85,13 +85,14 @@ def table_columns(study: Study) -> tuple[list[TableColumn], int]:
 
 
 def as_json(value: object) -> str:
-    """Return JSON for a script element, without characters that HTML interprets."""
+    """Return a value as JSON for an HTML script element, without characters that HTML
+    interprets."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _columns(study: Study, rows: int) -> list[TableColumn]:
-    """Return the columns of the table for the best ``rows`` trials."""
+    """Return the columns of the report's table, with the best ``rows`` trials as rows."""
     view = page_scores(study)
     order = order_by_score(study)[:rows]
     decimals = view.measure.decimals
@@ -126,14 +127,15 @@ def _columns(study: Study, rows: int) -> list[TableColumn]:
 
 
 def _epoch(trial: Trial) -> int | None:
-    """Return the epoch of a trial's score, or None without a score or without epochs."""
+    """Return the epoch of a trial's score for the report's table, or None without a score or
+    epochs."""
     return trial.best_epoch or None if math.isfinite(trial.score) else None
 
 
 def _eligible(study: Study, view: Scores, order: Sequence[int]) -> list[str | None]:
-    """Return for each row of the table whether its trial can be the best one.
+    """Return "best", "yes" or "no" for each row: whether the trial can be the best trial.
 
-    None without a score.
+    The value is None for a trial without a score.
     """
     best = study.order[0]
     eligible = view.eligible
@@ -149,21 +151,21 @@ def _eligible(study: Study, view: Scores, order: Sequence[int]) -> list[str | No
 
 
 def _origin(trial: Trial) -> str:
-    """Return the origin of a trial as a short text for the reader of the report."""
+    """Return the origin of a trial as a short text, such as "default" or "Optuna, batch 2"."""
     if trial.origin_text.startswith("batch "):
         return f"Optuna, {trial.origin_text}"
     return trial.origin_text
 
 
 def _seconds_column(seconds: Sequence[float]) -> TableColumn:
-    """Return the column of training times, with about four digits for the longest time."""
+    """Return the table column of training times, with about four digits for the longest time."""
     longest = max((value for value in seconds if math.isfinite(value)), default=0.0)
     decimals = 2 if longest < 100 else 1 if longest < 1000 else 0
     return _number_column("seconds", "seconds", seconds, decimals)
 
 
 def _score_column(key: str, measure: Measure, scores: Sequence[float]) -> TableColumn:
-    """Return a column of scores in the sign of their name."""
+    """Return a table column of scores, with losses in their usual sign, as in log_loss 0.3."""
     sign = -1 if measure.lower_is_better else 1
     values = [sign * score for score in scores]
     column = _number_column(key, measure.name, values, measure.decimals)
@@ -171,7 +173,7 @@ def _score_column(key: str, measure: Measure, scores: Sequence[float]) -> TableC
 
 
 def _number_column(key: str, label: str, values: Sequence[float], decimals: int) -> TableColumn:
-    """Return a column of rounded numbers, with at most four significant digits."""
+    """Return a table column of numbers, rounded to at most four significant digits."""
     rounded = [
         float(limited(value, decimals)) if math.isfinite(value) else None for value in values
     ]
@@ -179,7 +181,7 @@ def _number_column(key: str, label: str, values: Sequence[float], decimals: int)
 
 
 def _parameter_column(name: str, params: Sequence[Config]) -> TableColumn:
-    """Return the column of a hyperparameter.
+    """Return the table column of a hyperparameter, with its value in each trial.
 
     Numeric values have four digits. If one value is not a number in JSON, such as infinity, the
     column is categorical.
@@ -195,7 +197,7 @@ def _parameter_column(name: str, params: Sequence[Config]) -> TableColumn:
 
 
 def _word_column(key: str, label: str, texts: Sequence[str | None]) -> TableColumn:
-    """Return a categorical column of the table, from the texts of its rows."""
+    """Return a table column of texts, which is stored as categories."""
     levels = sorted({clean(text) for text in texts if text is not None}, key=_natural)
     place = {text: position for position, text in enumerate(levels)}
     values = [None if text is None else place[clean(text)] for text in texts]
@@ -203,16 +205,16 @@ def _word_column(key: str, label: str, texts: Sequence[str | None]) -> TableColu
 
 
 def _natural(text: str) -> tuple[str, str]:
-    """Return the sort key by which "batch 2" comes before "batch 10"."""
+    """Return a sort key that orders numbers in texts by value: "batch 2" before "batch 10"."""
     return re.sub(r"[0-9]+", lambda digits: digits[0].zfill(12), text), text
 
 
 _LARGEST_DOUBLE = 2**1024
-"""Integers from this value on are too large for a float."""
+"""The smallest integer that is too large for a float."""
 
 
 def plain_number(value: float) -> str:
-    """Return a number of the table as text, in the same form as ``number`` in report.js.
+    """Return a number of the report's table as text, in the same form as ``number`` in report.js.
 
     Examples: 0.001, 64, 1.5e-5.
     """
@@ -224,10 +226,10 @@ def plain_number(value: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-_ON_ALL_ROWS = "This trains the best trial on all rows of the search."
+_ON_ALL_ROWS = "This code trains the best trial on all rows of the search."
 _AGAIN = (
-    "On the same rows, machine and versions this gives the same scores, except for rounding. The "
-    "model is then trained on all rows."
+    "On the same rows, machine and versions, this code returns the same scores, except for rounding. "
+    "Then it trains the model on all rows."
 )
 
 # Rows of the table before the script runs, and rows per page of the table.
@@ -241,7 +243,7 @@ def page(
     folds: FoldReport | None = None,
     reload_seconds: int = 0,
 ) -> str:
-    """Return the report of a study as HTML.
+    """Return the HTML report of a study.
 
     Args:
         study: the study.
@@ -257,7 +259,7 @@ def page(
             "report(model=...)",
             "must be the tuned model of this study",
             got=Verbatim("a model with other parameters, another score or other rows"),
-            remedy="Make it with study.best_model(), or leave it out.",
+            remedy="Create the model with study.best_model(), or leave out this argument.",
         )
     forest = None
     why_not = ""
@@ -305,7 +307,7 @@ def page(
 
 
 def _texts(study: Study) -> Json:
-    """Return the texts and values that the report's template shows."""
+    """Return the texts and values that the report's HTML template shows."""
     best = best_trial(study)
     record = study.record
     params = {} if best is None else best.params
@@ -342,12 +344,12 @@ def _texts(study: Study) -> Json:
 
 
 def _note_text(note: str) -> str:
-    """Return a note on the search as the page shows it."""
+    """Return a note on the search in the form for the report, with short numbers."""
     return clean(with_short_numbers(PYTHON.render(note)))
 
 
 def _origin_note(study: Study) -> str:
-    """Return a note on the batches of an Optuna sampler, or "" for a study without batches."""
+    """Return a note that explains the batches of an Optuna sampler, or "" for other studies."""
     if not any(trial.origin_text.startswith("batch ") for trial in study.trials):
         return ""
     return (
@@ -357,8 +359,8 @@ def _origin_note(study: Study) -> str:
 
 
 def _cells(column: TableColumn) -> list[str]:
-    """Return the texts of a column's first rows, in the form in which the report's script writes
-    them."""
+    """Return the texts of a table column's first rows, which the report shows before its script
+    runs."""
 
     cells = []
     for value in column["values"][:FIRST_ROWS]:
@@ -375,13 +377,13 @@ def _cells(column: TableColumn) -> list[str]:
 
 @cache
 def _read_template(name: str) -> str:
-    """Return the text of a template file."""
+    """Return the text of a template file of the report, such as "report.css"."""
     return (resources.files("gputune.report") / "templates" / name).read_text(encoding="utf-8")
 
 
 @cache
 def _template() -> jinja2.Template:
-    """Return the compiled HTML template."""
+    """Return the HTML template of the report, compiled by Jinja."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -389,6 +391,6 @@ def _template() -> jinja2.Template:
 
 
 def _hash(text: str) -> str:
-    """Return the hash with which the content security policy of the report allows a script or
-    style."""
+    """Return the hash of a script or style, so that the report's content security policy allows
+    it."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,4 +1,4 @@
-"""The Python code that trains the best trial of a study again."""
+"""Write Python code for the report that trains the best trial of a study again."""
 
 import ast
 import json
@@ -19,25 +19,28 @@ _LONGEST = 70
 
 
 class _Script:
-    """A script under construction: imports, remarks for the reader, and the body."""
+    """Collects the imports and the remarks of a Python script while its code is written."""
 
     def __init__(self) -> None:
         self.imports: list[str] = []
         self.remarks: list[str] = []
 
     def use(self, line: str) -> None:
-        """Add an import line."""
+        """Add an import line to the script, unless the script has this line already."""
         if line not in self.imports:
             self.imports.append(line)
 
     def argument(self, name: str, remark: str = "the argument of the search") -> str:
-        """Return the name for an object that the study does not store, and add a remark on the
-        name."""
+        """Return a variable name for an object that the study does not store.
+
+        The script gets a remark that says what the reader must define.
+        """
         self.remarks.append(f"{name}: {remark}")
         return name
 
     def literal(self, value: object) -> str:
-        """Return a value as Python code, and add the imports that the code needs."""
+        """Return Python code for a value, and add the imports that this code needs to the
+        script."""
         match value:
             case float() if value != value or value in (float("inf"), float("-inf")):
                 return f'float("{value}")'
@@ -58,7 +61,7 @@ class _Script:
         return f"{module}.{name}"
 
     def lines(self, values: Mapping[str, object], *, indent: int) -> str:
-        """Return a dict on one line, or with one line per key if it is too long."""
+        """Return Python code for a dict: on one line, or one line per key if the dict is long."""
         line = self.literal(dict(values))
         if len(line) <= _LONGEST:
             return line
@@ -67,11 +70,12 @@ class _Script:
         return f"{{{''.join(pairs)}{edge}}}"
 
     def _pairs(self, values: Mapping[Any, object]) -> list[str]:
-        """Return the pairs of a dict as Python code."""
+        """Return Python code for each "key: value" pair of a dict."""
         return [f"{self.literal(key)}: {self.literal(value)}" for key, value in values.items()]
 
     def text(self, *body: str) -> str:
-        """Return the whole script: imports, a blank line, remarks and the body."""
+        """Return the whole Python script: imports, a blank line, remarks as comments, and the
+        body."""
         remarks = [f"# {remark}" for remark in self.remarks]
         return "\n".join([*self.imports, "", *remarks, *body, ""])
 
@@ -79,8 +83,8 @@ class _Script:
 def snippet(study: Study) -> str:
     """Return Python code that trains the best trial again, or "" if no trial has a finite score.
 
-    Some names are used without a definition (``X``, ``y``, ``cv``, ...). They are arguments of the
-    search that no file holds. The first lines of the code say so.
+    Some names, such as ``X``, ``y`` and ``cv``, have no definition, because no file holds these
+    arguments of the search. Comments at the top of the code list such names.
     """
     best = best_trial(study)
     record = study.record
@@ -118,7 +122,7 @@ def snippet(study: Study) -> str:
     rows = script.argument("X, y", "the rows of the search") if record.source is None else ""
     script.remarks.append(_comment(f"trial {best.number}: {best.params!r}"))
     if study.file is None:
-        script.argument("study", "the result of gputune.tune, which no file holds")
+        script.argument("study", "the result of gputune.tune, which is not saved in a file")
         return script.text(f"model = study{ranked}.best_model()")
     path = script.literal(str(study.file.resolve()))
     return script.text(
@@ -127,7 +131,7 @@ def snippet(study: Study) -> str:
 
 
 def _tune(script: _Script, study: Study, best: Trial, ranked: str) -> str:
-    """Return the code that repeats the best trial with ``gputune.tune``."""
+    """Return the Python code that trains the best trial again with ``gputune.tune``."""
     arguments = [_model(script, study.record.spec), *_rows(script, study.record)]
     arguments += [f"{name}={value}" for name, value in _options(script, study, best).items()]
     lines = [f"    {argument}," for argument in arguments]
@@ -142,12 +146,12 @@ def _tune(script: _Script, study: Study, best: Trial, ranked: str) -> str:
 
 
 def _comment(text: str) -> str:
-    """Return text that can stand in a Python comment without ending it."""
+    """Return text on one line and without control characters, for a Python comment."""
     return clean(" ".join(text.split()))
 
 
 def _model(script: _Script, spec: Json) -> str:
-    """Return the model as Python code."""
+    """Return Python code for the ``model`` argument of ``gputune.tune``."""
     if spec["kind"] != "module":
         return script.literal(spec["kind"])
     if "path" in spec and "keywords" not in spec:
@@ -165,7 +169,10 @@ def _model(script: _Script, spec: Json) -> str:
 
 
 def _import_name(script: _Script, place: str) -> str:
-    """Import "module:name" and return the name, or "" if no import reaches it."""
+    """Add an import of "module:name" to the script and return the name.
+
+    The result is "" if the object cannot be imported.
+    """
     module, _, name = place.partition(":")
     if module == "__main__" or not (_is_name(module) and _is_name(name)):
         return ""
@@ -174,12 +181,13 @@ def _import_name(script: _Script, place: str) -> str:
 
 
 def _is_name(text: str) -> bool:
-    """Return whether a text is a dotted Python name."""
+    """Return True if a text is a dotted Python name, such as "models.Net"."""
     return all(part.isidentifier() and not iskeyword(part) for part in text.split("."))
 
 
 def _rows(script: _Script, record: SearchRecord) -> list[str]:
-    """Return the code of the arguments for the rows."""
+    """Return Python code for the data arguments of ``gputune.tune``, such as a path and a target
+    name."""
     source = record.source
     if source is None:
         script.argument("X, y", "the rows of the search; add groups= if the search had groups")
@@ -192,7 +200,7 @@ def _rows(script: _Script, record: SearchRecord) -> list[str]:
 
 
 def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
-    """Return the other arguments of ``gputune.tune`` as code, by name."""
+    """Return Python code for the keyword arguments of ``gputune.tune``, by argument name."""
     record = study.record
     scoring, positive = _scorings(script, study)
     recorded = {
@@ -235,7 +243,7 @@ def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
 
 
 def _folds(script: _Script, record: SearchRecord) -> str:
-    """Return Python code for the folds of the search."""
+    """Return Python code for the argument ``cv``, the folds of the search."""
     text = record.cv
     if text.isdigit():
         return text
@@ -243,9 +251,10 @@ def _folds(script: _Script, record: SearchRecord) -> str:
 
 
 def _scorings(script: _Script, study: Study) -> tuple[str, object]:
-    """Return the code of the scorers, and the positive class.
+    """Return Python code for the argument ``scoring``, and the positive class.
 
-    The ranking metric comes last if another metric chose the epochs.
+    If another metric than the ranking metric chose the epochs, the code lists both, ranking metric
+    last.
     """
 
     record = study.record
@@ -263,14 +272,14 @@ def _scorings(script: _Script, study: Study) -> tuple[str, object]:
 
 
 def _scorer(script: _Script, name: str) -> str:
-    """Return a scorer as code: its name, or the function at "module:name"."""
+    """Return Python code for a scorer: its scikit-learn name, or an imported function."""
     if ":" not in name:
         return script.literal(name)
     return _import_name(script, name) or script.argument("scoring")
 
 
 def _transform(script: _Script, recorded: str | Json | None) -> str:
-    """Return the target transformation as code."""
+    """Return Python code for the argument ``target_transform``."""
     if not isinstance(recorded, Mapping):
         return script.literal(recorded)
     if "ufunc" in recorded:
@@ -284,7 +293,7 @@ def _transform(script: _Script, recorded: str | Json | None) -> str:
 
 
 def _class_weight(script: _Script, text: str | None) -> str:
-    """Return the class weights as Python code. A study stores class weights as text."""
+    """Return Python code for the argument ``class_weight``, from the text in the study."""
     if text is None:
         return "None"
     try:

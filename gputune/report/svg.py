@@ -1,4 +1,4 @@
-"""SVG as escaped markup: elements, lines, dots, and the frame of a chart with its axes."""
+"""Build SVG charts for the report: escaped elements, lines, dots, and frames with axes."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _COS = math.cos(math.radians(_SLANT))
 
 
 def cut(text: str, most: int) -> str:
-    """Return text of at most ``most`` characters. The middle of a longer text is left out."""
+    """Shorten a text to at most ``most`` characters, by replacing the middle with "…"."""
     if len(text) <= most:
         return text
     head = (most - 1) // 2
@@ -29,10 +29,10 @@ def cut(text: str, most: int) -> str:
 
 
 def spread_over(order: Sequence[int], most: int) -> list[int]:
-    """Return at most ``most`` entries of a sequence, in its order.
+    """Choose at most ``most`` entries of a sequence for a chart, in their original order.
 
-    A quarter of the result are the first entries. The other entries are spread evenly over the
-    rest.
+    A quarter of the chosen entries are the first entries. The others are spread evenly over the
+    rest of the sequence.
     """
     if len(order) <= most:
         return list(order)
@@ -42,17 +42,18 @@ def spread_over(order: Sequence[int], most: int) -> list[int]:
 
 
 def shifted(places: FloatArray, width: float) -> FloatArray:
-    """Shift coordinates within ``width``, so that points with equal coordinates do not overlap.
+    """Shift the coordinates of points by up to half of ``width``, so that equal points do not
+    overlap.
 
-    The shifts do not change from call to call.
+    Each call returns the same shifts.
     """
     return places + width * ((np.arange(len(places)) * GOLDEN) % 1.0 - 0.5)
 
 
 def element(name: str, *children: str, **attributes: str | float | None) -> Markup:
-    """Return one element. Text and attributes are escaped.
+    """Return an SVG element with its children. Text and attributes are escaped.
 
-    ``class_`` stands for class, and ``_`` in a name for a hyphen.
+    In attribute names, ``class_`` means class, and ``_`` means a hyphen.
     """
     pairs = Markup("")
     for key, value in attributes.items():
@@ -64,7 +65,7 @@ def element(name: str, *children: str, **attributes: str | float | None) -> Mark
 
 
 def path(class_: str | None, d: str, **attributes: str | float | None) -> Markup:
-    """Return an SVG path element with the path data ``d``."""
+    """Return an SVG path element with the path data ``d`` and a CSS class."""
     return element("path", class_=class_, d=d, **attributes)
 
 
@@ -76,7 +77,7 @@ def text(
 
 
 def line_path(x: ArrayLike, y: ArrayLike) -> str:
-    """Return the path of a line through points. The line breaks at NaN."""
+    """Return SVG path data for a line through points. The line breaks at NaN."""
     points = np.column_stack([x, y]).astype(float)
     parts = []
     pen = "M"
@@ -90,14 +91,15 @@ def line_path(x: ArrayLike, y: ArrayLike) -> str:
 
 
 def dots_path(x: FloatArray, y: FloatArray) -> str:
-    """Return a path with a dot at each finite point. A round line cap draws the dots."""
+    """Return SVG path data with a dot at each finite point, as a line of length 0 with round
+    ends."""
     points = np.column_stack([x, y])
     finite = points[np.isfinite(points).all(1)]
     return "".join(f"M{px:.1f} {py:.1f}h0" for px, py in finite.tolist())
 
 
 def band_path(x: FloatArray, low: FloatArray, high: FloatArray) -> str:
-    """Return the path of the area between two lines, where both are finite."""
+    """Return SVG path data for the area between two lines, such as an error band."""
     known = np.isfinite(low) & np.isfinite(high)
     if known.sum() < 2:
         return ""
@@ -109,7 +111,7 @@ def band_path(x: FloatArray, low: FloatArray, high: FloatArray) -> str:
 
 @dataclass(frozen=True)
 class Chart:
-    """An SVG drawing, with notes on the data that it leaves out."""
+    """An SVG chart, with notes for the reader on the data that the chart leaves out."""
 
     svg: Markup
     notes: tuple[str, ...] = ()
@@ -117,8 +119,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Frame:
-    """The rectangle of a chart in a drawing of ``width`` x ``height`` units, and the scales of its
-    axes."""
+    """The size, margins and axis scales of a chart, which convert values to SVG coordinates."""
 
     width: float
     height: float
@@ -131,13 +132,13 @@ class Frame:
     letters: int = 12  # letters of a tick of the x axis at most
 
     def chart(self, title: str, *children: str, notes: Sequence[str] = ()) -> Chart:
-        """Return a chart of the frame's size from SVG elements."""
+        """Return a chart of this frame's size from SVG elements."""
         return drawing(self.width, self.height, title, *children, notes=notes)
 
     def with_room(self) -> "Frame":
-        """Return a frame with enough space for its ticks.
+        """Return a copy of the frame with margins that are wide enough for the tick labels.
 
-        Long ticks of the y axis widen the left margin. Slanted ticks of the x axis make the drawing
+        Long labels of the y axis widen the left margin. Slanted labels of the x axis make the chart
         higher.
         """
         longest = max((len(label) for _, label in self.y.ticks), default=0)
@@ -160,24 +161,25 @@ class Frame:
 
     @property
     def slants(self) -> bool:
-        """True if the ticks of the x axis are too long to stand side by side."""
+        """True if the tick labels of the x axis must be slanted, because they are too long side by
+        side."""
         letters = sum(len(cut(label, self.letters)) for _, label in self.x.ticks)
         return letters * 7 > self.width - self.right - self.left
 
     def across(self, values: ArrayLike) -> FloatArray:
-        """Return the x coordinates of values."""
+        """Convert values on the x axis to SVG x coordinates."""
         return self.left + self.x(values) * (self.width - self.left - self.right)
 
     def down(self, values: ArrayLike) -> FloatArray:
-        """Return the y coordinates of values, from the top."""
+        """Convert values on the y axis to SVG y coordinates, measured from the top."""
         return self.height - self.bottom - self.y(values) * (self.height - self.top - self.bottom)
 
     def down_within(self, values: ArrayLike) -> FloatArray:
-        """Return the y coordinates of values, moved to the edge if they are beyond the axis."""
+        """Convert values to SVG y coordinates, and move values beyond the y axis to its edge."""
         return np.clip(self.down(values), self.top + 6, self.height - self.bottom - 12)
 
     def axes(self, across: str, up: str) -> Markup:
-        """Return the grid, the ticks and the names of both axes."""
+        """Return the grid, the ticks and the names of both axes as SVG."""
         right = self.width - self.right
         bottom = self.height - self.bottom
         parts = []
@@ -211,6 +213,9 @@ def drawing(
     notes: Sequence[str] = (),
     class_: str = "chart",
 ) -> Chart:
-    """Return a chart that takes the available width. ``title`` is the text for screen readers."""
+    """Return a chart from SVG elements that scales to the width of the page.
+
+    ``title`` is the text for screen readers.
+    """
     box = {"viewBox": f"0 0 {width:g} {height:g}", "role": "img", "aria_label": title}
     return Chart(element("svg", *children, class_=class_, **box), tuple(notes))

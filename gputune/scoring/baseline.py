@@ -1,9 +1,9 @@
 """The baseline of a search: the best constant prediction for all rows.
 
-A search has to beat this score. The constant is fitted on training rows for the score in use. The
+A search has to beat the score of this constant. gputune fits the constant on training rows. The
 best constant depends on the score: the mean minimizes the squared error, the median the absolute
-error, and the share of each class the log loss. If several constants may be best, all of them are
-fitted and scored. The baseline is the constant with the best mean score over the folds.
+error, and the share of each class the log loss. If several constants may be best, gputune fits and
+scores all of them. The baseline is the constant with the best mean score over the folds.
 
 In shapes, n counts rows and K counts the outputs per row: classes, labels, or columns of a numeric
 target.
@@ -33,14 +33,13 @@ _MOST_CONSTANTS = 20  # at most this number of classes or labels is tried as con
 ConstantFit = Callable[[Tensor, Tensor | None], Tensor]
 """A function that fits one constant prediction and returns its outputs (K,).
 
-It takes targets (n,) or (n, K) and weights (n,) or None.
+The function takes targets (n,) or (n, K) and weights (n,) or None.
 """
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant prediction that is not fitted yet: its description and the function that fits
-    it."""
+    """A kind of constant prediction, such as the mean, and the function that fits it to rows."""
 
     answer: str
     fit: ConstantFit
@@ -48,7 +47,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class FittedConstant:
-    """A constant fitted on rows: its description and its outputs (K,) for ``Scoring.on_rows``."""
+    """A constant prediction after fitting: its description ``answer`` and its outputs (K,)."""
 
     answer: str
     outputs: Tensor
@@ -57,7 +56,7 @@ class FittedConstant:
 def baseline(
     data: Dataset, scoring: Scoring, classes: np.ndarray | None
 ) -> Mapping[str, str | float] | None:
-    """Return the description of the best constant and its mean score over the folds.
+    """Return the best constant prediction of a search, as text, and its mean score over the folds.
 
     The constant of each fold is fitted on the fold's training rows, with their weights if there are
     any.
@@ -91,9 +90,10 @@ def baseline(
 def best_constant(
     scoring: Scoring, task: Task, y: Tensor, *, classes: np.ndarray | None = None
 ) -> FittedConstant | None:
-    """Return the constant that scores best on training rows, fitted on these rows.
+    """Fit constant predictions to training rows, and return the constant with the best score on
+    them.
 
-    Score it on other rows with ``scoring.on_rows(constant.outputs.expand(m, -1),
+    Score the constant on other rows with ``scoring.on_rows(constant.outputs.expand(m, -1),
     y_of_other_rows)``.
 
     Args:
@@ -124,7 +124,8 @@ def best_constant(
 def remark_on_accuracy(
     baseline: Mapping[str, str | float] | None, scoring: Scoring
 ) -> tuple[str, ...]:
-    """Return a remark if one frequent class makes the accuracy high, else no remark."""
+    """Return a remark if always predicting one frequent class has a high accuracy, else no
+    remark."""
     if (
         baseline is None
         or scoring.score is not scores.accuracy
@@ -135,7 +136,7 @@ def remark_on_accuracy(
     score = f"{baseline['score']:.4f}"
     two = scoring.classes is not None and len(scoring.classes) == 2
     others = "roc_auc, average_precision" if two else "f1_macro, roc_auc_ovr"
-    tell = f"balanced_accuracy, {others} or neg_log_loss as scoring tell more"
+    tell = f"balanced_accuracy, {others} or neg_log_loss as scoring tell more about a model"
     # No remark if the folds differ in their most frequent class.
     return (f"{answer} has an accuracy of {score} already: {tell}",) * answer.startswith("always")
 
@@ -146,7 +147,8 @@ def _fit_fold(constant: Constant, data: Dataset, weights: Tensor | None, fold: i
 
 
 def _mean_score(data: Dataset, scoring: Scoring, outputs: Sequence[Tensor]) -> float:
-    """Return the mean score over the folds, with one constant (K,) for each fold."""
+    """Return the mean validation score over the folds. ``outputs`` holds one constant (K,) per
+    fold."""
     values = []
     for f, fold in enumerate(data.folds):
         with warnings.catch_warnings(action="ignore"):  # scores that a constant leaves undefined
@@ -161,9 +163,9 @@ def _in_words(
     outputs: Sequence[Tensor],
     weights: Tensor | None,
 ) -> str:
-    """Return the description of a constant.
+    """Return the description of a constant for the user, such as "always 'cat'".
 
-    For an accuracy, the shares of the classes are described by the most frequent class.
+    For an accuracy, only the most frequent class matters, so the description names this class.
     """
     if constant.answer == _SHARES and scoring.score is scores.accuracy and classes is not None:
         most = {int(one.argmax()) for one in outputs}
@@ -177,9 +179,9 @@ def _in_words(
 def _constants(
     scoring: Scoring, task: Task, classes: np.ndarray | None, n_outputs: int
 ) -> list[Constant]:
-    """Return the candidates for the best constant of a score, or [] if they are unknown.
+    """Return the constant predictions that may be best for a score, or [] if none are known.
 
-    If several constants score the same, the first constant is the best.
+    Of constants with equal scores, the first is the best.
     """
     metric = _metric_of(scoring)
     if metric is None or task == "custom":
@@ -203,7 +205,7 @@ def _constants(
 
 
 class _Metric(NamedTuple):
-    """A metric of scikit-learn."""
+    """The scikit-learn metric that a score computes, with its name and arguments."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -211,7 +213,7 @@ class _Metric(NamedTuple):
 
 
 def _metric_of(scoring: Scoring) -> _Metric | None:
-    """Return the scikit-learn metric behind a score, or None for a custom function."""
+    """Return the scikit-learn metric that a score computes, or None for a custom function."""
     if scoring.of_outputs is not None:
         return None
     if scoring.name == scores.PINBALL and isinstance(scoring.score, partial):
@@ -235,7 +237,7 @@ def _class_shares(codes: Tensor, weights: Tensor | None, *, n_classes: int) -> T
 
 
 def _single_classes(classes: np.ndarray) -> list[Constant]:
-    """Return one constant per class, which predicts this class for all rows."""
+    """Return the constants that predict one class for all rows, one constant for each class."""
 
     def always(code: int, codes: Tensor, weights: Tensor | None) -> Tensor:
         del weights
@@ -254,9 +256,10 @@ def _label_shares(y: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _label_sets(n_labels: int) -> list[Constant]:
-    """Return the constants that predict a set of labels.
+    """Return constants for a multilabel target, which predict the same set of labels for all rows.
 
-    The label sets are the most frequent set, and the sets of the 1, 2, ... most frequent labels.
+    The sets are the most frequent set, the most frequent label, the two most frequent labels, and
+    so on.
     """
 
     def most_frequent_set(y: Tensor, weights: Tensor | None) -> Tensor:
@@ -281,7 +284,8 @@ def _label_sets(n_labels: int) -> list[Constant]:
 
 
 def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the weighted mean of values (n, ...) over the rows."""
+    """Return the weighted mean of values (n, ...) over the rows, which is the best constant for the
+    squared error."""
     if weights is None:
         return values.mean(0)
     total: Tensor = torch.tensordot(weights, values, 1)
@@ -289,7 +293,7 @@ def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def weighted_quantile(values: Tensor, weights: Tensor | None, level: float) -> Tensor:
-    """Return a weighted quantile of values (n,), which minimizes their pinball loss.
+    """Return the weighted quantile of values (n,), which is the best constant for the pinball loss.
 
     If several values minimize the loss, the result is the middle between them. With level 0.5 and
     equal weights the result is the median. The quantile is defined as in
@@ -310,17 +314,17 @@ def weighted_quantile(values: Tensor, weights: Tensor | None, level: float) -> T
 
 
 def _median_by_size(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the minimizer of the absolute percentage error: the median with weights 1/|y|."""
+    """Return the best constant for the absolute percentage error: the median with weights 1/|y|."""
     # scikit-learn uses the same lower limit for |y|
     inverse = 1 / values.abs().clamp_min(torch.finfo(torch.float64).eps)
     return weighted_quantile(values, inverse if weights is None else inverse * weights, 0.5)
 
 
 def _shortest_half(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the middle of the shortest interval that holds more than half of the values (n,).
+    """Return the best constant for the median absolute error of values (n,).
 
-    It minimizes the median absolute error. Source: Rousseeuw (1984), Least median of squares
-    regression, theorem 2.
+    This is the middle of the shortest interval that holds more than half of the values. Source:
+    Rousseeuw (1984), Least median of squares regression, theorem 2.
     """
     weights = torch.ones_like(values) if weights is None else weights
     values, order = values.sort()
@@ -336,7 +340,7 @@ def _shortest_half(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _by_column(fit: ConstantFit) -> ConstantFit:
-    """Extend a function that fits one constant from targets (n,) to targets (n, K).
+    """Extend a function that fits one constant to targets with several columns, (n, K).
 
     The new function fits one constant per column of the target.
     """
@@ -394,6 +398,6 @@ _REGRESSION: Mapping[str, tuple[Constant, ...]] = {
     **dict.fromkeys(("mean_squared_log_error", "root_mean_squared_log_error"), (_MEAN_LOG,)),
     "max_error": (_MIDDLE,),
 }
-"""The candidates for the best constant of each scikit-learn metric without arguments."""
+"""The constants that may be best for each scikit-learn metric without arguments."""
 _PINBALL = ("mean_pinball_loss", "neg_mean_pinball_loss", "d2_pinball_score")
 """The metrics with an argument ``alpha`` that is the level of the best constant quantile."""

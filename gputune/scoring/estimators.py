@@ -1,7 +1,7 @@
-"""The estimator that a scikit-learn scorer receives, made from the outputs of one member.
+"""The fitted estimator that gputune passes to a scikit-learn scorer.
 
-A member is one trial on one fold. Its outputs on the validation rows are already computed, so the
-estimator returns them instead of running the model again.
+The outputs of a member (one trial on one fold) on the validation rows are already computed. The
+estimator returns these outputs instead of running the model again.
 
 This is a separate file because importing scikit-learn takes as long as importing torch. A worker
 process imports it only if a scorer needs it.
@@ -28,15 +28,14 @@ def fitted(
     rows: object,
     others: Callable[[object], Tensor] | None = None,
 ) -> "_FittedEstimator":
-    """Return a fitted estimator with given outputs, for a scorer.
+    """Return an estimator for a scikit-learn scorer that predicts from outputs already computed.
 
     Args:
         output: The outputs (m, K) for the rows ``X``.
         classes: The class labels, a unit matrix (K, K) for several labels, or None for a
             regression.
         X: The rows that the scorer receives.
-        rows: The unchanged rows, with which X is compared. The given outputs count only while both
-            are equal.
+        rows: The unchanged rows. The estimator uses ``output`` only while X equals ``rows``.
         others: Returns the outputs for any other rows, or None.
     """
     kind = _Regressor if classes is None else _Labeller if classes.ndim == 2 else _Classifier
@@ -44,9 +43,10 @@ def fitted(
 
 
 def takes_task(scorer: Callable[..., object], task: Task) -> bool:
-    """Return True if a scorer fits a task, regression or several classes.
+    """Return True if a scikit-learn scorer accepts the predictions of a task.
 
-    The scorer is called on a few made-up rows. The result is True for all other tasks.
+    gputune calls the scorer on a few made-up rows. This check exists for regression and multiclass
+    only. For other tasks the result is True.
     """
     if task not in ("regression", "multiclass"):
         return True
@@ -63,9 +63,11 @@ def takes_task(scorer: Callable[..., object], task: Task) -> bool:
 
 @dataclass(eq=False, repr=False)
 class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
-    """A fitted estimator, with the methods that a scorer needs.
+    """An estimator for scikit-learn scorers that returns computed outputs instead of running a
+    model.
 
-    It has outputs that are already computed, and a function for the outputs of other rows.
+    ``output`` holds the outputs for the rows ``X``. ``others`` computes the outputs for any other
+    rows.
     """
 
     output: Tensor
@@ -79,20 +81,24 @@ class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
 
     def fit(self, X: object, y: object = None) -> "_FittedEstimator":
         raise InputError(
-            None, "The estimator that a scorer gets is fitted and cannot be fitted again"
+            None, "The estimator that a scorer receives is fitted and cannot be fitted again"
         )
 
     def close(self) -> None:
-        """End the use of the estimator, because its member trains on and overwrites the outputs."""
+        """Make the estimator unusable after scoring, because further training overwrites its
+        outputs."""
         self.X = object()
         self.others = None
 
     def outputs(self, X: Any) -> Tensor:
-        """Return the outputs (m, K) for any rows X."""
+        """Return the outputs (m, K) for rows X: the computed outputs, or new outputs for other
+        rows."""
         if X is self.X and (X is self.rows or X.equals(self.rows)):
             return self.output
         if self.others is None:
-            raise InputError(None, "The estimator that a scorer gets predicts only while it runs")
+            raise InputError(
+                None, "The estimator that a scorer receives can predict only while the scorer runs"
+            )
         return self.others(X)
 
 

@@ -1,7 +1,7 @@
-"""The random numbers that a module draws when it is evaluated.
+"""Seed the random numbers that a module draws during evaluation.
 
-Some modules draw random numbers in their forward pass, in evaluation mode too. Their draws are
-seeded, so that evaluating a trained model again repeats the scores of its search.
+Some modules draw random numbers in their forward pass, in evaluation mode too. gputune seeds these
+random numbers. So a second evaluation of a trained model repeats the scores of its search.
 """
 
 from contextlib import AbstractContextManager
@@ -16,18 +16,19 @@ def drawing_rows(widest: int) -> int:
     """Return the number of rows to evaluate at a time if a forward pass draws random numbers.
 
     Each block of rows has its own random numbers. Therefore the size of a block must not depend on
-    the device, or on the number of trials in a chunk (trials that train together). ``widest`` is
-    the largest number of values that a layer has for one row.
+    the device, or on the number of trials that train together. ``widest`` is the largest number of
+    values that a layer has for one row.
     """
     return max(64, min(256, (1 << 18) // widest))
 
 
 @dataclass(frozen=True)
 class EvaluationDraws:
-    """The random numbers that plain modules draw on the CPU during an evaluation.
+    """The seeds with which plain modules on the CPU draw the same random numbers as during their
+    search.
 
-    These are the random numbers that the members (one trial on one fold each) drew when their
-    search scored them.
+    So an evaluation repeats the scores that the search computed for its members (one trial on one
+    fold each).
 
     Attributes:
         seed: The seed of the search.

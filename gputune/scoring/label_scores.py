@@ -1,8 +1,9 @@
 """Scores of predicted labels, computed for many models at once, under scikit-learn's names.
 
 Greater scores are better. Each function takes outputs (C, m, K) of C models on the same m rows, and
-the targets of the rows. The targets are class codes (m,) or labels (m, K) of 0 and 1. It returns
-scores (C,). A ratio with a denominator of 0 is 0, as with ``zero_division="warn"`` in scikit-learn.
+the targets of the rows. The targets are class codes (m,) or labels (m, K) of 0 and 1. The function
+returns scores (C,). A ratio with a denominator of 0 is 0, as with ``zero_division="warn"`` in
+scikit-learn.
 
 Source: sklearn.metrics, precision_recall_fscore_support, jaccard_score, matthews_corrcoef,
 average_precision_score.
@@ -21,15 +22,20 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 class Counts(NamedTuple):
-    """Counts of rows for each class, or of labels for each row, as float64 tensors of the same
-    shape."""
+    """The counts from which precision, recall, F1 and Jaccard scores are computed.
+
+    They count rows for each class, or labels for each row, as float64 tensors of the same shape.
+    """
 
     hits: Tensor  # predicted correctly
     guessed: Tensor
     true: Tensor
 
     def summed(self) -> "Counts":
-        """Return the counts summed over the last axis, which stays with length 1."""
+        """Return the counts summed over all classes or labels, for the "micro" average.
+
+        The last axis stays with length 1.
+        """
         return Counts(*(part.sum(-1, keepdim=True) for part in self))
 
 
@@ -47,7 +53,7 @@ _MEASURES: Mapping[str, Callable[[Counts], Tensor]] = {
 
 
 def _count_classes(outputs: Tensor, y: Tensor) -> Counts:
-    """Return the counts of each class, (C, K).
+    """Count correct predictions, all predictions and true rows of each class, each (C, K).
 
     ``outputs`` has the shape (C, m, K), and ``y`` holds class codes (m,).
     """
@@ -64,8 +70,11 @@ def _count_classes(outputs: Tensor, y: Tensor) -> Counts:
 
 
 def _count_labels(outputs: Tensor, y: Tensor, axis: int) -> Counts:
-    """Return the counts of each label, (C, K), with ``axis=-2``, or of each row, (C, m), with
-    ``axis=-1``."""
+    """Count correct predictions, all predictions and true values of a multilabel target.
+
+    The counts are for each label, (C, K), with ``axis=-2``, and for each row, (C, m), with
+    ``axis=-1``.
+    """
     guess = outputs > 0
     truth = y > 0
     true = truth.sum(axis).expand(len(outputs), -1)
@@ -73,12 +82,13 @@ def _count_labels(outputs: Tensor, y: Tensor, axis: int) -> Counts:
 
 
 def of_positive_class(outputs: Tensor, y: Tensor, *, measure: str) -> Tensor:
-    """Return a measure of class 1 of two classes, (C,)."""
+    """Return the precision, recall, F1 or Jaccard score of class 1 for a binary target, (C,)."""
     return _MEASURES[measure](_count_classes(outputs, y))[:, 1]
 
 
 def averaged(outputs: Tensor, y: Tensor, *, measure: str, average: str) -> Tensor:
-    """Return a measure averaged over classes, labels or rows, (C,).
+    """Return the precision, recall, F1 or Jaccard score averaged over classes, labels or rows,
+    (C,).
 
     ``average`` is "micro", "macro", "weighted" or "samples" (rows), as in scikit-learn. A class
     that occurs neither in the targets nor in the predictions of a model is left out of that model's
@@ -104,7 +114,7 @@ def averaged(outputs: Tensor, y: Tensor, *, measure: str, average: str) -> Tenso
 def matthews_corrcoef(outputs: Tensor, y: Tensor) -> Tensor:
     """Return the Matthews correlation coefficient, (C,), in [-1, 1].
 
-    It is 0 if all labels or all predictions are equal.
+    The coefficient is 0 if all labels or all predictions are equal.
     """
     counts = _count_classes(outputs, y)
     rows = len(y)
@@ -119,8 +129,8 @@ def matthews_corrcoef(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def average_precision(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return the average precision, (C,): of class 1 of two classes, or the mean over the labels
-    (m, K).
+    """Return the average precision (C,) of class 1 for a binary target, or the mean over labels (m,
+    K).
 
     The average precision is 0 without a positive row.
     """
@@ -133,10 +143,10 @@ def average_precision(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _average_precision(p: Tensor, positive: Tensor) -> Tensor:
-    """Return the average precision of probabilities p (C, m).
+    """Return the average precision (C,) of one class, from its probabilities p (C, m).
 
-    For each positive row, take the precision among the rows with at least its probability. The
-    average precision is the mean of these precisions.
+    Each positive row has a precision among the rows with at least the same probability. The average
+    precision is the mean of these precisions over the positive rows.
     """
     of_positive = p[:, positive].contiguous()  # (C, P)
     n_positive = of_positive.shape[1]
@@ -171,4 +181,5 @@ LABEL_SCORES: Mapping[Task, Mapping[str, Score]] = {
         "average_precision": average_precision,
     },
 }
-"""Scores by task and by scikit-learn's name. A score of one class measures class 1."""
+"""The score functions by task and by scikit-learn's name. Scores of one class, such as "f1", are
+for class 1."""

@@ -1,12 +1,12 @@
-"""Training losses of all members at once: the gradients for the built-in models, and all named
-losses.
+"""Training losses, such as "huber", and their gradients, computed for all members at once.
+
+A member is one trial on one fold.
 
 The loss of a minibatch is ``sum(weight * loss) / sum(weight)`` over its rows. The loss of a row is
 the cross-entropy for classes and the squared error for regression. Both are defined as in
 ``torch.nn.functional.cross_entropy`` and ``mse_loss``.
 
-In shapes, B counts the rows of a minibatch, K the outputs per row, and C the trials. A member is
-one trial on one fold.
+In shapes, B counts the rows of a minibatch, K the outputs per row, and C the trials.
 
 Temperature scaling divides all logits by one value, the temperature, so that the probabilities are
 calibrated.
@@ -47,9 +47,9 @@ _FEW = 4096  # numbers; below this, one slow operation costs less than five fast
 
 
 def cross_entropy_slope_(logits: Tensor, onehot: Tensor, share: Tensor | float) -> Tensor:
-    """Replace logits (..., B, K) by the gradient of the cross-entropy in the logits, in place.
+    """Compute the gradient of the cross-entropy with respect to the logits, in place of the logits.
 
-    Source: the derivative of -log softmax(z)[y] in z is softmax(z) - onehot(y).
+    Source: the derivative of -log softmax(z)[y] with respect to z is softmax(z) - onehot(y).
 
     Args:
         logits: The logits, (..., B, K). An absent class has the logit -inf, and its gradient is 0.
@@ -68,7 +68,8 @@ def cross_entropy_slope_(logits: Tensor, onehot: Tensor, share: Tensor | float) 
 def number_slope_(
     outputs: Tensor, y: Tensor, share: Tensor | float, *, loss: str = "mse", number: float = 0.0
 ) -> Tensor:
-    """Replace outputs (..., B, 1) by the gradient of a regression loss in the outputs, in place.
+    """Compute the gradient of a regression loss with respect to the outputs, in place of the
+    outputs.
 
     If an output equals the target, the gradient is the same as in PyTorch's autograd.
 
@@ -92,10 +93,11 @@ def number_slope_(
 
 
 def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return the loss of each row, (..., B), for outputs (..., B, K).
+    """Return the default loss of each row, (..., B): cross-entropy for classes, squared error for
+    numbers.
 
-    The losses can be differentiated twice. ``y`` (..., B) holds class codes or values. An absent
-    class has the output -inf.
+    The losses can be differentiated twice. ``outputs`` is (..., B, K). ``y`` (..., B) holds class
+    codes or numeric values. A class that is absent from the training rows has the output -inf.
     """
     if y.is_floating_point():
         return (outputs.squeeze(-1) - y) ** 2
@@ -114,7 +116,8 @@ def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 class LossParameter(NamedTuple):
-    """The parameter of a loss: its default and the open interval of valid values.
+    """The parameter of a named loss, such as delta: its default and the open interval of valid
+    values.
 
     If ``closed``, ``low`` is a valid value too.
     """
@@ -125,11 +128,12 @@ class LossParameter(NamedTuple):
     closed: bool = False
 
     def rule(self) -> str:
-        """Return the valid values in words, for error messages."""
+        """Return the valid values of the parameter as text for an error, such as "a number in (0,
+        1)"."""
         return f"a number in {'[' if self.closed else '('}{self.low:g}, {self.high:g})"
 
     def includes(self, value: object) -> bool:
-        """Return True if a value is a valid value of the parameter."""
+        """Return True if a value is valid for the parameter of the loss."""
         if isinstance(value, bool) or not isinstance(value, Real):
             return False
         return self.low < float(value) < self.high or (self.closed and float(value) == self.low)
@@ -138,8 +142,8 @@ class LossParameter(NamedTuple):
 def _cross_entropy(outputs: Tensor, y: Tensor, *, label_smoothing: Tensor | None = None) -> Tensor:
     """Return the cross-entropy of each row, (..., B), with label smoothing s.
 
-    It is (1 - s) * -log p(label) + s * the mean of -log p over the classes. Absent classes, with
-    outputs of -inf, are left out of the mean.
+    The loss is (1 - s) * -log p(label) + s * the mean of -log p over the classes. Absent classes,
+    with outputs of -inf, are left out of the mean.
 
     Source: Szegedy et al. (2016), section 7, as in ``torch.nn.functional.cross_entropy``.
     """
@@ -153,7 +157,7 @@ def _cross_entropy(outputs: Tensor, y: Tensor, *, label_smoothing: Tensor | None
 
 
 def _gap(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return the errors y - outputs, (..., B, K), in the shape of the outputs."""
+    """Return the errors y - outputs, (..., B, K), after giving y the shape of the outputs."""
     return (y if y.dim() == outputs.dim() else y[..., None]) - outputs
 
 
@@ -188,7 +192,7 @@ def _bce(outputs: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NamedLoss:
-    """A loss that the user can choose by name.
+    """A loss that the user can choose by name, such as "mse" or "huber".
 
     Attributes:
         rows: Returns the row losses (..., B) of outputs (..., B, K).
@@ -220,14 +224,14 @@ LOSS_ALIASES: Mapping[str, str] = {
     "pinball": "quantile",
     "log_loss": "cross_entropy",
 }
-"""Other names of the losses, in scikit-learn and elsewhere."""
+"""Other names that the user may write for a loss, as in scikit-learn and elsewhere."""
 
 
 def parse_loss(word: str) -> tuple[str, dict[str, float]]:
-    """Return the name of a loss and its parameters from a text.
+    """Split the user's text for a loss, such as "quantile:0.9", into its name and parameters.
 
-    For example, "quantile:0.9" gives ``("quantile", {"q": 0.9})``. A text that names no loss is
-    returned unchanged. Raises InputError for a parameter value that the loss does not accept.
+    The example returns ``("quantile", {"q": 0.9})``. A text that names no loss stays unchanged.
+    Raises InputError for a parameter value that the loss does not accept.
     """
     name, colon, text = word.partition(":")
     name = LOSS_ALIASES.get(name, name)
@@ -263,8 +267,7 @@ LOSS_OF_TASK: Mapping[Task, str] = {
 
 
 NUMBERS_INSTEAD: tuple[Task, ...] = ("binary", "multiclass", "multilabel")
-"""Tasks with targets that may be a regression's values, although they look like classes or
-labels."""
+"""Tasks for which the user may have meant a regression, although y looks like classes or labels."""
 _TASK = option("task", "regression")
 SAY_REGRESSION = f"If they are numbers, {per_interface(f'say {_TASK}', f'say {_TASK}', 'use NeuralNetRegressor')}."
 
@@ -274,34 +277,38 @@ _CLASS_LOSSES: Mapping[Task, str] = {
     "multiclass": option("loss", "cross_entropy"),
     "multilabel": option("loss", "bce"),
 }
-"""The losses for each task with classes or labels, for error messages."""
+"""The losses that error messages recommend for each task with classes or labels."""
 
 
 def only_classifies(loss: object) -> bool:
-    """Return True if a loss is only for one class per row, independent of the target."""
+    """Return True if a loss is only for targets with one class per row, such as the
+    cross-entropy."""
     if isinstance(loss, str):
         return LOSS_ALIASES.get(loss, loss) == "cross_entropy"
     return issubclass(kind_of(loss), OF_CLASSES)
 
 
 def takes_probabilities(loss: object) -> bool:
-    """Return True if a loss accepts a target with a probability for each class.
+    """Return True if a loss accepts a target of class probabilities (soft labels).
 
-    Its outputs are logits or log-probabilities.
+    The outputs for such a loss are logits or log-probabilities.
     """
     return issubclass(kind_of(loss), (nn.CrossEntropyLoss, nn.KLDivLoss))
 
 
 def is_absolute(loss: object) -> bool:
-    """Return True if a loss is based on absolute errors, at least for large errors."""
+    """Return True if a loss grows linearly with the error, at least for large errors, like the
+    Huber loss."""
     kind = loss if isinstance(loss, type) else type(loss)  # a loss may be given as its class
     absolute = (nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss)
     return loss in ("mae", "huber") or issubclass(kind, absolute)
 
 
 def loss_fitting(loss: object, task: Task) -> object:
-    """Return "bce" for torch's default binary cross-entropy of classes and labels, else the loss
-    itself.
+    """Check that a loss fits the target, and return the loss.
+
+    The result is "bce" for torch's default binary cross-entropy, because gputune computes that loss
+    for all members at once.
 
     Raises InputError for a loss that does not fit the target: a regression loss for classes, a loss
     of one class per row for labels, or nn.BCELoss.
@@ -317,12 +324,12 @@ def loss_fitting(loss: object, task: Task) -> object:
     if task in NUMBERS_INSTEAD and is_of_numbers:
         form = "labels" if task == "multilabel" else "classes"
         remedy = f"{SAY_REGRESSION} Otherwise choose {_CLASS_LOSSES[task]}."
-        raise InputError(argument, f"is a loss of numbers, but y is {form}", remedy=remedy)
+        raise InputError(argument, f"is a loss for numbers, but y holds {form}", remedy=remedy)
     if task == "multilabel" and issubclass(kind, OF_CLASSES):
         labels_loss = option("loss", Verbatim("torch.nn.BCEWithLogitsLoss"))
         raise InputError(
             argument,
-            "is a loss of one class per row, but y is labels, and a row may have several",
+            "is a loss for one class per row, but y holds labels, and a row may have several labels",
             remedy=f"Give {labels_loss}, or y.argmax(1) as y if each row has one label.",
         )
     if task not in ("binary", "multilabel"):
@@ -330,7 +337,7 @@ def loss_fitting(loss: object, task: Task) -> object:
     if issubclass(kind, nn.BCELoss):
         raise InputError(
             argument,
-            "takes probabilities, but predictions and scores are made of logits",
+            "expects probabilities, but gputune computes predictions and scores from logits",
             remedy=f"Give {option('loss', 'bce')}, which is torch.nn.BCEWithLogitsLoss, and leave "
             "out the sigmoid at the end of the module.",
         )
@@ -343,7 +350,7 @@ def loss_fitting(loss: object, task: Task) -> object:
 
 
 def refuse_one_number(loss: object, y: Tensor) -> None:
-    """Raise InputError for a classification loss if y (B,) or (B, 1) holds floats.
+    """Raise InputError if a classification loss is used with y (B,) or (B, 1) of floats.
 
     With one class such a loss is always 0.
     """
@@ -352,38 +359,38 @@ def refuse_one_number(loss: object, y: Tensor) -> None:
         say_classification = per_interface(task, task, "use NeuralNetClassifier")
         raise InputError(
             f"loss={name_of_loss(loss)}",
-            "is a loss of classes, but y is one number per row",
-            remedy=f"If they are classes, {say_classification}. Otherwise choose a loss of "
+            "is a loss for classes, but y has one number per row",
+            remedy=f"If they are classes, {say_classification}. Otherwise choose a loss for "
             "numbers, such as 'mse'.",
         )
 
 
 def takes_log_probabilities(loss: object) -> bool:
-    """Return True if a loss of torch takes log-probabilities: NLLLoss, KLDivLoss or their
+    """Return True if a PyTorch loss expects log-probabilities: NLLLoss, KLDivLoss or their
     functions."""
     return issubclass(kind_of(loss), nn.NLLLoss | nn.KLDivLoss)
 
 
 def is_divergence(loss: object) -> bool:
-    """Return True if a loss is torch's Kullback-Leibler divergence.
+    """Return True if a loss is PyTorch's Kullback-Leibler divergence, KLDivLoss.
 
-    The outputs that this loss takes may have the classes in any dimension.
+    The outputs for this loss may have the classes in any dimension.
     """
     return issubclass(kind_of(loss), nn.KLDivLoss)
 
 
 def is_cross_entropy(loss: object) -> bool:
-    """Return True if a loss is the cross-entropy of classes, by name or as torch's class or
-    function."""
+    """Return True if a loss is the cross-entropy: the name, or PyTorch's class or function."""
     is_named = isinstance(loss, str) and loss == "cross_entropy"
     return is_named or issubclass(kind_of(loss), nn.CrossEntropyLoss)
 
 
 def by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function that computes a loss of torch for each row.
+    """Return a function that computes a PyTorch loss for each row instead of the mean over the
+    rows.
 
     The mean of the row losses equals the original loss. A loss without mean reduction, or with
-    class weights, is returned unchanged.
+    class weights, stays unchanged.
     """
     rows: Any = copy.deepcopy(loss)
     if getattr(loss, "reduction", None) != "mean" or getattr(loss, "weight", None) is not None:
@@ -402,11 +409,12 @@ def by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 _LOG_RANGE = 10.0
 _TOLERANCE = 64 * torch.finfo(torch.float64).eps
-"""The tolerance of the logarithm of a temperature, as in scikit-learn."""
+"""The tolerance in the search for the best logarithm of a temperature, as in scikit-learn."""
 
 
 def best_temperature(logits: Tensor, target: Tensor) -> float:
-    """Return the temperature with the least log loss.
+    """Return the temperature for calibrating probabilities: the divisor of the logits with the
+    least log loss.
 
     Args:
         logits: The logits, (n, K), which are divided by the temperature.

@@ -1,5 +1,7 @@
-"""The ``scoring`` argument of a search: one score or several scores. The first score ranks the
-trials."""
+"""Check the ``scoring`` argument of a search: one or several scores, such as "accuracy".
+
+The first score ranks the trials.
+"""
 
 import inspect
 import math
@@ -35,7 +37,7 @@ def make_scoring(
     objective: Objective | None = None,
     n_labels: int = 0,
 ) -> Scoring:
-    """Return the checked Scoring of a ``scoring`` argument.
+    """Check the ``scoring`` argument of a search, and return it as an object that computes scores.
 
     Args:
         scoring: A scikit-learn name, a callable ``scorer(estimator, X, y)`` or ``(outputs, y)``, or
@@ -106,7 +108,7 @@ def make_scoring(
 
 
 def default_scoring(task: Task, objective: Objective | None) -> str:
-    """Return the score that ranks trials if the user names none.
+    """Return the name of the score that ranks trials if the user does not choose a score.
 
     A regression with an absolute-error loss or the Huber loss is ranked by the absolute error. A
     regression with a quantile loss is ranked by the pinball loss of its level. R2 would rank a
@@ -121,7 +123,7 @@ def default_scoring(task: Task, objective: Objective | None) -> str:
 
 
 def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
-    """Return the scorers of a list, tuple or dict, keyed by name.
+    """Return the scorers of a ``scoring`` argument with several scorers, as a dict by name.
 
     Returns None for a single scorer and for None. Raises InputError for invalid or repeated
     entries.
@@ -133,7 +135,7 @@ def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
             "scoring",
             "needs at least one score",
             got=scoring,
-            remedy="Name one, or leave it out for the default score.",
+            remedy="Name a score, or leave out this argument for the default score.",
         )
     if isinstance(scoring, Mapping):
         labels = list(scoring)
@@ -156,27 +158,27 @@ def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
             )
         if labels.count(label) > 1:
             remedy = "Leave one out."
-            by_name = "Leave one out, or pass a dict with a name for each."
+            by_name = "Leave one out, or pass a dict with a name for each score."
             remedy = per_interface(by_name, remedy)
             raise InputError("scoring", f"names {label!r} twice", remedy=remedy)
     return dict(zip(labels, scorers))
 
 
 def _label(scorer: object) -> str:
-    """Return the name under which one of several scorers appears in the results."""
+    """Return the name of one of several scorers in the results of a search."""
     if isinstance(scorer, str):
         return scorer
     return str(getattr(scorer, "__name__", type(scorer).__name__))
 
 
 def has_function(scoring: object) -> bool:
-    """Return True if a scoring argument is or contains a custom function."""
+    """Return True if the ``scoring`` argument is a custom function, or contains one."""
     scorers = scorers_of(scoring)
     return callable(scoring) if scorers is None else any(map(callable, scorers.values()))
 
 
 def _has_positive_class(scorer: OneScoring, task: Task) -> bool:
-    """Return True if a scorer needs to know the positive class of two classes.
+    """Return True if a scorer, such as "f1", needs to know the positive class of a binary target.
 
     The result is False for a custom function, which chooses the class itself.
     """
@@ -188,7 +190,9 @@ def _has_positive_class(scorer: OneScoring, task: Task) -> bool:
 
 
 def loss_scoring(task: Task, classes: np.ndarray | None, positive: object = None) -> Scoring:
-    """Return the Scoring of minus the validation loss.
+    """Return the default score of a hypergradient search: minus the validation loss.
+
+    The loss is the squared error for regression, and the log loss for classes.
 
     Probabilities are not clipped as in scikit-learn's log loss. Raises InputError if ``positive``
     is given.
@@ -200,7 +204,8 @@ def loss_scoring(task: Task, classes: np.ndarray | None, positive: object = None
 
 
 def check_folds(scoring: Scoring, data: Dataset) -> None:
-    """Raise InputError if the score is undefined on a fold. The check runs before any training."""
+    """Before training, raise InputError if a score is undefined on a fold, for example for lack of
+    a class."""
     for other in scoring.others:
         check_folds(other, data)
     needed = 2 if data.task in ("multilabel", "binary") else data.n_outputs
@@ -224,14 +229,14 @@ def check_folds(scoring: Scoring, data: Dataset) -> None:
 
 
 def _remedy(scoring: Scoring, data: Dataset) -> str:
-    """Return the advice for a fold that lacks a class.
+    """Return advice for the error that a fold has no validation row of a class.
 
     Other folds do not help if the class has only one row.
     """
     counts = [] if data.task == "multilabel" else data.target.long().flatten().bincount().tolist()
     rows = min(counts, default=len(data.folds))
     if rows >= len(data.folds) or scoring.classes is None:
-        return "Choose fewer or stratified folds, or another scoring."
+        return "Choose fewer or stratified folds, or a different score."
     name = scoring.classes[counts.index(rows)].item()
     choices = "another scoring"
     if rows > 1:
@@ -243,30 +248,30 @@ def _remedy(scoring: Scoring, data: Dataset) -> str:
 
 
 def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
-    """Return the Scoring of minus the validation loss, with the same loss for all trials."""
+    """Return the score "neg_loss": minus the validation loss, with the same loss for all trials."""
     if objective is None or objective.step is not None:
         remedy = per_interface("Give scoring=callable(outputs, y).", "Choose another --scoring.")
         if asked:
-            rule = "needs the loss of a module, of outputs and y"
+            rule = "needs a module that trains with a loss of outputs and y"
             raise InputError("scoring='neg_loss'", rule, remedy=remedy)
-        rule = "A custom target that training_step trains on has no score of its own"
+        rule = "A custom target with a training_step has no default score"
         raise InputError(None, rule, remedy=remedy)
     for name, value in objective.varied.items():
         if value is inspect.Parameter.empty:
             raise InputError(
                 "scoring='neg_loss'",
-                f"ranks all trials by one loss, but {option(name)} has several values in the space "
-                "and no default",
+                f"ranks all trials by the same loss, but {option(name)} has several values in the "
+                "space and no default",
                 remedy=per_interface(
-                    "Give it a default, or pass scoring=callable(outputs, y).",
-                    "Give it a default, or choose another --scoring.",
+                    "Give the argument a default, or pass scoring=callable(outputs, y).",
+                    "Give the argument a default, or choose another --scoring.",
                 ),
             )
     return Scoring("neg_loss", None, None, None, of_outputs=objective.neg_loss, is_loss=True)
 
 
 def _takes_outputs(scorer: Callable[..., object]) -> bool:
-    """Return True if a callable has the signature (outputs, y), and not (estimator, X, y)."""
+    """Return True if a custom score has the signature (outputs, y), and not (estimator, X, y)."""
     try:
         parameters = inspect.signature(scorer).parameters.values()
     except (TypeError, ValueError):
@@ -318,8 +323,10 @@ def _check_fits_task(scoring: str, task: Task) -> None:
 def positive_code(
     positive: Any, scoring: str, scorer: Scorer | None, task: Task, classes: np.ndarray | None
 ) -> int | None:
-    """Return the index of a score's positive class in ``classes``, or None without a positive
-    class."""
+    """Check the user's ``positive`` class, and return its index in ``classes``.
+
+    The result is None for a score without a positive class.
+    """
     labels = [] if classes is None else classes.tolist()
     needs_class = scorer is not None and task == "binary" and has_positive_class(scorer)
     if positive is None:
@@ -328,7 +335,7 @@ def positive_code(
             raise InputError(
                 f"scoring={scoring!r}",
                 "is a score of one class, the positive class",
-                remedy=f"Say which of the two it is: {choices}.",
+                remedy=f"Choose the positive class: {choices}.",
             )
         return 1 if needs_class else None
     if task != "binary":
@@ -339,7 +346,7 @@ def positive_code(
             remedy="Leave it out.",
         )
     if not needs_class:
-        reason = ", because it is the same for both" if scoring == "roc_auc" else ""
+        reason = ", because the score is the same for both classes" if scoring == "roc_auc" else ""
         raise InputError(
             f"positive={positive!r}",
             "is for scores of one class, such as f1 or average_precision, but "
@@ -362,9 +369,10 @@ def positive_code(
 
 
 def has_positive_class(scorer: Scorer) -> bool:
-    """Return True if the result of a scorer changes when the two classes swap places.
+    """Return True if a scorer, such as f1, gives one of two classes a special role (positive).
 
-    The scorer is called on a few made-up rows.
+    gputune calls the scorer on a few made-up rows, with the classes in both orders, and compares
+    the two results.
     """
     from sklearn.naive_bayes import GaussianNB
 

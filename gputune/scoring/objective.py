@@ -1,4 +1,4 @@
-"""The training objective of a module: a loss of outputs and target, or a custom training step.
+"""The training objective of a module: a loss function, or a custom training step.
 
 A named loss takes a standardized target and computes all members at once (a member is one trial on
 one fold). A custom loss takes the outputs of one member as the module's forward returns them, and
@@ -41,7 +41,7 @@ _ORDERS = 12  # of the target, for which a score must be equal to count as one o
 
 @dataclass(frozen=True)
 class Objective:
-    """The function that computes the loss of a module's minibatch.
+    """The training objective of a module: it computes the loss of a minibatch.
 
     If ``step`` is given, it replaces ``loss``.
 
@@ -62,7 +62,7 @@ class Objective:
     binary: bool = False
     """True if the target has two classes, so that one logit per row is enough."""
     copies: bool = field(default=False, compare=False)
-    """True if the user's code receives copies of the rows, because it may write into its
+    """True if the user's code receives copies of the rows, because the code may write into its
     arguments."""
     numbers: Mapping[str, float] = field(default_factory=dict, hash=False)
     """The parameter values in the text of a loss, such as 0.9 in "quantile:0.9", by argument name.
@@ -70,14 +70,15 @@ class Objective:
     fixed: Config = field(default_factory=dict, compare=False)
     """The ``loss__*`` arguments that have one value in the whole search.
 
-    ``neg_loss`` uses them, and the defaults in ``varied``.
+    ``neg_loss`` uses these values, and the defaults in ``varied``.
     """
     varied: Config = field(default_factory=dict, compare=False)
 
     def of_space(self, space: Sequence[Mapping[str, Any]]) -> Self:
-        """Return the objective with which one loss ranks all trials of a space.
+        """Return a copy of the objective that can rank all trials of a search space by the same
+        loss.
 
-        Each part of the space maps a key to its choices or its distribution.
+        Each part of ``space`` maps a hyperparameter to its choices or its distribution.
         """
         fixed = {}
         varied = {}
@@ -94,23 +95,19 @@ class Objective:
         return replace(self, fixed=fixed, varied=varied)
 
     def remarks_on_neg_loss(self) -> tuple[str, ...]:
-        """Return a remark if ``neg_loss`` ranks trials that train on different losses, else no
-        remark."""
+        """Return a remark if the score "neg_loss" ranks trials that train with different losses."""
         if not self.varied:
             return ()
         defaults = ", ".join(f"{name}={value!r}" for name, value in self.varied.items())
         return (
             f"neg_loss scores each trial by the loss with {defaults}, the default. Losses with "
-            "other values cannot be compared. Search only one value to score with it, or in Python "
-            "give a function as scoring",
+            "other values cannot be compared. To score by another value, search only this value, or "
+            "in Python pass a function as scoring",
         )
 
     def like(self, dtype: torch.dtype, device: torch.device) -> Self:
-        """Return the objective with the tensors of its loss, such as class weights, converted and
-        moved.
-
-        The tensors get the given dtype and device.
-        """
+        """Return the objective with its loss's tensors, such as class weights, in a dtype and on a
+        device."""
         if not isinstance(self.loss, nn.Module):
             return self
         tensors = (*self.loss.parameters(), *self.loss.buffers())
@@ -121,13 +118,13 @@ class Objective:
 
     @property
     def name(self) -> str:
-        """The name of the objective in a study."""
+        """The name of the objective in a study: the loss or training step, and the augmentation."""
         augment = "" if self.augment is None else f", augment={qualified_name(self.augment)}"
         return f"{self.in_words.removeprefix('the loss ')}{augment}"
 
     @property
     def in_words(self) -> str:
-        """The name of the loss or the training step in error messages."""
+        """The loss or the training step as named in error messages, such as "the loss mse"."""
         if self.step is not None:
             return f"training_step={qualified_name(self.step)}"
         if not isinstance(self.loss, str):
@@ -136,14 +133,15 @@ class Objective:
         return f"the loss {self.loss}{numbers}"
 
     def name_unless_default(self, task: Task) -> str:
-        """Return the name of the objective, or "" if it is exactly the default loss of the task."""
+        """Return the name of the objective, or "" if the objective is the default loss of the
+        task."""
         is_default = self == Objective(LOSS_OF_TASK.get(task, ""), binary=task == "binary")
         return "" if is_default else self.name
 
     @property
     def number(self) -> float:
-        """The parameter of the loss that ranks all trials: a delta or a level, or 0 without a
-        parameter."""
+        """The parameter of the loss that ranks all trials, such as delta, or 0 for a loss without
+        one."""
         if not isinstance(self.loss, str) or self.loss not in LOSSES:
             return 0.0
         for name, parameter in LOSSES[self.loss].arguments.items():
@@ -154,13 +152,13 @@ class Objective:
 
     @property
     def one_logit(self) -> bool:
-        """True if a module must return one logit per row for two classes."""
+        """True if the loss requires that a module returns one logit per row for two classes."""
         of_one = self.loss == "bce" or isinstance(self.loss, nn.BCEWithLogitsLoss)
         return self.binary and self.step is None and of_one
 
     @property
     def may_be_one_logit(self) -> bool:
-        """True if a module may return one logit per row for two classes.
+        """True if the loss permits that a module returns one logit per row for two classes.
 
         Every loss except the cross-entropy leaves this choice to the module.
         """
@@ -178,7 +176,8 @@ class Objective:
                 raise InputError(f"{LOSS_PREFIX}{name}", reason)
 
     def _refusal(self, name: str, value: object) -> str:
-        """Return the reason why the loss does not accept a value, or "" if it does."""
+        """Return the reason why the loss rejects a value of its argument, or "" if the value is
+        valid."""
         if self.step is not None:
             return "has no effect, because training_step replaces the loss. Leave it out"
         if isinstance(self.loss, str):
@@ -201,10 +200,11 @@ class Objective:
         return f"is not an argument of the loss {loss}{signature}. Remove it or rename it"
 
     def values(self, configs: Sequence[Config], like: Tensor) -> dict[str, Tensor]:
-        """Return the parameters of the loss by name, each (C, 1), in the dtype and on the device of
-        ``like``.
+        """Return the parameters of a named loss for C trials, as a dict from name to tensor (C, 1).
 
-        A parameter that is 0 for all configurations is left out.
+        The tensors have the dtype and the device of ``like``.
+
+        The dict leaves out a parameter that is 0 for all configurations.
         """
         values: dict[str, Tensor] = {}
         if self.step is not None or not isinstance(self.loss, str):
@@ -217,23 +217,23 @@ class Objective:
         return values
 
     def rows(self, outputs: Tensor, y: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """Return the row losses (..., C, B) of outputs (..., C, B, K), for a named loss."""
+        """Compute a named loss for each row, (..., C, B), from outputs (..., C, B, K)."""
         assert isinstance(self.loss, str)
         return LOSSES[self.loss].rows(outputs, y, **values)
 
     def outputs(
         self, module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None
     ) -> Tensor:
-        """Return the predictions of a module for its inputs.
+        """Run a module on its inputs, and return its predictions.
 
-        With a custom training step, a module may have several heads. Then the predictions are the
-        outputs of the first head.
+        With a custom training step, a module may have several heads. In this case the predictions
+        are the outputs of the first head.
         """
         outputs = call_module(module, self._to_give(inputs), names)
         return outputs if self.step is None else first_output(outputs)
 
     def _to_give(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the tensors that the user's code receives: copies if ``copies`` is set."""
+        """Return the tensors to pass to the user's code: copies of them if ``copies`` is set."""
         return [tensor.clone() for tensor in tensors] if self.copies else tensors
 
     def losses(
@@ -276,8 +276,8 @@ class Objective:
     def augmented(
         self, inputs: Sequence[Tensor], names: Sequence[str] | None, seed: int, key: StepKey
     ) -> Sequence[Tensor]:
-        """Return an augmented minibatch, (F, B, ...). All folds are augmented with the same random
-        numbers.
+        """Apply the user's augmentation to a minibatch (F, B, ...), with the same random numbers
+        for all folds.
 
         Raises InputError if ``augment`` returns another shape.
         """
@@ -300,14 +300,14 @@ class Objective:
             if shapes != expected:
                 raise InputError(
                     "augment",
-                    f"must return inputs of the shapes that it gets, {expected}",
+                    f"must return inputs of the same shapes as its own inputs, {expected}",
                     got=Verbatim(f"{shapes} from {qualified_name(self.augment)}"),
                 )
             folds.append(augmented)
         return [torch.stack(parts) for parts in zip(*folds)]
 
     def neg_loss(self, outputs: Tensor, y: Tensor) -> float:
-        """Return minus the mean loss of the outputs of one member.
+        """Return the score "neg_loss" of one trial on one fold: minus the mean loss of its outputs.
 
         All trials are scored with the same loss, see ``of_space``.
         """
@@ -321,9 +321,11 @@ class Objective:
         return -float(losses.double().mean())
 
     def member_loss(self, config: Config) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the custom loss with the values of a configuration.
+        """Return the custom loss function with its ``loss__*`` arguments set to a configuration's
+        values.
 
-        The returned function takes the outputs of one member, and returns row losses or their mean.
+        The returned function takes the outputs of one member (one trial on one fold) and y. It
+        returns row losses or their mean.
         """
         loss = self.loss
         values = loss_arguments(config)
@@ -341,12 +343,12 @@ class Objective:
 
 
 def _shape(value: object) -> object:
-    """Return the shape of a tensor, or the type name of any other value, for messages."""
+    """Return the shape of a tensor for error messages, or the type name of any other value."""
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _as_argument(inputs: Sequence[Tensor], names: Sequence[str] | None) -> object:
-    """Return inputs in the form that a user's function receives.
+    """Return a module's inputs as the single argument for a custom training step or augmentation.
 
     One input is passed as a tensor, several as a tuple, and named inputs as a dict.
     """
@@ -358,7 +360,7 @@ def _as_argument(inputs: Sequence[Tensor], names: Sequence[str] | None) -> objec
 def pairs_all_rows(
     function: Callable[[Tensor, Tensor], object], outputs: Tensor, y: Tensor
 ) -> bool:
-    """Return True if a loss or score compares each output with all targets by mistake.
+    """Return True if a custom loss or score compares each output with all targets by mistake.
 
     This happens if torch broadcasts (B, 1) and (B,) to (B, B). The result then does not change with
     the order of y. It also differs from the result for outputs and y of the same shape.
@@ -401,12 +403,14 @@ def pairs_all_rows(
 
 
 def loss_arguments(config: Config) -> Config:
-    """Return the ``loss__*`` values of a configuration under the argument names of the loss."""
+    """Return the arguments of the loss from a configuration, without the prefix ``loss__``."""
     return {k.removeprefix(LOSS_PREFIX): v for k, v in config.items() if k.startswith(LOSS_PREFIX)}
 
 
 def loss_defaults(loss: object) -> Config:
-    """Return the defaults of the ``loss__*`` values, keyed by their names in a configuration.
+    """Return the default values of a loss's arguments, under the names that a configuration uses.
+
+    The names have the prefix ``loss__``.
 
     The defaults come from the signature of a custom loss, or from all named losses.
     """
@@ -425,18 +429,20 @@ def loss_defaults(loss: object) -> Config:
 
 
 def _with_prefix(arguments: Mapping[str, object]) -> Config:
-    """Return the arguments of a loss with the prefix ``loss__``, as in a configuration."""
+    """Add the prefix ``loss__`` to the names of a loss's arguments, as in a configuration."""
     return {LOSS_PREFIX + name: value for name, value in arguments.items()}
 
 
 def qualified_name(value: object) -> str:
-    """Return the module and name of a function or class, or of the class of any other object."""
+    """Return the name "module:name" of a function or class, or of an object's class."""
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{getattr(named, '__module__', '')}:{named.__qualname__}"
 
 
 def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
-    """Return the checked objective. By default it has the default loss of the task.
+    """Check the loss, training step and augmentation of a search, and return them as one objective.
+
+    Without a loss, the objective has the default loss of the task.
 
     Raises InputError if there is no loss, or if the loss does not fit the task.
     """

@@ -1,4 +1,5 @@
-"""Scores of outputs that are not in the units of the target: logits, log rates, and the like."""
+"""Refuse scores that compare the target with outputs in other units, such as logits or log
+rates."""
 
 from gputune.data.target import Target
 from gputune.errors import InputError
@@ -10,7 +11,7 @@ from gputune.wording import option
 
 
 def _scorers(scoring: Scorings | None) -> list[OneScoring | None]:
-    """Return the scorers of a scoring argument as a list. None stands for the default score."""
+    """Return the scorers of a ``scoring`` argument as a list. None stands for the default score."""
     if scoring is None:
         return [None]
     several = scorers_of(scoring)
@@ -18,7 +19,8 @@ def _scorers(scoring: Scorings | None) -> list[OneScoring | None]:
 
 
 def soft_label_scoring(scoring: Scorings | None) -> Scorings:
-    """Return the score for a target of probabilities.
+    """Return the ``scoring`` for a target of class probabilities (soft labels). The default is
+    "neg_loss".
 
     Raises InputError for scores that would compare the probabilities with logits.
     """
@@ -34,9 +36,10 @@ def soft_label_scoring(scoring: Scorings | None) -> Scorings:
 
 
 def output_units(objective: Objective, n_outputs: int) -> str:
-    """Return the unit that a loss gives to the outputs, such as "log rates".
+    """Return the unit of a module's outputs if its loss fixes a unit other than y's, such as "log
+    rates".
 
-    The result is "" if the loss does not take outputs in a unit other than the unit of y.
+    The result is "" if the outputs have the unit of y.
     """
     if objective.step is not None:
         return ""
@@ -46,7 +49,7 @@ def output_units(objective: Objective, n_outputs: int) -> str:
 
 
 def refuse_other_units(scoring: Scorings | None, objective: Objective, target: Target) -> None:
-    """Raise InputError for a score that compares the target with outputs in other units, such as
+    """Raise InputError if a score would compare the target with outputs in another unit, such as
     logits."""
     named = [one for one in _scorers(scoring) if not callable(one) and one != "neg_loss"]
     if not named:

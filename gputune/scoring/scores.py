@@ -26,7 +26,8 @@ from gputune.wording import Verbatim, option
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the accuracy: the share of rows with the label's logit as the largest, in [0, 1]."""
+    """Return the accuracy, in [0, 1]: the share of rows whose largest logit belongs to the
+    label."""
     is_hit = logits.argmax(-1) == y
     return is_hit.double().mean(-1)
 
@@ -43,9 +44,9 @@ def balanced_accuracy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def neg_log_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Return minus the mean of -log p(label).
+    """Return minus the log loss: the mean of -log p(label) over the rows.
 
-    p is clipped to [eps, 1 - eps] of the dtype, as in scikit-learn.
+    The probability p is clipped to [eps, 1 - eps] of the dtype, as in scikit-learn.
     """
     eps = torch.finfo(logits.dtype).eps
     log_p = _log_p(logits, y).clamp(math.log(eps), math.log1p(-eps))
@@ -53,19 +54,22 @@ def neg_log_loss(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def neg_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Return minus the mean of -log p(label), with unclipped p. This is the loss itself."""
+    """Return minus the cross-entropy: the mean of -log p(label) over the rows.
+
+    Unlike the log loss, the probability p is not clipped. This is the training loss itself.
+    """
     return _log_p(logits, y).mean(-1)
 
 
 def _log_p(logits: Tensor, y: Tensor) -> Tensor:
-    """Return log p(label) of each row, (C, m)."""
+    """Return the log-probability of each row's label, (C, m), from logits."""
     log_p = logits.log_softmax(-1)  # (C, m, K)
     labels = y.expand(log_p.shape[:-1])
     return log_p.gather(-1, labels[..., None]).squeeze(-1)
 
 
 def roc_auc(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the probability that a row of class 1 ranks above a row of class 0.
+    """Return the ROC AUC: the probability that a row of class 1 ranks above a row of class 0.
 
     Ties count half. The score is NaN if a class has no rows.
     """
@@ -73,7 +77,7 @@ def roc_auc(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def roc_auc_ovr(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the mean over classes of the one-against-rest ROC AUC of the class probabilities.
+    """Return the ROC AUC of each class against the rest, as a mean over the classes.
 
     The score is NaN if a class has no rows.
     """
@@ -88,9 +92,9 @@ def f1_macro(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def r2(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return 1 - residual / total sum of squares, at most 1.
+    """Return R2: 1 - residual sum of squares / total sum of squares. R2 is at most 1.
 
-    For a constant y it is 1 if all outputs are exact, else 0.
+    For a constant y, R2 is 1 if all outputs are exact, else 0.
     """
     errors = outputs.squeeze(-1) - y
     return _r2((errors**2).sum(-1), y)
@@ -148,7 +152,7 @@ def label_accuracy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _by_target(score: Score) -> Score:
-    """Extend a score to several target values per row, (m, K).
+    """Extend a regression score to targets with several columns, (m, K).
 
     The new score is the mean of the scores of the K columns, as in scikit-learn.
     """
@@ -190,7 +194,8 @@ A tie of two rows counts half, so a rounding error that breaks the tie changes t
 
 
 class RowMean(NamedTuple):
-    """A score that compiled code computes from y and from the mean of one quantity over the rows.
+    """A score that compiled code can compute from one mean over the rows, such as the mean squared
+    error.
 
     ``of_row`` is the name of the quantity in ``native/work.h``.
     """
@@ -212,9 +217,9 @@ ROW_MEANS: Mapping[Score, RowMean] = {
 
 
 def _auc(p: Tensor, positive: Tensor) -> Tensor:
-    """Return the area under the ROC curve of probabilities (C, m).
+    """Return the area under the ROC curve, (C,), from probabilities (C, m).
 
-    The area is computed by counting the negative rows that rank below each positive row.
+    The function counts the negative rows that rank below each positive row.
     """
     above = p[:, positive].contiguous()
     below = p[:, ~positive].sort(-1).values
@@ -228,7 +233,8 @@ def _auc(p: Tensor, positive: Tensor) -> Tensor:
 
 
 def refuse_metric(scoring: Callable[..., object]) -> None:
-    """Raise InputError for a function of sklearn.metrics.
+    """Raise InputError if ``scoring`` is a metric function of sklearn.metrics, such as
+    ``f1_score``.
 
     A metric function takes (y_true, y_pred), and for some metrics the lowest value is the best.
     """

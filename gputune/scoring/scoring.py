@@ -1,10 +1,9 @@
-"""Scores of members on the validation rows of all folds.
+"""Compute the validation scores of all members at once. A member is one trial on one fold.
 
-A score is computed on the device or by a scikit-learn scorer. The process waits for the device once
-per epoch. The scored outputs can be kept: for each trial, the outputs of its best epoch so far.
+gputune computes a score on the device, or calls a scikit-learn scorer. The process waits for the
+device once per epoch. ``BestOutputs`` can store the scored outputs of each trial's best epoch.
 
-A member is one trial on one fold. In shapes, C counts trials, F folds, M metrics, m validation rows
-of a fold, and K outputs per row.
+In shapes, C counts trials, F folds, M metrics, m validation rows of a fold, and K outputs per row.
 """
 
 import copy
@@ -30,9 +29,9 @@ from gputune.seeding import keyed_draws
 from gputune.types import EvaluationKey, Outputs, Params, Task
 
 Scorer = Callable[..., SupportsFloat]
-"""A scorer: a function of (estimator, X, y). Greater results are better."""
+"""A scorer: a function of (estimator, X, y) that returns a number. Greater numbers are better."""
 TrialModel = Callable[[int], nn.Module]
-"""A function that makes the model of one trial, given the index of the trial in the outputs.
+"""A function that takes the index of a trial in the outputs, and returns the model of this trial.
 
 The model is a plain module on the CPU in evaluation mode.
 """
@@ -44,7 +43,8 @@ diverged trial."""
 
 @dataclass(frozen=True)
 class Scoring:
-    """The metric of a search, as a device score, a scikit-learn scorer or a function of outputs.
+    """The metric of a search, which computes scores from outputs on the device or with
+    scikit-learn.
 
     Attributes:
         name: The name of the metric.
@@ -77,14 +77,15 @@ class Scoring:
     def on_outputs(self) -> bool:
         """True if all metrics are functions of the outputs.
 
-        A scikit-learn scorer is not: it may ask a model to predict other rows.
+        A scikit-learn scorer is no such function, because the scorer may ask a model to predict
+        other rows.
         """
         return all(one.score or one.of_outputs for one in (self, *self.others))
 
     def metrics(
         self, data: Dataset, fold: int, outputs: Tensor, member: TrialModel | None = None
     ) -> Tensor:
-        """Return the scores of all metrics for the same outputs.
+        """Return the scores of all metrics of the search for the same outputs.
 
         The shape is (C,) for one metric and (C, M) for M metrics.
         """
@@ -94,7 +95,7 @@ class Scoring:
     def __call__(
         self, data: Dataset, fold: int, outputs: Tensor, member: TrialModel | None = None
     ) -> Tensor:
-        """Return the scores of outputs on the validation rows of a fold.
+        """Score the outputs of C trials on the validation rows of a fold.
 
         The outputs are scored in double precision, like the predictions of a tuned model.
 
@@ -138,10 +139,10 @@ class Scoring:
         return torch.where(finite & result.isfinite(), result, torch.nan)
 
     def on_rows(self, outputs: Tensor, target: Tensor) -> float:
-        """Return the score of outputs (m, K) on rows with a target (m, ...), without a dataset.
+        """Score outputs (m, K) against any target (m, ...), for example of held-out rows.
 
-        Outputs are logits, or for a regression values in the target's own units. A ValueError of
-        scikit-learn is not caught.
+        Outputs are logits, or for a regression values in the target's own units. The method does
+        not catch a ValueError of scikit-learn.
         """
         if self.of_outputs is not None:
             return float(self.of_outputs(outputs.clone(), target.clone()))
@@ -161,7 +162,8 @@ class Scoring:
     def _of_outputs(
         self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor
     ) -> Tensor:
-        """Return the scores (C,) of a custom function of (outputs, y). Diverged trials are NaN."""
+        """Return the scores (C,) by the user's function of (outputs, y). A diverged trial has the
+        score NaN."""
         assert self.of_outputs is not None
         if self.is_loss:
             target = data.targets(fold)[data.folds[fold].valid]
@@ -193,13 +195,14 @@ class Scoring:
                 raise InputError(
                     f"scoring={self.name!r}",
                     f"raised {type(error).__name__} on fold {fold}: {error}",
-                    remedy=f"It is called as scoring(outputs, y), with tensors {shapes}, and must "
-                    "return a number, greater is better.",
+                    remedy=f"gputune calls scoring(outputs, y), with tensors {shapes}. The function "
+                    "must return a number, and greater numbers must be better.",
                 ) from error
         return result.to(finite.device)
 
     def positive_last(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return outputs (..., 2) and class codes (m,) in which the positive class has code 1."""
+        """Swap the two classes in outputs (..., 2) and class codes (m,) if the positive class has
+        code 0."""
         return (outputs.flip(-1), 1 - target) if self.positive == 0 else (outputs, target)
 
     def _through_sklearn(
@@ -211,7 +214,7 @@ class Scoring:
         finite: Tensor,
         member: TrialModel | None,
     ) -> Tensor:
-        """Return the scores (C,) of a scikit-learn scorer. Diverged trials are NaN."""
+        """Return the scores (C,) by a scikit-learn scorer. A diverged trial has the score NaN."""
         from gputune.scoring.estimators import fitted
 
         assert self.scorer is not None
@@ -245,7 +248,9 @@ class Scoring:
         except Exception as error:
             remedy = "Choose a scoring that fits the task, for example accuracy or r2."
             if ":" in self.name:  # a custom scorer, named "module:function"
-                remedy = "It is called as scorer(estimator, X, y), with X as you gave it."
+                remedy = (
+                    "gputune calls scorer(estimator, X, y), with X in the type that you passed."
+                )
             raise InputError(
                 f"scoring={self.name!r}",
                 f"raised {type(error).__name__} on fold {fold}: {error}",
@@ -255,14 +260,15 @@ class Scoring:
 
 
 def shape_of_scores(scoring: Scoring | None, folds: int) -> tuple[int, ...]:
-    """Return the shape of a trial's scores after an epoch: (F,), or (F, M) with several metrics."""
+    """Return the shape of one trial's scores per epoch: (F,), or (F, M) with several metrics."""
     return (folds,) if scoring is None or not scoring.others else (folds, 1 + len(scoring.others))
 
 
 def _in_target_units(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
-    """Return outputs (C, m, K) as float64, ready to be scored.
+    """Convert outputs (C, m, K) to float64 and to the units of the target, for scoring.
 
-    The outputs of a regression are in the target's own units. Absent classes have the logit -inf.
+    Only regression outputs change their units. A class that is absent from a fold's training rows
+    gets the logit -inf.
     """
     outputs = outputs.double()
     if is_one_logit(outputs, data.task, 2):
@@ -275,16 +281,19 @@ def _in_target_units(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
 
 
 def outputs_of(probabilities: Tensor, task: Task) -> Tensor:
-    """Return the outputs that have given probabilities of classes (..., K) or labels (..., K)."""
+    """Return outputs (logits) for which a model predicts the given probabilities (..., K)."""
     if task == "multilabel":
         return probabilities.logit(_SMALLEST)
     return probabilities.clamp_min(_SMALLEST).log()
 
 
 def _predict(data: Dataset, fold: int, member: TrialModel, trial: int, X: object) -> Tensor:
-    """Return the outputs of a member for custom rows X, (m, K), on the CPU."""
+    """Run a member's model on other rows X, which a custom scorer asked for. Return outputs (m,
+    K)."""
     if data.scorer_rows is None:
-        raise InputError(None, "A scorer with a name can only predict the rows that it scores")
+        raise InputError(
+            None, "A scorer with a scikit-learn name cannot predict other rows than it scores"
+        )
     inputs = data.scorer_rows.encoded(X, data.statistics[fold], data.dtype)
     with torch.no_grad(), keyed_draws(torch.device("cpu"), 0, "scorer", fold, host=True):
         # Copies: without scaling, the inputs are the user's own rows.
@@ -303,9 +312,9 @@ _KEPT_NUMBERS = 1 << 25  # larger inputs are gathered again at every epoch inste
 
 
 class Validation:
-    """Scores members on the validation rows of their folds.
+    """Runs the members (one trial on one fold each) on their validation rows, and scores them.
 
-    The gathered rows are kept for the next epoch if they are small enough.
+    Validation rows that are small enough stay in memory for the next epoch.
     """
 
     def __init__(self, data: Dataset, scoring: Scoring | None) -> None:
@@ -318,14 +327,13 @@ class Validation:
             self.block_bytes = min(_GPU_BLOCK_BYTES, 1 << (share.bit_length() - 1))
         self.kept: dict[tuple[int, int], tuple[tuple[Tensor, ...], ...]] = {}
         self.outputs: Sequence[list[Tensor]] = []
-        """The outputs that were scored last, by epoch and fold, each (C, m, K), if outputs are
-        kept.
-        """
+        """The last scored outputs by epoch and fold, each (C, m, K). Empty lists if no outputs are
+        stored."""
 
     def is_small(self, network: Network) -> bool:
-        """Return True if the validation rows of every fold fit in one block.
+        """Return True if a network can evaluate the validation rows of every fold in one block.
 
-        The block limits the bytes of one layer's outputs of one member.
+        The size of a block limits the memory for one layer's outputs of one member.
         """
         return max(len(fold.valid) for fold in self.data.folds) <= self._block_rows(network, 1)
 
@@ -338,14 +346,15 @@ class Validation:
         *,
         epoch: int = 0,
     ) -> np.ndarray:
-        """Return the scores of all members, (C, F), or (C, F, M) for M metrics.
+        """Evaluate all members, and return their scores (C, F), or (C, F, M) for M metrics.
 
         Args:
             network: The network of the members.
             params: The parameters of the members.
             trials: The number of trials, C.
             computed: The outputs (C, m, K) of each fold if they are already computed.
-            epoch: The number of epochs that the members have trained. It seeds their draws.
+            epoch: The number of epochs that the members have trained. This number seeds the random
+                numbers that the modules draw.
         """
         assert self.scoring is not None
         columns = []
@@ -378,10 +387,11 @@ class Validation:
         key: EvaluationKey,
         block: int,
     ) -> Tensor:
-        """Return the outputs (C, m, K) on a block of the validation rows of a fold.
+        """Run the network on a block of a fold's validation rows, and return its outputs (C, m, K).
 
-        A module that is known to write into its input rows receives copies of them. If a module
-        writes into its rows for the first time here, the rows are gathered again for a second call.
+        A module that is known to write into its inputs receives copies of the rows. If a module
+        writes into the rows for the first time, the method reads the rows again and calls the
+        network a second time.
         """
         _, fold, start = key
         before = _versions(part)
@@ -393,7 +403,7 @@ class Validation:
         return network.outputs(params, fold, self.data.rows(fold, rows), key)
 
     def _parts(self, fold: int, rows: int) -> Iterable[tuple[Tensor, ...]]:
-        """Return the validation rows of a fold in blocks of ``rows`` rows."""
+        """Return the validation rows of a fold in blocks of at most ``rows`` rows."""
         parts = (
             self.data.rows(fold, part) for part in torch.split(self.data.folds[fold].valid, rows)
         )
@@ -404,7 +414,7 @@ class Validation:
         return self.kept[fold, rows]
 
     def _block_rows(self, network: Network, trials: int) -> int:
-        """Return the number of rows to evaluate at a time.
+        """Return the number of validation rows that the network evaluates at a time.
 
         With this number of rows, one layer's outputs of all trials stay within ``block_bytes``.
         """
@@ -417,20 +427,18 @@ class Validation:
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Return the version counter of each tensor, which rises at every write. 0 without a
-    counter."""
+    """Return the version counters of tensors (0 without a counter), which reveal writes to them."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class BestOutputs:
-    """The outputs of each trial of a chunk at the trial's best epoch.
+    """The validation outputs of each trial's best epoch so far, for trials that train together.
 
-    A chunk is a set of trials that train together. Outputs are kept for the validation rows of all
-    folds.
+    The outputs cover the validation rows of all folds.
 
-    If they need more than ``limit`` bytes, only the outputs of the best trials are kept. ``means``
-    (C,) are the best mean validation scores of earlier epochs whose outputs are unknown. They are
-    -inf without such epochs.
+    If the outputs need more than ``limit`` bytes, only the outputs of the best trials are stored.
+    ``means`` (C,) are the best mean validation scores of earlier epochs whose outputs are unknown,
+    or -inf without such epochs.
     """
 
     def __init__(self, limit: int, means: FloatArray) -> None:
@@ -447,11 +455,11 @@ class BestOutputs:
         means: FloatArray,
         outputs: Sequence[Tensor],
     ) -> None:
-        """Store the outputs of each trial that has a better mean validation score than before.
+        """Store the outputs of each trial whose mean validation score is its best so far.
 
         Args:
             epoch: The epoch in which the outputs were scored.
-            trials: The indexes of T trials in the chunk.
+            trials: The indexes of T trials among the trials that train together.
             means: Their mean validation scores, (T,).
             outputs: Their outputs for each fold, (T, m, K).
         """
@@ -480,8 +488,7 @@ class BestOutputs:
         self.values[[self.places[trial] for trial in better[kept].tolist()]] = values[kept]
 
     def of_trials(self, index: Sequence[int]) -> dict[int, Outputs]:
-        """Return the stored outputs, keyed by trial number. ``index`` (C,) holds the trial
-        numbers."""
+        """Return the stored outputs by trial number. ``index`` (C,) holds the trial numbers."""
         if self.values is None:
             return {}
         values = self.values.cpu().numpy()

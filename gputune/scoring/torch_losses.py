@@ -43,7 +43,9 @@ _CUSTOM_BY_LOSS = per_interface(
     f"{_TASK} {option('scoring', 'neg_loss')}",
     "in gputune.sklearn.NeuralNet",
 )
-_FUNCTION = f"Call it in your own function loss(outputs, y), {_CUSTOM}, or in a training_step"
+_FUNCTION = (
+    f"Call this loss in your own function loss(outputs, y), {_CUSTOM}, or in a training_step"
+)
 # The second one is new in PyTorch 2.13.
 _WITH_WEIGHTS: list[type[nn.Module]] = [
     getattr(nn, name)
@@ -53,8 +55,9 @@ _WITH_WEIGHTS: list[type[nn.Module]] = [
 _MORE_ARGUMENTS: Mapping[type[nn.Module], tuple[str, str]] = {
     nn.GaussianNLLLoss: (
         "means, y and variances",
-        "Return the mean and the log variance as two columns of the module's outputs. Then give a "
-        "function loss(outputs, y) that passes outputs[:, 0], y and outputs[:, 1].exp() to it, "
+        "Return the mean and the log variance as two columns of the module's outputs. Then pass a "
+        "function loss(outputs, y) that calls this loss with outputs[:, 0], y and "
+        "outputs[:, 1].exp(), "
         f"{_CUSTOM_BY_LOSS}",
     ),
     nn.CosineEmbeddingLoss: ("two embeddings and y", _FUNCTION),
@@ -65,12 +68,12 @@ _MORE_ARGUMENTS: Mapping[type[nn.Module], tuple[str, str]] = {
     **dict.fromkeys(
         _WITH_WEIGHTS,
         (
-            "hidden features, and it has weights to train",
-            "Make it a part of the module, and return its loss from a training_step",
+            "hidden features and has weights to train",
+            "Make this loss a submodule of your module, and return its value from a training_step",
         ),
     ),
 }
-"""Maps PyTorch losses that need more than outputs and y to (their arguments, the remedy)."""
+"""Losses that need more than outputs and y, each with its arguments and the remedy in the error."""
 
 
 def kind_of(loss: object) -> type:
@@ -152,14 +155,16 @@ def refuse_other_targets(loss: object, task: Task) -> None:
         remedy = f"Instead, {as_given}."
     raise InputError(
         f"loss={name_of_loss(loss)}",
-        f"takes {takes} as y, but here a loss gets {gets}",
+        f"takes {takes} as y, but gputune passes {gets}",
         remedy=remedy,
     )
 
 
-_SIGMOID = f"End the module in sigmoid() and give {option('loss', Verbatim('torch.nn.BCELoss()'))}"
+_SIGMOID = (
+    f"End the module with sigmoid() and pass {option('loss', Verbatim('torch.nn.BCELoss()'))}"
+)
 _UNITS: Mapping[type[nn.Module], tuple[str, str]] = {
-    nn.PoissonNLLLoss: ("log rates", "End the module in exp() and give {} with log_input=False"),
+    nn.PoissonNLLLoss: ("log rates", "End the module with exp() and pass {} with log_input=False"),
     nn.BCEWithLogitsLoss: ("logits", _SIGMOID),
     nn.MultiLabelSoftMarginLoss: ("logits", _SIGMOID),
     nn.CrossEntropyLoss: ("logits", ""),
@@ -167,8 +172,7 @@ _UNITS: Mapping[type[nn.Module], tuple[str, str]] = {
     nn.SoftMarginLoss: ("margins", ""),
     nn.HingeEmbeddingLoss: ("distances", ""),
 }
-"""Maps losses with outputs in other units than a numeric y to (the unit of the outputs, the
-remedy)."""
+"""Losses whose outputs have another unit than a numeric y, each with this unit and the remedy."""
 
 
 def other_units(loss: object, arguments: Mapping[str, object]) -> str:

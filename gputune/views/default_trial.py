@@ -1,4 +1,4 @@
-"""The comparison of a search's best trial with its default configuration."""
+"""Compare the best trial of a search with the trial of the default configuration."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -24,8 +24,7 @@ class DefaultTrial(Trial):
             the improvement is optimistic, because the same folds chose the best trial.
         improvement_std_error: paired standard error of ``improvement``. It is computed from the
             differences fold by fold, as ``std(ddof=1) / sqrt(F)``. NaN for fewer than two folds.
-        text: the sentences of the closing text that say whether tuning helped; "" if no other trial
-            has been trained.
+        text: sentences that say whether tuning helped. "" if no other trial has been trained.
     """
 
     best_score: float
@@ -35,7 +34,7 @@ class DefaultTrial(Trial):
 
 
 def default_trial(study: Study) -> DefaultTrial | None:
-    """Return the trial of the default configuration, compared with the best trial.
+    """Return the trial of the default configuration, with its comparison to the best trial.
 
     Returns:
         The comparison. None if no trial is the default configuration or if that trial has no finite
@@ -57,7 +56,8 @@ def default_trial(study: Study) -> DefaultTrial | None:
 
 
 def _paired_std_error(best: Trial, default: Trial) -> float:
-    """Return the standard error of the mean difference between two trials over the same folds."""
+    """Return the paired standard error of the improvement, from the score differences fold by
+    fold."""
     n_folds = len(best.fold_scores)
     if n_folds < 2 or n_folds != len(default.fold_scores):
         return math.nan
@@ -68,7 +68,8 @@ def _paired_std_error(best: Trial, default: Trial) -> float:
 
 
 def improvement_text(study: Study) -> str:
-    """Return sentences that say whether tuning helped, or "" without a comparison."""
+    """Return sentences that say whether tuning improved the score, or "" without a default
+    trial."""
     default = default_trial(study)
     return "" if default is None else default.text
 
@@ -96,7 +97,7 @@ def _text(study: Study, default: DefaultTrial) -> str:
 
 
 def shorter_training(default: DefaultTrial) -> str:
-    """Return a remark if the default trial did not train to the end, else ""."""
+    """Return a remark if the default trial was pruned or cut short, else ""."""
     states = {"pruned": "pruned", "stopped": "cut short"}
     if default.state not in states:
         return ""
@@ -104,9 +105,10 @@ def shorter_training(default: DefaultTrial) -> str:
 
 
 def improvement_json(study: Study) -> Json | None:
-    """Return the comparison with the default as plain values, or None without a default.
+    """Return the comparison with the default trial as a JSON value, or None without a default
+    trial.
 
-    NaN is null.
+    A standard error of NaN becomes None.
     """
     default = default_trial(study)
     if default is None:

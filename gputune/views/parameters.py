@@ -1,7 +1,8 @@
-"""The hyperparameters of a study as columns, as axes, and ranked by importance.
+"""The hyperparameters of a study for plots: their values, their axes and their importance.
 
 Importance: a random forest learns to predict the ranks of the trials from their hyperparameters.
-Each column is then shuffled, and the fall of the forest's R2 is its importance. C counts trials.
+gputune then shuffles the values of one hyperparameter. The fall of the forest's R2 is the
+importance of this hyperparameter. C counts trials.
 """
 
 import re
@@ -30,7 +31,8 @@ _APART = 0.08  # smallest distance of two ticks, as a share of the axis
 
 @dataclass(frozen=True, eq=False)
 class Parameter:
-    """The values of one hyperparameter in all trials, with the form of its axis."""
+    """The values of one hyperparameter in all trials, and whether its axis is categorical or
+    logarithmic."""
 
     name: str
     label: str  # its name, with a remark if lists were replaced by their median
@@ -42,23 +44,24 @@ class Parameter:
 
     @property
     def distinct(self) -> FloatArray:
-        """The sorted, distinct finite values."""
+        """The distinct finite values of the hyperparameter, in ascending order."""
         return np.unique(self.values[np.isfinite(self.values)])
 
 
 def parameters(study: Study) -> tuple[Parameter, ...]:
-    """Return the hyperparameters in the order in which the trials name them."""
+    """Return all hyperparameters of a study, in the order in which they first occur in the
+    trials."""
     names = dict.fromkeys(name for trial in study.trials for name in trial.params)
     return tuple(_parameter(name, study) for name in names)
 
 
 def varied_parameters(study: Study) -> tuple[Parameter, ...]:
-    """Return the hyperparameters in which trials differ."""
+    """Return the hyperparameters that have at least two different values among the trials."""
     return tuple(parameter for parameter in parameters(study) if len(parameter.distinct) > 1)
 
 
 def _parameter(name: str, study: Study) -> Parameter:
-    """Return the values of one hyperparameter in all trials of a study."""
+    """Return one hyperparameter with its values in all trials, as numbers or as categories."""
     values: list[Any] = [trial.params.get(name) for trial in study.trials]
     present = [value for value in values if value is not None]
     # A fast path, because most values are plain numbers and checking lists is slow.
@@ -84,10 +87,10 @@ def _parameter(name: str, study: Study) -> Parameter:
 
 
 def is_log(name: str, values: FloatArray, space: str) -> bool:
-    """Return whether the axis of a hyperparameter is logarithmic.
+    """Return True if the axis of a hyperparameter should be logarithmic.
 
-    The axis is logarithmic if the search space samples the logarithm. Values from a list must span
-    decades or be powers.
+    This is the case if the search space samples the logarithm. Values from a list must span decades
+    or have a constant ratio, such as 16, 32, 64.
     """
     levels = np.unique(values[np.isfinite(values)])
     if levels.size < 2 or levels[0] <= 0:
@@ -103,7 +106,8 @@ def is_log(name: str, values: FloatArray, space: str) -> bool:
 
 
 def _words(name: str, texts: Sequence[str | None]) -> Parameter:
-    """Return a hyperparameter with categorical values (text), the most frequent value first."""
+    """Return a hyperparameter whose values are categories (texts), with the most frequent category
+    first."""
     counts = Counter(text for text in texts if text is not None)
     levels = sorted(counts, key=lambda text: (-counts[text], text))
     if len(levels) > _LEVELS:
@@ -116,7 +120,7 @@ def _words(name: str, texts: Sequence[str | None]) -> Parameter:
 
 
 def _is_numbers(value: object) -> bool:
-    """Return whether a value is a number, or a list with a number per training segment or layer."""
+    """Return True if a value is a number, or a list of numbers for training segments or layers."""
     if isinstance(value, list):
         return bool(value) and all(map(_is_numbers, value))
     if isinstance(value, bool):
@@ -127,15 +131,16 @@ def _is_numbers(value: object) -> bool:
 
 
 def _flat(value: Any) -> list[float]:
-    """Return the numbers of a nested list as one flat list."""
+    """Return the numbers of a nested list, such as values per layer, as one flat list."""
     if not isinstance(value, list):
         return [float(value)]
     return [number for part in value for number in _flat(part)]
 
 
 def parameter_scale(parameter: Parameter, *, most: int = 6, pad: float = 0.0) -> Scale:
-    """Return the axis scale of a hyperparameter: its categories, its few distinct numbers, or its
-    range.
+    """Return the axis scale of a hyperparameter, with a tick for each category or distinct number.
+
+    If there are too many numbers, the ticks are round numbers.
 
     At least one trial must have the hyperparameter.
     """
@@ -157,7 +162,7 @@ def parameter_scale(parameter: Parameter, *, most: int = 6, pad: float = 0.0) ->
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """An axis of parallel coordinates.
+    """One axis of a parallel-coordinates plot: a hyperparameter or the score.
 
     Attributes:
         column: key of the column in the table of trials.
@@ -173,7 +178,8 @@ class Axis:
 
 
 def parallel_axes(view: Scores) -> list[Axis]:
-    """Return an axis for each hyperparameter that varied, and one for the score at the end."""
+    """Return the axes of a parallel-coordinates plot: the hyperparameters that varied, then the
+    score."""
     axes = []
     for parameter in varied_parameters(view.study):
         scale = parameter_scale(parameter, most=7)
@@ -187,7 +193,7 @@ def parallel_axes(view: Scores) -> list[Axis]:
 
 @dataclass(frozen=True, eq=False)
 class DescentPath:
-    """The path of one starting point in a hypergradient search: its finished points, step by
+    """The path from one starting point in a hypergradient search: scores and values by outer
     step."""
 
     start: int
@@ -198,14 +204,18 @@ class DescentPath:
 
 
 def descended(study: Study) -> tuple[Parameter, ...]:
-    """Return the hyperparameters that a hypergradient search moved, or () for any other search."""
+    """Return the hyperparameters that a hypergradient search changed, or () for any other
+    search."""
     numbers = {parameter.name: parameter for parameter in parameters(study) if not parameter.levels}
     moved = study.record.changed_hyperparameters
     return tuple(numbers[name] for name in moved if name in numbers)
 
 
 def descent_paths(study: Study) -> tuple[DescentPath, ...]:
-    """Return the paths of all starting points, best score first, or () for any other search."""
+    """Return the paths from all starting points of a hypergradient search, best score first.
+
+    The result is () for any other search.
+    """
     columns = descended(study)
     scores = score_view(study).values
     points: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -234,8 +244,8 @@ _SHUFFLES = 5
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """The importance of each hyperparameter, measured on trials that the forest was not fitted
-    on."""
+    """The importance of each hyperparameter, measured with a random forest on trials unknown to
+    it."""
 
     names: tuple[str, ...]  # most important first
     labels: tuple[str, ...]
@@ -251,8 +261,8 @@ class Importance:
 def importance(study: Study, *, seed: int = 0) -> Importance:
     """Return the permutation importance of the hyperparameters that varied (Breiman 2001).
 
-    Every finished trial is used, with the rank of its score. A diverged trial has the lowest rank.
-    A forest that was fitted on one half of the trials predicts the other half.
+    The function uses the rank of the score of every finished trial. A diverged trial has the lowest
+    rank. A forest that was fitted on one half of the trials predicts the other half.
 
     Args:
         study: the study.

@@ -1,4 +1,4 @@
-"""The plots of a study with matplotlib, which is imported only when you call a plot."""
+"""Plot a study with matplotlib. gputune imports matplotlib only when you call a plot."""
 
 import math
 from types import ModuleType
@@ -42,7 +42,7 @@ _LETTERS = 24  # letters of words that fit side by side on an axis
 
 
 def _pyplot(plot: str) -> ModuleType:
-    """Return matplotlib.pyplot.
+    """Import and return matplotlib.pyplot.
 
     Raises MissingExtraError, which names the plot and the extra, if matplotlib is not installed.
     """
@@ -50,20 +50,20 @@ def _pyplot(plot: str) -> ModuleType:
 
 
 def _axes(plot: str, ax: "Axes | None", size: tuple[float, float] = (7.0, 4.0)) -> "Axes":
-    """Return the given Axes, or new Axes in a figure of ``size`` inches."""
+    """Return ``ax``, or new Axes in a figure of ``size`` inches if ``ax`` is None."""
     pyplot = _pyplot(plot)
     return pyplot.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
 
 
 def _plain(text: object) -> str:
-    """Return text escaped for matplotlib, so that a dollar sign does not begin a formula."""
+    """Escape a text for matplotlib, so that a dollar sign does not begin a formula."""
     return clean(text).replace("$", r"\$")
 
 
 def _name_axes(ax: "Axes", x: Parameter | str, y: Parameter | str) -> None:
-    """Name both axes.
+    """Set the labels of the x axis and the y axis of a plot.
 
-    The axis of a hyperparameter also gets its scale: linear, logarithmic or categorical.
+    The axis of a hyperparameter also gets a linear, logarithmic or categorical scale.
     """
     for axis, quantity in (("x", x), ("y", y)):
         if isinstance(quantity, str):
@@ -84,7 +84,7 @@ def _name_axes(ax: "Axes", x: Parameter | str, y: Parameter | str) -> None:
 
 
 def _scale_axis(ax: "Axes", scale: Scale) -> None:
-    """Give the axis of scores the same scale as in the HTML report."""
+    """Set the limits and the scale of the y axis for scores as in the HTML report."""
     ax.set(ylim=(scale.low, scale.high), yscale="log" if scale.log else "linear")
 
 
@@ -132,7 +132,7 @@ def plot_curves(study: Study, *, best: int = BEST, ax: "Axes | None" = None) -> 
     """Plot the learning curves: the mean score over the folds after each epoch.
 
     The best trials have a band of one standard deviation over the folds on either side. The other
-    trials are drawn behind them.
+    trials are gray lines behind the best trials.
 
     Args:
         best: number of trials in color, an integer of at least 0.
@@ -221,7 +221,10 @@ def plot_slice(
 
 
 def _parameter(study: Study, name: str, plot: str) -> Parameter:
-    """Return a hyperparameter by its name. Raises InputError with the known names."""
+    """Return the hyperparameter ``name`` of a study.
+
+    Raises InputError with the known names if the name is unknown.
+    """
     columns = {parameter.name: parameter for parameter in parameters(study)}
     if name not in columns:
         names = ", ".join(map(short, columns)) or "none"
@@ -232,8 +235,8 @@ def _parameter(study: Study, name: str, plot: str) -> Parameter:
 
 
 def plot_parallel(study: Study, *, ax: "Axes | None" = None) -> "Axes":
-    """Plot parallel coordinates: a line per trial with a score, through one axis per
-    hyperparameter.
+    """Plot parallel coordinates: each trial with a score is a line across the hyperparameters'
+    axes.
 
     Only hyperparameters that varied have an axis. Each axis runs from 0 to 1 over the range of the
     hyperparameter, over its logarithm if the scale is logarithmic, or over its categories. A line
@@ -311,7 +314,7 @@ def plot_pareto(
 
 
 def _color_map(view: Scores) -> str:
-    """Return the name of a color map in which better scores are brighter."""
+    """Return the name of the matplotlib color map in which better scores are brighter."""
     return "viridis_r" if view.measure.lower_is_better else "viridis"
 
 
@@ -338,9 +341,7 @@ def plot_importance(study: Study, *, seed: int = 0, ax: "Axes | None" = None) ->
     ax.barh(places, forest.drops, xerr=forest.errors, color=_BLUE, height=0.6)
     ax.set_yticks(places, list(map(_plain, forest.labels)))
     ax.invert_yaxis()
-    ax.set_xlabel(
-        f"fall of the forest's R² when shuffled (R² {forest.fit:.2f} on trials that are new to it)"
-    )
+    ax.set_xlabel(f"fall of the forest's R² when shuffled (R² {forest.fit:.2f} on unseen trials)")
     return ax
 
 
@@ -350,7 +351,7 @@ def plot_contour(
     """Plot the score over two hyperparameters as filled contours.
 
     Between trials the score is interpolated linearly, on the logarithm if the scale is logarithmic.
-    Trials at the same place are averaged.
+    The scores of trials with the same two values are averaged.
 
     Args:
         x: name of a hyperparameter. None, together with ``y``: the two most important ones.
@@ -392,9 +393,9 @@ def plot_contour(
     if len(places) < 3 or np.linalg.matrix_rank(scaled - scaled[0], tol=1e-9) < 2:
         raise InputError(
             plot,
-            "needs scored trials at three places that are not on one line",
-            got=Verbatim(f"{len(places)} places in {columns[0].name!r} and {columns[1].name!r}"),
-            remedy="Choose others, or search further.",
+            "needs scored trials at three points that do not lie on one line",
+            got=Verbatim(f"{len(places)} points in {columns[0].name!r} and {columns[1].name!r}"),
+            remedy="Choose other hyperparameters, or search further.",
         )
     ax = _axes("plot_contour", ax, (6.0, 4.5))
     from matplotlib.tri import Triangulation
@@ -414,8 +415,8 @@ def plot_contour(
 def plot_path(study: Study, parameter: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
     """Plot a hyperparameter by outer step of a hypergradient search, one line per starting point.
 
-    The paths of the best five starting points have colors. At a hollow point, the chaos guard
-    rejected the slope as noise.
+    The paths from the best five starting points have colors. A hollow point means that the chaos
+    guard rejected the slope at this point as noise.
 
     Args:
         parameter: name of a hyperparameter that the search moved. None: the first one.

@@ -1,4 +1,4 @@
-"""Scores and curves for display: sign, order and range, several metrics, and scales of axes.
+"""Prepare scores and learning curves for plots and reports: sign, order, range and axis scales.
 
 "In the sign of their name" means: scikit-learn's neg_log_loss of -0.3 is shown as a log_loss of
 0.3. In shapes, C counts trials and M metrics. A row is the index of a trial in the study.
@@ -39,11 +39,11 @@ DIGITS = 4  # significant digits of a number in a chart or in the report, at mos
 
 @dataclass(frozen=True)
 class Scale:
-    """The scale of an axis, which turns values into places between 0 and 1.
+    """The scale of an axis, which converts values to positions from 0 (low end) to 1 (high end).
 
     Attributes:
-        low: the lower end. A value below it has a place below 0.
-        high: the upper end. A value above it has a place above 1.
+        low: the lower end. A value below ``low`` has a negative position.
+        high: the upper end. A value above ``high`` has a position above 1.
         ticks: values and texts of the ticks.
         log: whether the scale is logarithmic.
     """
@@ -54,9 +54,9 @@ class Scale:
     log: bool = False
 
     def __call__(self, values: ArrayLike) -> FloatArray:
-        """Return the place of each value on the axis: 0 at ``low`` and 1 at ``high``.
+        """Convert values to positions on the axis: 0 at ``low`` and 1 at ``high``.
 
-        NaN, and values without a logarithm, have the place NaN.
+        The position is NaN for NaN, and on a logarithmic axis for values that are not positive.
         """
         places = np.asarray(values, dtype=np.float64)
         low = self.low
@@ -70,7 +70,7 @@ class Scale:
 
 
 def number_text(value: float) -> str:
-    """Return a number in few characters, such as 0.001, 20000 or 1e-5.
+    """Return a number as short text, such as 0.001, 20000 or 1e-5, for tick labels.
 
     The number has at most four significant digits. A whole number below one million is exact.
     """
@@ -82,7 +82,7 @@ def number_text(value: float) -> str:
 
 
 def limited(value: float, decimals: int) -> str:
-    """Return a number with a count of decimals, or fewer if it has more than four digits then.
+    """Return a number as text with ``decimals`` decimals, but with at most four significant digits.
 
     Examples: 0.98765 with four decimals is 0.9877, 12.3456 is 12.35, and 1 is 1.000.
     """
@@ -96,7 +96,7 @@ def limited(value: float, decimals: int) -> str:
 
 
 def _n_digits(text: str) -> int:
-    """Return the number of significant digits of a number without an exponent."""
+    """Count the significant digits in the text of a number without an exponent."""
     digits = text.lstrip("-").replace(".", "").lstrip("0")
     return len(digits if "." in text else digits.rstrip("0"))
 
@@ -104,7 +104,7 @@ def _n_digits(text: str) -> int:
 def linear_scale(
     low: float, high: float, *, most: int = 6, pad: float = 0.0, whole: bool = False
 ) -> Scale:
-    """Return a linear axis scale that covers the given values.
+    """Return a linear axis scale from ``low`` to ``high``, with round ticks.
 
     Ticks differ in their first four digits. The axis is extended if the values do not.
 
@@ -156,7 +156,7 @@ def linear_scale(
 
 
 def log_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0) -> Scale:
-    """Return a logarithmic scale of positive numbers.
+    """Return a logarithmic axis scale for positive numbers from ``low`` to ``high``.
 
     The ticks are powers of ten. If the axis has few powers, the ticks are 1, 2 and 5 times each
     power.
@@ -182,7 +182,7 @@ def log_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0) -> Sc
 
 
 def value_scale(low: float, high: float, measure: Measure, *, pad: float = _PAD) -> Scale:
-    """Return the axis scale of scores between a lowest and a highest value.
+    """Return the axis scale for scores from ``low`` to ``high``.
 
     A loss that spans decades has a logarithmic scale.
     """
@@ -192,7 +192,7 @@ def value_scale(low: float, high: float, measure: Measure, *, pad: float = _PAD)
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The scores of all trials, ready to be shown, and the order of the trials.
+    """The scores of all trials in the form that plots and the report show, and their order.
 
     C counts trials.
     """
@@ -207,7 +207,7 @@ class Scores:
 
     @property
     def eligible(self) -> NDArray[np.bool_]:
-        """(C,) True for the trials that can be the best trial.
+        """A mask (C,) of the trials that can be the best trial.
 
         A pruned trial can be the best only if every trial with a score was pruned.
         """
@@ -217,9 +217,9 @@ class Scores:
 
     @property
     def range(self) -> tuple[float, float]:
-        """The lower and the upper end of an axis of scores.
+        """The lower and the upper end of an axis for the scores of this study.
 
-        Pruned trials were scored early. They do not extend the axis of other trials.
+        Pruned trials were scored early, so they do not extend the axis of the other trials.
         """
         late = np.isfinite(self.values) & self.late
         few = late.sum() < _ENOUGH * np.isfinite(self.values).sum()
@@ -227,9 +227,9 @@ class Scores:
 
     @property
     def best_so_far(self) -> FloatArray:
-        """(C,) the best eligible value up to each trial, in order of the trials.
+        """The best score up to each trial, (C,), in the order of the trials.
 
-        NaN before the first eligible value.
+        Only scores of eligible trials count. The value is NaN before the first such score.
         """
         better = np.fmin if self.measure.lower_is_better else np.fmax
         return better.accumulate(np.where(self.eligible, self.values, np.nan))
@@ -240,7 +240,7 @@ class Scores:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences for the reader on scores that lie beyond the ends of the axis."""
+        """Sentences for the reader about scores that lie beyond the ends of the axis, or ()."""
         low, high = self.range
         is_beyond = self.values > high if self.measure.lower_is_better else self.values < low
         n_beyond = int(is_beyond.sum())
@@ -262,24 +262,24 @@ def score_view(study: Study) -> Scores:
 
 
 def order_by_score(study: Study) -> list[int]:
-    """Return the rows of the trials by their score only, best first.
+    """Return the row indexes of all trials, ordered only by score, best first.
 
-    Trials without a finite score come last. In contrast to ``study.order``, pruned trials are not
-    moved behind the other trials.
+    Trials without a finite score are last. ``study.order`` also puts pruned trials behind the other
+    trials, but this function does not.
     """
     scores = np.where(np.isfinite(study.scores), study.scores, -np.inf)
     return sorted(study.order, key=lambda row: -scores[row])
 
 
 def _in_sign(measure: Measure, scores: FloatArray) -> FloatArray:
-    """Convert scores from scikit-learn's sign to the sign of their name."""
+    """Convert scores from scikit-learn's sign to the sign for display: a loss becomes positive."""
     return 0.0 - scores if measure.lower_is_better else scores
 
 
 def score_range(values: FloatArray, measure: Measure) -> tuple[float, float]:
-    """Return the ends (low, high) of an axis: the best finite score, and the worst nearby score.
+    """Return the ends (low, high) of an axis for scores, without scores far from the best.
 
-    Scores far from the best score lie outside of the axis.
+    One end is the best finite score. The other end is the worst score that is not too far away.
     """
     finite = values[np.isfinite(values)]
     if not finite.size:
@@ -293,9 +293,12 @@ def score_range(values: FloatArray, measure: Measure) -> tuple[float, float]:
 
 @dataclass(frozen=True, eq=False)
 class LearningCurves:
-    """The scores after each epoch, in the sign of their name.
+    """The learning curves of all trials: the mean score and its spread over the folds after each
+    epoch.
 
-    NaN if a trial did not train that long.
+    Scores are in the sign of their name.
+
+    A score is NaN if a trial did not train that long.
     """
 
     study: Study
@@ -307,13 +310,14 @@ class LearningCurves:
 
     @property
     def epochs(self) -> IntArray:
-        """(epochs,) the epochs 1, 2, ..., for the x axis of the curves."""
+        """The epochs 1, 2, ... as an array, for the x axis of the learning curves."""
         return np.arange(1, self.mean.shape[1] + 1)
 
     def scale(self) -> Scale:
-        """Return an axis that holds the best curves completely.
+        """Return the axis scale for scores, which covers the best learning curves completely.
 
-        The axis also holds the final scores of the other curves, unless these scores are far off.
+        The scale also covers the final scores of the other curves, except scores that are far from
+        the best.
         """
         late = [row for row in self.order if self.study.trials[row].state != "pruned"]
         ends = []
@@ -350,9 +354,9 @@ def curve_view(study: Study) -> LearningCurves:
 
 
 def metric_scores(study: Study) -> FloatArray:
-    """Return the scores (C, M) of the trials by each metric, at their best epoch.
+    """Return the scores (C, M) of all trials by each metric, at each trial's best epoch.
 
-    NaN without a score.
+    A trial without a score has NaN.
     """
     none = [math.nan] * len(study.metrics)
     shape = (len(study.trials), len(study.metrics))
@@ -360,19 +364,23 @@ def metric_scores(study: Study) -> FloatArray:
 
 
 def measures(study: Study) -> dict[str, Measure]:
-    """Return a dict from metric to the way to show its scores, or {} for one metric."""
+    """Return the display name, sign and decimals of each metric of a study, by metric name.
+
+    The dict is empty for a study with one metric.
+    """
     table = metric_scores(study)
     best = np.where(np.isfinite(table), table, -np.inf).max(0, initial=-np.inf)
     return study.record.measures(best.tolist())
 
 
 def pareto_trials(study: Study) -> tuple[Trial, ...]:
-    """Return the Pareto-optimal trials, the best by the first metric first.
+    """Return the Pareto-optimal trials of a study, ordered by the first metric, best first.
 
     A trial is Pareto-optimal if no other trial is at least as good in all metrics and better in
-    one. Scores are taken at a trial's best epoch by the first metric. Trials without a finite score
-    by each metric are left out. Pruned trials were scored early, so they are left out too, unless
-    all trials were pruned. With one metric the result is the best trial.
+    one. The scores are from each trial's best epoch by the first metric. The result leaves out
+    trials without a finite score by each metric. Pruned trials were scored early, so the result
+    leaves them out too, unless all trials were pruned. With one metric the result is the best
+    trial.
     """
     if not study.metrics:
         return tuple(trial for trial in study.ranking()[:1] if math.isfinite(trial.score))
@@ -380,7 +388,7 @@ def pareto_trials(study: Study) -> tuple[Trial, ...]:
 
 
 def _front(study: Study, table: FloatArray) -> list[int]:
-    """Return the rows of a table of scores (C, M) that are Pareto-optimal."""
+    """Return the row indexes of the Pareto-optimal trials in a table of scores (C, M)."""
     scored = np.flatnonzero(np.isfinite(table).all(1)).tolist()
     late = [row for row in scored if study.trials[row].state != "pruned"]
     front: list[int] = []
@@ -394,13 +402,14 @@ def _front(study: Study, table: FloatArray) -> list[int]:
 
 
 def other_measures(study: Study) -> dict[str, Measure]:
-    """Return a dict from metric to the way to show its scores, for the metrics that do not rank."""
+    """Return the display name, sign and decimals of each metric except the ranking metric, by
+    name."""
     return dict(list(measures(study).items())[1:])
 
 
 @dataclass(frozen=True, eq=False)
 class ParetoFront:
-    """The scores of all trials by two metrics, and the trials on the Pareto front."""
+    """The scores of all trials by two metrics, and the Pareto-optimal trials, for a plot."""
 
     measures: tuple[Measure, Measure]
     values: FloatArray  # (C, 2); NaN for a trial that lacks one of them
@@ -409,7 +418,7 @@ class ParetoFront:
 
 
 def pareto_front(study: Study, x: str, y: str) -> ParetoFront:
-    """Return the scores by two metrics, and the trials that are Pareto-optimal in them."""
+    """Return the trials' scores by the metrics ``x`` and ``y``, and the Pareto-optimal trials."""
     pair = [study.metrics.index(x), study.metrics.index(y)]
     table = metric_scores(study)[:, pair]
     order = _front(study, table)
@@ -422,17 +431,19 @@ def pareto_front(study: Study, x: str, y: str) -> ParetoFront:
 
 
 def epochs_by(study: Study) -> str:
-    """Return the metric that chose the best epoch of each trial, or "" if the ranking metric
-    did."""
+    """Return the name of the metric that chose each trial's best epoch.
+
+    The result is "" if the ranking metric chose the epochs.
+    """
     # Only ``ranked_by`` sets this option. No file holds it.
     return str(study.meta.get("epochs_by", ""))
 
 
 def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
-    """Return the study ranked by another of its metrics.
+    """Return a copy of the study that ranks its trials by another of its metrics.
 
-    Its scores, order, curves, plots and report use that metric. Each trial is still scored at the
-    epoch that the first metric chose.
+    The scores, order, curves, plots and report of the copy use that metric. Each trial is still
+    scored at the epoch that the first metric chose.
 
     Args:
         metric: name of one of ``metrics``.
@@ -479,9 +490,9 @@ def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
 
 
 def _reorder(study: Study, order: list[int]) -> Curve:
-    """Return the learning curves with their metrics in a different order.
+    """Return the learning curves of all metrics, with the metrics in the order ``order``.
 
-    Without results there is no axis of metrics, and the curves are unchanged.
+    Curves without results have no axis for metrics and stay unchanged.
     """
     curves = curves_of_all(study)
     return curves[..., order] if curves.ndim == 4 else curves

@@ -51,7 +51,7 @@ def test_missing_answers_are_told_with_their_line(bugs):
 
 def test_a_file_without_a_header(bugs):
     bugs.write_text("5.1,3.5,ant\n4.9,3.0,bee\n")
-    refused_tune(bugs, words=["got '5.1', '3.5'", "Write a line of names above it"])
+    refused_tune(bugs, words=["got '5.1', '3.5'", "Write a line with the column names above"])
     bugs.write_text("2019,2020,kind\n" + "5,1.5,ant\n4,2,bee\n" * 20)  # years are names
     assert run("tune", bugs, "--target", "kind", *FAST)[0] == 0
 
@@ -59,7 +59,7 @@ def test_a_file_without_a_header(bugs):
 @pytest.mark.parametrize(
     ("command", "value", "options", "words"),
     [
-        ("tune", 1e300, FAST, "price has 1e+300 in row 35, which is so far away"),
+        ("tune", 1e300, FAST, "price has 1e+300 in row 35, which is so extreme"),
         (
             "tune",
             -5,
@@ -169,7 +169,10 @@ def test_what_the_parser_refuses(bugs, options, words):
         ("--optimizer lamb", ["--optimizer", "'lamb'", "adamw"]),
         (
             "--scoring neg_loss",
-            ["--scoring neg_loss needs the loss of a module", ". Choose another --scoring."],
+            [
+                "--scoring neg_loss needs a module that trains with a loss",
+                ". Choose another --scoring.",
+            ],
         ),
         ("--scoring r2", ["--scoring r2", "binary", "accuracy"]),
         ("--task ranking", ["--task", "'ranking'", "classification"]),
@@ -187,7 +190,10 @@ def test_what_the_parser_refuses(bugs, options, words):
             "--drop kind",
             ["--drop must not name the target or the groups, got 'kind'"],
         ),
-        ("--drop a,b,c", ["--drop must leave a column to predict from, got 'a', 'b', 'c'"]),
+        (
+            "--drop a,b,c",
+            ["--drop must leave at least one column to predict from, got 'a', 'b', 'c'"],
+        ),
         ("--kind d=number", ["--kind must name columns of the table, got 'd'"]),
         (
             "--kind c=number",

@@ -240,7 +240,7 @@ def test_a_class_that_the_model_does_not_know_is_wrong(folder, tmp_path):
             "mse, mae, huber, quantile, bce), but this model is a built-in mlp. Choose another "
             "score, for example neg_log_loss.",
         ),
-        (["--scoring", "f1"], "Say which of the two it is: --positive ant or --positive bee"),
+        (["--scoring", "f1"], "Choose the positive class: --positive ant or --positive bee"),
         (
             ["--scoring", "f1", "--positive", "cat"],
             "--positive must be one of the classes 'ant' and 'bee'",

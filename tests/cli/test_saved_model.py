@@ -272,7 +272,8 @@ def test_rows_that_chose_the_ensemble_are_not_called_untouched(tmp_path):
     page = tmp_path / "page.html"
     assert run("report", out, "--out", page)[0] == 0
     assert (
-        f"but they chose it over {other}, so its score is a little optimistic" in page.read_text()
+        f"but these rows chose it over {other}, so its score is a little optimistic"
+        in page.read_text()
     )
 
 
@@ -281,8 +282,8 @@ def test_rows_that_chose_the_ensemble_are_not_called_untouched(tmp_path):
     [
         ({}, "the model on 36 rows that nothing was fitted on; the best of"),
         # as an earlier version saved it
-        ({"ensemble": {"0": 1.0}}, "but they chose it over the best trial, so"),
-        ({"held_out_chose": True}, "but they chose it over an ensemble, so"),
+        ({"ensemble": {"0": 1.0}}, "but these rows chose it over the best trial, so"),
+        ({"held_out_chose": True}, "but these rows chose it over an ensemble, so"),
     ],
 )
 def test_the_page_says_what_the_held_out_rows_chose(info, words):

@@ -116,7 +116,7 @@ UNLIKE = [(torch.zeros(2, 2), 0), (torch.zeros(2, 3), 1)]
             r"different shapes: X\[0\] has \(2, 3, 3\), X\[6\] has \(2, 3, 4\). Pad or crop",
         ),
         (_objects([[[1.0, 2.0]], [[1.0]]]), r"X is a list of 2 arrays of different shapes"),
-        ([IDS, IMAGES], "If they are the inputs of the module, pass a tuple of them"),
+        ([IDS, IMAGES], "If the arrays are the inputs of the module, pass a tuple of arrays"),
         ((IDS, IDS.tolist()), r"X\[1\] must be an array or a tensor, got a list"),
         (
             {"a": IDS, "b": [1] * 6},

@@ -77,7 +77,9 @@ def test_numbers_and_booleans_with_missing_values():
     column, notes, values = fit("number", [1, np.nan, 3])
     assert column.feature_names == ("c", "c=(missing)")
     assert column.numeric == (True, False)
-    assert notes == ("missing values take the mean of the training rows, and a feature marks them",)
+    assert notes == (
+        "missing values become the mean of the training rows, and a feature marks them",
+    )
     np.testing.assert_array_equal(column.features("number", values), [[1, 0], [np.nan, 1], [3, 0]])
     assert fit("boolean", [1, np.nan, 0])[0].numeric == (False, False)
     only, notes, _ = fit("number", [5, np.nan, 5])

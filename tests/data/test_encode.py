@@ -255,7 +255,7 @@ def test_columns_that_are_kept_are_one_feature_each(X):
     layout = fit_layout(X, columns="keep")
     assert layout.feature_names == layout.inputs == tuple(f"x{j}" for j in range(5))
     assert layout.notes == (
-        "Column 'x2': missing values take the mean of the training rows.",
+        "Column 'x2': missing values become the mean of the training rows.",
         "Column 'x3': missing values are all 0.",
     )
     raw = layout.raw(X)

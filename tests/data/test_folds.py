@@ -105,11 +105,11 @@ def test_a_rare_class_is_one_warning_of_ours():
             assert len(folds(cv, target)) == 5
         assert [str(warning.message) for warning in caught] == [
             "kind has classes with fewer rows than the 5 folds: 'b' (3), 'c' (4). "
-            "Some folds are validated without them."
+            "Some folds have no validation row of these classes."
         ]
     with pytest.warns(
         UserWarning,
-        match=r"1 of 5 folds \(the first is fold 4\) train without rows of a class \('b', 'c' the",
+        match=r"1 of 5 folds \(the first is fold 4\) train without rows of a class \('b', 'c' in",
     ):
         folds(KFold(5), target)
     with warnings.catch_warnings(action="error"):
@@ -245,7 +245,9 @@ def test_the_command_line():
     splitter = parse_cv("time:4")
     assert isinstance(splitter, TimeSeriesSplit) and splitter.get_n_splits() == 4
     for text in ("", "1", "x", "2.5", "-3", "time:1", "time:", "time", "group:5", "5:"):
-        with refused(f"cv must be a number of at least 2 folds, or time:5, got {text!r}"):
+        with refused(
+            f"cv must be the number of folds, at least 2, or a time series split such as time:5, got {text!r}"
+        ):
             parse_cv(text)
 
 

@@ -260,11 +260,11 @@ def header(shape, descr="<f8"):
 
 
 ARRAYS = {
-    "huge": (header((10**11, 10)), "needs 7450.6 GiB, but only 0.0 KiB follow"),
-    "overflow": (header((2**62, 2**62)), "follow in the file"),
+    "huge": (header((10**11, 10)), "needs 7450.6 GiB, but only 0.0 KiB remain"),
+    "overflow": (header((2**62, 2**62)), "remain in the file"),
     "negative": (header((-1, 3)) + bytes(24), "a length cannot be negative"),
     "negative twice": (header((-3, -1)) + bytes(24), "a length cannot be negative"),
-    "text of no letters": (header((10**12,), "<U0"), "follow in the file"),
+    "text of no letters": (header((10**12,), "<U0"), "remain in the file"),
     "objects": (
         header((3,), "|O") + bytes(24),
         "holds Python objects, which may run code",
@@ -345,7 +345,7 @@ def test_a_hostile_tensor(kind, tmp_path):
     ("change", "words"),
     [
         (packed, "the records are compressed"),
-        (lambda path: packed(path, deflate=False), "'X' does not fit the records of the file"),
+        (lambda path: packed(path, deflate=False), "'X' does not match any record in the file"),
         (
             lambda path: torch.save(
                 {"X": torch.zeros(3)}, path, _use_new_zipfile_serialization=False
@@ -364,13 +364,13 @@ def test_a_hostile_archive_of_tensors(change, words, tmp_path):
 TEXTS = {
     "UTF-16": (
         TABLE.encode("utf-16"),
-        "is text in UTF-16, but gputune reads UTF-8. Save it as UTF-8",
+        "is text in UTF-16, but gputune reads UTF-8. Save the file as UTF-8",
     ),
     "UTF-16, big": (b"\xfe\xff" + TABLE.encode("utf-16-be"), "is text in UTF-16"),
     "UTF-32": (TABLE.encode("utf-32"), "is text in UTF-32"),
     "UTF-16 without a mark": (
         TABLE.encode("utf-16-le"),
-        "bytes of value 0. If it is text in UTF-16, save it as",
+        "bytes of value 0. If the file is text in UTF-16, save the file as",
     ),
     "binary": (
         TABLE.encode() + b"1,2,\0\n",

@@ -230,7 +230,7 @@ class Wide(FunctionTransformer):
         (
             "log",
             X[:, 0] > 0,
-            "is only for numbers to predict, but y is 2 classes. Leave it out, or",
+            "is only for a numeric target, but y is 2 classes. Leave it out, or",
         ),
         (
             "sqrt",

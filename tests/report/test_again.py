@@ -135,7 +135,7 @@ def test_the_rows_of_the_command_line_without_those_held_out(tmp_path, options):
     assert f"# trial {study.best_trial.number}: {study.best_params!r}" in snippet(study)  # in full
     imported = [line for line in snippet(study).splitlines() if "import" in line]
     assert imported == ["import gputune"]  # no internal name
-    assert "This trains the best trial on all rows of the search." in page(study)
+    assert "This code trains the best trial on all rows of the search." in page(study)
 
 
 def test_a_module_a_scorer_and_a_splitter_of_ones_own(iris):
@@ -157,7 +157,7 @@ def test_a_descent_on_schedules(iris, tmp_path):
     kept = gputune.tune("mlp", X, y, study=tmp_path / "study.db", **common)
     assert isinstance(kept.best_params["lr"], list)
     unkept = gputune.tune("mlp", X, y, **common)
-    assert "# study: the result of gputune.tune, which no file holds" in snippet(unkept)
+    assert "# study: the result of gputune.tune, which is not saved in a file" in snippet(unkept)
     expected = kept.best_model().predict(X)
     for session in (executed(kept, X=X, y=y), executed(unkept, study=unkept)):
         np.testing.assert_array_equal(session["model"].predict(X), expected)

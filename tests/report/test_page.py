@@ -280,7 +280,7 @@ def test_ten_thousand_trials_are_small_and_say_what_is_thinned():
     text = Elements(html).text
     assert re.search(r"250 of the \d+ other curves are drawn", text)
     assert re.search(
-        r"1500 of \d+ scored trials are drawn: the best 375, and the others evenly by rank", text
+        r"1500 of \d+ scored trials are drawn: the best 375, and others at even steps in rank", text
     )
     assert re.search(r"400 of \d+ scored trials have a line", text)
     assert len(table_of(html)["columns"][0]["values"]) == 10_000
@@ -303,7 +303,7 @@ def test_a_table_too_large_keeps_the_best_and_says_so(monkeypatch):
 def test_values_that_no_axis_has():
     study = study_of([{"C": math.inf}, {"C": 1.0}, {"C": 0.1}, {"width": 1234567, "lr": 0.1234567}])
     text = Elements(page(study)).text
-    assert "1 trial with an infinite C has no place here" in text
+    assert "1 trial with an infinite C is not drawn" in text
     columns = {column["key"]: column for column in table_columns(study)[0]}
     assert columns["params_C"]["levels"] == ["0.1", "1", "inf"]
     assert [columns[f"params_{name}"]["values"][0] for name in ("width", "lr")] == [1234567, 0.1235]

@@ -155,8 +155,11 @@ def test_a_study_of_several_metrics_trains_its_best_again(tmp_path):
 @pytest.mark.parametrize(
     ("scoring", "words"),
     [
-        ([], r"scoring needs at least one score, got \[\]\. Name one, or leave it out"),
-        ({}, r"scoring needs at least one score, got \{\}\. Name one"),
+        (
+            [],
+            r"scoring needs at least one score, got \[\]\. Name a score, or leave out this argument",
+        ),
+        ({}, r"scoring needs at least one score, got \{\}\. Name a score"),
         (
             ["accuracy", "acuracy"],
             "scorer names or a callable, got 'acuracy'. Did you mean 'accuracy'?",
@@ -192,7 +195,7 @@ ONE_CLASS = [(np.arange(60), np.flatnonzero(Y == 1)[-5:])]
 @pytest.mark.parametrize(
     ("scoring", "options", "words"),
     [
-        (["accuracy", "f1"], {"y": WORDS}, "Say which"),
+        (["accuracy", "f1"], {"y": WORDS}, "Choose the positive"),
         (["accuracy"], {"y": WORDS, "positive": "ill"}, "has no positive"),
         (
             ["accuracy", "roc_auc"],

@@ -146,11 +146,11 @@ def test_augmentation_draws_the_same_for_each_fold():
         (("mse", print, None, "regression"), "training_step returns the loss itself"),
         (
             (nn.MSELoss(), None, None, "multiclass"),
-            "MSELoss is a loss of numbers.*task='regression'.*loss='cross_entropy'",
+            "MSELoss is a loss for numbers.*task='regression'.*loss='cross_entropy'",
         ),
         (
             (nn.L1Loss, None, None, "binary"),
-            "L1Loss is a loss of numbers, .* loss='cross_entropy' or 'bce'",
+            "L1Loss is a loss for numbers, .* loss='cross_entropy' or 'bce'",
         ),
         ((None, 3, None, "regression"), "training_step must be a function, got 3"),
         ((None, None, "flip", "regression"), "augment must be a function, got 'flip'"),
@@ -208,7 +208,7 @@ def test_numbers_that_a_loss_does_not_take_are_refused(loss, step, config, messa
 )
 def test_augmentation_of_another_shape_is_refused(change, found):
     with refused(
-        rf"augment must return inputs of the shapes that it gets, \[\(3, 4\)\], got \[{found}\]"
+        rf"augment must return inputs of the same shapes as its own inputs, \[\(3, 4\)\], got \[{found}\]"
     ):
         Objective("mse", augment=lambda x, generator: change(x)).augmented(
             [torch.zeros(2, 3, 4)], None, 0, (0, 0)

@@ -214,7 +214,7 @@ METRICS = [
             (metric, NAMED, None, rf"y_pred\), not a scorer. Give scoring={words}")
             for metric, words in METRICS
         ],
-        ("f1", [1, 2], None, r"Say which of the two it is: positive=1 or positive=2"),
+        ("f1", [1, 2], None, r"Choose the positive class: positive=1 or positive=2"),
         ("f1", ["0", "1"], None, "positive='0' or positive='1'"),
         (
             "f1",
@@ -237,7 +237,7 @@ METRICS = [
             "roc_auc",
             NAMED,
             "no",
-            "scoring='roc_auc' has no positive class, because it is the same for both. Leave",
+            "scoring='roc_auc' has no positive class, because the score is the same for both classes. Leave",
         ),
         ("neg_brier_score", NAMED, "no", "scoring='neg_brier_score' has no positive class"),
         (None, NAMED, "no", "scoring='accuracy' has no positive class"),
@@ -282,7 +282,7 @@ def test_a_scorer_that_does_not_fit_is_an_error_with_its_reason():
     with refused(f"scoring='{name}' raised ValueError on fold 0: .*fits the task"):
         scoring_of(numbers, name)(numbers, 0, outputs[..., :1])
     own = make_scoring(lambda estimator, X, y: y["nope"], "multiclass", np.arange(3))
-    with refused("raised IndexError on fold 0: .* called as scorer.estimator, X, y., with X as"):
+    with refused("raised IndexError on fold 0: .* calls scorer.estimator, X, y., with X in"):
         own(data, 0, outputs)
 
 

@@ -118,7 +118,7 @@ def test_what_an_estimator_refuses():
         return 0.0
 
     for scorer, message in [
-        (later, "a scorer gets predicts only while it runs"),
+        (later, "a scorer receives can predict only while the scorer runs"),
         (lambda estimator, X, y: estimator.fit(X, y), "is fitted and cannot be fitted again"),
         (lambda estimator, X, y: estimator.predict(X[:, :2]), "X has no column 'x2'"),
         (writes, "read-only"),

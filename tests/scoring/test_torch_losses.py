@@ -57,7 +57,7 @@ MORE_ARGUMENTS = {
     nn.TripletMarginLoss: "an anchor, a positive and a negative row",
     nn.TripletMarginWithDistanceLoss: "an anchor, a positive and a negative row",
     nn.CTCLoss: "outputs, y and their lengths",
-    **dict.fromkeys(_WITH_WEIGHTS, "hidden features, and it has weights to train"),
+    **dict.fromkeys(_WITH_WEIGHTS, "hidden features and has weights to train"),
 }
 
 
@@ -93,28 +93,36 @@ def test_the_remedy_for_a_gaussian_likelihood_works():
     [
         (nn.SoftMarginLoss(), "binary", "takes -1 and 1 as y, .* Give loss='bce', which is the s"),
         (functional.soft_margin_loss, "multilabel", "functional.soft_margin_loss .* loss='bce'"),
-        (nn.SoftMarginLoss, "multiclass", "gets the positions of the classes, .*'cross_entropy'"),
+        (nn.SoftMarginLoss, "multiclass", "passes the positions of the classes, .*'cross_entropy'"),
         (nn.HingeEmbeddingLoss, "binary", "or pass y in that form with task='custom'"),
         (nn.HingeEmbeddingLoss, "multilabel", "a 0 or a 1 for each label. Give loss='bce', or"),
-        (nn.MultiLabelMarginLoss, "binary", "the positions of each row's labels as y, but here"),
+        (
+            nn.MultiLabelMarginLoss,
+            "binary",
+            "the positions of each row's labels as y, but gputune passes",
+        ),
         (nn.MultiLabelMarginLoss(), "multilabel", "Give loss='bce', or pass y in that form with"),
         (
             nn.MultiLabelMarginLoss(),
             "regression",
-            "gets floats. Instead, pass y in that form with task=",
+            "passes floats. Instead, pass y in that form with task=",
         ),
         (
             functional.mse_loss,
             "binary",
-            "mse_loss is a loss of numbers, but y is classes. If they are numbers, say task='reg",
+            "mse_loss is a loss for numbers, but y holds classes. If they are numbers, say task='reg",
         ),
         (
             nn.MSELoss,
             "multilabel",
-            "is a loss of numbers, but y is labels. If they are numbers, say task='regression'",
+            "is a loss for numbers, but y holds labels. If they are numbers, say task='regression'",
         ),
-        (functional.cross_entropy, "multilabel", "is a loss of one class per row, but y is labels"),
-        (functional.binary_cross_entropy, "binary", "takes probabilities, .* Give loss='bce'"),
+        (
+            functional.cross_entropy,
+            "multilabel",
+            "is a loss for one class per row, but y holds labels",
+        ),
+        (functional.binary_cross_entropy, "binary", "expects probabilities, .* Give loss='bce'"),
         (
             "mse",
             "multiclass",
@@ -177,7 +185,7 @@ POISSON = [
 def test_log_rates_are_not_compared_with_counts(loss):
     words = (
         "poisson_?nll_?loss makes the outputs log rates, and scoring='{}' would compare these "
-        r"with y. End the module in exp\(\) and give .* with log_input=False, or say "
+        r"with y. End the module with exp\(\) and pass .* with log_input=False, or say "
         "scoring='neg_loss'.* predict returns log rates"
     )
     for scoring in (None, "r2", ["neg_loss", "r2"]):
@@ -220,7 +228,7 @@ def test_rates_are_predicted_and_ranked_by_r2_and_log_rates_where_the_user_says_
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (nn.BCEWithLogitsLoss(), r"outputs logits, .*sigmoid\(\) and give loss=torch.nn.BCELoss"),
+        (nn.BCEWithLogitsLoss(), r"outputs logits, .*sigmoid\(\) and pass loss=torch.nn.BCELoss"),
         (nn.MultiLabelSoftMarginLoss(), "makes the outputs logits, and scoring='r2'"),
         (nn.SoftMarginLoss(), "outputs margins, .* y. Say scoring='neg_loss': then the loss ranks"),
         (nn.HingeEmbeddingLoss(), "makes the outputs distances"),

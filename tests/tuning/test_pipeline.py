@@ -1059,7 +1059,7 @@ def test_a_module_that_keeps_an_activation_has_a_model(iris, method):
 
 def test_a_target_of_single_rows_and_the_folder_above_a_model_are_named(tmp_path, iris):
     target = check_target(np.array(list("abcdefghij")), n_rows=10, name="id")
-    with refused("'id' has only one row of each of its 10 classes. Choose a different target"):
+    with refused("'id' has only one row for each of its 10 classes. Choose a different target"):
         hold_out(target, test_size=0.2, seed=0)
     tune("mlp", *iris, n_trials=1).best_model().save(tmp_path / "model")
     with refused("has no model.json. Did you mean .*model'"):

@@ -150,7 +150,9 @@ def test_the_page_has_a_chart_and_columns_of_the_metrics():
     assert "trial 1: accuracy 0.8000, log_loss 0.2000" in chart.svg
     assert "trial 2:" not in chart.svg  # beaten, so without a mark
     far = study_by([*((0.9 + n / 1000, -0.3) for n in range(9)), (0.1, -0.3)])
-    assert pareto_charts(far)[0].notes == ("1 trial beyond the axes, drawn at the edge.",)
+    assert pareto_charts(far)[0].notes == (
+        "The points at the edge include 1 trial beyond the axes.",
+    )
     html = page(study)
     assert 'id="pareto"' in html and ">log_loss<" in html and ">Pareto-optimal<" in html
     assert 'id="pareto"' not in page(study_of([{"a": 1}, {"a": 2}], [0.5, 0.7]))

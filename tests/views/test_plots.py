@@ -187,7 +187,7 @@ def of_numbers(**params):
             of_numbers(a=1, b=2),
             "contour",
             {"x": "a", "y": "b"},
-            "not on one line, got 12 places in 'a' and 'b'",
+            "on one line, got 12 points in 'a' and 'b'",
         ),
         (
             made_study(4),
