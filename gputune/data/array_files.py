@@ -1,7 +1,7 @@
 """Read arrays from files that NumPy and torch wrote.
 
-gputune never unpickles objects, because unpickling may run code. It refuses a file that needs more
-memory than is free.
+gputune never unpickles objects, because unpickling may run code. gputune also refuses a file that
+needs more memory than is free.
 """
 
 import math
@@ -38,7 +38,7 @@ Only arrays with named fields have version 3. gputune refuses such arrays.
 
 
 class _Malformed(ValueError):
-    """Error raised if a file cannot be read as arrays. Its text is the reason."""
+    """Error raised if a file cannot be read as arrays. The text of the error is the reason."""
 
 
 def read_array_file(path: Path) -> dict[str, Any]:
@@ -203,7 +203,8 @@ def _record_sizes(path: Path) -> set[int]:
 def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object]:
     """Read X, y and groups from an array file and return them.
 
-    X holds all arrays except y and groups. If there are several, X is a dict from name to array.
+    X holds all arrays except y and groups. If several arrays are left, X is a dict from name to
+    array.
 
     Args:
         path: the file of arrays.
@@ -289,8 +290,8 @@ def pick_inputs(
 def pick_target(path: Path, name: str) -> np.ndarray:
     """Return the array with the target values, read from an array file by its name.
 
-    A .npy file holds only one array. For it, ``name`` is the path of a second .npy file, which
-    holds the target.
+    For a .npy file, which holds only one array, ``name`` is the path of a second .npy file with the
+    target.
     """
     if path.suffix.lower() == ".npy":
         return _read_partner(path, "target", name)

@@ -1,7 +1,7 @@
 """Inputs of a module that are not tables: images, sequences, token ids, or several inputs at once.
 
-gputune leaves the inputs unchanged or scales each channel. It does not copy them: it reads a row of
-a memory-mapped array from the file only when it needs that row.
+gputune leaves the inputs unchanged or scales each channel. gputune does not copy the inputs. It
+reads a row of a memory-mapped array from the file only when it needs that row.
 """
 
 import math

@@ -264,7 +264,7 @@ def checked_tensor(X: Tensor) -> Tensor:
 
 
 def _summary(X: Tensor) -> Table:
-    """Return a table of three rows that summarizes a tensor, from which its features are decided.
+    """Summarize a tensor as a table of three rows, which is enough to decide its features.
 
     Each column holds its minimum and its maximum, and NaN if the column has a missing value.
     """
@@ -350,7 +350,7 @@ class Layout:
         return np.repeat(np.arange(len(is_cut)), np.where(is_cut, N_BINS, 1))
 
     def widths(self, numbers: Numbers) -> list[int]:
-        """Return the number of network inputs made from each column."""
+        """Return for each column the number of network inputs made from the column."""
         # After each column: the number of features, then the number of network inputs.
         n_features = np.cumsum([len(column.feature_names) for column in self.columns])
         n_inputs = np.searchsorted(self.places(numbers), n_features)
@@ -463,7 +463,7 @@ def fit_layout(
     max_levels: int = 32,
     min_count: int = 10,
 ) -> Layout:
-    """Decide from X, and never from y, how its columns become features.
+    """Decide from X, and never from y, how the columns of X become features.
 
     Constant columns and text columns with only distinct values are left out. The ``notes`` of the
     layout report this.

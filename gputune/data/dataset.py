@@ -174,7 +174,7 @@ class Dataset:
 
     @property
     def x(self) -> Tensor:
-        """The table as a tensor (V, n, D). It must be the only input."""
+        """The table as a tensor (V, n, D). The dataset must have no other input."""
         (x,) = self.inputs
         return x
 
@@ -287,8 +287,7 @@ class Dataset:
 
     @cached_property
     def first_equal(self) -> tuple[Tensor | None, ...]:
-        """For each fold and each validation row, the first validation row that is equal to it,
-        (m_f,) int64.
+        """For each fold, the position of the first equal row for each validation row, (m_f,) int64.
 
         The entry is None for a fold without equal rows.
         """
@@ -433,7 +432,7 @@ _ODD = 0x9E3779B97F4A7C15 - 2**64
 
 
 def first_equal(rows: Tensor) -> Tensor | None:
-    """Return for each row (n, D) the position of the first row that is equal to it, (n,) int64.
+    """Return for each row (n, D) the position of the first equal row, (n,) int64.
 
     None if all rows differ.
 

@@ -1,6 +1,6 @@
 """Scale the features of a table by the statistics of each fold's training rows.
 
-``transform`` does so for training and prediction alike.
+The function ``transform`` is the same for training and prediction.
 
 Tables become NumPy arrays. A torch tensor (numbers only) stays on its device and gets the same
 values.
@@ -118,7 +118,7 @@ def fit_statistics(
 ) -> Statistics:
     """Fit the statistics for scaling a table's features on the training rows ``rows`` only.
 
-    The mean fills missing values. It is 0 if all values are missing. ``numbers`` selects the
+    The mean fills missing values. The mean is 0 if all values are missing. ``numbers`` selects the
     transform:
 
     - "standard": mean 0 and variance 1 over the known values. The scale is 1 if they are all equal.

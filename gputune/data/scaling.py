@@ -193,8 +193,7 @@ def encode(
 
 
 def joined_statistics(parts: Sequence[Statistics]) -> Statistics:
-    """Join several scalings of the same table into one, for a network that receives all their
-    inputs.
+    """Join several ``Statistics`` of the same table, for a network that receives the inputs of all.
 
     The joined statistics produce the inputs of the first part, then the inputs of the second part,
     and so on.

@@ -1,4 +1,4 @@
-"""The rows of X and y of a study, and a record of how to read the same rows again.
+"""Read the rows of a study, X and y, and record how to read the same rows again.
 
 A study that you open later reads the same file again. A digest (SHA-256) proves that the rows have
 not changed.

@@ -1,4 +1,4 @@
-"""Read X and y from a map-style torch Dataset. Each item is read only once."""
+"""Read X and y from a map-style torch Dataset. gputune reads each item only once."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

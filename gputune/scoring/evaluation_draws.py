@@ -24,7 +24,7 @@ def drawing_rows(widest: int) -> int:
 
 @dataclass(frozen=True)
 class EvaluationDraws:
-    """The seeds with which plain modules on the CPU draw the same random numbers as during their
+    """Seeds for evaluating plain modules on the CPU with the same random numbers as during their
     search.
 
     So an evaluation repeats the scores that the search computed for its members (one trial on one

@@ -53,7 +53,7 @@ _MEASURES: Mapping[str, Callable[[Counts], Tensor]] = {
 
 
 def _count_classes(outputs: Tensor, y: Tensor) -> Counts:
-    """Count correct predictions, all predictions and true rows of each class, each (C, K).
+    """For each class, count the correct predictions, all predictions and true rows, each (C, K).
 
     ``outputs`` has the shape (C, m, K), and ``y`` holds class codes (m,).
     """

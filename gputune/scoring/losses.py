@@ -47,7 +47,7 @@ _FEW = 4096  # numbers; below this, one slow operation costs less than five fast
 
 
 def cross_entropy_slope_(logits: Tensor, onehot: Tensor, share: Tensor | float) -> Tensor:
-    """Compute the gradient of the cross-entropy with respect to the logits, in place of the logits.
+    """Overwrite logits with the gradient of the cross-entropy with respect to the logits.
 
     Source: the derivative of -log softmax(z)[y] with respect to z is softmax(z) - onehot(y).
 
@@ -68,8 +68,7 @@ def cross_entropy_slope_(logits: Tensor, onehot: Tensor, share: Tensor | float) 
 def number_slope_(
     outputs: Tensor, y: Tensor, share: Tensor | float, *, loss: str = "mse", number: float = 0.0
 ) -> Tensor:
-    """Compute the gradient of a regression loss with respect to the outputs, in place of the
-    outputs.
+    """Overwrite outputs with the gradient of a regression loss with respect to the outputs.
 
     If an output equals the target, the gradient is the same as in PyTorch's autograd.
 
@@ -289,7 +288,7 @@ def only_classifies(loss: object) -> bool:
 
 
 def takes_probabilities(loss: object) -> bool:
-    """Return True if a loss accepts a target of class probabilities (soft labels).
+    """Return True if a loss accepts class probabilities (soft labels) as the target.
 
     The outputs for such a loss are logits or log-probabilities.
     """

@@ -110,9 +110,9 @@ def make_scoring(
 def default_scoring(task: Task, objective: Objective | None) -> str:
     """Return the name of the score that ranks trials if the user does not choose a score.
 
-    A regression with an absolute-error loss or the Huber loss is ranked by the absolute error. A
-    regression with a quantile loss is ranked by the pinball loss of its level. R2 would rank a
-    model by the mean, which the model was not trained to predict.
+    The absolute error ranks a regression with an absolute-error loss or the Huber loss. The pinball
+    loss of the same level ranks a regression with a quantile loss. R2 would rank a model by the
+    mean, which the model was not trained to predict.
     """
     if task != "regression":
         return "accuracy"

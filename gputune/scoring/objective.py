@@ -41,7 +41,7 @@ _ORDERS = 12  # of the target, for which a score must be equal to count as one o
 
 @dataclass(frozen=True)
 class Objective:
-    """The training objective of a module: it computes the loss of a minibatch.
+    """The training objective of a module, which computes the loss of a minibatch.
 
     If ``step`` is given, it replaces ``loss``.
 
@@ -51,7 +51,7 @@ class Objective:
         step: A callable(module, (x, y)) that returns row losses or their mean. None uses the loss
             of the outputs.
         augment: A callable(x, generator) that returns x in the same shape. It is applied to
-            training minibatches. None leaves them unchanged.
+            training minibatches. None leaves minibatches unchanged.
     """
 
     loss: str | Callable[..., Tensor]
@@ -200,7 +200,8 @@ class Objective:
         return f"is not an argument of the loss {loss}{signature}. Remove it or rename it"
 
     def values(self, configs: Sequence[Config], like: Tensor) -> dict[str, Tensor]:
-        """Return the parameters of a named loss for C trials, as a dict from name to tensor (C, 1).
+        """Return the parameters of a named loss, such as delta, for C trials: a dict from name to
+        tensor (C, 1).
 
         The tensors have the dtype and the device of ``like``.
 
@@ -348,7 +349,7 @@ def _shape(value: object) -> object:
 
 
 def _as_argument(inputs: Sequence[Tensor], names: Sequence[str] | None) -> object:
-    """Return a module's inputs as the single argument for a custom training step or augmentation.
+    """Return a module's inputs as one object for a custom training step or augmentation.
 
     One input is passed as a tensor, several as a tuple, and named inputs as a dict.
     """

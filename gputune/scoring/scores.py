@@ -194,7 +194,7 @@ A tie of two rows counts half, so a rounding error that breaks the tie changes t
 
 
 class RowMean(NamedTuple):
-    """A score that compiled code can compute from one mean over the rows, such as the mean squared
+    """A score that gputune's compiled code can compute from one mean, such as the mean squared
     error.
 
     ``of_row`` is the name of the quantity in ``native/work.h``.

@@ -1,7 +1,7 @@
 """Losses of ``torch.nn`` and ``torch.nn.functional``: their arguments, targets and output units.
 
-gputune calls a loss as ``loss(outputs, y)``. It passes classes as 0, 1, ... and labels as columns
-of 0 and 1, and it compares outputs with y in the units of y. Some losses of PyTorch take other
+gputune calls a loss as ``loss(outputs, y)``. gputune passes classes as 0, 1, ... and labels as
+columns of 0 and 1, and compares outputs with y in the units of y. Some losses of PyTorch take other
 arguments, other targets or outputs in other units.
 """
 
@@ -100,7 +100,7 @@ def name_of_loss(loss: object) -> str:
 
 
 def refuse_other_arguments(loss: object) -> None:
-    """Raise InputError for a loss of PyTorch that takes more than outputs and y."""
+    """Raise InputError for a PyTorch loss that needs more arguments than outputs and y."""
     kind = kind_of(loss)
     base = base_of(kind, tuple(_MORE_ARGUMENTS))
     if base is None or (isinstance(loss, partial) and _n_required(loss) == 2):
@@ -123,12 +123,12 @@ def base_of(kind: type, bases: tuple[type[nn.Module], ...]) -> type[nn.Module] |
 
 
 def _n_required(function: Callable[..., object]) -> int:
-    """Return the number of arguments of a function that have no default."""
+    """Count the arguments of a function that have no default."""
     return sum(p.default is Parameter.empty for p in signature(function).parameters.values())
 
 
 def refuse_other_targets(loss: object, task: Task) -> None:
-    """Raise InputError for a PyTorch loss that takes the target in a different form, such as -1 and
+    """Raise InputError for a PyTorch loss that expects the target in another form, such as -1 and
     1."""
     base = base_of(
         kind_of(loss), (nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MultiLabelMarginLoss)
@@ -196,7 +196,7 @@ def other_units(loss: object, arguments: Mapping[str, object]) -> str:
 
 
 def remedy_for_units(loss: object) -> str:
-    """Return the start of a sentence on how to get outputs in the units of y, or "" if
+    """Return advice for an error: how to get outputs in the units of y, or "" if that is
     impossible."""
     base = base_of(kind_of(loss), tuple(_UNITS))
     return "" if base is None else _UNITS[base][1].format(name_of_loss(loss))
