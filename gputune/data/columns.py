@@ -145,7 +145,7 @@ def fit_column(
     missing = len(known) < len(values)
     remarks = []
     if kind == "number" and _is_row_counter(values):
-        remarks.append("counts the rows. Leave it out if it is only an identifier")
+        remarks.append("counts the rows. Leave the column out if it is only an identifier")
     if keep and kind != "date":
         if missing:
             fill = "are all 0" if len(known) == 0 else "become the mean of the training rows"
@@ -258,7 +258,7 @@ def checked_tensor(X: Tensor) -> Tensor:
         raise InputError(
             None,
             f"Column 'x{infinite[0]}' has an infinite value",
-            remedy="Replace it by NaN (missing), or clip it.",
+            remedy="Replace the value by NaN (missing), or clip it.",
         )
     return X.float() if X.dtype.itemsize < 4 else X
 

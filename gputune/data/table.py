@@ -367,7 +367,7 @@ def _refuse_containers(X: object) -> None:
             per_interface(f"is a {name}", "holds several inputs"),
             remedy=per_interface(
                 "Pass one table made from its columns, pandas.DataFrame(X), or from its inputs, "
-                "numpy.hstack(list(X.values())). A module can split it in its forward.",
+                "numpy.hstack(list(X.values())). A module can split the table in its forward.",
                 f"Only a module takes several inputs. Add {option('model', 'FILE.py:NAME')}.",
             ),
         )
@@ -379,7 +379,7 @@ def _refuse_containers(X: object) -> None:
         raise InputError(
             "X",
             f"is a {name} of {inputs}",
-            remedy="Pass one table, numpy.hstack(X). A module can split it in its forward.",
+            remedy="Pass one table, numpy.hstack(X). A module can split the table in its forward.",
         )
 
 

@@ -144,7 +144,7 @@ def check_target(
             None,
             f"{name} must have one value per row of X",
             got=Verbatim(f"{len(values)} values and {n_rows} rows"),
-            remedy="Check that both come from the same rows.",
+            remedy=f"Check that X and {name} come from the same rows.",
         )
     if task == "custom" or values.ndim > 1:
         return _several(values[:, None] if column else values, task, name)
@@ -227,7 +227,7 @@ def check_spread(target: Target) -> None:
             None,
             f"{target.name} has {values[row, column]:.4g} in row {row}, which is so extreme that "
             "half of the other numbers become equal in single precision",
-            remedy=f"Correct it, leave that row out, or choose a {option('target_transform')}.",
+            remedy=f"Correct the value, leave out the row, or choose a {option('target_transform')}.",
         )
 
 

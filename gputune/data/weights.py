@@ -92,8 +92,8 @@ def _check_rows(sample_weight: object, target: Target) -> np.ndarray:
             "sample_weight",
             "must be finite and not negative",
             got=Verbatim(f"{weights[row]} in row {row}"),
-            remedy="Weight 0 leaves a row out of the loss only. To ignore a row completely, leave "
-            "it out of the data.",
+            remedy="Weight 0 removes a row only from the loss. To ignore a row completely, remove "
+            "the row from the data.",
         )
     return weights
 

@@ -69,7 +69,7 @@ _LETTERS = 14
 
 
 def curves_chart(study: Study) -> Chart | None:
-    """Return the chart of learning curves, or None if no trial has scores of two epochs.
+    """Return the chart of learning curves, or None if no trial has scores for two epochs.
 
     The best trials have a colored line, with a band that shows the spread over the folds. All other
     trials are thin lines behind the best trials.

@@ -23,8 +23,7 @@ from gputune.views.scores import (
 
 
 class PageMeasure(Measure):
-    """A ``Measure`` (name and number format of a score) with the number format of the HTML
-    report."""
+    """The name of a score and its number format in the HTML report."""
 
     def size(self, value: float) -> str:
         """Return a score, or a difference of scores, as text with at most four significant

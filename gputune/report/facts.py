@@ -110,7 +110,7 @@ def eligible_text(study: Study) -> str:
     return (
         f"{trials} pruned and cannot be the best trial, even with a higher score: that score is "
         "from the epochs before the pruning. The column “eligible” says which trials can be the "
-        "best one."
+        "best trial."
     )
 
 

@@ -47,8 +47,8 @@ _STRIP = 0.045  # share of an axis over which lines through the same value sprea
 def importance_chart(forest: Importance) -> Chart:
     """Return a bar chart of the importance of each hyperparameter.
 
-    The length of a bar is the fall of a random forest's R2 if the values of the hyperparameter are
-    shuffled.
+    The length of a bar is the fall of a random forest's R2 after the values of the hyperparameter
+    are shuffled.
     """
     rows = list(zip(forest.labels, forest.drops.tolist(), forest.errors.tolist()))
     return _bars("Importance of the hyperparameters", "fall of the forest's R²", rows, decimals=2)
@@ -57,7 +57,7 @@ def importance_chart(forest: Importance) -> Chart:
 def columns_chart(study: Study, report: FoldReport) -> Chart | None:
     """Return a bar chart of the importance of each column of the data, or None without columns.
 
-    The length of a bar is the loss of score if the values of the column are shuffled.
+    The length of a bar is the loss of score after the values of the column are shuffled.
     """
     if not report.columns:
         return None

@@ -353,7 +353,7 @@ def _origin_note(study: Study) -> str:
     if not any(trial.origin_text.startswith("batch ") for trial in study.trials):
         return ""
     return (
-        "Optuna's sampler proposes trials in batches. It uses the scores of a batch to propose the "
+        "Optuna's sampler proposes trials in batches, and uses the scores of a batch to propose the "
         "next batch."
     )
 

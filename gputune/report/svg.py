@@ -119,7 +119,8 @@ class Chart:
 
 @dataclass(frozen=True)
 class Frame:
-    """The size, margins and axis scales of a chart, which convert values to SVG coordinates."""
+    """The size, margins and axis scales of a chart. The methods convert values to SVG
+    coordinates."""
 
     width: float
     height: float

@@ -364,14 +364,14 @@ _MEDIAN_BY_SIZE = Constant(
     "the median of the training rows weighted by 1/|y|", _by_column(_median_by_size)
 )
 _SHORTEST_HALF = Constant(
-    "the middle of the shortest half of the training rows", _by_column(_shortest_half)
+    "the middle of the shortest interval with half of the training rows", _by_column(_shortest_half)
 )
 _MEAN_LOG = Constant(
     "exp(mean(log(1 + y))) - 1 of the training rows",
     _by_column(lambda values, weights: _weighted_mean(values.log1p(), weights).expm1()),
 )
 _MIDDLE = Constant(
-    "the middle between the least and the greatest of the training rows",
+    "the middle between the smallest and the largest of the training rows",
     _by_column(lambda values, weights: (values.min() + values.max()) / 2),
 )
 

@@ -301,7 +301,7 @@ class Objective:
             if shapes != expected:
                 raise InputError(
                     "augment",
-                    f"must return inputs of the same shapes as its own inputs, {expected}",
+                    f"must return inputs of the same shapes as it receives, {expected}",
                     got=Verbatim(f"{shapes} from {qualified_name(self.augment)}"),
                 )
             folds.append(augmented)

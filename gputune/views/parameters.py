@@ -244,7 +244,7 @@ _SHUFFLES = 5
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """The importance of each hyperparameter, measured with a random forest on trials unknown to
+    """The importance of each hyperparameter, measured by a random forest on trials not used to fit
     it."""
 
     names: tuple[str, ...]  # most important first

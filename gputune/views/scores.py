@@ -106,7 +106,8 @@ def linear_scale(
 ) -> Scale:
     """Return a linear axis scale from ``low`` to ``high``, with round ticks.
 
-    Ticks differ in their first four digits. The axis is extended if the values do not.
+    Ticks differ in their first four digits. If ``low`` and ``high`` do not differ so much, the axis
+    is longer.
 
     Args:
         low: the lower end of the values.
@@ -192,7 +193,8 @@ def value_scale(low: float, high: float, measure: Measure, *, pad: float = _PAD)
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The scores of all trials in the form that plots and the report show, and their order.
+    """The scores of all trials in the form that plots and the report show, and the order of the
+    trials.
 
     C counts trials.
     """
@@ -272,12 +274,12 @@ def order_by_score(study: Study) -> list[int]:
 
 
 def _in_sign(measure: Measure, scores: FloatArray) -> FloatArray:
-    """Convert scores from scikit-learn's sign to the sign for display: a loss becomes positive."""
+    """Convert scores to the sign for display: neg_log_loss -0.3 becomes log_loss 0.3."""
     return 0.0 - scores if measure.lower_is_better else scores
 
 
 def score_range(values: FloatArray, measure: Measure) -> tuple[float, float]:
-    """Return the ends (low, high) of an axis for scores, without scores far from the best.
+    """Return the ends (low, high) of an axis for scores that leaves out scores far from the best.
 
     One end is the best finite score. The other end is the worst score that is not too far away.
     """

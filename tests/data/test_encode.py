@@ -275,7 +275,7 @@ def test_columns_that_are_kept_are_one_feature_each(X):
 def test_text_and_dates_that_are_kept_become_features_as_ever():
     layout = fit_layout(as_table(np.arange(60.0).reshape(30, 2)), columns="keep")
     assert layout.notes == (
-        "Columns 'x0', 'x1': counts the rows. Leave it out if it is only an identifier.",
+        "Columns 'x0', 'x1': counts the rows. Leave the column out if it is only an identifier.",
     )
     day = pd.to_datetime(["2020-01-01", "2020-01-02", "2020-01-03"])
     frame = pd.DataFrame(
@@ -362,7 +362,7 @@ def test_left_out_columns_are_named_and_need_not_be_there_again():
     assert layout.feature_names == ("row", "x")
     assert layout.notes == (
         "Column 'id': left out, text with all 120 values distinct.",
-        "Column 'row': counts the rows. Leave it out if it is only an identifier.",
+        "Column 'row': counts the rows. Leave the column out if it is only an identifier.",
         "Columns 'same', 'word': left out, constant.",
         "Column 'empty': left out, all values missing.",
     )

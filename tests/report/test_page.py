@@ -353,7 +353,7 @@ def test_the_page_of_a_samplers_study():
     assert origins["levels"] == [*(f"Optuna, batch {n}" for n in range(1, 6)), "default"]
     shown = [origins["levels"][place].removeprefix("Optuna, ") for place in origins["values"]]
     assert sorted(shown) == sorted(t.origin for t in study.trials)
-    assert "Optuna's sampler proposes trials in batches." in text
+    assert "Optuna's sampler proposes trials in batches" in text
     assert "Optuna's sampler proposes" not in Elements(page(made_study(3))).text
 
 

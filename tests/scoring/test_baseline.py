@@ -135,11 +135,11 @@ BY_SCORE = {
     "neg_mean_gamma_deviance": "the mean of the training rows",
     "neg_mean_absolute_error": "the median of the training rows",
     "d2_absolute_error_score": "the median of the training rows",
-    "neg_median_absolute_error": "the middle of the shortest half of the training rows",
+    "neg_median_absolute_error": "the middle of the shortest interval with half of the training rows",
     "neg_mean_absolute_percentage_error": "the median of the training rows weighted by 1/|y|",
     "neg_mean_squared_log_error": "exp(mean(log(1 + y))) - 1 of the training rows",
     "neg_root_mean_squared_log_error": "exp(mean(log(1 + y))) - 1 of the training rows",
-    "neg_max_error": "the middle between the least and the greatest of the training rows",
+    "neg_max_error": "the middle between the smallest and the largest of the training rows",
     make_scorer(
         mean_pinball_loss, alpha=0.9, greater_is_better=False
     ): "the 0.9 quantile of the training rows",

@@ -208,7 +208,7 @@ def test_numbers_that_a_loss_does_not_take_are_refused(loss, step, config, messa
 )
 def test_augmentation_of_another_shape_is_refused(change, found):
     with refused(
-        rf"augment must return inputs of the same shapes as its own inputs, \[\(3, 4\)\], got \[{found}\]"
+        rf"augment must return inputs of the same shapes as it receives, \[\(3, 4\)\], got \[{found}\]"
     ):
         Objective("mse", augment=lambda x, generator: change(x)).augmented(
             [torch.zeros(2, 3, 4)], None, 0, (0, 0)
