@@ -209,10 +209,7 @@ def _fold_splitter(cv: int, target: Target, groups: np.ndarray | None, seed: int
 
 
 def _are_small_classes(target: Target, n_folds: int) -> bool:
-    """Return True if no class of a target can have a row in each fold.
-
-    The target must also have more than ``MAX_CLASSES`` classes.
-    """
+    """Return True if a target has many classes, and none of them can have a row in each fold."""
     if target.classes is None or len(target.classes) <= MAX_CLASSES:
         return False
     return bool(np.bincount(target.values).max() < n_folds)
@@ -303,11 +300,7 @@ def _split(
 
 
 def _rows(part: object, n_rows: int, fold: int, use: str) -> np.ndarray:
-    """Check the training or validation rows that the user chose for a fold, and return their
-    positions.
-
-    The positions are int64, (m,).
-    """
+    """Check the training or validation rows of a fold, and return their positions (m,), int64."""
     if isinstance(part, slice):
         part = np.arange(n_rows)[part]
     rows = np.asarray(part)
@@ -492,11 +485,7 @@ def pack_folds(folds: Sequence[Rows]) -> list[list[str]]:
 
 
 def unpack_folds(packed: Sequence[Sequence[str]]) -> list[Rows]:
-    """Return the row positions (train, valid) of each fold from the texts that ``pack_folds``
-    returned.
-
-    The positions are int64, in their original order.
-    """
+    """Return the row positions (int64, in their original order) from the texts of ``pack_folds``."""
 
     def unpack(text: str) -> np.ndarray:
         steps = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<i8")
