@@ -94,16 +94,13 @@ def _space_keys() -> str:
         for model, (kind, optimizer) in _MODELS.items():
             if key in legal_keys(kind, optimizer):
                 models.append(model)
-        if key in RANGES:
-            kind_of_value = "integer" if RANGES[key].integer else "number"
-            rule = RANGES[key].rule
-        else:
-            kind_of_value = "word"
-            rule = _codes(WORDS[key])
-        rows.append(
-            (f"`{key}`", _MEANING[key], kind_of_value, rule, _default(key), ", ".join(models))
-        )
-    return _table(("Key", "Meaning", "Type", "Values", "Default", "Models"), rows)
+        values = RANGES[key].rule if key in RANGES else f"one of {_codes(WORDS[key])}"
+        if len(models) == len(_MODELS):
+            models = ["all"]
+        elif len(models) == len(_MODELS) - 1 and "logistic (solved)" not in models:
+            models = ["all that train"]
+        rows.append((f"`{key}`", _MEANING[key], values, _default(key), ", ".join(models)))
+    return _table(("Key", "Meaning", "Type and range", "Default", "Models"), rows)
 
 
 def _default(key: str) -> str:

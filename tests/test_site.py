@@ -9,6 +9,9 @@ import pytest
 
 from gputune import fallback
 from gputune.cli import main
+from gputune.cli.arguments import make_parser
+from gputune.cli.commands import COMMANDS
+from gputune.cli.help import flag_words
 from gputune.study import code, database, model_files
 from gputune.study.rows import STATES
 
@@ -24,9 +27,9 @@ MODULES = (
 DIRECTIVE = re.compile(r"^\.\. auto(?:class|exception|function):: (\S+)$", re.MULTILINE)
 
 
-def script(name):
+def script(name, folder="scripts"):
     """Return a script as a module."""
-    path = ROOT / "scripts" / f"{name}.py"
+    path = ROOT / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -119,3 +122,16 @@ def test_inventories_are_files_that_sphinx_reads():
     for library in libraries:
         head, *_ = (DOCS / "inventories" / f"{library}.inv").read_text().splitlines()
         assert head == "# Sphinx inventory version 1"
+
+
+def test_the_page_of_the_command_line_has_every_command_and_option():
+    text = "\n".join(script("command_line", "docs/extensions").command_lines())
+    for name, command in COMMANDS.items():
+        _, section = text.split(f"## gputune {name}\n")
+        section, *_ = section.split("\n## ")
+        for rules in command.groups.values():
+            for rule in rules.values():
+                assert f"`{flag_words(rule)}`" in section
+        for metavar, _ in command.places.values():
+            assert f"`{metavar}`" in section
+    assert make_parser().commands.keys() == COMMANDS.keys()

@@ -1,84 +1,79 @@
-"""Write the commands and options of the command line, from its parser, to the end of their page."""
+"""Write the commands and options of the command line, from their tables, to the end of their page."""
 
-import argparse
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any
-
-from sphinx.application import Sphinx
+from typing import TYPE_CHECKING, Any
 
 import gputune
-from gputune.cli.arguments import make_parser
+from gputune.cli import commands
+from gputune.cli.commands import COMMANDS, Command
+from gputune.cli.help import SECTIONS, flag_words
+from gputune.tuning.rules import Rule
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 PAGE = "docs/reference/command-line"
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>$|])")
 
 
-def setup(app: Sphinx) -> dict[str, Any]:
+def setup(app: "Sphinx") -> dict[str, Any]:
     """Register the addition to the page."""
     app.connect("source-read", _add_commands)
     return {"parallel_read_safe": True}
 
 
-def _add_commands(app: Sphinx, page: str, source: list[str]) -> None:
+def _add_commands(app: "Sphinx", page: str, source: list[str]) -> None:
     if page == PAGE:
-        app.env.note_dependency(inspect.getfile(make_parser))
+        app.env.note_dependency(inspect.getfile(commands))
         source[0] += "\n".join(command_lines())
 
 
 def command_lines() -> Iterator[str]:
     """Yield the lines of Markdown that describe every command."""
-    parser = make_parser()
-    (subparsers,) = (
-        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
-    )
     yield ""
-    for choice in subparsers._choices_actions:
-        command = subparsers.choices[choice.dest]
-        yield f"\n## gputune {choice.dest}\n"
-        yield f"{_escaped(command.description or choice.help or '')}\n"
-        yield from _group_lines(command)
+    for names in SECTIONS.values():
+        for name in names:
+            yield from _one_command(COMMANDS[name])
 
 
-def _group_lines(command: argparse.ArgumentParser) -> Iterator[str]:
-    """Yield the arguments of a command, group by group."""
-    for group in command._action_groups:
-        actions = [action for action in group._group_actions if _is_shown(action)]
-        if not actions:
-            continue
-        yield f"**{_escaped((group.title or 'options').capitalize())}**\n"
-        for action in actions:
-            yield f"{_name(action)}\n: {_explanation(action)}\n"
+def _one_command(command: Command) -> Iterator[str]:
+    """Yield the description, the examples, the arguments and the options of a command."""
+    yield f"\n## gputune {command.name}\n"
+    yield f"{_escaped(command.help)}.\n"
+    if command.examples:
+        yield "```sh"
+        yield from command.examples
+        yield "```\n"
+    if command.places:
+        yield "**Arguments**\n"
+    for metavar, help in command.places.values():
+        yield f"`{metavar}`\n: {_escaped(help)}\n"
+    for title, rules in command.groups.items():
+        yield f"**{_escaped(title)}**\n"
+        for argument, rule in rules.items():
+            yield f"`{flag_words(rule)}`\n: {_explanation(argument, rule)}\n"
 
 
-def _is_shown(action: argparse.Action) -> bool:
-    return action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction)
-
-
-def _name(action: argparse.Action) -> str:
-    """Return an argument as a user types it."""
-    metavar = action.metavar if isinstance(action.metavar, str) else action.dest
-    if not action.option_strings:
-        return f"`{metavar}`"
-    takes_value = action.nargs != 0
-    names = []
-    for option in action.option_strings:
-        typed = f"{option} {metavar}" if takes_value and action.choices is None else option
-        names.append(f"`{typed}`")
-    return ", ".join(names)
-
-
-def _explanation(action: argparse.Action) -> str:
-    """Return the help text of an argument, its choices, and its name in Python if that differs."""
-    text = _escaped(action.help or "").replace("%%", "%")
-    if action.choices is not None:
-        choices = ", ".join(f"`{choice}`" for choice in action.choices)
-        text = f"{text} (one of {choices})"
-    parameters = inspect.signature(gputune.tune).parameters
-    flag_names = [option.lstrip("-").replace("-", "_") for option in action.option_strings]
-    if action.option_strings and action.dest in parameters and action.dest not in flag_names:
-        text = f"{text}. In Python: `{action.dest}`"
+def _explanation(argument: str, rule: Rule) -> str:
+    """Return the help of an option, its default, its values, and its name in Python if it differs."""
+    text = _escaped(rule.help)
+    if rule.details:
+        text = f"{text}. {_escaped(rule.details)}"
+    text = text if text.endswith(".") else f"{text}."
+    is_switch = not rule.metavar and rule.default == "none"
+    default = "off" if is_switch else rule.default
+    if getattr(rule, "required", False):
+        text = f"{text} Required."
+    elif default:
+        text = f"{text} Default: {_escaped(default)}."
+    values = rule.choices or rule.values
+    if values:
+        text = f"{text} Possible values: {', '.join(_escaped(value) for value in values)}."
+    is_argument = argument in inspect.signature(gputune.tune).parameters
+    if is_argument and argument != rule.name.removeprefix("--").replace("-", "_"):
+        text = f"{text} In Python: `{argument}`."
     return text
 
 
