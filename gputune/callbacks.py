@@ -119,7 +119,7 @@ class Callbacks:
                 name = type(callback).__name__
                 warn(
                     f"{name}.{moment} raised {type(error).__name__}: {error}. {name} is not called "
-                    "again. The search continues without it, and loses no results."
+                    "again. The search continues without this callback, and loses no results."
                 )
 
 

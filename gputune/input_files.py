@@ -130,7 +130,7 @@ def _check_mode(path: Path, mode: int, folder: str) -> None:
         raise InputError(None, f"{str(path)!r} is a folder", remedy=remedy)
     for is_kind, kind in _KINDS:
         if is_kind(mode):
-            remedy = "Write its content into a file first."
+            remedy = "Write the content into a file first."
             raise InputError(None, f"{str(path)!r} is {kind}, not a file", remedy=remedy)
 
 

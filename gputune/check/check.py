@@ -183,7 +183,7 @@ LAWS: tuple[Law, ...] = (
         (),
     ),
     Law("members that leave change nothing", laws.members_that_leave),
-    Law("memory that runs out halves the chunk", laws.run_out_of_memory),
+    Law("a chunk that exceeds memory is halved", laws.run_out_of_memory),
     Law(
         "the other GPUs give the same",
         partial(laws.on_other_gpus, CASES["adamw"]),

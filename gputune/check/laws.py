@@ -465,5 +465,5 @@ def recording_fails(device: torch.device, _backend: Backend) -> float:
         for _ in range(12):
             steps.take("step", step)
     if steps.steps:
-        raise RuntimeError("a step that reads a number was recorded")
+        raise RuntimeError("a step that reads the value of a tensor was recorded")
     return abs(float(total) - 12)

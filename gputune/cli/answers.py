@@ -31,7 +31,7 @@ def rows_with_target(
     name = model.target if target is None else target
     if Path(file).suffix.lower() in ARRAY_SUFFIXES or not isinstance(model.layout, Layout):
         if target is None and Path(file).suffix.lower() == ".npy":
-            remedy = f"Name the .npy file with the right answer for each row of {file!r}."
+            remedy = f"Pass the .npy file with the true value for each row of {file!r}."
             raise InputError("--target", "is missing", remedy=remedy)
         source = _arrays_with_target(model, Path(file), name)
         source = source.with_target(missing_target, "row {}".format, is_column=False)
@@ -56,7 +56,7 @@ def _arrays_with_target(model: TunedModel, path: Path, name: str) -> Source:
         raise InputError(
             None,
             f"{str(path)!r} has {len(X)} rows, but the target {name!r} has shape {y.shape}",
-            remedy="Give one right answer for each row.",
+            remedy="Pass one true value for each row.",
         )
     return Source(X, y, name, None, None)
 
@@ -74,7 +74,7 @@ def _table_with_target(model: TunedModel, file: str, name: str) -> Table:
     if name not in table.names:
         raise InputError(
             None,
-            f"{file!r} has no column {name!r} with the right answers",
-            remedy="To predict without them, use gputune predict.",
+            f"{file!r} has no column {name!r} with true values",
+            remedy="To predict rows without true values, use gputune predict.",
         )
     return table

@@ -55,7 +55,7 @@ _QUIET = Flag("--quiet", "Print only warnings and errors", short="-q")
 _OF_TRAINING = ("max_epochs", "scoring", "positive", "random_state")
 _OF_SEARCH = ("ensemble", "compare_default")  # flags of the output that ``gputune train`` lacks
 
-_STUDY = ("STUDY", "A study.db, or the folder that holds it")
+_STUDY = ("STUDY", "A study file such as study.db, or its folder")
 _TABLE = (
     "FILE",
     "Table (.csv, .tsv, .parquet), arrays (.npz, .npy, .pt) or sklearn:digits",
@@ -63,12 +63,13 @@ _TABLE = (
 _FOLDER = ("MODEL_DIR", "The folder of a saved model")
 _ROWS = (
     "FILE",
-    "A table with the columns of the training data, or a .npz, .npy or .pt file with such arrays",
+    "A table with the columns of the training data, or a .npz, .npy or .pt file with the same "
+    "arrays",
 )
 _TRUST = Flag(
     "--trust-code",
     "Run the code that the study or model names",
-    "Needed if it was not trained or saved on this machine.",
+    "Needed if this code was not trained or saved on this machine.",
 )
 _BY = Flag("--by <NAME>", "Metric to rank by", default="the first of --scoring")
 _CLASS = Flag(
@@ -160,7 +161,7 @@ _ALL = (
     ),
     Command(
         "train",
-        "Train one configuration without a search: its score in every fold, its curve, its model",
+        "Train one configuration in every fold, show its scores and curve, and save its model",
         {"file": _TABLE},
         _training(),
         ("gputune train houses.csv --target price --set lr=1e-3 width=64",),
@@ -200,7 +201,8 @@ _ALL = (
         _flags(
             Flag(
                 "--watch",
-                "Show it every two seconds, with the best curves, until the search has ended",
+                "Show the progress every two seconds, with the best curves, until the search has "
+                "ended",
             )
         ),
     ),
@@ -218,7 +220,7 @@ _ALL = (
             Flag("--confusion", "Add a confusion matrix of the best trial's predictions"),
             Flag(
                 "--importance",
-                "Add the importance of each column, by shuffling it",
+                "Add the importance of each column, measured by shuffling its values",
                 "This trains the best trial again.",
             ),
             _BY,
@@ -233,7 +235,8 @@ _ALL = (
             Flag("--proba", "Write a column of probabilities for each class"),
             Flag(
                 "--interval <LEVEL>",
-                "Add columns _lower and _upper with intervals that hold this share of the values",
+                "Add columns _lower and _upper with intervals that contain this share of the "
+                "true values",
                 "For example 0.9.",
                 "no intervals",
                 "number",
@@ -253,7 +256,7 @@ _ALL = (
     ),
     Command(
         "evaluate",
-        "Score a saved model on the rows of a file with right answers",
+        "Score a saved model on the rows of a file with known targets",
         {
             "folder": _FOLDER,
             "file": (_ROWS[0], f"{_ROWS[1]}; with the target, unless --target is a file"),
@@ -261,7 +264,7 @@ _ALL = (
         _flags(
             Flag(
                 "--target <NAME>",
-                "Column or array with the right answers; for a .npy file, another .npy file",
+                "Column or array with the true targets; for a .npy file, another .npy file",
                 default="the target of the training",
             ),
             Flag(
@@ -305,7 +308,8 @@ _ALL = (
     ),
     Command(
         "check",
-        "Check that members equal a plain loop on a device, and how fast it trains (one minute)",
+        "Check on a device that gputune equals a plain training loop, and measure its speed (one "
+        "minute)",
         {},
         _flags(
             Flag(

@@ -41,7 +41,7 @@ def dry_run(arguments: argparse.Namespace, call: SearchCall, study_file: Path) -
     lines += notes_on(study)
     if planned.stand_ins:
         trials = count(planned.stand_ins, "random configuration")
-        lines.append(("Note", f"{trials} stand in for the proposals of the sampler."))
+        lines.append(("Note", f"{trials} replace the sampler's proposals in this plan."))
     plan = planned.plan
     if plan is None:
         lines.append(("Plan", "solve each trial to convergence in this process"))
@@ -52,7 +52,12 @@ def dry_run(arguments: argparse.Namespace, call: SearchCall, study_file: Path) -
     lines.append(("Time", _time_text(planned, options)))
     if study_file.exists():
         file = str(study_file)
-        lines.append(("Study", f"{file} exists: the search would resume it, if it is the same"))
+        lines.append(
+            (
+                "Study",
+                f"{file} exists: this command would resume its search, if the search is the same",
+            )
+        )
     typed = [word for word in arguments.typed if word != "--dry-run"]
     following = f"{'Next':9}{shlex.join(['gputune', *typed])}"
     width = shutil.get_terminal_size().columns
@@ -83,7 +88,7 @@ def _time_text(planned: Preview[Study], options: Options) -> str:
     if plan is None:
         return "no estimate for a model that is solved"
     if planned.device.type != "cpu" or plan.cluster:
-        return "no estimate: the planner's cost model is for the CPU of this machine"
+        return "no estimate: gputune estimates times only for the CPU of this machine"
     method = options.search.method
     seconds = plan.seconds / (plan.workers * plan.threads)
     limits = []

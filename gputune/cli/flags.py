@@ -21,7 +21,7 @@ from gputune.wording import Interface, Reference
 
 _MIN_EPOCHS = Rule(
     "--min-epochs <INT>",
-    "Epochs before the first rung, or before the first decision",
+    "Epochs before the first decision to stop trials",
     "For --method halving and median.",
     "1/27 of --epochs for halving; 1/10 for median",
     "1..",
@@ -31,7 +31,7 @@ METHOD_RULES: dict[str, dict[str, Rule]] = {
     "halving": {
         "factor": Rule(
             "--factor <NUMBER>",
-            "Divisor of the number of trials that continue after a rung",
+            "Factor by which each rung reduces the number of trials",
             "For --method halving. With 3, the best third continues.",
             "3",
             "number",
@@ -80,7 +80,7 @@ METHOD_RULES: dict[str, dict[str, Rule]] = {
         ),
         "segments": Rule(
             "--segments <INT>",
-            "Values of each hyperparameter during a training",
+            "Number of values of each hyperparameter during one training",
             "For --method hypergradient.",
             "1",
             "1..",
@@ -103,7 +103,7 @@ _FIRST_RULES: dict[str, dict[str, Rule]] = {
         "test_size": Rule(
             "--test-size <SHARE>",
             "Share of rows to hold out",
-            "They give one honest score. 0 uses all rows.",
+            "These rows give one unbiased score. 0 uses all rows for the search.",
             "0.2",
             takes="number",
         ),
@@ -119,8 +119,8 @@ _FIRST_RULES: dict[str, dict[str, Rule]] = {
         "optimizer": Rule(
             "--optimizer <NAME>",
             "Optimizer",
-            "Names that end in hd adapt their learning rate. A module also takes a class of "
-            "torch.optim, such as RAdam.",
+            "Optimizers with a name that ends in hd adapt their learning rate. A module also "
+            "takes a class of torch.optim, such as RAdam.",
             "adamw; exact for logistic",
             values=(*OPTIMIZERS, "exact"),
         ),
@@ -129,8 +129,8 @@ _FIRST_RULES: dict[str, dict[str, Rule]] = {
         "config_file": Rule(
             "--config <FILE>",
             "TOML file with options",
-            "A key is a flag without dashes, or an argument of Python. [space] is a table. Flags "
-            "on the command line win.",
+            "A key is a flag without its leading dashes, or a Python argument. [space] is a "
+            "table. Flags on the command line override the file.",
         ),
     },
     STOPPING: {**METHOD_RULES["halving"], **METHOD_RULES["median"]},
@@ -190,7 +190,7 @@ _LAST_RULES: dict[str, dict[str, Rule]] = {
             "--compare-default",
             "Also train the default configuration, to compare held-out scores",
             "Both models train on all rows that are not held out.",
-            "only if that takes less than a tenth of the search's steps",
+            "only if this training takes less than a tenth of the search's steps",
             takes="yes or no",
             stored=True,
             resume=True,
@@ -198,8 +198,8 @@ _LAST_RULES: dict[str, dict[str, Rule]] = {
         "dry_run": Rule(
             "--dry-run",
             "Print the plan of the search, and train nothing",
-            "It shows rows, features, trials, memory, device and an estimate of the time. No file "
-            "is written.",
+            "The plan shows rows, features, trials, memory, device and an estimate of the time. "
+            "No file is written.",
         ),
         "profile": Rule(
             "--profile",

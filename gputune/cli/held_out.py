@@ -113,7 +113,9 @@ def held_out_score(
     rows = len(test.X)
     loss = saved_loss(model) if scoring in ("neg_loss", PINBALL) else None
     if scoring == "neg_loss" and loss is None:
-        return HeldOut(math.nan, rows, reason="a saved model keeps its loss only if it has a name")
+        return HeldOut(
+            math.nan, rows, reason="a saved model keeps its loss only if the loss has a name"
+        )
     classes, y = labels_of(model, test)
     unseen = 0 if model.classes is None else int((y >= len(model.classes)).sum())
     label = None  # the positive class

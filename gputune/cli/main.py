@@ -215,8 +215,8 @@ def check(arguments: argparse.Namespace) -> str:
         failed = sum(not row.ok for row in report.rows)
         raise CheckFailedError(
             f"{failed} of {count(len(report.rows), 'check')} failed on {report.device}, so do not "
-            "trust results from there. Please report the table, with the versions in its first "
-            "line.",
+            "trust results from this device. Please report the table, with the versions in its "
+            "first line.",
             report=text,
         )
     return text

@@ -123,8 +123,8 @@ class Evaluation:
             sentences.append("The intervals hold 95% of bootstrap samples.")
         elif methods:
             sentences.append(
-                "The interval of the accuracy is Wilson's; the others hold 95% of bootstrap "
-                "samples."
+                "The interval of the accuracy is Wilson's; the other intervals hold 95% of "
+                "bootstrap samples."
             )
         if constant:
             verb = "has" if len(constant) == 1 else "have"
@@ -253,7 +253,7 @@ def _remarks_on_trained_rows(share: float | None) -> list[str]:
             "The model was trained on these rows, so the scores do not show how well it predicts "
             "new rows."
         ]
-    rows = f"about {share:.0%} of these rows, or on equal ones"
+    rows = f"about {share:.0%} of these rows, or on equal rows"
     return [f"The model was trained on {rows}, so the scores are better than those of new rows."]
 
 
@@ -285,7 +285,7 @@ def _load_model(arguments: Namespace) -> TunedModel:
     if arguments.model is not None:
         path, colon, name = arguments.model.rpartition(":")
         if not colon:
-            rule = "must be FILE.py:NAME, the place of the class"
+            rule = "must be FILE.py:NAME, the file and the name of the class"
             raise InputError("--model", rule, got=arguments.model)
         module = class_from_file(path, name)
     return load_model(arguments.folder, module, trust_code=arguments.trust_code)
@@ -316,7 +316,7 @@ def predict(arguments: Namespace) -> str:
         if formulas:
             warn(
                 f"A spreadsheet would read {min(formulas)!r} as a formula, so gputune writes a ' "
-                "before it. Pass --raw to leave it out."
+                "before the text. Pass --raw to omit the '."
             )
             for line in lines:
                 line[:] = [f"'{cell}" if cell in formulas else cell for cell in line]
@@ -354,7 +354,7 @@ def _predictions(
         rule = "--interval and --proba exclude each other"
         raise InputError(None, rule, remedy="Leave one out.")
     if arguments.proba and model.classes is None and model.task != "multilabel":
-        rule = f"needs a model of classes, but {arguments.folder!r} is a regression"
+        rule = f"needs a model that predicts classes, but {arguments.folder!r} is a regression"
         raise InputError("--proba", rule, remedy="Leave it out.")
     if arguments.interval is not None:
         half = half_width(model, arguments.interval)
@@ -379,7 +379,7 @@ def evaluate(arguments: Namespace) -> str:
     model = _load_model(arguments)
     positive = arguments.positive
     if positive is not None and model.classes is None:
-        rule = f"needs a model of classes, but {arguments.folder!r} predicts numbers"
+        rule = f"needs a model that predicts classes, but {arguments.folder!r} predicts numbers"
         raise InputError("--positive", rule, remedy="Leave it out.")
     if positive is None:
         positive = model.info.get("positive")

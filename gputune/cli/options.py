@@ -134,7 +134,7 @@ def _method(arguments: Namespace) -> Method:
                     rule.name,
                     f"belongs to --method {other}",
                     got=Verbatim(f"--method {name}"),
-                    remedy="Leave it out, or choose that method.",
+                    remedy="Leave the option out, or choose that method.",
                 )
             options[key] = value
     method: Method = METHODS[name](**options) if name in METHODS else "random"

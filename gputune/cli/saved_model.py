@@ -57,7 +57,10 @@ def check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: 
             rule = f"needs a model that predicts {prediction}, but the target is {target.in_words}"
             raise InputError(flag, rule, remedy="Leave it out.")
         if isinstance(options.search.method, Hypergradient):
-            rule = "trains a trial on its folds again, but a hypergradient search cannot do that"
+            rule = (
+                "trains a trial on its folds again, but this is not possible for a hypergradient "
+                "search"
+            )
             raise InputError(flag, rule, remedy="Leave it out.")
 
 

@@ -72,8 +72,8 @@ def _held_out(ending: Ending, measure: Measure) -> list[_Line]:
     score = ending.held_out
     if score is None:
         remark = (
-            "All rows were used, so there is no honest score. For one, hold rows out with gputune "
-            "tune --test-size."
+            "All rows were used, so there is no unbiased score. To get an unbiased score, hold "
+            "rows out with gputune tune --test-size."
         )
         return [_Line("held-out", "-", remark)]
     if score.reason:
@@ -82,7 +82,7 @@ def _held_out(ending: Ending, measure: Measure) -> list[_Line]:
     else:
         rows = f"the saved model on {count(score.rows, 'row')} that nothing was fitted on"
         if score.chose:
-            rows = f"{rows}, but that chose between the ensemble and the best trial"
+            rows = f"{rows}, but these rows chose between the ensemble and the best trial"
         lines = [_with_interval("held-out", score, measure, rows)]
     default = ending.default_held_out
     if default is not None and not default.reason:
@@ -127,7 +127,8 @@ def _cross_validated(ending: Ending, measure: Measure) -> list[_Line]:
 
 
 def _compared_default(ending: Ending) -> DefaultTrial | None:
-    """Return the trial with the default configuration, or None if it has no other trial to compare."""
+    """Return the trial with the default configuration, or None if it has no other trial to
+    compare."""
     default = default_trial(ending.study) if ending.trial is None else None
     return default if default is not None and default.text else None
 

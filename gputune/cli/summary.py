@@ -50,11 +50,11 @@ def ensemble_text(
     saved = "ensemble" if is_saved else "best trial"
     text = (
         f"{text}. On the held-out rows it scores {measure.text(held_out.score)}, and {trial} "
-        f"scores {measure.text(best.score)}. The {saved} is saved. These rows chose it, so its "
-        "score there is a little optimistic."
+        f"scores {measure.text(best.score)}. The {saved} is saved. These rows chose the saved "
+        "model, so its score on them is a little optimistic."
     )
     if may_be_chance(held_out, best):
-        text += " One lies within the other's 95% interval, so the difference may be chance."
+        text += " One score lies within the other's 95% interval, so the difference may be chance."
     return text
 
 
@@ -91,7 +91,8 @@ def _go_on(ending: Ending) -> str:
 
 
 def _line(name: str, text: object) -> str:
-    """Return a label and its text as one line without wrapping, so that a path stays in one piece."""
+    """Return a label and its text as one line without wrapping, so that a path stays in one
+    piece."""
     return f"{name:{_LABEL}}{clean(text)}"
 
 
@@ -122,7 +123,8 @@ _ENDING = re.compile(r" --(?:timeout|target-score|patience-trials)[ =]\S+")
 
 
 def _understood(ending: Ending, width: int) -> str:
-    """Return the first lines of the text at the end: data, inputs, task, search, method and notes."""
+    """Return the first lines of the text at the end: data, inputs, task, search, method and
+    notes."""
     lines = [*facts(ending), *_method(ending.study), *notes_on(ending.study)]
     return label_lines(lines, width)
 

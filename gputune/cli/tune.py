@@ -70,7 +70,7 @@ def tune(arguments: argparse.Namespace) -> str:
     profile = Profile()
     usual = "gputune-train" if arguments.command == "train" else "gputune-out"
     if arguments.study == "":
-        remedy = f"Name one, or leave it out for {usual}."
+        remedy = f"Pass a folder, or omit --out for {usual}."
         raise InputError("--out", "must be a folder", got="", remedy=remedy)
     out = Path(arguments.study or usual)
     _check_out(out)

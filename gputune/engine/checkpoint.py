@@ -218,8 +218,8 @@ class Checkpointing:
         except OSError as error:
             warn(
                 f"No checkpoint could be written in {str(self.folder.folder)!r} ({error}). "
-                "Training continues. If it is stopped now, more of it must be repeated. Free some "
-                "space on the disk."
+                "Training continues. If the search is stopped now, a resumed search repeats more "
+                "of its training. Free some space on the disk."
             )
         return max(self.seconds, pause_after(time.monotonic() - begin))
 
@@ -303,9 +303,9 @@ class StateCache:
             _save(_numbered(state), path, {"epoch": str(state.epoch)})
         except OSError as error:
             raise OSError(
-                f"The states of trials that wait for their rung do not fit into {str(self.folder)!r} "
-                f"({error}). Free some space there, set TMPDIR to a folder on a larger disk, or allow "
-                "more memory (the option 'memory')."
+                "The states of trials that wait for their rung do not fit into "
+                f"{str(self.folder)!r} ({error}). Free some space there, set TMPDIR to a folder "
+                "on a larger disk, or allow more memory (the option 'memory')."
             ) from error
         self.states[trial] = path
 

@@ -69,7 +69,7 @@ class DeviceChoice:
 
 
 _SOLVED = DeviceChoice(
-    CPU, "the logistic regression is solved in many small products, which wait for each other"
+    CPU, "the logistic regression needs many small matrix products, which run one after another"
 )
 
 

@@ -137,7 +137,7 @@ def uniform_kernel(device: torch.device) -> Kernel | None:
         if not torch.equal(drawn, expected):
             warn(
                 f"The dropout draws of {device} differ from PyTorch's draws on a CPU. The CPU "
-                "makes the draws, which is slower.",
+                "draws the random numbers, which is slower.",
                 RuntimeWarning,
             )
             return None

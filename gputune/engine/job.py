@@ -298,7 +298,8 @@ class Failure:
         if self.fits:
             return RuntimeError(self.reason)
         return MemoryError(
-            f"{self.reason}. This training does not fit into memory by itself. Make it smaller."
+            f"{self.reason}. This trial does not fit into memory, even if it trains alone. Make "
+            "it smaller."
         )
 
 

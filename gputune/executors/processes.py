@@ -94,7 +94,7 @@ class MappedFile:
                 None,
                 f"The file {self.path!r}, which {option('X')} is mapped from, was moved or "
                 "replaced during the search",
-                remedy="Leave it in its place until the search has ended.",
+                remedy="Leave the file in its place until the search has ended.",
             )
         # Mode "c" is copy-on-write: torch warns about memory that is read-only. Nothing writes to
         # it.
@@ -425,8 +425,8 @@ def trial_processes(
                 raise InputError(
                     "objective",
                     f"cannot be sent to worker processes ({type(error).__name__}: {error})",
-                    remedy="Create the objects that it uses inside of it, or choose "
-                    f"{in_this_process}, which calls it in this process.",
+                    remedy="Create the objects that the objective uses inside its function, or "
+                    f"choose {in_this_process}, which calls the objective in this process.",
                 ) from error
             with naming_folder(
                 folder.parent, "the objective for the worker processes cannot be written", _NO_SPACE

@@ -185,7 +185,7 @@ def loss_reason(error: BrokenProcessPool) -> str:
     """Return a sentence that says how a lost worker process ended, for example by a signal."""
     if match := re.search(r"(SIG[A-Z]+)\(-\d+\)", str(error)):
         if match[1] == "SIGKILL":
-            return "SIGKILL ended it, which the system sends if memory has run out."
+            return "SIGKILL ended it. The system sends this signal if memory has run out."
         return f"{match[1]} ended it."
     if match := re.search(r"EXIT\((\d+)\)", str(error)):
         return f"it ended itself with exit code {match[1]}, as os._exit does."

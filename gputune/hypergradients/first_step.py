@@ -79,7 +79,7 @@ def check_start(config: Config, name: str, start: str, *, argument: str, remedy:
             f"must be some of {', '.join(HYPERPARAMETERS_OF[optimizer])} for {optimizer}, which "
             f"{start} uses",
             got=name,
-            remedy=f"Leave it out, or use an optimizer that has {name!r}.",
+            remedy=f"Leave the name out, or use an optimizer that has {name!r}.",
         )
 
 
@@ -171,7 +171,8 @@ def _check_second_derivatives(training: InnerTraining) -> None:
     )
     v = drawn.to(weights.device, weights.dtype)
     # If a derivative is missing, torch puts a node named Error into the graph. autograd.grad does
-    # not reach this node, because the node is on no path to the weights. So this searches the graph.
+    # not reach this node, because the node is on no path to the weights. So this searches the
+    # graph.
     missing = any(type(node).__name__ == "Error" for node in nodes(gradient))
     if (
         not missing

@@ -261,7 +261,7 @@ def _check_tables(
             "fixed",
             f"must have other names than {option('hyperparameters')}",
             got=Verbatim(f"{in_both} in both"),
-            remedy="Leave it out of one of them.",
+            remedy="Pass the name in only one of them.",
         )
     return wanted, fixed_tables
 
@@ -287,7 +287,7 @@ def _check_hyperparameters(
                 argument,
                 f"must be some of {', '.join(HYPERPARAMETERS_OF[optimizer])} for {optimizer}",
                 got=name,
-                remedy="Leave it out, or choose an optimizer that has it.",
+                remedy="Leave the name out, or choose an optimizer that has this hyperparameter.",
             )
         tables[name] = _table(f"{argument}[{name!r}]", name, value, training)
     return tables
@@ -380,7 +380,7 @@ def _choose(
         reason = "asked for"
     else:
         mode = fastest_that_fits(sizes, budget, hyperparameters=number)
-        single = "one hyperparameter, whose tangent is no slower than reverse"
+        single = "one hyperparameter, so that forward mode is no slower than reverse"
         reason = {
             "reverse": "one price for all hyperparameters",
             "checkpointed": "checkpointed, since the whole does not fit",

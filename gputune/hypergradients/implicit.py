@@ -163,7 +163,7 @@ class _Fold:
                 f"must be at least {needed} bytes for implicit differentiation of one member with "
                 f"{outputs} outputs of {size // outputs} coefficients",
                 got=Verbatim(f"{limit} bytes"),
-                remedy="Allow that much, use fewer inputs, or search C with "
+                remedy="Allow that much memory, use fewer inputs, or search C with "
                 f"{option('method', 'random')}.",
             )
         return limit // needed
@@ -319,7 +319,7 @@ def differentiate_minimum(
     slope = implicit.gradient[0]
     parameters: Params = dict(solved_module(solution, 0).named_parameters())
     reason = (
-        "asked for; the derivative at the minimum of a convex problem, without any training step"
+        "requested; the derivative at the minimum of a convex problem, without any training step"
     )
     return HypergradientResult(
         value, {"C": slope / C}, {"C": slope}, parameters, 0.0, "implicit", reason
@@ -380,7 +380,7 @@ def _check_problem(
             "must be a gputune.models.LogisticRegression with at least two outputs for "
             f"{option('optimizer', 'exact')}, which needs the minimum of a convex problem",
             got=Verbatim(type(module).__name__),
-            remedy="Train it with another optimizer, for example 'adamw', and "
+            remedy="Train the model with another optimizer, for example 'adamw', and "
             f"{option('mode', 'reverse')}.",
         )
     plain = isinstance(loss, nn.CrossEntropyLoss) and (

@@ -135,7 +135,7 @@ class ModuleTraining:
                 "loss",
                 "must depend on the parameters of the module, but it depends on no parameter for "
                 f"{name}",
-                remedy="Compute it from the module's output, without .detach() or .item().",
+                remedy="Compute the loss from the module's output, without .detach() or .item().",
             )
         running = [after[f"module.{key}"].flatten().to(self.dtype) for key in self.running]
         return loss.view(1), torch.cat([*running, weights.new_empty(0)])[None]
@@ -160,7 +160,7 @@ class ModuleTraining:
                     "loss or module",
                     f"reads the parameter {name!r} from a separate variable, whose value does not "
                     "change in training",
-                    remedy="Read it from the module in each call, for example with "
+                    remedy="Read the parameter from the module in each call, for example with "
                     "module.parameters().",
                 )
 
@@ -184,8 +184,8 @@ def _module_errors(name: str, pair: DataPair) -> Iterator[None]:
         raise InputError(
             None,
             f"The module or the loss computes with integers for {name} ({error})",
-            remedy="It is called as loss(module(x), y). Check the order of its arguments, and that "
-            "x has a floating dtype.",
+            remedy="gputune calls loss(module(x), y). Check the order of the arguments, and that x "
+            "has a floating dtype.",
         ) from error
     except (RuntimeError, TypeError, IndexError, AttributeError) as error:
         message = str(error).split("\n")[0]

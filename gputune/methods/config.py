@@ -239,7 +239,7 @@ def check_penalty(keys: Collection[str], name: str) -> None:
     if "penalty" in keys and "l1_ratio" in keys:
         raise InputError(
             name,
-            "must have only one of 'penalty' and 'l1_ratio', which say the same",
+            "must have only one of 'penalty' and 'l1_ratio', which have the same meaning",
             got=Verbatim("both"),
             remedy="Leave 'penalty' out: l1_ratio 0 is l2, 1 is l1, between is elastic net.",
         )

@@ -125,7 +125,7 @@ class Hypergradient:
         if self.smallest_step > first:
             raise InputError(
                 "Hypergradient(smallest_step=...)",
-                "must be at most the first step, or no starting point moves twice",
+                "must be at most the first step, because otherwise no starting point moves twice",
                 got=Verbatim(f"smallest_step={self.smallest_step:g} and a first step of {first:g}"),
                 remedy="For example smallest_step=0.05.",
             )

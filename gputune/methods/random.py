@@ -189,7 +189,8 @@ def notes(
     sentences = []
     if include_default and (missing := _fill_for_space({}, space, defaults)[1]):
         sentences.append(
-            f"No default configuration is run, because {', '.join(missing)} has no default value."
+            f"gputune runs no default configuration, because {', '.join(missing)} has no default "
+            "value."
         )
     # A fixed value in the space needs no remark.
     fixed = {key for part in space for key, choices in part.items() if is_fixed(choices)}
@@ -214,7 +215,7 @@ def notes(
             verb = "does" if len(used) == 1 else "do"
             sentences.append(
                 f"{key!r} has no effect, because {' and '.join(sorted(used))} {verb} not use it. "
-                f"Leave it out, or use {', '.join(optimizers[:-1])} or {optimizers[-1]}."
+                f"Leave this key out, or use {', '.join(optimizers[:-1])} or {optimizers[-1]}."
             )
     return tuple(sentences)
 
@@ -241,12 +242,12 @@ def remarks(
     if n_draws < n_trials:
         sentences.append(
             f"The space has {count(n_draws, 'configuration')}, fewer than the {n_trials} trials of "
-            "this call. All of them are run."
+            "this call. gputune runs all configurations."
         )
     elif counted < n_trials and timeout is not None:
         sentences.append(
-            f"{counted} of {n_trials} configurations were drawn. The others repeat one of them, or "
-            f"there was no time to draw them (a timeout of {timeout:g} s)."
+            f"{counted} of {n_trials} configurations were drawn. The others repeat one of these, "
+            f"or there was no time to draw more (a timeout of {timeout:g} s)."
         )
     elif counted < n_trials:
         sentences.append(
@@ -256,7 +257,7 @@ def remarks(
     elif counted > n_trials:
         sentences.append(
             f"The study holds {counted} configurations, more than the {n_trials} trials of this "
-            "call. All of them stay in it."
+            "call. The study keeps all of them."
         )
     return tuple(sentences)
 

@@ -224,7 +224,7 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
             name,
             "must have at least one value",
             got=Verbatim("an empty list"),
-            remedy="Add one, or leave the key out.",
+            remedy="Add a value, or leave the key out.",
         )
     if key == "width" and isinstance(value, tuple):
         raise InputError(

@@ -142,8 +142,10 @@ def class_of(config: Config) -> Class | None:
     if word not in _CLASS_OF_RULE:
         raise InputError(
             keys[0],
-            f"is for classes of torch.optim, but {option('optimizer', word)} is not such a class",
-            remedy=f"Leave it out, or choose one of {', '.join((*_CLASS_OF_RULE, *CLASSES))}.",
+            f"is for classes of torch.optim, but {option('optimizer', word)} is not a class of "
+            "torch.optim",
+            remedy="Leave the argument out, or choose one of "
+            f"{', '.join((*_CLASS_OF_RULE, *CLASSES))}.",
         )
     return _CLASS_OF_RULE[word]
 

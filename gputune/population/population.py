@@ -87,7 +87,7 @@ def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
             raise InputError(
                 f"optimizer={word!r}",
                 f"{kind} and does not support {unsupported[0]!r}",
-                remedy="Leave it out, or choose another optimizer.",
+                remedy="Leave this key out, or choose another optimizer.",
             )
     return full
 

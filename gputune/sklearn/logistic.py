@@ -236,10 +236,12 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
         "device": [str],
     }
     _refused: ClassVar = {
-        "multi_class": "More than two classes are one softmax. Leave it out, or use "
+        "multi_class": "For more than two classes, gputune uses a softmax. Leave this parameter "
+        "out, or use "
         "sklearn.multiclass.OneVsRestClassifier(LogisticRegression()).",
         **dict.fromkeys(
-            ("optimizer", "lr", "max_epochs"), "The objective has one solution. Leave it out."
+            ("optimizer", "lr", "max_epochs"),
+            "The objective has one solution. Leave this parameter out.",
         ),
         "weight_decay": "Pass C, the inverse strength of the penalty.",
     }

@@ -40,11 +40,11 @@ _PREFIXES = ("module__", "criterion__", OPTIMIZER_PREFIX)
 _HARMLESS: dict[str, tuple[tuple[object, ...], str]] = {
     "train_split": (
         (None, False),
-        "It trains on every row. Leave train_split out, and let a search split the rows.",
+        "gputune trains on every row. Leave train_split out, and let a search split the rows.",
     ),
     "callbacks": (
         (None, []),
-        "It calls no callbacks. Leave them out, or pass them to gputune.tune.",
+        "gputune calls no callbacks here. Leave callbacks out, or pass them to gputune.tune.",
     ),
 }
 """Maps parameters without effect to the values that mean "off" in skorch, and a remedy for other
@@ -69,7 +69,7 @@ class _NeuralNet(TrainedEstimator):
     }
     _refused: ClassVar = {
         "warm_start": "Each fit starts from new weights. Train longer with max_epochs.",
-        "iterator_train__shuffle": "Rows are shuffled again in every epoch. Leave it out.",
+        "iterator_train__shuffle": "gputune shuffles rows in every epoch. Leave the parameter out.",
         "optimizer__nesterov": "Pass optimizer='nesterov'.",
         **dict.fromkeys(("optimizer__lr", "learning_rate_init"), "Pass lr."),
         "max_iter": "Pass max_epochs.",

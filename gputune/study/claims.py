@@ -300,7 +300,9 @@ class Claims(AbstractContextManager["Claims"]):
         if owner.is_near:
             return "Wait for it, or end it."
         lock = str(self._lock_path(owner.lock))
-        return f"Wait for it, or end it. If it no longer exists, remove {lock!r}."
+        return (
+            f"Wait for that process, or end it. If that process no longer exists, remove {lock!r}."
+        )
 
     def _delete(self, where: str, *values: int | str) -> None:
         with self._mutex, transaction(connection := self._connect(), self.path):

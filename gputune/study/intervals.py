@@ -10,7 +10,7 @@ from gputune.wording import per_interface
 
 _USE_PROBA = per_interface(python="Use predict_proba.", command="Use --proba.")
 _NO_INTERVAL = {
-    "regression": ("several numbers", "Search for one column at a time."),
+    "regression": ("several numbers", "Run a separate search for each column."),
     "custom": ("custom outputs", "Use predict."),
     "multilabel": ("labels", _USE_PROBA),
 }

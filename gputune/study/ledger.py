@@ -107,7 +107,7 @@ class Ledger:
         while (owner := self.claims.take_setup()) is not None:
             if self.on_wait is not None and time.monotonic() - begin > _PATIENCE:
                 self.on_wait(
-                    f"{owner} is adding trials to study {str(self.claims.path)!r}, and this "
+                    f"{owner} is adding trials to the study {str(self.claims.path)!r}, and this "
                     f"process waits for it. {self.claims.remedy(owner)}"
                 )
             time.sleep(_LOOK)
@@ -403,8 +403,8 @@ def _check_same_search(store: Store, path: Path, record: SearchRecord) -> None:
             remedy=per_interface(
                 python="Its trials can be read with gputune.Study.open. Pass another path for this "
                 "search.",
-                command="Its trials can be read with gputune trials. Give this search a folder of "
-                "its own, --out OTHER.",
+                command="Its trials can be read with gputune trials. Use another folder for this "
+                "search, --out OTHER.",
             ),
         )
     changes = differences(stored, record)
@@ -416,7 +416,7 @@ def _check_same_search(store: Store, path: Path, record: SearchRecord) -> None:
             remedy=per_interface(
                 python="Pass another path for this search, or repeat the arguments of the first "
                 "call.",
-                command="Give this search a folder of its own, --out OTHER, or repeat the options "
+                command="Use another folder for this search, --out OTHER, or repeat the options "
                 "of the first command.",
             ),
         )

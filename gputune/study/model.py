@@ -183,7 +183,7 @@ class TunedModel(ModelContent):
         if self.classes is None:
             raise InputError(
                 None,
-                "predict_proba needs a model of classes, but this model is a regression",
+                "predict_proba needs a model that predicts classes, but this model is a regression",
                 remedy="Use predict.",
             )
         return self._outputs(X).softmax(1).numpy()
@@ -224,8 +224,8 @@ class TunedModel(ModelContent):
         raise InputError(
             None,
             "A TunedModel is already fitted",
-            remedy="Wrap it in sklearn.frozen.FrozenEstimator if scikit-learn would fit it again, "
-            "or search again with gputune.tune.",
+            remedy="Wrap the model in sklearn.frozen.FrozenEstimator if scikit-learn would fit it "
+            "again, or search again with gputune.tune.",
         )
 
     @property
@@ -369,7 +369,7 @@ class TunedModel(ModelContent):
             None,
             f"column {name!r} has a number of size {sizes.max():.4g} in row {first_row + row}, "
             f"too large for the {dtype} in which the model computes",
-            remedy="Correct it, or leave the row out.",
+            remedy="Correct the value, or leave the row out.",
         )
 
     def _inputs(self, X: object) -> Table | Arrays:

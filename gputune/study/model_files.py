@@ -107,7 +107,7 @@ def save_model(model: ModelContent, folder: StrPath) -> None:
                 None,
                 f"{type(model.module).__name__} keeps {name!r}, a {type(value).__name__}, in its "
                 "state",
-                remedy="Only tensors can be saved. Make it a buffer.",
+                remedy="Only tensors can be saved. Make this attribute a buffer.",
             )
         # A clone: safetensors refuses tensors that share memory, such as tied weights.
         state[name] = value.cpu().clone().contiguous()
@@ -291,7 +291,7 @@ def _module_class(
         return BUILT_IN[kind]
     or_pass = per_interface(
         python=f"Or pass the class: load_model({str(folder)!r}, module=...).",
-        command="Or say where the class is now: --model FILE.py:NAME.",
+        command="Or name the class and its current file: --model FILE.py:NAME.",
     )
     try:
         with file_errors(folder / DESCRIPTION):

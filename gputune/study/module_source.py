@@ -114,8 +114,8 @@ def _builder_json(builder: Builder) -> Json:
         raise InputError(
             "model",
             f"is a partial of {inner.__name__} that cannot be stored ({error})",
-            remedy="Give it a name at the top level of the file of its function, or make it only "
-            "with numbers and texts as keywords.",
+            remedy="Assign the partial to a name at the top level of its function's file, or use "
+            "only numbers and texts as its keywords.",
         ) from error
     return {"made": "function", "keywords": keywords}
 
@@ -281,7 +281,7 @@ def _of_main(place: str, script: str | None, trust_code: bool) -> Builder:
             None,
             f"the module class {name!r} was defined in a script, in a notebook or at a prompt, "
             "and this program has no class of that name",
-            remedy="Define it here too, or continue in the program that has it.",
+            remedy="Define the class here too, or continue in the program that has it.",
         )
     script = str(Path(script).resolve())
     if not trust_code:

@@ -99,7 +99,7 @@ def repair(path: StrPath, out: StrPath) -> RepairResult:
         raise StudyCorruptError(
             None,
             f"{str(path)!r} holds no readable, undamaged row of a study",
-            remedy="Check the path, or restore it from a copy.",
+            remedy="Check the path, or restore the file from a copy.",
         )
     # With a damaged index, the file may hold an option twice.
     option_rows = {row[0]: row for row, _ in options.values()}

@@ -330,7 +330,7 @@ def stack_curves(curves: Sequence[Curve | None]) -> Curve:
             f"The learning curves of {len(curves)} trials, {shape[0]} epochs and {shape[1]} folds "
             f"would take {size_words(stacked_size)} as one array, but they hold only "
             f"{size_words(size)}, because few trials trained that long",
-            remedy="gputune cannot make a page or plot of them.",
+            remedy="gputune cannot make a report or a plot of these curves.",
         )
     stacked = np.full((len(curves), *shape), np.nan)
     for target, curve in zip(stacked, curves):

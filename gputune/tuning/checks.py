@@ -99,7 +99,7 @@ def path(name: str, value: object) -> Path | None:
             name,
             "must be a file",
             got=Verbatim(f"the folder {str(value)!r}"),
-            remedy=f"Pass a file in it, such as {file!r}.",
+            remedy=f"Pass a file in this folder, such as {file!r}.",
         )
     # Absolute, because a module of the user may change the current folder later.
     return None if value is None else Path(value).absolute()

@@ -171,7 +171,8 @@ class Context(Session):
             memory = option("memory", self.options.machine.memory)
             self.progress.say(
                 f"note: {memory} does not hold one trial of the largest size, which takes about "
-                f"{size_words(plan.chunk_bytes)}; such a trial trains by itself, and takes it",
+                f"{size_words(plan.chunk_bytes)}; a trial of that size trains alone, and uses "
+                "that much memory",
                 once=True,
             )
         return plan
@@ -418,9 +419,9 @@ class Context(Session):
         remarks = []
         for reason in filter(None, (tried.unstackable for tried in traits)):
             remarks.append(
-                f"{self.choice.name} trains one by one, since its members cannot be stacked: "
+                f"{self.choice.name} trains one by one, because its members cannot be stacked: "
                 f"{reason}"
             )
         for reason in filter(None, map(loop_reason, configs)):
-            remarks.append(f"trials train one by one, since {reason}")
+            remarks.append(f"trials train one by one, because {reason}")
         return tuple(dict.fromkeys(remarks))

@@ -89,7 +89,7 @@ def search_loop(
                 "warm_start",
                 f"must have only studies with direction={direction!r}",
                 got=Verbatim(f"a study with direction={other!r}"),
-                remedy="Its best trials would be the worst ones here. Leave it out.",
+                remedy="Its best trials would be the worst trials here. Leave this study out.",
             )
     search = with_earlier(search, space)
     first = _first_trials(search, space)

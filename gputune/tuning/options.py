@@ -54,8 +54,8 @@ class SearchOptions(OptionGroup):
         64,
         "--trials <INT>",
         "Number of configurations",
-        "The default configuration is one of them. With --method hypergradient the default is 8, "
-        "and gputune trains up to 11 points for each.",
+        "The default configuration is one of these trials. With --method hypergradient the "
+        "default is 8, and gputune trains up to 11 points for each.",
         "64",
         takes="0..",
         stored=True,
@@ -72,7 +72,7 @@ class SearchOptions(OptionGroup):
         True,
         "--no-default",
         "Do not run the default configuration",
-        "It is trial 0, moved into the ranges of --space.",
+        "This configuration is trial 0, moved into the ranges of --space.",
         "run it",
         stored=True,
     )
@@ -135,7 +135,7 @@ class SearchOptions(OptionGroup):
         None,
         "--target-score <NUMBER>",
         "Stop when a trial has this score",
-        "It has scikit-learn's sign, such as -0.3 for neg_log_loss.",
+        "The score has scikit-learn's sign, such as -0.3 for neg_log_loss.",
         takes="number",
         check=checks.score,
         stored=True,
@@ -383,7 +383,8 @@ class MachineOptions(OptionGroup):
         60,
         "--checkpoint-seconds <SECONDS>",
         "Interval of the checkpoints",
-        "They are in the folder study.db.state. A killed search repeats at most this time.",
+        "The checkpoints are in the folder study.db.state. A killed search repeats at most this "
+        "time.",
         "60",
         takes="number",
         check=checks.seconds,

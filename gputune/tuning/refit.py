@@ -368,7 +368,7 @@ def _read_search(access: Access) -> SearchCall:
         raise InputError(
             None,
             f"{access.called}() cannot read {missing} from the study file",
-            remedy="Call it on the study that tune() returned, in the same process.",
+            remedy="Call this method on the study that tune() returned, in the same process.",
         )
     options = recorded_options(record, **_machine(record), class_weight=class_weight)
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=access.trust_code)

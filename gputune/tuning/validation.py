@@ -316,7 +316,7 @@ def fold_report(access: Access, *, confusion: bool = False, importance: bool = F
     if importance and not isinstance(layout, Layout):
         raise InputError(
             "report(importance=True)",
-            f"is about the columns of a table, but X is {layout}",
+            f"needs the columns of a table, but X is {layout}",
             remedy=per_interface("Leave importance out.", "Leave --importance out."),
         )
     if confusion:
@@ -347,7 +347,7 @@ def check_fold_report(study: Study, *, confusion: bool) -> None:
         target = "several labels" if study.record.task == "multilabel" else "numbers"
         raise InputError(
             "report(confusion=True)",
-            f"is about classes, but the study predicts {target}",
+            f"needs classes, but the study predicts {target}",
             remedy=per_interface("Leave confusion out.", "Leave --confusion out."),
         )
 

@@ -117,7 +117,7 @@ def test_the_right_answers_may_have_another_name(models, tmp_path):
     [
         (
             ["evaluate", "images", "t.npy"],
-            "--target is missing. Name the .npy file with the right answer for each",
+            "--target is missing. Pass the .npy file with the true value for each",
         ),
         (
             ["evaluate", "images", "t.npy", "--target", "y"],

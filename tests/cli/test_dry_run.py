@@ -76,7 +76,7 @@ def test_the_plan_is_that_of_the_search(bugs, options):
         (["--model", "net.py:Net", "--space", "module__hidden=2,3"], ["Net trained with adamw"]),
         (
             ["--sampler", "tpe"],
-            ["Note     2 random configurations stand in for the proposals of the sampler."],
+            ["Note     2 random configurations replace the sampler's proposals in this plan."],
         ),
     ],
 )
@@ -100,7 +100,10 @@ def test_a_dry_run_leaves_an_existing_study_alone(bugs):
     study = bugs.parent / "gputune-out" / "study.db"
     before = study.read_bytes()
     text = output("tune", "bugs.csv", "--target", "kind", *FAST, "--dry-run")
-    expected = "gputune-out/study.db exists: the search would resume it, if it is the same"
+    expected = (
+        "gputune-out/study.db exists: this command would resume its search, if the search is the "
+        "same"
+    )
     assert value(text, "Study") == expected
     assert study.read_bytes() == before
 

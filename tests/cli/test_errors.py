@@ -145,7 +145,8 @@ def test_what_the_parser_refuses(bugs, options, words):
         (
             "--space realmlp",
             [
-                "--space realmlp needs --model realmlp, got --model mlp. Choose that model, or a space"
+                "--space realmlp needs --model realmlp, got --model mlp. Choose that model, or a "
+                "space"
             ],
         ),
         ("--space lr=1 --space lr=2", ["'lr' twice", "Join"]),

@@ -78,7 +78,10 @@ def test_classes_are_scored_as_scikit_learn_does(folder):
     methods = {name: found["scores"][name]["interval_method"] for name in ("accuracy", "roc_auc")}
     assert methods == {"accuracy": "wilson", "roc_auc": "bootstrap"}
     text = run("evaluate", folder / "kind" / "model", folder / "t.csv", "--positive", "bee")[1]
-    remark = "The interval of the accuracy is Wilson's; the others hold 95% of bootstrap samples."
+    remark = (
+        "The interval of the accuracy is Wilson's; the other intervals hold 95% of bootstrap "
+        "samples."
+    )
     assert remark in " ".join(text.split())
     assert (
         f"f1 of class 'bee'           {scores['f1']:.4f}" in text
@@ -175,7 +178,8 @@ def test_a_loss_that_has_a_name_is_a_score(folder, tmp_path, target, loss, value
         (
             "binary",
             "my:loss",
-            "but this model was trained with my:loss. Choose another score, for example neg_log_loss",
+            "but this model was trained with my:loss. Choose another score, for example "
+            "neg_log_loss",
         ),
         (
             "custom",
@@ -277,7 +281,12 @@ COLUMN = pl.lit(0).alias("a")
             [],
             "such as 'dear'. Convert it.",
         ),
-        ("price", COLUMN, ["--positive", "1"], "--positive needs a model of classes, but "),
+        (
+            "price",
+            COLUMN,
+            ["--positive", "1"],
+            "--positive needs a model that predicts classes, but ",
+        ),
         ("price", COLUMN, ["--scoring", "f1"], "--scoring f1 does not fit a regression task"),
         (
             "kind",
@@ -296,7 +305,7 @@ def test_rows_that_cannot_be_evaluated(folder, tmp_path, target, change, options
     ("target", "column", "words"),
     [
         ("price", "a", "new.csv' has no column 'a'"),
-        ("kind", "kind", "new.csv' has no column 'kind' with the right answers. To predict"),
+        ("kind", "kind", "new.csv' has no column 'kind' with true values. To predict"),
     ],
 )
 def test_a_file_without_a_column_or_the_answers(folder, tmp_path, target, column, words):
@@ -362,7 +371,7 @@ def test_it_is_said_that_rows_were_trained_on(folder, tmp_path):
         == 0.8
     )
     words = (
-        "The model was trained on about 80% of these rows, or on equal ones, so the scores are "
+        "The model was trained on about 80% of these rows, or on equal rows, so the scores are "
         "better than those"
     )
     assert evaluated(folder, "kind")["notes"][0].startswith(words)

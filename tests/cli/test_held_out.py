@@ -225,7 +225,10 @@ def test_a_loss_that_has_a_name_is_of_known_rows_and_another_one_is_no_score():
     assert held.score == pytest.approx(expected) and held.unseen == 3
     model.info = {"loss": "my:loss"}
     held = held_out_score(model, "neg_loss", read_source(X[40:], tested))
-    assert held.reason == "a saved model keeps its loss only if it has a name" and held.rows == 20
+    assert (
+        held.reason == "a saved model keeps its loss only if the loss has a name"
+        and held.rows == 20
+    )
 
 
 def test_the_command_calibrates_where_that_is_asked_or_the_log_loss_ranks(tmp_path):

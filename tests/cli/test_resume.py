@@ -204,7 +204,7 @@ def test_code_that_this_user_has_not_trained_runs_only_when_that_is_said(bugs, a
     (bugs.parent / "net.py").rename(bugs.parent / "moved.py")
     for command in commands[:2]:
         assert (
-            "does not exist. Check the path. Or say where the class is now: --model FILE"
+            "does not exist. Check the path. Or name the class and its current file: --model FILE"
             in run(*command)[2]
         )
     there = ("--model", "moved.py:Net")
@@ -212,7 +212,7 @@ def test_code_that_this_user_has_not_trained_runs_only_when_that_is_said(bugs, a
     Path("model.pt2").unlink()
     assert run(*commands[1], *there)[::2] == (0, "")
     assert (
-        "--model must be FILE.py:NAME, the place of the class"
+        "--model must be FILE.py:NAME, the file and the name of the class"
         in run(*commands[0], "--model", "moved.py")[2]
     )
 
@@ -264,8 +264,8 @@ def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
     assert "(40 rows then, 41 now). Restore the file" in run("resume", "gputune-out")[2]
     words = run("tune", "bugs.csv", "--target", "kind", *FAST)[2]
     assert (
-        "this command in: data (40 rows and 4 columns in the study, 41 rows and 4 columns now). Give this"
-        in words
+        "this command in: data (40 rows and 4 columns in the study, 41 rows and 4 columns now). "
+        "Use another folder" in words
     )
     bugs.write_text("\n".join(whole) + "\n")
     assert (
@@ -279,8 +279,8 @@ def test_another_target_is_named_and_not_what_follows_from_it(bugs):
     tuned("--cv", "2")
     for options, difference in {
         "--target site": "--target ('kind' in the study, 'site' now)",
-        "--test-size 0.3": "--test-size (0.2 in the study, 0.3 now). Give this",
-        "--seed 1": "--seed (0 in the study, 1 now). Give this",
+        "--test-size 0.3": "--test-size (0.2 in the study, 0.3 now). Use another",
+        "--seed 1": "--seed (0 in the study, 1 now). Use another",
     }.items():
         _, _, err = run("tune", "bugs.csv", "--target", "kind", *FAST, *options.split())
         assert f"differs from this command in: {difference}" in err
@@ -291,7 +291,7 @@ def test_what_is_known_already_is_said(bugs):
     assert "resuming" not in tuned(loud=True)
     assert "resuming: 3 of 3 trials are finished\n" in tuned(loud=True)
     _, _, err = run("resume", FOLDER, "--trials", "1", loud=True)
-    assert "more than the 1 trials of this call. All of them stay in it.\n" in err
+    assert "more than the 1 trials of this call. The study keeps all of them.\n" in err
     _, _, err = run("resume", FOLDER, "--trials", "4", loud=True)
     assert "resuming: 3 of 4 trials are finished\n" in err
 

@@ -264,7 +264,8 @@ def test_rows_that_chose_the_ensemble_are_not_called_untouched(tmp_path):
     _, out, text = searched(tmp_path, "--ensemble", n_rows=60, kind=kinds(60))
     text = " ".join(text.split())
     assert (
-        "that nothing was fitted on, but that chose between the ensemble and the best trial" in text
+        "that nothing was fitted on, but these rows chose between the ensemble and the best trial"
+        in text
     )
     info = gputune.load_model(out / "model").info
     assert info["held_out_chose"] is True

@@ -156,16 +156,18 @@ def test_where_the_result_cannot_be_written_is_said_before_anything_is_read(tmp_
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").touch()
-    refused("", "--out must be a folder, got ''. Name one, or leave it out for gputune-out.")
+    refused("", "--out must be a folder, got ''. Pass a folder, or omit --out for gputune-out.")
     refused("text", "--out 'text' must be a folder, but 'text' is a file. Name another folder.")
     refused(
         "text/o",
-        f"--out 'text/o' must be a folder, but '{tmp_path / 'text'}' is a file. Name another folder.",
+        f"--out 'text/o' must be a folder, but '{tmp_path / 'text'}' is a file. Name another "
+        "folder.",
     )
     monkeypatch.setattr("gputune.cli.tune.os.access", lambda place, mode: False)
     refused(
         "o",
-        f"--out 'o' cannot be written. Check the permissions of '{tmp_path}', or name another folder.",
+        f"--out 'o' cannot be written. Check the permissions of '{tmp_path}', or name another "
+        "folder.",
     )
     assert sorted(place.name for place in tmp_path.iterdir()) == ["text"]
 
@@ -276,7 +278,7 @@ def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_said_once(tmp_path):
 def test_without_held_out_rows_no_honest_score_is_left(tmp_path):
     _, folder, out = searched(tmp_path, "--test-size", "0")
     assert ": 40 rows to search on Columns " in " ".join(out.split())
-    assert re.search("held-out +- +All rows were used, so there is no honest score", out)
+    assert re.search("held-out +- +All rows were used, so there is no unbiased score", out)
     assert "held_out_score" not in gputune.load_model(folder / "model").info
 
 
@@ -301,7 +303,7 @@ def test_a_number_is_a_regression_with_all_options(tmp_path):
     values = gputune.load_model(folder / "model").predict(table)
     assert header == ["price"] and np.isfinite(values).all()
     assert [float(row[0]) for row in rows] == values.tolist()  # in full precision
-    assert "--proba needs a model of classes" in refusal(
+    assert "--proba needs a model that predicts classes" in refusal(
         "predict", folder / "model", table, "--proba"
     )
 
@@ -533,8 +535,8 @@ def test_an_interrupt_says_what_is_kept(tmp_path, monkeypatch, stop_after):
     assert (code, printed, err.count("\n")) == (130, "", 1)
     if stop_after:
         assert (
-            f"interrupted: 3 of 3 trials are finished. The results are kept in '{out / 'study.db'}': repeat"
-            in err
+            "interrupted: 3 of 3 trials are finished. The results are kept in "
+            f"'{out / 'study.db'}': repeat" in err
         )
     else:
         assert err == "gputune: interrupted before the first trial. Nothing is stored.\n"
@@ -573,8 +575,8 @@ def test_predictions_are_exact_in_a_file_and_cleaned_for_a_terminal(tmp_path):
 def test_a_warning_is_one_line_said_once(tmp_path):
     kind = [*kinds(37), "cat", "cat", "cat"]
     warning = (
-        "kind has classes with fewer rows than the 5 folds: 'cat' (3). Some folds are validated "
-        "without them."
+        "kind has classes with fewer rows than the 5 folds: 'cat' (3). Some folds have no "
+        "validation rows of these classes."
     )
     said = f"gputune: warning: {warning}\n"
     searched(tmp_path, "--test-size", "0", "--cv", "5", kind=kind, warnings=said)
@@ -638,8 +640,8 @@ def test_several_metrics_are_kept_shown_and_gone_on_with(tmp_path):
         )[2]
         here = other.replace(",", ", ")
         assert (
-            f"this command in: --scoring (accuracy, roc_auc, f1 in the study, {here} now). Give this"
-            in words
+            f"this command in: --scoring (accuracy, roc_auc, f1 in the study, {here} now). Use "
+            "another" in words
         )
 
 
@@ -650,7 +652,7 @@ def test_no_predicted_text_is_a_formula(tmp_path):
     assert (code, read_csv(out)[0]) == (0, ["+3", "-", "'-cheap", "'=1+1", "'@x"])
     assert err == (
         "gputune: warning: A spreadsheet would read '-cheap' as a formula, so gputune writes a ' "
-        "before it. Pass --raw to leave it out.\n"
+        "before the text. Pass --raw to omit the '.\n"
     )
     code, out, err = run("predict", model, table, "--proba", "--raw")
     assert (code, read_csv(out)[0], err) == (0, ["+3", "-", "-cheap", "=1+1", "@x"], "")

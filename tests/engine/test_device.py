@@ -138,7 +138,7 @@ def test_what_is_solved_stays_on_the_cpu(machine):
     assert (
         found == device_for_solver("auto")
         and found.device == CPU
-        and "wait for each other" in found.why
+        and "run one after another" in found.why
     )
     assert device_for_solver("cuda") == DeviceChoice(GPU) and machine == []
 

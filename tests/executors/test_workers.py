@@ -126,8 +126,8 @@ def test_the_chunk_of_a_lost_worker_is_handed_out_again(orders):
     (orders / "once exit").touch()
     with pytest.warns(
         UserWarning,
-        match="a worker process was lost while it trained 1 trial, which another worker trains again: it "
-        "ended itself with exit code 7, as os._exit does.",
+        match="a worker process was lost while it trained 1 trial, which another worker trains "
+        "again: it ended itself with exit code 7, as os._exit does.",
     ):
         assert scores(search()) == alone
     for pool in processes.idle:  # workers that are killed while nobody needs them
@@ -174,7 +174,7 @@ def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
     monkeypatch.setattr(executor, "MAX_LOST_WORKERS", 2)
     (orders / "kill").touch()
     with pytest.warns(
-        UserWarning, match="SIGKILL ended it, which the system sends if memory has run out"
+        UserWarning, match="SIGKILL ended it. The system sends this signal if memory has run out"
     ):
         study = search()
     (failed,) = (t for t in study.trials if t.state == "failed")

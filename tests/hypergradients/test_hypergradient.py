@@ -540,7 +540,7 @@ def test_auto_takes_the_fastest_mode_that_fits():
 
     assert chosen(None, {"lr": 0.1}) == (
         "forward",
-        "one hyperparameter, whose tangent is no slower than reverse",
+        "one hyperparameter, so that forward mode is no slower than reverse",
     )
     assert (
         chosen("1GB")

@@ -53,7 +53,7 @@ REFUSED = [  # hyperparameters, optimizer, words of the message
         {"momentum": 0.9},
         "adam",
         "must be some of lr, weight_decay, beta1, beta2 for adam, got 'momentum'",
-        "Leave it out",
+        "Leave the name out",
     ),
     (
         {"lr": 0.1, "beta1": 0.9},
@@ -207,7 +207,7 @@ NUMPY = "Make x and y tensors with torch.from_numpy."
             {"loss": lambda y, output: functional.cross_entropy(output, y)},
             (
                 "The module or the loss computes with integers for batches[0]",
-                "Check the order of its arguments",
+                "Check the order of the arguments",
             ),
         ),
     ),

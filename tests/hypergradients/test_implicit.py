@@ -393,7 +393,7 @@ BATCHES, VALID = rows()
         ),
         (
             {"module": models.MLP(2, 3)},
-            r"minimum of a convex problem, got MLP. Train it with another optimizer",
+            r"minimum of a convex problem, got MLP. Train the model with another optimizer",
         ),
         *(
             (

@@ -103,7 +103,8 @@ def test_lists_with_too_few_points_give_all_of_them_without_a_warning():
     trials = search(space, 64, include_default=False)
     said = remarks(trials, space, n_trials=64, include_default=False)
     assert said == (
-        "The space has 6 configurations, fewer than the 64 trials of this call. All of them are run.",
+        "The space has 6 configurations, fewer than the 64 trials of this call. gputune runs all "
+        "configurations.",
     )
     assert not remarks(trials, space, n_trials=6, include_default=False)
     for n_trials in (1, 4, 6, 64):  # the default one, held to the space, is one of its points
@@ -299,8 +300,10 @@ def test_duplicates_are_dropped_not_redrawn():
     assert said == ("1 of 4 configurations repeat another one and are not run again.",)
     said = remarks(trials, space, n_trials=2, include_default=False)
     assert said == (
-        "Trial 0 is the default configuration, which an earlier call asked for. It stays in the study.",
-        "The study holds 3 configurations, more than the 2 trials of this call. All of them stay in it.",
+        "Trial 0 is the default configuration, which an earlier call asked for. It stays in the "
+        "study.",
+        "The study holds 3 configurations, more than the 2 trials of this call. The study keeps "
+        "all of them.",
     )
 
 
@@ -310,8 +313,8 @@ def test_a_key_that_no_optimizer_of_the_trials_takes_is_said():
         return notes(trials, checked(space), include_default=False, defaults=MLP_DEFAULTS)
 
     assert said_of({"momentum": [0.1, 0.9]}, 2) == (
-        "'momentum' has no effect, because adamw does not use it. Leave it out, or use sgd, nesterov, rmsprop, "
-        "muon, sgdhd or nesterovhd.",
+        "'momentum' has no effect, because adamw does not use it. Leave this key out, or use "
+        "sgd, nesterov, rmsprop, muon, sgdhd or nesterovhd.",
     )
     (said,) = said_of({"momentum": [0.1, 0.9], "optimizer": ["adam", "adamw"]}, 4)
     assert said.startswith("'momentum' has no effect, because adam and adamw do not use it.")
@@ -342,7 +345,9 @@ def test_a_required_argument_of_a_module_has_no_default():
     assert [t.origin for t in trials] == ["include", "random", "random"]
     assert trials[0].params == {"lr": 0.1, "module__k": 3}
     said = notes(trials, space, include_default=True, defaults=MLP_DEFAULTS)
-    assert said == ("No default configuration is run, because module__k has no default value.",)
+    assert said == (
+        "gputune runs no default configuration, because module__k has no default value.",
+    )
     with refused(r"include\[0\] must have a value for module__k, which has no default, got \{"):
         search(space, 2, include=[{"lr": 0.2}])
     with_default = MLP_DEFAULTS | {"module__k": 7}
@@ -399,9 +404,8 @@ def test_what_an_older_study_holds_is_counted_and_numbered_on():
     assert top_up(old, space, 4, 0) == ()
     (said,) = remarks(old, space, n_trials=4, include_default=True)
     assert (
-        said
-        == "The study holds 5 configurations, more than the 4 trials of this call. All of them "
-        "stay in it."
+        said == "The study holds 5 configurations, more than the 4 trials of this call. The study "
+        "keeps all of them."
     )
     space = checked(LAWS)
     other = [Candidate(i, config, "random") for i, config in enumerate(draw(space, 3, 1))]

@@ -470,7 +470,7 @@ def test_a_search_says_what_trains_one_by_one_and_why(capsys):
     study = search(Gated, verbose=1)
     said = capsys.readouterr().err
     sentence = (
-        "note: Gated trains one by one, since its members cannot be stacked: its forward says: "
+        "note: Gated trains one by one, because its members cannot be stacked: its forward says: "
         "vmap: It looks"
     )
     assert (
@@ -541,7 +541,7 @@ def test_a_class_of_torch_optim_trains_one_by_one_in_a_search(tmp_path, capsys):
     said = capsys.readouterr().err
     for name in ("RAdam", "Adam"):
         sentence = (
-            f"trials train one by one, since torch.optim.{name} takes the steps of one member at "
+            f"trials train one by one, because torch.optim.{name} takes the steps of one member at "
             "a time"
         )
         assert said.count(sentence) == 1 and any(sentence in note for note in study.record.notes)

@@ -482,9 +482,12 @@ REFUSED_NETS = [
     ({"max_epochs": 0}, "max_epochs must be"),
     (
         {"train_split": 5},
-        "NeuralNetClassifier does not support train_split=5. It trains on every row",
+        "NeuralNetClassifier does not support train_split=5. gputune trains on every row",
     ),
-    ({"callbacks": [print]}, "does not support callbacks=.* It calls no callbacks. Leave them out"),
+    (
+        {"callbacks": [print]},
+        "does not support callbacks=.* gputune calls no callbacks here. Leave callbacks",
+    ),
 ]
 
 

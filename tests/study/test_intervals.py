@@ -111,7 +111,7 @@ def test_what_is_refused(case):
     two = gputune.tune(MLP, X[:40], X[:40, :2], **{**HOW, "max_epochs": 1})
     with refused("is for one number per row, but the target has several. Search for one number"):
         two.best_model(intervals=True)
-    with refused("this model predicts several numbers. Search for one column at a time"):
+    with refused("this model predicts several numbers. Run a separate search for each column"):
         two.best_model().predict_interval(X)
     points = gputune.tune(
         "mlp", X[:40], X[:40, 0], method=gputune.Hypergradient(outer_steps=1), **HOW
@@ -171,11 +171,12 @@ def test_the_command_line(tmp_path, monkeypatch):
         ([*predict, "0.9", "--proba"], "--interval and --proba exclude each other"),
         (
             [*tune, "--target", "kind"],
-            "--intervals needs a model that predicts one number, but the target is 2 classes. Leave",
+            "--intervals needs a model that predicts one number, but the target is 2 classes. "
+            "Leave",
         ),
         (
             [*tune, "--target", "price", "--method", "hypergradient"],
-            "but a hypergradient search cannot do that. Leave it out",
+            "but this is not possible for a hypergradient search. Leave it out",
         ),
     ):
         code, _, err = run(*words)

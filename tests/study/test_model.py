@@ -74,7 +74,8 @@ def test_values_are_in_original_units(frame):
     assert repr(model) == "TunedModel(MLP, regression, 'outcome' from 4 columns)"
     assert repr(make_model(frame)) == "TunedModel(MLP, 2 classes, 'outcome' from 4 columns)"
     with refused(
-        "predict_proba needs a model of classes, but this model is a regression. Use predict"
+        "predict_proba needs a model that predicts classes, but this model is a regression. Use "
+        "predict"
     ):
         model.predict_proba(frame)
 
@@ -285,7 +286,7 @@ def test_scikit_learn_explains_and_calibrates_it_but_does_not_fit_it(model, pric
         assert ConfusionMatrixDisplay.from_estimator(model, X, y).confusion_matrix.sum() == 150
     calibrated = CalibratedClassifierCV(FrozenEstimator(model), cv=2).fit(X, y)
     np.testing.assert_allclose(calibrated.predict_proba(X).sum(1), 1)
-    with refused(r"already fitted. Wrap it in sklearn\.frozen\.FrozenEstimator"):
+    with refused(r"already fitted. Wrap the model in sklearn\.frozen\.FrozenEstimator"):
         model.fit(X, y)
 
 

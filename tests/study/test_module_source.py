@@ -362,7 +362,7 @@ def test_a_partial_without_a_name_is_written_with_its_keywords_or_refused(nets):
         r"a partial of variadic that cannot be stored \(it has arguments without a keyword"
     ):
         class_source(functools.partial(variadic, 2))
-    with refused("a partial of Net that cannot be stored .*Give it a name"):
+    with refused("a partial of Net that cannot be stored .*Assign the partial to a name"):
         gputune.tune(functools.partial(net, kind=nn.ELU), X, Y, **WORDS)
 
 

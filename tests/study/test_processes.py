@@ -216,8 +216,9 @@ def test_a_process_that_waits_to_plan_says_for_whom_until_its_time_is_over(
     lock = foreign(tmp_path / "study.db", claims_file.SETUP)
     monkeypatch.setattr("gputune.study.ledger._PATIENCE", -1)
     words = (
-        f"process 7 on 'far' is adding trials to study '{tmp_path / 'study.db'}', and this process "
-        f"waits for it. Wait for it, or end it. If it no longer exists, remove '{lock}'."
+        f"process 7 on 'far' is adding trials to the study '{tmp_path / 'study.db'}', and this "
+        "process waits for it. Wait for that process, or end it. If that process no longer "
+        f"exists, remove '{lock}'."
     )
     with pytest.raises(TimeoutError, match=re.escape(f"the time is over; {words}")):
         gputune.tune("mlp", X, y, n_trials=2, verbose=1, timeout=1e-9, **call)
@@ -242,7 +243,9 @@ def test_who_trains_what_is_waited_for_is_said(path, mine, other):
     lock = foreign(path)
     with Store.open(path) as store:
         ledger = Ledger(store, mine)
-        remedy = f"Wait for it, or end it. If it no longer exists, remove '{lock}'."
+        remedy = (
+            f"Wait for that process, or end it. If that process no longer exists, remove '{lock}'."
+        )
         assert ledger.owners_of(CHUNKS) == ("process 7 on 'far'", remedy)
         other.take(CHUNKS[1])
         names = ["process 7 on 'far'", f"process {os.getpid()} on '{platform.node()}'"]

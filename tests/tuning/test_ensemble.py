@@ -409,18 +409,20 @@ def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
         (
             0.95,
             0.91,
-            "The ensemble is saved.* One lies within the other's 95% interval, .* be chance",
+            "The ensemble is saved.* One score lies within the other's 95% interval, .* be chance",
         ),
         (0.91, 0.95, "The best trial is saved.* may be chance"),
         (
             0.95,
             0.80,
-            "The ensemble is saved. These rows chose it, so its score there is a little optimistic.$",
+            "The ensemble is saved. These rows chose the saved model, so its score on them is a "
+            "little optimistic.$",
         ),
         (
             0.95,
             0.95,
-            "The best trial is saved. These rows chose it, so its score there is a little optimistic.$",
+            "The best trial is saved. These rows chose the saved model, so its score on them is "
+            "a little optimistic.$",
         ),
     ],
 )

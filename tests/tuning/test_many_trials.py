@@ -30,7 +30,7 @@ def test_trials_are_drawn_for_a_small_part_of_the_timeout(tmp_path, capsys, run)
     n_drawn = len(study.trials)
     assert 1 <= n_drawn < 10**6
     says = (
-        f"note: {n_drawn} of 1000000000 configurations were drawn. The others repeat one of them, "
+        f"note: {n_drawn} of 1000000000 configurations were drawn. The others repeat one of these, "
         "or there was no time"
     )
     assert says in capsys.readouterr().err

@@ -248,6 +248,6 @@ def test_the_search_of_scikit_learns_kind_is_halved_too(monkeypatch):
     )
     fail(monkeypatch, lambda number, trials: True)
     with pytest.raises(
-        MemoryError, match="This training does not fit into memory by itself. Make it smaller"
+        MemoryError, match="This trial does not fit into memory, even if it trains alone. Make it"
     ):
         search()

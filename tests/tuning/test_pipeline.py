@@ -77,9 +77,10 @@ def test_a_study_has_trials_scores_curves_and_a_best_one(iris, capsys):
     assert torch.tensor(1e-39) * 1 != 0  # denormal numbers are not taken for zero
     narrow = tune("mlp", *iris, n_trials=6, memory="1KB", verbose=1)
     np.testing.assert_allclose(narrow.curves, study.curves, atol=1e-6)
-    words = r"memory='1KB' does not hold one trial of the largest size, which takes about [\d.]+ [KM]iB; such a"
+    words = r"memory='1KB' does not hold one trial of the largest size, which takes about [\d.]+ [KM]iB; a"
     assert re.search(
-        f"note: {words} trial trains by itself, and takes it\n", capsys.readouterr().err
+        f"note: {words} trial of that size trains alone, and uses that much memory\n",
+        capsys.readouterr().err,
     )
 
 
@@ -673,8 +674,8 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ),
         (
             {"space": {"numbers": ["standard"]}, "model": "cnn", **IMAGES},
-            r"space\['numbers'\] can be searched only for tables, but X is .* Leave the key out, "
-            "and pass numbers='standard' for the whole",
+            r"space\['numbers'\] can be searched only for tables, but X is .* Leave the key out, and pass"
+            " numbers='standard' for the whole",
         ),
         (
             {"space": "mlp", "model": "logistic"},
@@ -697,7 +698,8 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ),
         (
             {"study": "/"},
-            "study must be a file, got the folder '/'. Pass a file in it, such as '/study.db'",
+            "study must be a file, got the folder '/'. Pass a file in this folder, such as "
+            "'/study.db'",
         ),
         (
             {"target_score": "0.9"},

@@ -284,7 +284,7 @@ def test_the_command_line(tmp_path):
         )
         assert code == 2 and not page.exists()
         assert (
-            "--confusion is about classes, but the study predicts numbers. Leave --confusion out"
+            "--confusion needs classes, but the study predicts numbers. Leave --confusion out"
             in err
         )
 
@@ -294,7 +294,7 @@ def test_a_report_of_no_columns_or_of_descents_is_refused():
     descent = gputune.Hypergradient(outer_steps=1)
     images = short(CNN, RNG.normal(size=(24, 1, 8, 8)), RNG.integers(0, 2, 24))
     with refused(
-        r"report\(importance=True\) is about the columns of a table, but X is .*. Leave importance out"
+        r"report\(importance=True\) needs the columns of a table, but X is .*. Leave importance out"
     ):
         images.report("x.html", importance=True)
     with refused(
