@@ -576,7 +576,7 @@ def test_a_warning_is_one_line_said_once(tmp_path):
     kind = [*kinds(37), "cat", "cat", "cat"]
     warning = (
         "kind has classes with fewer rows than the 5 folds: 'cat' (3). Some folds have no "
-        "validation rows of these classes."
+        "validation row of these classes."
     )
     said = f"gputune: warning: {warning}\n"
     searched(tmp_path, "--test-size", "0", "--cv", "5", kind=kind, warnings=said)

@@ -168,7 +168,7 @@ def as_sparse(path, content):
 HOSTILE = {
     "missing": (lambda path, _: None, "there is no|has no"),
     "folder": (lambda path, _: path.mkdir(), "is a folder"),
-    "pipe": (as_pipe, "is a pipe, not a file. Write its content into a file first"),
+    "pipe": (as_pipe, "is a pipe, not a file. Write the content into a file first"),
     "device": (lambda path, _: path.symlink_to("/dev/zero"), "is a device, not a file"),
     "socket": (as_socket, "is a socket, not a file"),
     "loop of links": (

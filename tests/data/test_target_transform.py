@@ -197,7 +197,7 @@ def test_an_object_of_ones_own_is_known_to_its_process_alone(tmp_path):
     ):
         model.save(tmp_path / "model")
     with refused(
-        "cannot read target_transform, which is your own object, from the study file. Call it on"
+        "cannot read target_transform, which is your own object, from the study file. Call this method on"
     ):
         gputune.Study.open(tmp_path / "study.db").best_model(X, Y)
     assert "target_transform, an object of your own" in study.record.arguments.lacking
