@@ -306,7 +306,7 @@ def pick_target(path: Path, name: str) -> np.ndarray:
 def _read_partner(path: Path, argument: str, name: object) -> np.ndarray:
     """Return the target or the groups for the rows of the .npy file ``path``.
 
-    They are the array of a second .npy file, ``name``.
+    The function reads the values from a second .npy file, ``name``.
     """
     if not isinstance(name, str | Path) or Path(name).suffix.lower() != ".npy":
         raise InputError(

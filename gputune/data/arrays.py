@@ -276,7 +276,7 @@ class ArrayLayout:
     def n_features(self) -> int:
         """The number of input features for which gputune builds a module.
 
-        It is the size of the last axis of the first input, or 1 if a row is a single value.
+        The number is the size of the first input's last axis, or 1 if a row is a single value.
         """
         return self.shapes[0][-1] if self.shapes[0] else 1
 

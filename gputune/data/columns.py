@@ -133,7 +133,7 @@ def fit_column(
 ) -> tuple[Column, tuple[str, ...]]:
     """Decide from a column's values which features the network receives for the column.
 
-    Returns the column and remarks for the user. A column without features is left out.
+    Returns the column and remarks for the user. A search does not use a column without features.
 
     A level is rare if it has fewer than ``min_count`` rows (or fewer than 1% of the rows, if that
     is less). It is also rare if it is not among the ``max_levels`` most frequent levels. With
@@ -465,8 +465,8 @@ def fit_layout(
 ) -> Layout:
     """Decide from X, and never from y, how the columns of X become features.
 
-    Constant columns and text columns with only distinct values are left out. The ``notes`` of the
-    layout report this.
+    The layout leaves out constant columns, and text columns with only distinct values. Its
+    ``notes`` report such columns.
 
     Args:
         X: a table, or a tensor (n, D).

@@ -109,7 +109,7 @@ def make_folds(
 
 
 def _selects_rows(part: object) -> bool:
-    """Return whether an object selects rows: a slice, or a sequence of positions or booleans."""
+    """Return True if an object selects rows: a slice, or a sequence of positions or booleans."""
     if isinstance(part, str) or not isinstance(part, Iterable):
         return isinstance(part, slice)
     first: Any = next(iter(part), None)
@@ -119,7 +119,7 @@ def _selects_rows(part: object) -> bool:
 def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> None:
     """Raise InputError if a group has both training and validation rows in a fold.
 
-    This happens with splitters that ignore groups, such as KFold, and with pairs of positions.
+    Splitters that ignore groups, such as KFold, and pairs of positions can split a group.
     """
     code_of: dict[object, int] = {}
     codes = np.array([code_of.setdefault(group, len(code_of)) for group in groups.tolist()])

@@ -101,8 +101,8 @@ class Table:
         )
 
     def with_readings(self, remarks: Mapping[str, str]) -> "Table":
-        """Return the table with ``remarks`` (by column name) as its ``readings``. Empty remarks are
-        left out."""
+        """Return the table with ``remarks`` (by column name) as its ``readings``. The result leaves
+        out empty remarks."""
         return replace(self, readings={name: remark for name, remark in remarks.items() if remark})
 
     def frame(self) -> object:

@@ -323,8 +323,8 @@ def _median_by_size(values: Tensor, weights: Tensor | None) -> Tensor:
 def _shortest_half(values: Tensor, weights: Tensor | None) -> Tensor:
     """Return the best constant for the median absolute error of values (n,).
 
-    This is the middle of the shortest interval that holds more than half of the values. Source:
-    Rousseeuw (1984), Least median of squares regression, theorem 2.
+    The constant is the middle of the shortest interval that holds more than half of the values.
+    Source: Rousseeuw (1984), Least median of squares regression, theorem 2.
     """
     weights = torch.ones_like(values) if weights is None else weights
     values, order = values.sort()

@@ -24,7 +24,8 @@ Score = Callable[[Tensor, Tensor], Tensor]
 class Counts(NamedTuple):
     """The counts from which precision, recall, F1 and Jaccard scores are computed.
 
-    They count rows for each class, or labels for each row, as float64 tensors of the same shape.
+    The counts are numbers of rows for each class, or of labels for each row, as float64 tensors of
+    the same shape.
     """
 
     hits: Tensor  # predicted correctly

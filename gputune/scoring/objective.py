@@ -363,8 +363,8 @@ def pairs_all_rows(
 ) -> bool:
     """Return True if a custom loss or score compares each output with all targets by mistake.
 
-    This happens if torch broadcasts (B, 1) and (B,) to (B, B). The result then does not change with
-    the order of y. It also differs from the result for outputs and y of the same shape.
+    The cause is that torch broadcasts (B, 1) and (B,) to (B, B). The result then does not change
+    with the order of y. It also differs from the result for outputs and y of the same shape.
     """
     rows = len(y)
     shapes = {tuple(outputs.shape), tuple(y.shape)}

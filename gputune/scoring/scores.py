@@ -56,7 +56,8 @@ def neg_log_loss(logits: Tensor, y: Tensor) -> Tensor:
 def neg_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Return minus the cross-entropy: the mean of -log p(label) over the rows.
 
-    Unlike the log loss, the probability p is not clipped. This is the training loss itself.
+    Unlike the log loss, the probability p is not clipped. The score is minus the training loss
+    itself.
     """
     return _log_p(logits, y).mean(-1)
 

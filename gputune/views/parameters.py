@@ -89,8 +89,8 @@ def _parameter(name: str, study: Study) -> Parameter:
 def is_log(name: str, values: FloatArray, space: str) -> bool:
     """Return True if the axis of a hyperparameter should be logarithmic.
 
-    This is the case if the search space samples the logarithm. Values from a list must span decades
-    or have a constant ratio, such as 16, 32, 64.
+    The axis is logarithmic if the search space samples the logarithm. It is also logarithmic for
+    listed values that span decades or have a constant ratio, such as 16, 32, 64.
     """
     levels = np.unique(values[np.isfinite(values)])
     if levels.size < 2 or levels[0] <= 0:
