@@ -54,7 +54,7 @@ class CNN(nn.Module):
         if len(input_shape) not in (2, 3):
             raise ValueError(
                 "a CNN takes images, (channels, height, width) or (height, width), got rows of "
-                f"shape {input_shape}: reshape X, or choose a model for such rows"
+                f"shape {input_shape}: reshape X, or choose a different model"
             )
         self.one_channel = len(input_shape) == 2
         if min(input_shape[-2:]) < 2**depth:

@@ -55,7 +55,7 @@ class GRU(nn.Module):
         if len(input_shape) not in (1, 2):
             raise ValueError(
                 "a GRU takes sequences, (steps, numbers) or (steps,) of token ids, got rows of "
-                f"shape {input_shape}: reshape X, or choose a model for such rows"
+                f"shape {input_shape}: reshape X, or choose a different model"
             )
         if (len(input_shape) == 1) != (n_tokens is not None):
             raise ValueError(

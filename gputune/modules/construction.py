@@ -146,7 +146,7 @@ def construct(builder: Builder, kwargs: Config, columns: str = "") -> nn.Module:
             None,
             f"All modules of {name_of(builder)} share {name!r}, but each member needs its own "
             f"tensors, and copy.deepcopy of a module raised {type(error).__name__}: {error}",
-            remedy="Create that part in each call, or copy it there by copy.deepcopy.",
+            remedy="Create the shared part in each call, or copy it in each call by copy.deepcopy.",
         ) from error
 
 

@@ -127,8 +127,8 @@ class _Reader:
         self.place = ""
 
     def visit(self, value: object) -> None:
-        """Read a value that code uses, because the value may make random numbers or run code when
-        called."""
+        """Search a value that code uses for random generators and for code that makes random
+        numbers."""
         if self.finding or value is _UNKNOWN or value is None:
             return
         source = source_name(value)
@@ -154,8 +154,8 @@ class _Reader:
             self._visit_instance(value)
 
     def _visit_method(self, method: types.MethodType) -> None:
-        """Read a method and the methods that it overrides, because it may call them by
-        ``super()``."""
+        """Search the code of a method for random numbers, and the methods that it overrides. It may
+        call them by ``super()``."""
         if is_a(method.__func__, types.FunctionType):
             self._read(method.__func__, [method.__self__])
         owner = method.__self__ if is_a(method.__self__, type) else type(method.__self__)
@@ -166,7 +166,7 @@ class _Reader:
                 self._read(inner, [method.__self__])
 
     def _visit_module(self, module: nn.Module) -> None:
-        """Read the forward pass and the hooks of a module."""
+        """Search the forward pass and the hooks of a module for code that makes random numbers."""
         if self._is_read(module, []):
             return
         attributes = vars(module)
@@ -176,10 +176,10 @@ class _Reader:
                 self.visit(list(hooks.values()))
 
     def _visit_class(self, cls: type) -> None:
-        """Read the functions of a class, because the code that refers to the class makes instances
-        of it.
+        """Search the functions of a class for random numbers, because the code makes instances of
+        the class.
 
-        For a module class, only the forward pass is read.
+        In a module class, only the forward pass is searched.
         """
         if self._is_read(cls, []):
             return
@@ -195,8 +195,7 @@ class _Reader:
                     self._read(value, [])
 
     def _visit_instance(self, value: object) -> None:
-        """Read the ``__call__`` method of an object, and the random generators in its
-        attributes."""
+        """Search the ``__call__`` method and the attributes of an object for random generators."""
         if self._is_read(value, []):
             return
         call = getattr_static(type(value), "__call__", None)
@@ -207,7 +206,8 @@ class _Reader:
                 self.visit(item)
 
     def call(self, value: object, arguments: Sequence[object]) -> None:
-        """Read a function together with the arguments of its call, as far as they are known."""
+        """Search the code of a called function for random numbers, given the call's known
+        arguments."""
         if is_a(value, functools.partial):
             arguments = [*value.args, *arguments]
             value = value.func
@@ -219,7 +219,7 @@ class _Reader:
             self._read(value, arguments)
 
     def _is_read(self, code: object, arguments: Sequence[object]) -> bool:
-        """Return whether code was already read with these arguments, and remember the code."""
+        """Return whether code was already searched with these arguments, and remember the code."""
         key = id(code), *map(id, arguments)
         if key in self.read or len(self.read) > _MOST_FUNCTIONS:
             return True
@@ -227,7 +227,8 @@ class _Reader:
         return False
 
     def _read(self, function: types.FunctionType, arguments: Sequence[object]) -> None:
-        """Read the code of a function that is called with some known or unknown arguments."""
+        """Search the code of a function, called with some known or unknown arguments, for random
+        numbers."""
         if self.finding or is_library(function) or self._is_read(function.__code__, arguments):
             return
         code = function.__code__
@@ -240,7 +241,8 @@ class _Reader:
         self.place = before
 
     def _read_code(self, code: types.CodeType, env: Env, outside: Mapping[str, Any]) -> None:
-        """Follow each name in a code object from its load, through its attributes, to its use."""
+        """Search a code object: follow each name from its load, through its attributes, to its
+        use."""
         # The values that were loaded last. The list is empty if their number is not known.
         stack: list[object] = []
         keywords = 0  # keyword arguments of the next call

@@ -451,7 +451,7 @@ def explain(
             None,
             f"{_sentence(f'{name} {raised} in fold {f}, after {epochs}: {says}')} It fails on "
             f"{place} of X, which belongs to the {kind} rows of that fold",
-            remedy="Correct the forward pass or the loss for such rows, or leave them out.",
+            remedy="Correct the forward pass or the loss, or remove these rows from X.",
         )
     for frame, _ in traceback.walk_tb(cause.__traceback__):
         is_forward = frame.f_code.co_name == "forward"

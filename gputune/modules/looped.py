@@ -72,7 +72,7 @@ class LoopedModule(ModuleNetwork):
         return flat
 
     def as_row(self, tensors: Params) -> Tensor:
-        """Join the tensors of one member into one row."""
+        """Flatten the tensors of one member, and join them into one row."""
         return torch.cat(
             [_real(w).flatten().to(self.shape.device, self.shape.dtype) for w in tensors.values()]
         )

@@ -366,7 +366,8 @@ def _small_first(operations: Sequence[Operation]) -> list[Operation]:
 
 
 def _in_blocks(lines: Sequence[Line]) -> Iterator[int]:
-    """Yield all kernel calls as integers. Calls that can share blocks run block by block.
+    """Yield all kernel calls as integers for the compiled code. Calls that can share blocks run
+    block by block.
 
     A block of values then stays in the processor's cache from one call to the next.
     """

@@ -119,7 +119,8 @@ _DEFAULTS = {
 
 
 def c_type(dtype: torch.dtype) -> str:
-    """Return the C type of a dtype. Raises TraceError for a dtype that is not supported."""
+    """Return the name of the C type for a torch dtype. Raises TraceError for a dtype that is not
+    supported."""
     if dtype not in C_TYPES:
         raise TraceError(f"{dtype} is not supported")
     return C_TYPES[dtype]
@@ -280,7 +281,7 @@ class Line:
 
     @property
     def total(self) -> int:
-        """Count of values that the call computes, or 0 if the call cannot be split."""
+        """The number of values that the kernel call computes, or 0 if the call cannot be split."""
         return self.sizes[-1] * self.unit if self.unit else 0
 
     def call(self, unit: int = 0) -> list[int]:

@@ -356,7 +356,7 @@ class StackedModule(ModuleNetwork):
     def with_statistics(
         self, params: Params, inputs: Sequence[Tensor], key: StepKey | None
     ) -> WithBuffers:
-        """Return the same outputs as ``differentiable``, and the members' buffers (P, ...)
+        """Return the members' outputs like ``differentiable``, and the members' buffers (P, ...)
         afterwards."""
 
         def outputs() -> WithBuffers:

@@ -399,7 +399,7 @@ class ModuleTrial:
                 None,
                 f"{self.name} has nothing to train: its outputs depend on no parameter with "
                 "requires_grad",
-                remedy="Give it such a parameter, and do not detach its outputs.",
+                remedy="Give the module a trained parameter, and do not detach its outputs.",
             )
 
     def is_alone(self, outputs: Tensor) -> bool:

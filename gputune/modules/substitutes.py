@@ -51,10 +51,8 @@ class Substitutes(TorchFunctionMode):
 
 
 def _is_self_attention(arguments: Kwargs) -> bool:
-    """Return whether a call of multi-head attention is self-attention of rows (T, B, E).
-
-    It must have no mask and one matrix of weights.
-    """
+    """Return whether an attention call is unmasked self-attention of rows (T, B, E) with one weight
+    matrix."""
     for name in ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask", "is_causal"):
         value = arguments.get(name)
         if value is not None and value is not False:
@@ -129,7 +127,7 @@ def _averages(module: nn.Module) -> TypeGuard[_BatchNorm]:
 
 @contextmanager
 def counting_on_device(module: nn.Module) -> Iterator[None]:
-    """Inside the context, BatchNorms with a cumulative average compute as after
+    """Inside the context, BatchNorms with a cumulative average count batches in a tensor, as after
     ``make_mappable``."""
     changed = [part for part in module.modules() if _averages(part) and "forward" not in vars(part)]
     for part in changed:

@@ -113,7 +113,7 @@ class Operation:
 
     @property
     def name(self) -> str:
-        """Name of the operation in torch, or "" for another function."""
+        """The name of the operation in torch, or "" for another function."""
         packet = getattr(self.function, "overloadpacket", None)
         return "" if packet is None else str(packet.__name__)
 
@@ -187,9 +187,9 @@ def trace(step: TakeStep) -> Trace:
 
 
 class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
-    """Runs operations and notes each operation that computes.
+    """Runs operations, and records each operation except views.
 
-    Views are not noted: a view is only another place in known memory.
+    A view computes nothing: it is only another place in known memory.
     """
 
     def __init__(self) -> None:
@@ -283,7 +283,7 @@ def memories_of(places: Iterable[Place]) -> set[int]:
 
 
 def clones(originals: Iterable[Tensor]) -> list[Tensor]:
-    """Return a copy of each tensor, in new memory."""
+    """Return a copy of each tensor in a list, in new memory."""
     return [tensor.clone() for tensor in originals]
 
 

@@ -275,8 +275,8 @@ class MemberKernel:
 
 
 def _row(n: int) -> int:
-    """Return the padded length of a row with ``n`` values. It must equal the result of ``row_of``
-    in the kernel."""
+    """Return the padded length of a row with ``n`` values in shared memory. It must equal the
+    result of ``row_of`` in the kernel."""
     return n if n % 8 else n + 4
 
 

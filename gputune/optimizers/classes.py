@@ -130,8 +130,8 @@ def _keys_with(keys: tuple[str, ...], prefixes: tuple[str, ...]) -> tuple[str, .
 def class_of(config: Config) -> Class | None:
     """Return the class of torch.optim for a configuration that trains each member separately.
 
-    Return None if an update rule trains all members at once. A rule with ``optimizer__*`` values is
-    replaced by its class. Raises InputError if the rule has no class.
+    Return None if an update rule trains all members at once. An update rule with ``optimizer__*``
+    values is replaced by its class. Raises InputError if the rule has no class.
     """
     word = config["optimizer"]
     if word in CLASSES:
@@ -163,7 +163,7 @@ def loop_reason(config: Config) -> str:
     Return "" if it trains all members at once.
     """
     kind = class_of(config)
-    return f"torch.optim.{kind.__name__} takes the steps of one member at a time" if kind else ""
+    return f"torch.optim.{kind.__name__} updates only one member at a time" if kind else ""
 
 
 def optimizer_defaults(word: str) -> Config:

@@ -65,7 +65,8 @@ class Clock:
         return factor
 
     def advance(self, active: Tensor | None) -> None:
-        """Count one step of the members with 1 in ``active`` (F, C), or of all members if None."""
+        """Count one step of the members with 1 in ``active`` (F, C), or of all members if
+        ``active`` is None."""
         self.done.add_(1.0 if active is None else active)
 
     def table(self, configs: Sequence[Config], key: str) -> Tensor:

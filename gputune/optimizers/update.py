@@ -154,7 +154,7 @@ class Update(Optimizer):
             self._by_rule(theta, grad, active)
 
     def _add_l2(self, grad: Tensor, theta: Tensor) -> None:
-        """Add L2 weight decay to the gradient."""
+        """Add L2 weight decay to the members' gradients, in place."""
         l2 = self.l2
         if not isinstance(l2, Tensor) and l2 == 0.0:
             return  # as in adamw, which decays in its step: a factor would make a tensor of zeros

@@ -239,7 +239,7 @@ def shape_of(population: Population) -> tuple[object, ...]:
 
 def _shape(config: Config, kind: ModelKind) -> tuple[object, ...]:
     """Return a lookup key for the tensor shapes of a configuration. Trials with equal keys can
-    be stacked."""
+    train stacked."""
     rule = config["hypergrad_rule"] if config["optimizer"] in ONLINE else None
     # The buffers of a trial depend only on the trial, so that its state can continue in any chunk.
     # A hypergradient search may have a list of momenta, one for each segment.
@@ -305,7 +305,10 @@ class Shape:
 
 
 class Draws(Protocol):
-    """Protocol: the random numbers of a model's training steps, made in advance on the device."""
+    """Protocol of an object that makes the random numbers of a model's training steps in advance.
+
+    The random numbers are on the device.
+    """
 
     def fill(self, epoch: int, step: int) -> None:
         """Write the random numbers of a step into the buffer, unless they are already there."""

@@ -124,7 +124,7 @@ class Model:
         return replace(self, **numbers)
 
     def times(self, rows: SolverRows, step: Tensor) -> Tensor:
-        """Return the product of the model's matrix (Hessian plus hold) and a step, (m, K, E)."""
+        """Multiply a step (m, K, E) by the quadratic model's matrix (Hessian plus hold)."""
         return curvature_times(rows, self.chance, step).addcmul_(self.hold, step).mul_(self.free)
 
 

@@ -376,7 +376,7 @@ def test_a_shared_part_that_cannot_be_copied_is_refused(how):
     else:
         backbone[0].weight.register_hook(lambda slope: 2 * slope)
     with refused(
-        r"modules of .* share '0\.0\.weight', .* copy\.deepcopy of a module raised .*Create that part"
+        r"modules of .* share '0\.0\.weight', .* copy\.deepcopy of a module raised .*Create the shared part"
     ):
         search(alike(backbone, False)["sequence"])
 
@@ -497,7 +497,7 @@ def test_a_search_says_what_trains_one_by_one_and_why(capsys):
         (
             Linear,
             {"backend": "stacked", "optimizer": "RAdam"},
-            "backend='stacked' trains .*, but torch.optim.RAdam takes the steps of one member",
+            "backend='stacked' trains .*, but torch.optim.RAdam updates only one member",
         ),
         (
             Linear,
@@ -512,7 +512,7 @@ def test_a_search_says_what_trains_one_by_one_and_why(capsys):
         (
             "mlp",
             {"space": {"optimizer": ["adam", "RAdam"]}},
-            "torch.optim.RAdam takes the steps .*model='mlp' trains all members",
+            "torch.optim.RAdam updates only .*model='mlp' trains all members",
         ),
     ],
 )
@@ -541,8 +541,7 @@ def test_a_class_of_torch_optim_trains_one_by_one_in_a_search(tmp_path, capsys):
     said = capsys.readouterr().err
     for name in ("RAdam", "Adam"):
         sentence = (
-            f"trials train one by one, because torch.optim.{name} takes the steps of one member at "
-            "a time"
+            f"trials train one by one, because torch.optim.{name} updates only one member at a time"
         )
         assert said.count(sentence) == 1 and any(sentence in note for note in study.record.notes)
     assert "8 trials in 8 chunks of 1" in said and ", one by one" in said

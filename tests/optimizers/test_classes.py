@@ -122,11 +122,11 @@ def test_arguments_that_a_class_has_not_are_refused(config, words):
 def test_built_in_models_and_stacked_members_have_no_such_class():
     (config,) = fill({"optimizer": "RAdam"})
     with refused(
-        "torch.optim.RAdam takes the steps of one member at a time, but model='mlp' .*models.MLP"
+        "torch.optim.RAdam updates only one member at a time, but model='mlp' .*models.MLP"
     ):
         check_optimizer(config, "mlp")
     with refused(
-        "backend='stacked' trains .*, but torch.optim.RAdam takes .*backend='auto' train the "
+        "backend='stacked' trains .*, but torch.optim.RAdam updates only .*backend='auto' train the "
         "members one by one"
     ):
         check_optimizer(config, "module", stacked=True)

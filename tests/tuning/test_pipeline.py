@@ -636,7 +636,7 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ),
         (
             {"optimizer": "Adagrad"},
-            "torch.optim.Adagrad takes the steps .*model='mlp' trains all .*models.MLP",
+            "torch.optim.Adagrad updates only .*model='mlp' trains all .*models.MLP",
         ),
         ({"method": "halvng"}, "method must be .*got 'halvng'. Did you mean 'halving'"),
         ({"loss": "hubber", "model": Net}, "loss must be .*got 'hubber'. Did you mean 'huber'"),
