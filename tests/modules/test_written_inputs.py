@@ -2,6 +2,7 @@
 outside of its call.
 """
 
+import functools
 import warnings
 
 import numpy as np
@@ -151,7 +152,11 @@ CASES = {
     **{name: [(forward_of(one), {}) for one in pair] for name, pair in FORWARDS.items()},
     **{name: [(Net, one) for one in pair] for name, pair in OPTIONS.items()},
 }
-SHORT = ("scaled", "in evaluation", "at some rows", "score")
+CASES["scaled, and score"] = [
+    (forward_of(change), options)
+    for change, options in zip(FORWARDS["scaled"], OPTIONS["score"], strict=True)
+]
+SHORT = ("scaled, and score", "in evaluation", "at some rows")
 
 
 def search(model, options, trials=2, rows=X, **more):
@@ -315,6 +320,16 @@ CASES_ON_MANY_ROWS = {
 SHORT_ON_MANY_ROWS = ("both modes", "in silence")
 
 
+@functools.cache
+def expected_of_three_trials(folds):
+    """Return the curves of the plain module on many rows; the test that takes them has four cases."""
+    return search_many_rows(Net, {}, 3, backend="loop", cv=cv_of(folds)).curves
+
+
+def cv_of(folds):
+    return 3 if folds == 3 else ShuffleSplit(1, test_size=0.3, random_state=0)
+
+
 def search_many_rows(model, options, trials, **more):
     space = {"lr": [1e-3, 3e-3, 1e-2][:trials], "batch_size": [64]}
     given = {**SEARCH, "cv": 3, "n_trials": trials, "space": space, **options, **more}
@@ -372,12 +387,11 @@ def writes_in_the_second_epoch(write):
 @pytest.mark.parametrize("write", [torch.Tensor.zero_, lambda x: x.mul_(2)], ids=["set", "scaled"])
 @pytest.mark.parametrize("folds", [1, 3])
 def test_a_module_that_begins_to_write_in_the_middle_gets_copies(write, folds):
-    options = {"cv": 3 if folds == 3 else ShuffleSplit(1, test_size=0.3, random_state=0)}
-    expected = search_many_rows(Net, {}, 3, backend="loop", **options).curves
+    expected = expected_of_three_trials(folds)
     writes = forward_of(writes_in_the_second_epoch(write))
     for trials in (1, 3):
         CALLS.clear()
-        found = search_many_rows(writes, {}, trials, backend="eager", **options).curves
+        found = search_many_rows(writes, {}, trials, backend="eager", cv=cv_of(folds)).curves
         assert len(CALLS) > 7
         np.testing.assert_allclose(found, expected[:trials], rtol=0, atol=1e-10)
 

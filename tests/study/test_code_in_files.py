@@ -165,22 +165,31 @@ Hooked Helper.of_nobody torch.hub.load __builtins__.exec Net.__init__.__globals_
 """Names in the program that runs, which is the same file here."""
 
 
-def save_spec(folder, study, spec, kwargs):
-    """Write a spec into a model folder and a study, with checksums that fit."""
+def save_in_model(folder, spec, kwargs):
+    """Write a spec into a model folder, with a checksum that fits."""
     path = folder / "model.json"
     whole = json.loads(path.read_text())
     whole["body"]["spec"] = {"kind": "module", "kwargs": kwargs, **spec}
     text = json.dumps(whole["body"], separators=(",", ":"))
     whole["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     path.write_text(json.dumps(whole))
+
+
+def save_in_study(study, spec):
+    """Write a spec into a study, with a checksum that fits."""
     value = json.dumps({"kind": "module", **spec})
     raw = sqlite3.connect(study)
+    raw.execute("PRAGMA synchronous = OFF")
     raw.execute(
         "UPDATE meta SET value = ?, checksum = ? WHERE key = 'spec'",
         (value, checksum("spec", value)),
     )
     raw.commit()
     raw.close()
+
+
+OF_MODELS = {"load_model", "predict FILE", "evaluate FILE", "export FILE"}
+"""The entry points that read a model folder. The others read a study."""
 
 
 class Scene:
@@ -276,7 +285,10 @@ class Scene:
         """Read a stranger's files through several entry points; all of them must refuse, and the
         song must not be sung.
         """
-        save_spec(self.evil / "model", self.evil_study, spec, kwargs)
+        if not OF_MODELS.isdisjoint(entries):
+            save_in_model(self.evil / "model", spec, kwargs)
+        if not OF_MODELS.issuperset(entries):
+            save_in_study(self.evil_study, spec)
         for name in entries:
             try:
                 self.entries()[name]()
@@ -435,12 +447,8 @@ def test_a_file_that_an_older_list_names_vouches_for_its_modules_alone(scene):
 
 def test_arguments_of_a_stranger_are_plain_data(scene):
     """An argument of a permitted class that calls its own arguments."""
-    save_spec(
-        scene.evil / "model",
-        scene.evil_study,
-        scene.spec("Net"),
-        {"act": {"torch": "torch.nn:ReLU"}},
-    )
+    relu = {"act": {"torch": "torch.nn:ReLU"}}
+    save_in_model(scene.evil / "model", scene.spec("Net"), relu)
     gputune.load_model(scene.evil / "model")
     homes = (
         "torch.nn",
@@ -478,7 +486,7 @@ def test_it_would_have_sung(scene):
         "Helper.of_nobody",
         "Net.helper",
     ):
-        save_spec(scene.evil / "model", scene.evil_study, scene.spec(name), {})
+        save_in_model(scene.evil / "model", scene.spec(name), {})
         with pytest.raises(InputError):  # it makes no module that fits
             gputune.load_model(scene.evil / "model", trust_code=True)
         assert scene.canary.exists(), name
