@@ -665,7 +665,7 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
         (
             SEVERAL,
             {"loss": lambda o, y: o.mean(1), "method": "hypergradient"},
-            "must be a loss with a name",
+            "must be the name of a loss",
         ),
     ],
 )

@@ -84,14 +84,15 @@ def test_a_search_and_its_best_model_train_with_it(tf32, method, monkeypatch):
         (
             {},
             "cpu",
-            "tf32=True is for float32 matrix products on a GPU, got device='cpu' and "
+            "tf32=True works only for float32 matrix products on a GPU, got device='cpu' and "
             "dtype='float32'. Leave tf32 out.",
         ),
         ({"dtype": "float64"}, "cuda", "got device='cuda' and dtype='float64'. Leave tf32 out."),
         (
             {"workers": 2},
             "cuda",
-            "tf32=True is for a search in one process, got workers=2. Leave one of them out.",
+            "tf32=True works only for a search in one process, got workers=2. Leave one of them "
+            "out.",
         ),
         ({"tf32": 1}, "cuda", "tf32 must be True or False, got 1."),
     ],
@@ -123,4 +124,4 @@ def test_gpus_have_it_from_ampere_on(monkeypatch):
 
 def test_the_command_line_asks_for_it():
     code, _, error = run("tune", "sklearn:iris", "--tf32", "--device", "cpu")
-    assert code == 2 and "--tf32 is for float32 matrix products" in error
+    assert code == 2 and "--tf32 works only for float32 matrix products" in error

@@ -71,7 +71,9 @@ class Findings:
     def why_not(self, backend: Backend) -> str:
         """Return a sentence that says which guarantee a backend breaks on this device, or ""."""
         law = (self.failed or {}).get(backend)
-        return "" if law is None else f"gputune check found that {law!r} does not hold for it here"
+        if law is None:
+            return ""
+        return f"gputune check found that {law!r} does not hold for this backend on this device"
 
 
 def device_name(device: torch.device) -> str:
@@ -214,7 +216,9 @@ def _why_no_gpu() -> str:
     """Return a sentence that says why torch cannot use a GPU, and the remedy if it is known."""
     if torch.version.cuda is None:
         page = "https://pytorch.org/get-started/locally"
-        return f"torch {torch.__version__} is built without CUDA. Install a build with it: {page}."
+        return (
+            f"torch {torch.__version__} is built without CUDA. Install a build with CUDA: {page}."
+        )
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and not hidden.strip("-1 "):
         return f"CUDA_VISIBLE_DEVICES={hidden!r} hides every GPU. Unset it."
@@ -366,7 +370,7 @@ def check_tf32(tf32: object, dtype: str, workers: object, device: torch.device) 
     if device.type != "cuda" or dtype != "float32":
         raise InputError(
             "tf32=True",
-            "is for float32 matrix products on a GPU",
+            "works only for float32 matrix products on a GPU",
             got=Verbatim(f"{option('device', str(device))} and {option('dtype', dtype)}"),
             remedy=f"Leave {option('tf32')} out.",
         )
@@ -382,7 +386,7 @@ def check_tf32(tf32: object, dtype: str, workers: object, device: torch.device) 
     if workers not in ("auto", 1):
         raise InputError(
             "tf32=True",
-            "is for a search in one process",
+            "works only for a search in one process",
             got=Verbatim(option("workers", workers)),
             remedy="Leave one of them out.",
         )

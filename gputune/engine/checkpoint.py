@@ -143,7 +143,7 @@ class CheckpointFolder:
         if ignored:
             warn(
                 f"{count(len(ignored), 'checkpoint')} in {str(self.folder)!r} cannot be used "
-                f"({ignored[0]}). The trials in question train from the start."
+                f"({ignored[0]}). Their trials train from the start."
             )
         return checkpoints
 

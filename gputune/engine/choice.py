@@ -321,8 +321,8 @@ def fastest_way(
     if stacked.seconds < _MARGIN * loop.seconds:
         return "", 0.0
     slow = (
-        f"a step of a member takes {1e3 * loop.seconds:.3g} ms one by one, and "
-        f"{1e3 * stacked.seconds:.3g} ms with stacked members"
+        f"a training step of one trial on one fold takes {1e3 * loop.seconds:.3g} ms one by one, "
+        f"and {1e3 * stacked.seconds:.3g} ms in stacked training"
     )
     return slow, 0.0
 

@@ -122,7 +122,9 @@ class OneMember:
         if isinstance(self.single.update, OnlineUpdate):
             raise TraceError("compiled code does not support a learning rate that adapts itself")
         if draws is None and network.traits.draws:
-            raise TraceError("its random numbers depend on more than the key of the step")
+            raise TraceError(
+                "its random numbers depend on more than the seed, the epoch and the step"
+            )
         self.draws = draws if isinstance(draws, ModuleDraws) and any(draws.draws.values()) else None
         self._match(self.single.update, ("update",))
         self._match(self.single.update.clock, ("update", "clock"))

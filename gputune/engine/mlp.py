@@ -33,8 +33,8 @@ _SLOPES = {
     "gelu": (aten.gelu_backward, False),
     "silu": (aten.silu_backward, False),
 }
-"""PyTorch's backward function of each activation, and a flag. If the flag is True, the function
-takes the output of the activation, otherwise its input."""
+"""Maps each activation to PyTorch's backward function and a flag. The backward function reads the
+output of the activation if the flag is True, otherwise the input of the activation."""
 
 
 class StackedMLP:

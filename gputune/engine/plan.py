@@ -264,7 +264,7 @@ class Plan:
             parts = [f"{size_words(in_memory)} in main memory"] if in_memory else []
             if in_files:
                 parts.append(f"{size_words(in_files)} in files")
-            text += f"; states that wait for a rung take up to {' and '.join(parts)}"
+            text += f"; the states of paused trials take up to {' and '.join(parts)}"
         return "; ".join([text, *self.failures])
 
 

@@ -122,8 +122,8 @@ class StackedChunk:
         """Warn that gputune cannot record the training steps, with the reason, and note it for the
         search."""
         fault = (
-            "Trials train in steps that are not recorded, which is slower, because recording "
-            f"them failed: {reason}."
+            "Training steps run without recording, which is slower, because recording a step "
+            f"failed: {reason}."
         )
         if fault not in self.faults:
             self.faults[fault] = None

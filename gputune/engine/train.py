@@ -362,8 +362,8 @@ def _try_to_make(
     optimizer = network.configs[0]["optimizer"]
     faster = "a kernel" if backend == "kernel" else "compiled ones"
     warn(
-        f"Trials with the optimizer {optimizer!r} train in recorded steps, slower than {faster}: "
-        f"{reason}",
+        f"Trials with the optimizer {optimizer!r} train in recorded steps, which are slower than "
+        f"{faster}: {reason}",
         RuntimeWarning,
     )
     return None

@@ -303,8 +303,8 @@ class RayCluster:
                 f"With {option('workers', 'ray')} and {option('device', self.device)}, a task "
                 f"needs {needs} on one node, but no node of the cluster has them (nodes: "
                 f"{'; '.join(sizes) or 'none'})",
-                remedy=f"Start nodes that do, or change {option('device')} or the cpus of "
-                "gputune.Ray.",
+                remedy=f"Start nodes with these resources, or change {option('device')} or the "
+                "cpus of gputune.Ray.",
             )
         return tasks
 
@@ -429,7 +429,8 @@ class RayTasks(Executor[Population, Outcome | Failure]):
                     None,
                     f"A Ray worker has no module {error.cause.name!r}, which your module or "
                     "scorer imports",
-                    remedy="Install it there, or put the code that they need into their own file. "
+                    remedy="Install the module there, or move the imported code into the file of "
+                    "your module or scorer. "
                     f"{_RESUME}",
                 ) from error
             raise error.cause from error

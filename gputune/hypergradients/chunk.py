@@ -347,7 +347,7 @@ def inner_problem(
     if objective is not None and (not objective.is_named or objective.augment is not None):
         raise InputError(
             "loss",
-            f"must be a loss with a name, without {option('augment')}, for {_METHOD}",
+            f"must be the name of a loss, without {option('augment')}, for {_METHOD}",
             got=Verbatim(objective.name),
             remedy="Choose another method, or "
             f"{option('loss', 'cross_entropy')}, 'mse', ... without {option('training_step')} and "

@@ -116,7 +116,7 @@ def check_classes(
         weighing = " with sample_weight above 0" if weighed else ""
         raise InputError(
             "cv",
-            f"must give each fold a training row{weighing} of every class that it validates on",
+            f"must give each fold a training row{weighing} for every class in its validation rows",
             got=Verbatim(f"none of class {sorted(lacking)[0]!r} in fold {fold}"),
             remedy="The log loss of this fold is always infinite. Use stratified folds, fewer "
             "folds, or leave the class out.",

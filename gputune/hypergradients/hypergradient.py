@@ -107,8 +107,8 @@ def hypergradient(
         InputError: An argument is invalid, an operation cannot be differentiated twice, or the
             memory does not suffice.
 
-    Warns: RuntimeWarning: Training is chaotic, so the gradient is noise; or the validation loss is
-        not
+    Warns:
+        RuntimeWarning: Training is chaotic, so the gradient is noise; or the validation loss is not
             finite.
 
     Sources: Maclaurin et al. (2015), arXiv:1502.03492; Franceschi et al. (2017), arXiv:1703.01785;
@@ -343,7 +343,7 @@ def _differences(
                 remedy=f"Use {option('mode', 'reverse')} or 'forward'.",
             )
     width = default_width(problem.training.dtype)
-    reason = f"asked for; steps of {width:.1e} in the logarithm (logit of momentum and betas)"
+    reason = f"requested; steps of {width:.1e} in the logarithm (logit of momentum and betas)"
     return reason, differences(problem, names, width=width)
 
 
@@ -374,16 +374,16 @@ def _choose(
     mode: ExactMode
     if asked == "forward":
         mode = "forward"
-        reason = "asked for"
+        reason = "requested"
     elif asked == "reverse" or truncate is not None or checkpoint:
         mode = "checkpointed" if checkpoint else "reverse"
-        reason = "asked for"
+        reason = "requested"
     else:
         mode = fastest_that_fits(sizes, budget, hyperparameters=number)
         single = "one hyperparameter, so that forward mode is no slower than reverse"
         reason = {
-            "reverse": "one price for all hyperparameters",
-            "checkpointed": "checkpointed, since the whole does not fit",
+            "reverse": "reverse takes the same time for any number of hyperparameters",
+            "checkpointed": "reverse fits into memory only with checkpoints",
             "forward": single if number == 1 else "reverse does not fit",
         }[mode]
     if sizes[mode] > budget:
@@ -407,14 +407,14 @@ def _warn_of_noise(result: HypergradientResult) -> None:
     """Warn if the validation loss is not finite, or if chaotic training made the gradient noise."""
     if not math.isfinite(result.value):
         warn(
-            f"the validation loss is {result.value}: look for NaN in the minibatches and in "
+            f"The validation loss is {result.value}. Look for NaN in the minibatches and in "
             "valid, or lower the learning rate.",
             RuntimeWarning,
         )
     elif result.chaotic:
         warn(
-            f"training is chaotic: it amplifies a small change {result.ratio:.3g} times, and the "
-            "gradient is noise; lower the learning rate, train for fewer steps, or look at the "
+            f"Training is chaotic: it amplifies a small change {result.ratio:.3g} times, so the "
+            "gradient is noise. Lower the learning rate, train for fewer steps, or look at the "
             "trend with a wide finite difference.",
             RuntimeWarning,
         )

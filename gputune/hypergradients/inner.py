@@ -38,8 +38,8 @@ HYPERPARAMETERS = ("lr", "momentum", "weight_decay", "beta1", "beta2")
 BETWEEN_0_AND_1 = ("momentum", "beta1", "beta2")
 
 Tables = Mapping[str, Tensor]
-"""Maps the name of each hyperparameter to its table of values (P, S, L). S and L may differ between
-hyperparameters."""
+"""Maps each hyperparameter to its values, (P members, S segments, L layers). S and L may differ
+between hyperparameters."""
 
 SegmentRows = Mapping[str, Sequence[Tensor]]
 """The hyperparameter tables, cut into one row per segment of the training.

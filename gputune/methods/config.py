@@ -241,7 +241,7 @@ def check_penalty(keys: Collection[str], name: str) -> None:
             name,
             "must have only one of 'penalty' and 'l1_ratio', which have the same meaning",
             got=Verbatim("both"),
-            remedy="Leave 'penalty' out: l1_ratio 0 is l2, 1 is l1, between is elastic net.",
+            remedy="Use only 'l1_ratio': 0 is l2, 1 is l1, and a value between is elastic net.",
         )
 
 

@@ -428,8 +428,8 @@ def _text(value: Any, key: str) -> str:
             f"space[{key!r}]",
             "must have values with the same text in every process",
             got=value,
-            remedy="Use a number, a word, a class or a named function, or give its class a "
-            "__repr__.",
+            remedy="Use a number, a string, a class or a named function, or define __repr__ in the "
+            "class of the value.",
         )
     return text
 

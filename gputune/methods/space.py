@@ -151,8 +151,8 @@ def _check_online(part: Mapping[str, object], name: str) -> None:
         if key in part:
             raise InputError(
                 name,
-                f"has the key {key!r}, which only the optimizers {', '.join(ONLINE)} use, but it "
-                f"draws the optimizer {optimizers!r}",
+                f"has the key {key!r}, which only the optimizers {', '.join(ONLINE)} use, but its "
+                f"optimizer is {optimizers!r}",
                 remedy="Leave the key out, or add one of these optimizers.",
             )
 
@@ -182,7 +182,8 @@ def check_own_include(include: object, space: CheckedSpace) -> list[Config]:
         if all(config.keys() != part.keys() for part in space):
             raise InputError(
                 f"include[{i}]",
-                f"must have a value for each key of the space, {', '.join(space[0])}, and no other",
+                f"must have a value for each key of the space, {', '.join(space[0])}, and no other "
+                "key",
                 got=dict(config),
             )
     return list(map(plain_config, configs))
@@ -229,7 +230,7 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
     if key == "width" and isinstance(value, tuple):
         raise InputError(
             name,
-            "must be a list, because a tuple is the layers of one network",
+            "must be a list, because a tuple lists the layers of one network",
             got=value,
             remedy=f"Write {list(value)!r} for widths to choose from, [{value!r}] for one network.",
         )
@@ -252,7 +253,7 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
         words = WORDS[key]
         raise InputError(
             name,
-            f"must be a list of words out of {', '.join(words)}",
+            f"must be a list of values from {', '.join(words)}",
             got=Verbatim("a distribution"),
             remedy=f"For example {list(words[:2])}.",
         )
@@ -266,8 +267,8 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
             name,
             "must have parameters in their range",
             got=Verbatim(distribution_text(value)),
-            remedy="loguniform needs 0 < low < high, uniform(low, width) a width > 0, "
-            "randint(low, high) low < high.",
+            remedy="loguniform needs 0 < low < high, uniform(low, width) needs width > 0, and "
+            "randint(low, high) needs low < high.",
         )
     if (rule := RANGES.get(key)) is None:
         return

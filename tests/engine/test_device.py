@@ -146,7 +146,9 @@ def test_what_is_solved_stays_on_the_cpu(machine):
 def test_a_gpu_that_failed_its_laws_is_not_taken():
     keep_findings(GPU, Findings({"eager": "a law", "graph": "another"}, {}))
     found = device_for("auto", Workload(**WORK | {"configs": CONFIGS * 50, "epochs": 5000}))
-    assert found == DeviceChoice(CPU, "gputune check found that 'a law' does not hold for it here")
+    assert found == DeviceChoice(
+        CPU, "gputune check found that 'a law' does not hold for this backend on this device"
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ OLD = (
 @pytest.mark.parametrize(
     ("built", "hidden", "driver", "said"),
     [
-        (None, None, None, r"torch .* is built without CUDA. Install a build with it"),
+        (None, None, None, r"torch .* is built without CUDA. Install a build with CUDA"),
         ("13.0", "", None, "CUDA_VISIBLE_DEVICES='' hides every GPU. Unset it"),
         ("13.0", "-1", None, "CUDA_VISIBLE_DEVICES='-1' hides every GPU"),
         ("13.0", None, OLD, "torch says: The NVIDIA driver on your system is too old"),

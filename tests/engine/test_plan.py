@@ -128,9 +128,9 @@ def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backe
         (None, ""),
         (
             4096,
-            "; states that wait for a rung take up to 4.0 KiB in main memory and 6.0 KiB in files",
+            "; the states of paused trials take up to 4.0 KiB in main memory and 6.0 KiB in files",
         ),
-        (10240, "; states that wait for a rung take up to 10.0 KiB in main memory"),
+        (10240, "; the states of paused trials take up to 10.0 KiB in main memory"),
     ],
 )
 def test_the_plan_says_what_trains_and_where_states_wait(room, words):

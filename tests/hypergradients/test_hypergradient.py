@@ -83,7 +83,7 @@ def slopes_of_the_value(optimizer):
 def test_every_mode_is_the_slope_of_the_value(optimizer, options):
     found = run(network(), hyperparameters=values_of(optimizer), optimizer=optimizer, **options)
     assert options["mode"] == "auto" or (
-        found.mode == options["mode"] and found.reason.startswith("asked for; ")
+        found.mode == options["mode"] and found.reason.startswith("requested; ")
     )
     for name, slope in slopes_of_the_value(optimizer).items():
         tolerance = (1e-5 if found.mode == "fd" else 1e-6) * np.abs(slope) + 1e-9
@@ -545,10 +545,10 @@ def test_auto_takes_the_fastest_mode_that_fits():
     assert (
         chosen("1GB")
         == chosen(sizes["reverse"])
-        == ("reverse", "one price for all hyperparameters")
+        == ("reverse", "reverse takes the same time for any number of hyperparameters")
     )
     between = (sizes["checkpointed"] + sizes["reverse"]) // 2
-    assert chosen(between) == ("reverse", "checkpointed, since the whole does not fit")
+    assert chosen(between) == ("reverse", "reverse fits into memory only with checkpoints")
     assert sizes["forward"] < sizes["checkpointed"] - 1
     assert chosen(sizes["forward"]) == ("forward", "reverse does not fit")
     reason = run(network(), given=given, hyperparameters=values, memory="1MB").reason
@@ -572,7 +572,7 @@ def test_the_ratio_flags_chaotic_training_and_nothing_else(mode):
         ).ratio
 
     with pytest.warns(
-        RuntimeWarning, match="training is chaotic: it amplifies a small change .* times"
+        RuntimeWarning, match="Training is chaotic: it amplifies a small change .* times"
     ):
         assert ratio("momentum", 0.8, 60) > CHAOTIC
     assert ratio("momentum", 0.003, 30) < 20
@@ -585,7 +585,7 @@ def test_a_training_that_diverges_is_seen_to(options):
         return (output**4).sum()
 
     with pytest.warns(
-        RuntimeWarning, match="the validation loss is (nan|inf): look for NaN in the minibatches"
+        RuntimeWarning, match="The validation loss is (nan|inf). Look for NaN in the minibatches"
     ):
         result = run(network(), steep, hyperparameters={"lr": 10.0}, **options)
     assert not np.isfinite(result.value) and result.chaotic

@@ -577,7 +577,7 @@ def test_fixed_values_are_checked_as_the_others_are():
     refused("fixed['momentum'] must be in [0, 1), got 1.0", fixed={"momentum": 1.0})
 
 
-@pytest.mark.filterwarnings("ignore:the validation loss is nan")
+@pytest.mark.filterwarnings("ignore:The validation loss is nan")
 @pytest.mark.parametrize("mode", (*EXACT, "fd"))
 def test_a_loss_that_is_not_a_number_is_seen(mode):
     result = run(loss=lambda output, y: functional.cross_entropy(output, y) * math.nan, mode=mode)

@@ -91,7 +91,7 @@ def test_penalty_stays_a_key_of_the_space():
         ({"lr": {0.1, 0.2}}, r"^space\['lr'\] must be a list, because a set has no order, got {"),
         (
             {"width": (32, 64)},
-            r"a tuple is the layers of one network, got \(32, 64\)\. Write \[32, 64\] for .*\[\(32, 64\)\]",
+            r"a tuple lists the layers of one network, got \(32, 64\)\. Write \[32, 64\] for .*\[\(32, 64\)\]",
         ),
         (
             {"width": [8, (4, 2)], "depth": [1]},
@@ -106,7 +106,7 @@ def test_penalty_stays_a_key_of_the_space():
         ),
         (
             {"activation": stats.randint(0, 4)},
-            "must be a list of words out of relu, .*got a distribution.",
+            "must be a list of values from relu, .*got a distribution.",
         ),
     ],
 )
@@ -156,7 +156,7 @@ def test_distributions_inside_the_range_are_taken(key, law):
             r"parameters in their range, got loguniform\(a=0.0, b=1.0\)",
         ),
         ("lr", stats.loguniform(1, 0.1), "loguniform needs 0 < low < high"),
-        ("lr", stats.uniform(1, -1), "a width > 0"),
+        ("lr", stats.uniform(1, -1), "needs width > 0"),
         (
             "lr",
             stats.loguniform,
@@ -172,7 +172,7 @@ def test_distributions_inside_the_range_are_taken(key, law):
         ),
         ("width", stats.randint(0, 9), "must be an integer >= 1, .*draws from 0 to 8"),
         ("width", stats.poisson(20), "draws from 0 to inf"),
-        ("width", stats.randint(9, 3), r"randint\(low, high\) low < high"),
+        ("width", stats.randint(9, 3), r"randint\(low, high\) needs low < high"),
     ],
 )
 def test_distributions_outside_the_range_are_refused_before_any_draw(key, law, message):
