@@ -189,7 +189,7 @@ class Following(DoublePart):
 
 def test_a_part_in_another_precision_is_explained_and_the_remedy_works():
     words = (
-        r"float32 while it trains, also 'first.weight', which was created as torch.float64. "
+        r"float32, also 'first.weight', which was created as torch.float64. "
         r".* x.to\(self.first.weight.dtype\)"
     )
     with refused(words):
