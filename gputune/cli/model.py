@@ -56,7 +56,7 @@ class Evaluation:
     trained_share: float | None = None
     """The approximate share of the rows that the model was trained on.
 
-    None if it is not known, for models of old versions.
+    None for models of old versions, because these hold no sample of their rows.
     """
 
     def to_json(self) -> Json:

@@ -226,7 +226,7 @@ class CudaRecorder:
                     raise RuntimeError(
                         f"{self.device} has failed, and this process cannot use it any more: "
                         f"{str(lost).splitlines()[0]}. The study keeps finished results. Resume "
-                        "it in a new process."
+                        "the search in a new process."
                     ) from error
                 # CUDA raises RuntimeError for a step that it cannot record. Other errors come from
                 # gputune or the module.

@@ -46,8 +46,8 @@ _SCIKIT_LEARN_VALUES: dict[str, tuple[object, ...]] = {
     "weight_decay": (None,),
     "device": ("auto", "cpu"),
 }
-"""Parameters with more possible values in gputune -> the values that scikit-learn's own ``fit``
-supports."""
+"""Maps parameters with more possible values in gputune to the values that scikit-learn's own
+``fit`` supports."""
 
 
 class _MLP(TrainedEstimator):

@@ -29,7 +29,7 @@ _LOOK = 0.2
 """Seconds between two checks for results of another process."""
 
 _PATIENCE = 2.0
-"""Seconds of waiting for another process that adds trials, before the user is informed."""
+"""Seconds to wait for another process that adds trials, before gputune informs the user."""
 
 Cut = Callable[[Sequence[Candidate]], Sequence[tuple[Sequence[int], int, int]]]
 """Function that cuts candidates into chunks.

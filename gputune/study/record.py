@@ -98,7 +98,7 @@ class Arguments:
 
 
 _ENDING = ("target_score", "patience_trials")
-"""Options that decide when a search ends. A resumed search may change them."""
+"""Options that decide when a search ends. A resumed search may change these options."""
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ _ROWS = {
 braces."""
 
 _AT_ONCE = 100
-"""The count of rows that are read together. With more rows, gputune spends more memory, and more
-time on allocating it."""
+"""The count of rows that gputune reads together. With more rows, gputune needs more memory, and
+more time to allocate this memory."""
 
 __all__ = ["Candidate", "Curve", "PlannedChunk", "Result", "Store"]
 

@@ -195,5 +195,5 @@ DECODERS: dict[str, Callable[[Any], object]] = {
 }
 """Maps each tag to the function that reads the tag's content.
 
-A user's dict with a tag as its only key is written under the tag "dict".
+If a user's dict has a tag as its only key, gputune writes the dict under the tag "dict".
 """
