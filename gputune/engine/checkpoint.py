@@ -195,7 +195,7 @@ class CheckpointFolder:
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Settings for writing checkpoint files while the trials of a search train.
+    """Settings for writing checkpoint files, from which a stopped search resumes.
 
     ``numbers`` has the trial number for each position of a trial in the search.
     """

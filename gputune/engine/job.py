@@ -207,8 +207,8 @@ class RungJob(Job):
     def run(
         self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
     ) -> RungOutcome:
-        """Train one chunk up to the rung, and return the scores of only the epochs that this call
-        trained."""
+        """Train one group of trials (chunk) up to the rung. Returns the scores of only the epochs
+        that this call trained."""
         begin = time.monotonic()
         start = BegunChunk.of(chunk).epoch
         trained = train_chunk(self, data, chunk, progress)

@@ -123,7 +123,7 @@ class BegunChunk(Population):
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Settings that all chunks of a training run share.
+    """Settings that all groups of trials (chunks) of a training run share.
 
     Args:
         seed: Random seed.

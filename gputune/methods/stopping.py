@@ -28,7 +28,7 @@ class StoppingRule:
         """Return the epochs after which the rule may stop trials, in order, all below
         ``max_epochs``.
 
-        Raises InputError if the options allow no such epoch.
+        Raises InputError if the options leave no epoch for a decision.
         """
         raise NotImplementedError
 
