@@ -97,7 +97,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on its first use."""
+    """Import a public name, such as ``gputune.tune``, when a program uses the name for the first
+    time."""
     for home, names in _HOMES.items():
         if name in names:
             with without_collector():

@@ -1,4 +1,5 @@
-"""Run the command line with ``python -m gputune``, if no script is on the path."""
+"""Run gputune's command line with ``python -m gputune``, if the script ``gputune`` is not on the
+path."""
 
 import sys
 

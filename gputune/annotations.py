@@ -1,4 +1,4 @@
-"""Type aliases for arrays and paths, for annotations only."""
+"""Type aliases for arrays and paths, used only in type annotations."""
 
 import os
 from typing import TypeAlias

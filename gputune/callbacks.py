@@ -64,15 +64,15 @@ class Callback:
     """
 
     def on_study_start(self, study: Study) -> None:
-        """Called before anything trains.
+        """The search calls this method once, before anything trains.
 
         Args:
             study: the study, with the options (``meta``) and the trials known so far.
         """
 
     def on_epoch(self, curves: np.ndarray) -> None:
-        """Called when the trials of a chunk (trials that train together) have trained for more
-        epochs.
+        """The search calls this method when trials that train together (a chunk) have trained
+        further.
 
         Training in this process reports one epoch at a time. A worker process reports all epochs of
         a chunk at once.
@@ -83,14 +83,14 @@ class Callback:
         """
 
     def on_trials_end(self, trials: Study) -> None:
-        """Called with each batch of trials that this process has finished.
+        """The search calls this method with each batch of trials that this process has finished.
 
         Args:
             trials: a study of these trials, with ``trials`` and ``curves``.
         """
 
     def on_study_end(self, study: Study) -> None:
-        """Called once at the end, also after an error or Ctrl-C.
+        """The search calls this method once at its end, also after an error or Ctrl-C.
 
         Args:
             study: the study with all finished results.

@@ -83,7 +83,7 @@ class InputError(ValueError):
         return interface.render(self.message)
 
     def shown_by(self, interface: Interface) -> Self:
-        """Return a copy of the error whose text has the argument names of an interface."""
+        """Return a copy of the error that shows an interface's names of arguments in its text."""
         error = copy(self)
         error.interface = interface
         return error

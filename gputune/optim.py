@@ -1,4 +1,5 @@
-"""Optimizers for any PyTorch loop that adapt their learning rate: SGDHD, AdamHD, AdamWHD."""
+"""Optimizers that adapt their own learning rate, for any PyTorch training loop: SGDHD, AdamHD,
+AdamWHD."""
 
 from gputune.hypergradients.online import SGDHD, AdamHD, AdamWHD
 

@@ -198,7 +198,7 @@ class Outputs:
 
 
 def beyond_limit(sizes: Mapping[int, int], scores: Mapping[int, float]) -> list[int]:
-    """Return the numbers of the trials whose outputs must be deleted to stay within the limit of
+    """Return the trial numbers of the outputs to delete, so that the rest stays within the limit of
     bytes.
 
     The outputs of the trials with the worst scores are deleted. Among equal scores the oldest

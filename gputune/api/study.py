@@ -178,8 +178,8 @@ class Study(data.Study):
         number.
 
         Each validation row is predicted by a member (one trial on one fold) that was not trained on
-        it. The study keeps these predictions in single precision. Otherwise the members train on
-        their folds once more.
+        this row. The study keeps these predictions in single precision. Otherwise the members train
+        on their folds once more.
 
         Args:
             X: the rows of the search, as in ``best_model``.
@@ -255,7 +255,7 @@ class Study(data.Study):
         """Write an HTML report about the study.
 
         The ``confusion`` and ``importance`` parts need predictions on the validation rows of the
-        folds. For them the best trial trains on its folds once more.
+        folds. For these parts the best trial trains on its folds once more.
 
         Args:
             path: the HTML file to write. An existing file is replaced.
@@ -305,12 +305,12 @@ class Study(data.Study):
 
     @property
     def default_trial(self) -> DefaultTrial | None:
-        """The trial of the default configuration, compared with the best trial: did tuning help?
+        """The trial of the default configuration, and its comparison with the best trial.
 
         ``score`` is the score of the default configuration. ``best_score``, ``improvement`` and
-        ``improvement_std_error`` compare it with ``best_trial`` on the same folds. ``improvement``
-        is positive if the best trial is better, for losses too. ``text`` is the comparison in
-        sentences, as in the closing text of the command line.
+        ``improvement_std_error`` compare this trial with ``best_trial`` on the same folds.
+        ``improvement`` is positive if the best trial is better, for losses too. ``text`` is the
+        comparison in sentences, as in the closing text of the command line.
 
         None if no trial with a score is the default configuration. This is the case with
         ``include_default=False``, a space with keys that have no default,

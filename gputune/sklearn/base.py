@@ -214,9 +214,10 @@ class FitHook(Protocol):
         continue."""
 
     def transform(self, function: Callable[..., object], *args: Any, **options: Any) -> object:
-        """Replace the fit of a pipeline's transformer.
+        """Return the result of ``function``, which fits a pipeline's transformer and transforms
+        rows.
 
-        ``function`` fits the transformer and transforms the rows.
+        The hook may store the result or reuse a stored result.
         """
 
 

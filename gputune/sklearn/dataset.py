@@ -193,7 +193,8 @@ class FoldGroup:
 
 
 def lay_out(folds: Mapping[int, Sequence[FoldRows]]) -> list[FoldGroup]:
-    """Group folds into ``FoldGroup`` objects, so that the rows of a group have one form.
+    """Group folds into ``FoldGroup`` objects, so that all rows of a group have the same columns and
+    task.
 
     Args:
         folds: for each fold number its training rows, and optionally its validation rows. Both have

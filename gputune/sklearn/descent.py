@@ -47,7 +47,7 @@ class TrialSlopes(NamedTuple):
     Attributes:
         losses: (F,) validation loss of each fold.
         slopes: hyperparameter -> (F, 1, 1) slope of the loss.
-        ratios: (F,) value by which the chaos guard decides whether a slope is only noise.
+        ratios: (F,) value that separates usable slopes from noise.
     """
 
     losses: FloatArray

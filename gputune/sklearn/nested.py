@@ -1,4 +1,4 @@
-"""Nested cross-validation: the inner folds of all outer folds train as one population."""
+"""Nested cross-validation, in which the inner folds of all outer folds train together."""
 
 import time
 import warnings

@@ -55,8 +55,10 @@ The errors are DivergedError, InputError for a module that cannot be trained, an
 
 @dataclass(frozen=True, eq=False)
 class RecipeBatch:
-    """Recipes (training runs) that differ only in their configurations, and folds with the same
-    classes."""
+    """A batch of training runs (recipes) that can train together, with their folds and data.
+
+    The recipes differ only in their configurations, and the folds have the same classes.
+    """
 
     trials: list[int]
     recipes: list[Recipe]
@@ -194,8 +196,8 @@ class EstimatorNames(Interface):
 
 
 def with_estimator_names(error: InputError) -> InputError:
-    """Return a copy of an error whose message has the parameter names of the scikit-learn
-    estimators."""
+    """Return a copy of an error with the parameter names of the scikit-learn estimators in its
+    message."""
     return error.shown_by(EstimatorNames())
 
 
@@ -315,7 +317,7 @@ def training_slopes(
 
 
 def _resumed_chunk(chunk: Population, batch: RecipeBatch) -> BegunChunk:
-    """Return a chunk whose members continue training from the states that their recipes hold."""
+    """Return a chunk with the stored states of its members, from which their training continues."""
     folds = batch.folds.numbers
     state = State.stack([batch.recipes[i].states[fold] for i in chunk.index for fold in folds])
     # (C * F, 1, N) -> (C, F, N)

@@ -263,7 +263,7 @@ class TrainingLoss(scoring.Scoring):
 
 
 class Stopping:
-    """A callback after every epoch that ends members whose loss stalls, and stores their
+    """A callback after every epoch that ends members with a stalled loss, and stores their
     parameters.
 
     Attributes:
@@ -287,10 +287,10 @@ class Stopping:
         self.rows: Tensor | None = None
 
     def __call__(self, trained: Trained) -> bool | np.ndarray:
-        """End members whose loss stalls.
+        """End the members with a stalled loss, and return the trials that continue.
 
-        Returns a mask of the remaining trials that continue, or True if the time is over. A trial
-        continues if at least one of its members continues.
+        The result is a mask of the remaining trials, or True if the time is over. A trial continues
+        if at least one of its members continues.
         """
         alive = np.array(trained.alive)
         epochs, stalled = self.ends[:, alive]

@@ -64,8 +64,8 @@ def workers() -> int | None:
 class HookedMemory:
     """A replacement for the ``memory`` cache of a pipeline during a search.
 
-    It reports every fitted transformer to gputune's hook. Without a hook it works like the user's
-    memory.
+    The object reports every fitted transformer to gputune's hook. Without a hook it works like the
+    user's memory.
     """
 
     def __init__(self, memory: object) -> None:

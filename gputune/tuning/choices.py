@@ -34,9 +34,9 @@ BUILT_IN = ("mlp", "logistic")
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A checked model.
+    """The model and the optimizer of a search, after their check.
 
-    It determines the default space, the engine that trains the model, and the way a saved model is
+    They determine the default space, the engine that trains the model, and the way a saved model is
     built again.
     """
 

@@ -298,10 +298,8 @@ class Context(Session):
         return lambda part: self.good_enough.allows(recorded.chunk_of(part))
 
     def _need(self, population: Population, max_trials: int) -> Need | None:
-        """Return the device memory that the members of a population need to train.
-
-        gputune measures the memory once for each tensor shape.
-        """
+        """Measure the device memory that trials with the same tensor shapes need, once for each
+        shape."""
         shape = shape_of(population)
         if shape not in self.needs:
             job = self.trainer.job(Job, epochs=self.epochs)

@@ -146,10 +146,10 @@ class Problem:
         return inputs_of(self.raw, self._statistics(trains, numbers), like, groups)
 
     def with_space(self, space: CheckedSpace, search: SearchOptions) -> "Problem":
-        """Return the problem with the space of a search, whose trials may scale columns
-        differently.
+        """Return the problem for the space of a search.
 
-        Raises InputError if the rows do not allow one of these scalings.
+        The trials of this space may scale columns differently. Raises InputError if the rows do not
+        allow one of these scalings.
         """
         ways = choices_of(space, "numbers", default=self.numbers)
         included = {str(config["numbers"]) for config in search.include if "numbers" in config}

@@ -202,7 +202,7 @@ class _RungTraining:
             self.save()
 
     def save(self) -> None:
-        """Write checkpoints of all running trials whose state is not in a file yet."""
+        """Write checkpoints of all running trials with states that are not in a file yet."""
         begin = time.monotonic()
         by_number = {trial.number: trial for trial in self.running}
         checkpointing = self.context.checkpointing(list(by_number))

@@ -1,4 +1,4 @@
-"""The decision whether integers in the target are classes.
+"""The decision whether the integers of a target are classes or numbers.
 
 gputune decides this if the user does not set the task and the values are ambiguous.
 """

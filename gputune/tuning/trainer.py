@@ -191,7 +191,7 @@ class Trainer:
                     compiled(kernel, self.data.device, say)
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:
-        """Split configurations into populations, whose members have tensors of the same shapes."""
+        """Split configurations into populations: trials that have tensors of the same shapes."""
 
         def own_steps(config: Config) -> Hashable:
             way = trains_as(self.backend, self.kind, config, data=self.data)
