@@ -20,7 +20,7 @@ from gputune.wording import (
 )
 
 TOO_BIG = "out of memory"
-"""The beginning of the failure reason of a trial that does not fit into memory.
+"""The first words of the failure reason if a trial does not fit into memory.
 
 No other failure reason begins with this text.
 """

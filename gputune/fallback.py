@@ -8,7 +8,7 @@ raises the error again.
 import os
 
 STRICT = "GPUTUNE_STRICT_BACKENDS"
-"""The environment variable that makes an error of a tried backend end the search, with its
+"""The environment variable that makes an error of a faster backend end the search, with its
 traceback.
 
 This variable is for tests and bug reports.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _MANY = 10_000
-"""The number of new objects above which Python's garbage collector does not examine them soon."""
+"""Above this number of new objects, the next garbage collections skip the new objects."""
 
 
 @contextmanager

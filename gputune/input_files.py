@@ -140,7 +140,7 @@ def _remedy(path: Path, missing: str) -> str:
     if _URL.match(str(path)):
         return "download the URL into a file first"
     if path.is_symlink():
-        return "the link of that name points to nothing"
+        return "the path is a link to a file that does not exist"
     return missing
 
 

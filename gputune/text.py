@@ -11,7 +11,7 @@ from html import escape
 
 GAP = "  "
 _DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Invisible characters that make a terminal show text in another order."""
+"""Invisible characters that change the order in which a terminal shows text."""
 
 
 def clean(value: object, *, keep: str = "") -> str:
@@ -76,7 +76,7 @@ def _shortened(match: re.Match[str]) -> str:
 
 
 _PREFIX = 3
-"""The least number of letters with which the beginning of a word identifies the word."""
+"""The minimum number of letters with which the beginning of a word can stand for the word."""
 
 
 def nearest(

@@ -23,10 +23,10 @@ Config = dict[str, Any]
 """One configuration: hyperparameter name -> value."""
 
 Json = Mapping[str, Any]
-"""A read-only object of a JSON text: name -> value."""
+"""A JSON object, as a read-only dict from name to value."""
 
 Say = Callable[[str], object]
-"""A function that is called with a message."""
+"""A function that gputune calls with a message for the user."""
 
 Params = dict[str, "Tensor"]
 """Parameter name -> tensor of all members.
@@ -47,7 +47,7 @@ Precision = Literal["full", "bf16"]
 """
 
 Backend = Literal["eager", "compiled", "graph", "loop", "kernel"]
-"""The way to train a chunk.
+"""The program that trains a chunk (a group of trials that train together).
 
 "eager" runs operations on stacked tensors, one by one. "graph" records each step once and replays
 it. "compiled" trains member by member in a compiled loop on a CPU, and "kernel" in a kernel of a
@@ -55,8 +55,8 @@ GPU. "loop" trains plain modules one after another.
 """
 
 BY_MEMBER: tuple[Backend, ...] = ("compiled", "kernel")
-"""The backends in which each member of an MLP takes its own steps, whatever batch sizes the others
-have."""
+"""The backends in which each member of an MLP takes its own optimizer steps, independent of the
+batch sizes of other members."""
 
 BackendWord = Literal["auto", "eager", "compiled", "graph", "stacked", "loop", "kernel"]
 
@@ -94,7 +94,8 @@ SEARCHED: Mapping[str, Any] = MappingProxyType(
         "l1_ratio": (0.0, 0.5, 1.0),
     }
 )
-"""The values of each key in the default space: a list, or the ends of a log-uniform range."""
+"""The values of each hyperparameter in the default space: a list, or the ends of a log-uniform
+range."""
 
 LR_FACTORS = (0.1, 30.0)
 PLAIN_LR_FACTORS = (1.0, 1000.0)
@@ -139,7 +140,10 @@ ONLINE = ("sgdhd", "nesterovhd", "adamhd", "adamwhd")
 """Optimizers that adapt each member's learning rate in training. ``lr`` is the initial rate."""
 
 ONLINE_RULES = ("multiplicative", "additive", "normalized")
-"""The rules by which these optimizers change the learning rate. See ``gputune.optim``."""
+"""The rules by which the optimizers in ``ONLINE`` change the learning rate.
+
+See ``gputune.optim``.
+"""
 
 OPTIMIZERS = (
     "sgd",
@@ -254,8 +258,8 @@ StepKey = tuple[int, int]
 """The key (epoch, step) that seeds the random numbers of a training step."""
 
 EvaluationKey = tuple[int, int, int]
-"""The key that seeds the random numbers of members in evaluation. All members get the same random
-numbers.
+"""The key that seeds the random numbers of modules in evaluation. The modules of all trials get the
+same random numbers.
 
 The key holds the count of trained epochs, the fold, and the position of the first row among the
 fold's validation rows.

@@ -77,7 +77,7 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     _refused: ClassVar[Mapping[str, str]] = {}
     """Maps parameter names of other libraries to a sentence with advice for users of that name."""
     _takes_any_target: ClassVar[bool] = False
-    """True if y can be any numeric array (n, ...), which is used unchanged."""
+    """True if y can be any numeric array (n, ...). The estimator uses such a target unchanged."""
     _takes_arrays: ClassVar[bool] = False
     """True if X can have other shapes than a table, and y can have several columns."""
     _differentiable: ClassVar[Mapping[str, str]] = {}
@@ -87,10 +87,10 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     The default parameter comes first.
     """
     _fit_recipes: ClassVar[Callable[..., Mapping[FoldTrial, object]]]
-    """The function that fits recipes: (recipes by trial, folds, training) -> results by (fold,
-    trial).
+    """The function that trains recipes (training runs) on folds.
 
-    A result is the argument of ``_set_fitted``, or an error.
+    Its arguments are (recipes by trial, folds, training). The result maps each (fold, trial) to the
+    argument of ``_set_fitted``, or to an error.
     """
     _slopes: ClassVar[Callable[..., Mapping[FoldTrial, MemberSlope]]]
     """The function that computes the slopes (derivatives of the validation loss) of all members.

@@ -279,9 +279,9 @@ def _is_size(value: object) -> bool:
 
 _PARAMETERS = """
 
-    It has the parameters and defaults of scikit-learn's class, and its attributes after ``fit``.
-    gputune trains it if it can. In a search it trains all such candidates together, and warns about
-    the others.
+    The class has the parameters and defaults of scikit-learn's class, and its attributes after
+    ``fit``. gputune trains the network if it supports the settings. In a search gputune trains all
+    such candidates together, and warns about the others.
 
     scikit-learn's own ``fit`` trains these cases, one estimator at a time:
 

@@ -34,7 +34,7 @@ from gputune.study.module_source import is_builder
 from gputune.types import Config
 
 _PREFIXES = ("module__", "criterion__", OPTIMIZER_PREFIX)
-"""Prefixes of the arguments of the module, the loss and the optimizer."""
+"""Prefixes of the parameters that are arguments of the module, the loss and the optimizer."""
 
 
 _HARMLESS: dict[str, tuple[tuple[object, ...], str]] = {

@@ -328,7 +328,8 @@ def _resumed_chunk(chunk: Population, batch: RecipeBatch) -> BegunChunk:
 
 ROWS = 8192
 NUMBERS = 1 << 20
-"""Limits of a batch in predictions: the number of rows, and of tensor elements in these rows."""
+"""Limits of a batch of rows in predictions: the count of rows, and of tensor elements in these
+rows."""
 
 
 class TrainedEstimator(FusedEstimator):

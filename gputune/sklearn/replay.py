@@ -138,7 +138,7 @@ class SearchRun:
     epochs: list[int] = field(default_factory=list)
     steps: deque[Event] = field(default_factory=deque)
     patient: ClassVar[bool] = True
-    """True if training ends when its loss stalls."""
+    """True if the training of a candidate can end early because its loss stalls."""
 
     def evaluate(
         self,

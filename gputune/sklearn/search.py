@@ -195,7 +195,7 @@ def override(search: object, overrides: Mapping[str, object]) -> Iterator[None]:
 
 
 EXTRAS: Config = {"device": "auto", "study": None, "timeout": None}
-"""The parameters of a search in addition to scikit-learn's, with their defaults."""
+"""The parameters that gputune adds to scikit-learn's searches, with their defaults."""
 
 CONSTRAINTS: dict[str, list[object]] = {
     "device": [str],

@@ -55,7 +55,7 @@ def score(name: str, value: object) -> object:
     if value is not None and (
         isinstance(value, bool) or not isinstance(value, Real) or value != value
     ):
-        raise InputError(name, f"must be a score, which is a number{_OR_NONE}", got=value)
+        raise InputError(name, f"must be a number such as 0.95{_OR_NONE}", got=value)
     return value
 
 
@@ -124,7 +124,9 @@ def studies(name: str, value: object) -> "tuple[Study, ...]":
     if not isinstance(studies, list | tuple) or not all(
         isinstance(study, valid) for study in studies
     ):
-        raise InputError(name, "must be a study, its path, or a list of these", got=value)
+        raise InputError(
+            name, "must be a study, the path of a study, or a list of studies", got=value
+        )
     return tuple(map(opened, studies))
 
 

@@ -134,7 +134,7 @@ def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoi
             None,
             f"The study was searched with {option('optimizer', optimizer)}, which this version of "
             "gputune does not have",
-            remedy="Open it with the version that wrote it.",
+            remedy="Open the study with the version of gputune that wrote it.",
         )
     module_class = find_class(spec, trust_code=trust_code) if spec["kind"] == "module" else None
     return ModelChoice(spec["kind"], optimizer, module_class)
@@ -172,7 +172,7 @@ METHODS: Mapping[str, type[StoppingRule] | type[Hypergradient]] = {
     **STOPPING_RULES,
     "hypergradient": Hypergradient,
 }
-"""The methods that have a name. "random" is another method, without options."""
+"""The search methods that have options, by name. The method "random" has no options."""
 
 
 def check_method(method: object) -> Method:
@@ -212,7 +212,7 @@ def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
         reason = f"{option('method', method_name(method))} decides how long a trial trains"
     raise InputError(
         "patience",
-        f"is for trials that train to their best epoch and beyond, but {reason}",
+        f"needs trials that continue to train after their best epoch, but {reason}",
         remedy=f"Leave {option('patience')} out.",
     )
 

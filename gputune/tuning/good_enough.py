@@ -23,7 +23,10 @@ from gputune.text import count
 from gputune.wording import Verbatim, option
 
 BATCH = "batch "
-"""The first part of the origin of a trial from an Optuna sampler. The batch number follows."""
+"""The first part of a trial's ``origin`` if an Optuna sampler proposed the trial.
+
+The batch number follows.
+"""
 
 _BLOCK = 16
 """The smallest number of consecutive trials that are planned together.

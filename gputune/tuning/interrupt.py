@@ -141,6 +141,6 @@ def interruption(study: "Study", file: object) -> str:
     progress = f"interrupted: {n_done} of {len(study.trials)} trials are finished{cut_short}"
     if file is None:
         study_file = option("study", Verbatim("FILE"))
-        return f"{progress}. No file has these results: pass {study_file} to resume a search later."
+        return f"{progress}. No file holds the results. Pass {study_file} to resume a later search."
     call = per_interface("call", "command")
     return f"{progress}. The results are kept in {str(file)!r}: repeat the {call} to resume."

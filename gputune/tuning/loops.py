@@ -176,8 +176,7 @@ def _pruning_rule(method: Method, max_epochs: int | None) -> PruningRule | None:
     if isinstance(method, Hypergradient):
         raise InputError(
             "method='hypergradient'",
-            "differentiates the training of gputune.tune, and search() cannot differentiate your "
-            "objective",
+            "is only for gputune.tune, because gputune.search cannot differentiate your objective",
             remedy="Choose 'random', 'halving', 'median' or gputune.OptunaSampler(...).",
         )
     rule = method.halving if isinstance(method, OptunaSampler) else method

@@ -19,7 +19,7 @@ def check_machine(choice: ModelChoice, machine: MachineOptions) -> None:
     if machine.precision == "bf16" and choice.kind != "module":
         raise InputError(
             "precision='bf16'",
-            f"is for your own modules, but {model} trains in full precision",
+            f"is only for your own modules, but {model} trains in full precision",
             remedy=f"Leave {option('precision')} out, or {_PASS_MODULE}.",
         )
     if machine.tf32 and choice.solved:
@@ -65,7 +65,7 @@ def choose_objective(
         if getattr(training, name) is not None:
             raise InputError(
                 name,
-                f"is for your own modules, but {option('model', choice.name)} trains on the loss "
+                f"is only for your own modules, but {option('model', choice.name)} trains on the loss "
                 "of its task",
                 remedy=f"Leave {option(name)} out, or {_PASS_MODULE}.",
             )

@@ -59,13 +59,13 @@ class SearchOptions(OptionGroup):
         "64",
         takes="0..",
         stored=True,
-        resume="Total number of configurations, to add more",
+        resume="Total number of configurations; a larger number adds configurations",
     )
     include: Sequence[Mapping[str, object]] = _search(
         (),
         "--include <KEY=VALUE>...",
-        "A configuration to run in addition to the drawn ones",
-        "Missing keys have their defaults. Repeat the flag for more configurations.",
+        "A configuration to run in addition to the random configurations",
+        "Missing hyperparameters have their defaults. Repeat the flag for more configurations.",
         takes="config",
     )
     include_default: bool = _search(
@@ -80,7 +80,7 @@ class SearchOptions(OptionGroup):
         (),
         "--warm-start <STUDY,...>",
         "Earlier studies of this space, to run their best trials first",
-        "These are five trials of each study, in addition to --trials.",
+        "gputune runs the best five trials of each study, in addition to --trials.",
         takes="names",
         check=checks.studies,
     )
@@ -88,8 +88,9 @@ class SearchOptions(OptionGroup):
         "random",
         "--method <NAME>",
         "Search method",
-        "halving: the best third continues at each rung. median: trials below the median stop. "
-        "hypergradient: each drawn configuration follows the gradient of its validation loss.",
+        "halving: at several epochs, only the best third of the trials continues. median: trials "
+        "below the median stop. hypergradient: each random configuration follows the gradient of "
+        "its validation loss.",
         "random",
         choices=get_args(MethodWord),
         check=checks.method,
@@ -98,8 +99,8 @@ class SearchOptions(OptionGroup):
         None,
         "--scoring <NAME,...>",
         "scikit-learn scorers",
-        "The first one ranks the trials. With --loss mae, huber or quantile, the default is the "
-        "score of that loss. With hypergradients it is the minimized loss.",
+        "The first scorer ranks the trials. With --loss mae, huber or quantile, the default is the "
+        "score of that loss. With --method hypergradient, it is the minimized loss.",
         "accuracy or r2",
         takes="scorers",
         stored=True,
@@ -185,7 +186,7 @@ class RowOptions(OptionGroup):
         5,
         "--cv <FOLDS>",
         "Number of folds, or time:INT",
-        "time:5 is for rows in order of time.",
+        "time:5 makes five folds of rows that are in order of time.",
         "5",
         values=("an integer from 2", "time:INT"),
     )
@@ -211,8 +212,8 @@ class RowOptions(OptionGroup):
     max_levels: int = _data(
         32,
         "--max-levels <INT>",
-        "Number of levels of a category with a feature each",
-        "These are the most frequent levels. Rare levels share one feature.",
+        "Number of levels of a category that have their own feature",
+        "The most frequent levels have their own feature. Rare levels share one feature.",
         "32",
         takes="1..",
         check=checks.count,
@@ -314,7 +315,7 @@ class MachineOptions(OptionGroup):
         "auto",
         "--device <NAME>",
         "Device that trains",
-        "auto takes a GPU for long work, and cuda takes all GPUs of the machine.",
+        "auto uses a GPU for long training, and cuda uses all GPUs of the machine.",
         "auto",
         values=("auto", "cpu", "cuda", "cuda:INDEX"),
         stored=True,
@@ -352,7 +353,7 @@ class MachineOptions(OptionGroup):
         "full",
         "--precision <NAME>",
         "Precision of a module in training",
-        "bf16 is for matrix products and convolutions.",
+        "bf16 computes matrix products and convolutions in bfloat16.",
         "full",
         choices=("full", "bf16"),
         check=checks.one_of("full", "bf16"),
@@ -365,7 +366,7 @@ class MachineOptions(OptionGroup):
         default="chosen for the device",
         check=checks.memory,
         stored=True,
-        resume="Memory of the device for new chunks of trials",
+        resume="Memory of the device for new trials that train together",
     )
     workers: "int | Literal['auto'] | Ray" = _compute(
         "auto",
@@ -395,7 +396,7 @@ class MachineOptions(OptionGroup):
         True,
         "--no-predictions",
         "Do not store the predictions of validation rows",
-        "Ensembles and calibration then train trials again.",
+        "Without stored predictions, ensembles and calibration train trials again.",
         "store them",
         check=checks.one_of(True, False),
         stored=True,

@@ -70,8 +70,10 @@ class _Setup:
     data: Dataset
     scoring: Scoring
     first: Config
-    """The parameters of the first trial, or a random sample if an Optuna sampler proposes the
-    trials later."""
+    """The hyperparameters of the first trial.
+
+    If an Optuna sampler proposes the trials later, they are a random sample.
+    """
 
 
 @entry

@@ -51,7 +51,7 @@ def predictions_of(
     if missing:
         reason = f"the search had {option('keep_predictions', False)}"
         if search.options.machine.keep_predictions:
-            reason = "the study holds no predictions of them"
+            reason = "the study has not stored their predictions"
         progress.say(f"{count(len(missing), 'trial')} train on their folds once more: {reason}")
         members, data, scoring = members_of(search, missing, progress)
         for trial, modules in zip(missing, members):

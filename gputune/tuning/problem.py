@@ -329,8 +329,8 @@ class Problem:
         if self.has_soft_labels:
             remarks.append(
                 f"{self.target.name} holds a probability of each class, so trials are ranked by "
-                "the loss (neg_loss); predict returns the module's outputs, and their softmax is "
-                "the probabilities"
+                "the loss (neg_loss); predict returns the module's outputs, and a softmax converts "
+                "the outputs to probabilities"
             )
         elif self.objective is not None and self.output_units:
             remarks.append(

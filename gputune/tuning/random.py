@@ -314,8 +314,8 @@ def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaS
         if _repeat(study, session, enqueue=reseed):
             break
         progress.say(
-            "note: the sampler does not repeat its proposals of the finished trials (it has no "
-            "seed, or is a different sampler); a reseeded copy of it receives their results",
+            "note: the sampler does not propose the finished trials again, because it has no seed "
+            "or is a different sampler; a reseeded copy of the sampler receives their results",
             once=True,
         )
     return study

@@ -301,11 +301,13 @@ def _check_resumable(path: Path, record: SearchRecord, stored: Mapping[str, obje
         fault = f"belongs to {record.method}, a search of scikit-learn estimators"
         remedy = "Fit that search again."
     elif record.face == "loop":
-        fault = "belongs to gputune.search, whose training loop is in no file"
+        fault = "belongs to gputune.search, and no file stores the training loop"
         remedy = f"Repeat the call with {option('study', str(path))} to resume it."
     elif record.lost or {"arguments", "source"} & record.absent:
         fault = "has lost options of its search and cannot be resumed"
-        remedy = "Search again, into another folder. `gputune trials` shows its results."
+        remedy = (
+            "Search again, into another folder. `gputune trials` shows the results of this study."
+        )
     elif missing:
         fault = f"does not hold: {'; '.join(missing)}"
         # Only the command line holds rows out.
@@ -315,7 +317,8 @@ def _check_resumable(path: Path, record: SearchRecord, stored: Mapping[str, obje
     elif stored.get("n_trials") == 0:
         fault = "holds configurations that were trained one by one, not a search"
         remedy = (
-            "Repeat the command or call that trained one of them, or search from here with "
+            "Repeat the command or call that trained one of these configurations, or add a "
+            "search with "
             f"{option('n_trials', 8)} or more."
         )
     else:
@@ -364,9 +367,9 @@ def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source |
     current = fingerprint(source.X, target)
     if current != record.fingerprint:
         sizes = table_size(record.fingerprint, origin), table_size(current, source.origin)
-        change = f"have changed since it began ({rows_difference(*sizes)})"
+        change = f"have changed since the search began ({rows_difference(*sizes)})"
     elif held_out is not None and held_out != (source.origin or {}).get("held_out"):
-        change = "that were held out have changed since it began"
+        change = "that were held out have changed since the search began"
     if change:
         raise InputError(
             None,

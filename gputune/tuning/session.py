@@ -84,7 +84,7 @@ def checked_space(choice: ModelChoice, options: Options) -> CheckedSpace:
     if numbers not in ("auto", *ways):
         raise InputError(
             f"numbers={numbers!r}",
-            f"is not a value of numbers in the space ({', '.join(ways)}), so no trial would use it",
+            f"is not one of the values in the space ({', '.join(ways)}), so no trial would use it",
             remedy=f"Leave {option('numbers')} out, or add the value to the space.",
         )
     return checked
@@ -109,7 +109,7 @@ def _check_named(space: str, choice: ModelChoice) -> None:
             f"space={space!r}",
             f"needs {option('model', model)}",
             got=Verbatim(option("model", name)),
-            remedy="Choose that model, or a space with keys.",
+            remedy="Choose that model, or a space of your own.",
         )
     if space in PORTFOLIOS and choice.optimizer != "adamw":
         raise InputError(

@@ -114,7 +114,7 @@ class Trainer:
         ):
             raise InputError(
                 f"workers={self.workers}",
-                f"is too many: each GPU has one process, and this search has "
+                f"is too many: each GPU can have only one process, and this search has "
                 f"{count(len(gpus), 'GPU')}, {', '.join(map(str, gpus))}",
                 remedy=f"Leave {option('workers')} out, or choose {option('device', 'cpu')}.",
             )
@@ -136,7 +136,7 @@ class Trainer:
         ways = {trains_as(fast, self.kind, config) for config in configs}
         some_fast = not ways or fast in ways
         if reason and some_fast:
-            slow_way = "in recorded steps, slower than compiled ones"
+            slow_way = "in recorded steps, slower than in compiled code"
             if backend == "eager":
                 slow_way = "eagerly, slower than in recorded steps"
             say(f"note: trials train {slow_way}: {reason}")

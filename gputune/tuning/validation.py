@@ -158,8 +158,8 @@ def refit_with_folds(
     if intervals and search.problem.target.n_outputs > 1:
         raise InputError(
             argument,
-            "is for one number per row, but the target has several",
-            remedy="Search for one number at a time.",
+            "supports only one number per row, but the target has several",
+            remedy="Run one search for each number.",
         )
     predictions = predictions_of(search, [selected], Progress(0))
     model = refit_trial(search, selected)

@@ -254,8 +254,8 @@ def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
         again, _, words = run("tune", "bugs.csv", "--target", "kind", *FAST)
         assert code == again == 2
         assert "40 rows then, " not in err
-        held_out = "that were held out have changed since it began. Restore the file" in err
-        assert held_out or "have changed since it began (" in err
+        held_out = "that were held out have changed since the search began. Restore the file" in err
+        assert held_out or "have changed since the search began (" in err
         changed = "the held-out rows." if held_out else "data (the same size, but different values"
         assert f"this command in: {changed}" in words
         said.add(held_out)

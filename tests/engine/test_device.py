@@ -180,7 +180,7 @@ def test_what_the_check_found_says_how_a_gpu_trains(found, expected):
         (
             {"compiled": "a law"},
             {"device": "cpu"},
-            "recorded steps, slower than compiled ones: gputune check found",
+            "recorded steps, slower than in compiled code: gputune check found",
         ),
         (None, {}, "the CPU (device='cuda' takes the GPU): compiled code"),
     ],

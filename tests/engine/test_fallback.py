@@ -178,7 +178,7 @@ def test_a_chunk_that_cannot_be_made_is_made_for_the_next_backend(monkeypatch, l
     expected = search("mlp", backend="eager").curves
     monkeypatch.setattr(train, "CompiledChunk", fail)
     with pytest.warns(
-        RuntimeWarning, match="in recorded steps, slower than compiled ones: IndexError"
+        RuntimeWarning, match="in recorded steps, slower than in compiled code: IndexError"
     ):
         study = search("mlp")
     assert any("compiled code failed: IndexError" in note for note in study.record.notes)

@@ -150,7 +150,7 @@ def test_workers_and_a_loss_of_ones_own_are_rounded_too():
         (
             "mlp",
             {},
-            "precision='bf16' is for your own modules, but model='mlp' trains in full precision",
+            "precision='bf16' is only for your own modules, but model='mlp' trains in full precision",
         ),
         (
             Images,

@@ -137,7 +137,7 @@ def test_without_compiled_code_the_reason_is_said(monkeypatch, tmp_path, capsys)
         library(torch.float32)
     gputune.tune("mlp", ROWS, LABELS, **SMALL)
     said = (
-        "note: trials train in recorded steps, slower than compiled ones: this installation of "
+        "note: trials train in recorded steps, slower than in compiled code: this installation of "
         "gputune has no"
     )
     assert said in capsys.readouterr().err
@@ -183,7 +183,7 @@ def test_a_library_that_cannot_be_loaded_is_said_and_members_train_in_recorded_s
         library(torch.float32)
     gputune.tune("mlp", ROWS, LABELS, **SMALL)
     assert (
-        "recorded steps, slower than compiled ones: gputune's compiled code cannot be"
+        "recorded steps, slower than in compiled code: gputune's compiled code cannot be"
         in capsys.readouterr().err
     )
 

@@ -196,7 +196,7 @@ def test_a_chunk_that_does_not_fit_is_halved(device, iris, monkeypatch):
 
 def test_several_processes_are_refused(device, iris, tmp_path):
     with refused(
-        f"workers=2 is too many: each GPU has one process, and this search has 1 GPU, {device}"
+        f"workers=2 is too many: each GPU can have only one process, and this search has 1 GPU, {device}"
     ):
         gputune.tune(
             "mlp", *iris, **{**FAST, "workers": 2}, device=device, study=tmp_path / "study.db"

@@ -109,7 +109,7 @@ def test_what_is_refused(case):
     ):
         classes.best_model().predict_interval(X)
     two = gputune.tune(MLP, X[:40], X[:40, :2], **{**HOW, "max_epochs": 1})
-    with refused("is for one number per row, but the target has several. Search for one number"):
+    with refused("supports only one number per row, but the target has several. Run one search"):
         two.best_model(intervals=True)
     with refused("this model predicts several numbers. Run a separate search for each column"):
         two.best_model().predict_interval(X)

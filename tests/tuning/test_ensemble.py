@@ -243,7 +243,10 @@ def test_a_file_keeps_them_and_what_goes_on_adds_its_own(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("keep", "words"),
     [
-        (True, "3 trials train on their folds once more: the study holds no predictions of them"),
+        (
+            True,
+            "3 trials train on their folds once more: the study has not stored their predictions",
+        ),
         (
             False,
             "6 trials train on their folds once more: the search had keep_predictions=False",

@@ -218,7 +218,7 @@ def test_a_script_gets_a_keyboard_interrupt_that_has_the_study():
     study = caught.value.study
     assert {t.state for t in study.trials} == {"stopped"} and np.isfinite(study.best_score)
     assert study.best_model().predict(IRIS[0]).shape == (150,)
-    assert "No file has these results: pass study=FILE to resume a search later." in str(
+    assert "No file holds the results. Pass study=FILE to resume a later search." in str(
         caught.value
     )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

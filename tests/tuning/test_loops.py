@@ -389,7 +389,7 @@ def test_the_best_of_earlier_studies_are_tried_first(tmp_path):
         "direction='maximize'. Its best"
     ):
         search(warm_start=old, direction="minimize")
-    with refused("warm_start must be a study, its path, or a list of these, got 3"):
+    with refused("warm_start must be a study, the path of a study, or a list of studies, got 3"):
         search(warm_start=3)
 
 

@@ -657,7 +657,7 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
                 "numbers": "robust",
                 "space": [{"numbers": ["standard"]}, {"numbers": ["none", "quantile"]}],
             },
-            r"numbers='robust' is not a value of numbers in the space \(standard, none, quantile\), "
+            r"numbers='robust' is not one of the values in the space \(standard, none, quantile\), "
             "so no trial would use it",
         ),
         (
@@ -703,7 +703,7 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ),
         (
             {"target_score": "0.9"},
-            "target_score must be a score, which is a number, or None, got '0.9'",
+            "target_score must be a number such as 0.95, or None, got '0.9'",
         ),
         (
             {"patience_trials": 0},
@@ -712,14 +712,14 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ({"patience": 0}, "patience must be an integer of at least 1, or None, got 0"),
         (
             {"patience": 3, "method": "halving"},
-            "patience is for .*, but method='halving' decides how long .*. Leave",
+            "patience needs .*, but method='halving' decides how long .*. Leave",
         ),
         ({"patience": 3, "method": "hypergradient"}, "but method='hypergradient' decides how"),
         ({"patience": 3, "method": "median"}, "but method='median' decides how"),
         ({"patience": 3, "method": OPTUNA}, "but method='optuna' decides how"),
         (
             {"patience": 3, "epoch": "last"},
-            "patience is for .*, but epoch='last' scores the last epoch",
+            "patience needs .*, but epoch='last' scores the last epoch",
         ),
         (
             {"patience": 3, "model": "logistic"},

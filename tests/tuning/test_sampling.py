@@ -250,7 +250,7 @@ def test_a_sampler_without_a_seed_is_told_what_was_tried(path, capsys):
     first = tune(Listening(), n_trials=4, study=path, **INSIDE)
     Listening.seen.clear()
     second = tune(Listening(), n_trials=8, study=path, verbose=1, **INSIDE)
-    assert "a reseeded copy of it receives their results" in capsys.readouterr().err
+    assert "a reseeded copy of the sampler receives their results" in capsys.readouterr().err
     assert params(second)[:5] == params(first)
     assert Listening.seen[-4] == [("COMPLETE", trial.score) for trial in first.trials]
 
