@@ -360,7 +360,7 @@ def _try_to_make(
         failed = "the kernel" if backend == "kernel" else "compiled code"
         pool.faults[f"Trials train in recorded steps, because {failed} failed: {reason}."] = None
     optimizer = network.configs[0]["optimizer"]
-    faster = "a kernel" if backend == "kernel" else "compiled ones"
+    faster = "in a kernel" if backend == "kernel" else "in compiled code"
     warn(
         f"Trials with the optimizer {optimizer!r} train in recorded steps, which are slower than "
         f"{faster}: {reason}",
