@@ -65,8 +65,8 @@ def choose_objective(
         if getattr(training, name) is not None:
             raise InputError(
                 name,
-                f"is only for your own modules, but {option('model', choice.name)} trains on the loss "
-                "of its task",
+                f"is only for your own modules, but {option('model', choice.name)} trains on the "
+                "loss of its task",
                 remedy=f"Leave {option(name)} out, or {_PASS_MODULE}.",
             )
     return None if training.loss is None else _built_in_objective(target, choice, training.loss)
