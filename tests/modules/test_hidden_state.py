@@ -109,7 +109,7 @@ def test_state_in_a_plain_attribute_is_refused_with_the_remedy(module):
         OfNumPy: r"Make it a tensor and a buffer .*: self.register_buffer\('held', torch.from_numpy\(array\)\)",
     }
     remedy = remedies.get(module, r"Make it a buffer .*: self.register_buffer\('held', tensor\)")
-    words = f"keeps state in {HIDDEN[module]!r}, a plain attribute, and .* lose it. {remedy}"
+    words = f"keeps state in {HIDDEN[module]!r}, a plain attribute, and .* lose this attribute. {remedy}"
     with refused(words):
         tune(module)
 
