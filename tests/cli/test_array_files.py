@@ -92,7 +92,7 @@ def test_the_inputs_are_found_by_their_shape(models, tmp_path):
     path = write(tmp_path / "t.npz", TABLE, twin=TABLE)
     words = (
         "holds 'twin', 'X', but the model takes 1 array of shape (rows, 3). Write a file with "
-        "the inputs"
+        "the same inputs"
     )
     assert words in refusal("predict", folder / "table", path)
 
