@@ -224,7 +224,9 @@ def run_recurrent(
     Returns the outputs at all times, and the state after the last time.
     """
     if isinstance(x, PackedSequence):
-        raise TypeError("a packed sequence has fewer rows at later times, which is not supported")
+        raise TypeError(
+            "a packed sequence may have fewer rows at later times, which stacked members do not support"
+        )
     is_one_row = x.dim() == 2
     states = [] if hx is None else [hx] if isinstance(hx, Tensor) else list(hx)
     # rows (T, B, D), states (layers x directions, B, H)

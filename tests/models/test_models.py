@@ -4,6 +4,7 @@ RealMLP: its published form, its start from the data, its recipe, and its way th
     export.
 """
 
+import ast
 import inspect
 import math
 
@@ -37,8 +38,14 @@ ONE = {"n_trials": 1, "max_epochs": 1, **SEARCH}
 
 
 @pytest.mark.parametrize("model", [CNN, GRU, MLP, LogisticRegression])
-def test_a_model_is_an_example_that_fits_a_page(model):
-    assert len(inspect.getsource(inspect.getmodule(model)).splitlines()) < 80
+def test_the_code_of_a_model_is_an_example_that_fits_a_page(model):
+    source = inspect.getsource(inspect.getmodule(model))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    lines = len(source.splitlines())
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+    assert lines < 70
 
 
 @pytest.mark.parametrize(
