@@ -27,7 +27,7 @@ from gputune.version import __version__
 def make_parser() -> argparse.ArgumentParser:
     """Return gputune's argument parser, with one subparser for each command.
 
-    The parsed arguments hold the name of the typed command as ``command``.
+    The attribute ``command`` of the parsed arguments is the name of the user's command.
     """
     parser = _Parser("gputune", allow_abbrev=False, add_help=False)
     parser.add_argument("--version", action="version", version=f"gputune {__version__}")
@@ -49,10 +49,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argparse parser with gputune's help texts. Its errors suggest the intended names.
+    """An argparse parser that prints gputune's help texts and suggests names for misspelled ones.
 
-    ``commands`` are the parsers of the commands, by name. ``description_of`` is the command of this
-    parser, or None.
+    ``commands`` maps the name of each command to its parser. ``description_of`` is the command that
+    this parser reads. ``description_of`` is None for the parser of ``gputune`` itself.
     """
 
     commands: Mapping[str, "_Parser"] = MappingProxyType({})
@@ -133,7 +133,7 @@ def _flag_names(command: str) -> list[str]:
 def _add_flag(parser: argparse.ArgumentParser, name: str, rule: Rule) -> None:
     """Add a flag to a parser.
 
-    A flag that is not typed has the value None. The option then has its own default.
+    If the user does not write the flag, its value is None. The option then has its own default.
     """
     if rule.takes == "yes or no":
         action = argparse.BooleanOptionalAction

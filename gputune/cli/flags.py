@@ -252,7 +252,7 @@ class CommandLine(Interface):
 
     Args:
         command: Name of the command, such as "tune".
-        file: The table of the command, as it was typed.
+        file: The table of the command, as the user wrote it.
     """
 
     name = "command"

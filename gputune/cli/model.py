@@ -54,9 +54,10 @@ class Evaluation:
     confusion: list[list[int]]  # rows are true classes, columns are predicted classes
     dropped: str = ""  # remark on rows left out because their target is missing
     trained_share: float | None = None
-    """The approximate share of the rows that the model was trained on.
+    """The approximate share of the scored rows on which the model was trained.
 
-    None for models of old versions, because these hold no sample of their rows.
+    The share is None for a model of an old version of gputune, because such a model has no sample
+    of its training rows.
     """
 
     def to_json(self) -> Json:
@@ -94,8 +95,8 @@ class Evaluation:
             verb = "counts" if unseen == 1 else "count"
             remarks.append(
                 f"{count(unseen, 'row')} of a class that the model does not have {verb} as wrong. "
-                "Scores of a positive class take such rows as not positive. Balanced accuracy and "
-                "scores of probabilities leave them out."
+                "Scores of a positive class, such as precision, count these rows as not positive. "
+                "Balanced accuracy and scores of probabilities ignore these rows."
             )
         remarks.append(self._intervals_remark())
         parts = [
@@ -258,7 +259,7 @@ def _remarks_on_trained_rows(share: float | None) -> list[str]:
 
 
 def _trained_share(model: TunedModel, test: Source, y: np.ndarray) -> float | None:
-    """Return the approximate share of the rows that the model was trained on, or None.
+    """Return the approximate share of the scored rows on which the model was trained, or None.
 
     ``y`` (n, ...) holds the class codes or the numeric targets.
     """

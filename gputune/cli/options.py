@@ -1,4 +1,4 @@
-"""The conversion of typed options into the arguments of ``gputune.tune``."""
+"""Converts the options of a command line into the arguments of ``gputune.tune``."""
 
 import math
 import re
@@ -25,7 +25,7 @@ from gputune.wording import Verbatim
 
 
 def options_of(arguments: Namespace, study_file: Path) -> Options:
-    """Return the arguments of ``gputune.tune`` from the typed options of ``tune`` or ``train``.
+    """Return the arguments of ``gputune.tune`` for the command line of ``tune`` or ``train``.
 
     Raises InputError for a value that is not valid.
     """
@@ -57,7 +57,7 @@ def options_of(arguments: Namespace, study_file: Path) -> Options:
 
 
 def typed_options(arguments: Namespace) -> Config:
-    """Return the options of a search that were typed.
+    """Return the search options that the user wrote on the command line, by name.
 
     Raises InputError if both processes and a Ray cluster were given.
     """
@@ -117,7 +117,7 @@ def _weights(text: str) -> dict[str, float]:
 
 
 def _method(arguments: Namespace) -> Method:
-    """Return the search method of the typed options.
+    """Return the search method that the user chose on the command line.
 
     Raises InputError for options that belong to another method.
     """
@@ -228,7 +228,7 @@ def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str)
 
 
 def _parse_value(key: str, text: str, spec: str) -> str | float | bool | tuple[object, ...]:
-    """Return one typed value from text: a string, a number, a boolean or a tuple."""
+    """Convert a text to one value of a search space: a string, a number, a boolean or a tuple."""
     if not text:
         raise InputError(None, "A list must have no empty value", got=spec, remedy=_EXAMPLES)
     if key in WORDS:

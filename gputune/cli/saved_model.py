@@ -77,7 +77,10 @@ def calibration_text(model: TunedModel) -> str:
 def coverage_text(model: TunedModel, test: Source | None) -> str:
     """Return a sentence with the share of held-out rows inside the model's intervals."""
     if test is None:
-        return "The model has intervals. No rows were held out to check how many values they hold."
+        return (
+            "The model has prediction intervals. No rows were held out to check how many target "
+            "values lie inside the intervals."
+        )
     try:
         lower, upper = model.predict_interval(test.X, LEVEL)
     except InputError:

@@ -241,7 +241,7 @@ def _descent(study: Study, outer_steps: int) -> str:
     )
     events = {
         "chaotic": "the slope was noise",
-        "differences": "the slope came from wide finite differences",
+        "differences": "the slope was estimated by finite differences with wide steps",
     }
     for name, event in events.items():
         n_points = study.guarded[name]

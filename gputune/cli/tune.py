@@ -127,8 +127,8 @@ def resume(arguments: argparse.Namespace) -> str:
 class _Run:
     """A search of the command line, from its rows to its closing text.
 
-    ``shown`` is the path of the study file as it was typed. A user's module may change the working
-    folder.
+    ``shown`` is the path of the study file as the user wrote it. A user's module may change the
+    working folder.
     """
 
     arguments: argparse.Namespace
@@ -156,11 +156,11 @@ class _Run:
         check_extras(rest, options, intervals=self.intervals, calibrate=final_model["calibrate"])
 
     def _final_model(self) -> dict[str, bool]:
-        """Return the options of the model to save.
+        """Return the options of the model that the command saves, such as ``ensemble``.
 
-        The result holds the typed options and, in a resume, the options of the original command.
-        Studies of earlier versions do not hold these options. For these studies, the options are
-        read from the saved model, if there is one.
+        The options are flags of this command. If the command resumes a search, gputune adds the
+        flags of the original command, which the study stores. A study of an earlier version does
+        not store the flags. gputune then derives the options from the saved model, if there is one.
         """
         final_model = {name: bool(getattr(self.arguments, name, None)) for name in FINAL_MODEL}
         compares = getattr(self.arguments, "compare_default", None)
@@ -311,8 +311,8 @@ class _Run:
             return replace(ending, comparison=reason)
         if default is None:
             reason = (
-                "There is no comparison with the default's model: no trial with a score is the "
-                "default configuration."
+                "The model of the default configuration is not compared, because no trial with a "
+                "score has the default configuration."
             )
             return replace(ending, comparison=reason)
         if is_default_best(study):

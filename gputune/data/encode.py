@@ -298,8 +298,8 @@ def transform(raw: Array, statistics: Statistics) -> Array:
 
 _BOUND = 3.0
 _FAR = 1e15
-"""The number from which ``smooth_clip`` returns its bound, up to rounding. Squares of larger
-numbers may overflow."""
+"""``smooth_clip`` first clips its input to this limit, because larger squares may overflow. At the
+limit, the result already equals the bound of 3, up to rounding."""
 
 
 def smooth_clip(x: Array) -> Array:

@@ -381,8 +381,10 @@ def _as_levels(values: np.ndarray, kind: Kind, levels: Sequence[str]) -> np.ndar
 
 
 def _read(texts: Iterable[str | None]) -> tuple[Kind, np.ndarray]:
-    """Detect the kind of texts like ``parse_text``, and also read amounts such as "$1,200" as
-    numbers."""
+    """Return the kind of a column of texts, such as "number" or "category", and its values.
+
+    Unlike ``parse_text``, the function also reads amounts such as "$1,200" as numbers.
+    """
     kind, values = parse_text(np.array([*texts], dtype=object))
     amounts = read_amounts(values) if kind == "category" else None
     return (kind, values) if amounts is None else ("number", amounts[0])

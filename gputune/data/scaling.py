@@ -23,8 +23,8 @@ class Scaling:
     """The scaling of one input's minibatches: ``(input - center) / scale``, with values for each
     fold.
 
-    ``center`` and ``scale`` are (F, ...) in the dtype of the study. The other axes match the axes
-    of a row. An axis such as channels has its own values. Any other axis has size 1. With
+    ``center`` and ``scale`` are (F folds, ...) in the dtype of the study. The other axes match the
+    axes of a row. An axis such as channels has its own values. Any other axis has size 1. With
     ``missing``, NaN means a missing value and becomes 0 after scaling, which is the mean of the
     fold's training rows.
     """
@@ -50,7 +50,10 @@ class Scaling:
         return Scaling(center, scale, self.missing)
 
     def __call__(self, rows: Tensor, folds: slice) -> Tensor:
-        """Scale the rows (F, ..., *row) of some folds, and return them."""
+        """Scale the rows of some folds, and return them.
+
+        The rows are (F folds, ..., *row), where ``*row`` is the shape of one row.
+        """
         center = self.center[folds]
         # (F, *row) -> (F, 1, ..., 1, *row), to broadcast over the gathered rows
         shape = (len(center), *[1] * (rows.dim() - center.dim()), *center.shape[1:])
@@ -70,10 +73,10 @@ _BLOCK = 2**22  # numbers per transformed block
 def table_inputs(
     raw: np.ndarray | Tensor, statistics: Sequence[Statistics], like: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[Scaling | None, ...]]:
-    """Return the scaled copies (V, n, D) of a table, and for each fold the index of its copy.
+    """Return the scaled copies of a table, and for each fold the index of its copy.
 
-    The third result is the ``Scaling`` of the table's minibatches, or None if the copies are
-    completely scaled.
+    The copies are (V copies, n rows, D features). The third result is the ``Scaling`` of the
+    table's minibatches, or None if the copies are completely scaled.
     """
     if isinstance(raw, Tensor):
         has_missing = raw.isnan().any(0).cpu().numpy()
@@ -193,12 +196,12 @@ def encode(
 
 
 def joined_statistics(parts: Sequence[Statistics]) -> Statistics:
-    """Join several ``Statistics`` of the same table, for a network that receives the inputs of all.
+    """Join several preparations of one table, for a network that receives the inputs of all.
 
-    The joined statistics produce the inputs of the first part, then the inputs of the second part,
-    and so on.
-
-    The parts were fitted on the same rows with different values of ``numbers``.
+    The ``Statistics`` of a preparation are its means, scales and other fitted values. All parts
+    were fitted on the same rows, with different values of ``numbers`` (the preparation of numeric
+    columns). The joined statistics produce the inputs of the first part, then the inputs of the
+    second part, and so on.
     """
     begin = 0  # position of the part's first input among all inputs
     complete = []

@@ -25,9 +25,10 @@ from gputune.types import Task
 from gputune.wording import Verbatim, option, per_interface
 
 MAX_CLASSES = 20
-"""The largest number of distinct whole numbers that are still classes. More are a regression.
+"""The largest number of distinct whole numbers that a target of classes may have.
 
-The argument ``task`` overrides this limit.
+A target with more distinct numbers is a regression target. The argument ``task`` overrides this
+limit.
 """
 
 TaskWord = Literal["classification", "binary", "multiclass", "regression", "multilabel", "custom"]
@@ -238,7 +239,7 @@ def standardized(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[FittedTransform, ...]]:
     """Return y standardized for each fold, with the center, scale and transformation of each fold.
 
-    ``center`` and ``scale`` are (F, ...). The returned y is one of
+    ``center`` and ``scale`` are (F folds, ...). For n rows, the returned y is one of
 
     - (n,) class codes,
     - (F, n, ...) standardized numbers,
@@ -292,7 +293,7 @@ def _values(values: np.ndarray, name: str) -> np.ndarray:
         raise InputError(
             None,
             f"{name} holds text in several columns, shape {values.shape}",
-            remedy="Tune one target at a time, or pass numbers.",
+            remedy="Run one search for each column, or convert the text to numbers.",
         )
     if values.dtype.kind not in "biufUO":
         raise InputError(
@@ -445,7 +446,7 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def are_soft_labels(target: Target) -> bool:
-    """Return True if a target (n, K) holds class probabilities (soft labels).
+    """Return True if a target (n rows, K classes) holds class probabilities (soft labels).
 
     All values must be at least 0, and each row must sum to 1.
     """

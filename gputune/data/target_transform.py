@@ -28,7 +28,8 @@ _CHOICES = per_interface("'log', 'log1p' or a scikit-learn transformer", "'log' 
 
 
 class Transformer(Protocol):
-    """The methods of a scikit-learn transformer for columns (n, K), such as PowerTransformer."""
+    """The methods of a scikit-learn transformer such as PowerTransformer, for n rows and K
+    columns."""
 
     def fit(self, X: np.ndarray) -> Self: ...
     def transform(self, X: np.ndarray) -> np.ndarray: ...
@@ -49,15 +50,16 @@ defined."""
 class FittedTransform:
     """A target transformation that is ready to use: a name such as "log", or a fitted transformer.
 
-    ``limits`` (2, K) holds the smallest and the largest transformed training value of each column.
-    A named transformation needs no limits.
+    ``limits`` (2, K) has the smallest and the largest transformed training value of K columns. A
+    named transformation needs no limits.
     """
 
     transform: TargetTransform
     limits: np.ndarray | None = None
 
     def forward(self, values: np.ndarray) -> np.ndarray:
-        """Transform target values (n,) or (n, K), and return them in the same shape, float64."""
+        """Transform target values (n rows,) or (n, K columns), and return float64 values in the
+        same shape."""
         if isinstance(self.transform, str):
             return _WORDS[self.transform][0](values)
         columns = np.asarray(self.transform.transform(values.reshape(len(values), -1)), np.float64)
@@ -69,7 +71,7 @@ class FittedTransform:
         return columns.reshape(values.shape)
 
     def inverse(self, values: Tensor) -> Tensor:
-        """Convert transformed values (..., K) back to the units of the target, float64.
+        """Convert transformed values (..., K columns) back to the units of the target, float64.
 
         A transformer returns NaN for values that are not finite.
         """
@@ -264,9 +266,11 @@ def _part(value: object) -> object:
 
 
 def _from_plain(value: object) -> object:
-    """Return the object that a dict of ``_plain`` or a value of ``_part`` describes.
+    """Create the object that a plain value describes, such as a fitted PowerTransformer.
 
-    For safety, only classes of sklearn.preprocessing and ufuncs of NumPy are created.
+    A dict describes an object of scikit-learn, a NumPy ufunc, or another dict. Other values are
+    returned unchanged. For safety, the function creates only objects of sklearn.preprocessing, and
+    returns only ufuncs of NumPy.
     """
     if not isinstance(value, dict):
         return value

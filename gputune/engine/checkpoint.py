@@ -246,7 +246,7 @@ def _numbered(state: State) -> dict[str, Tensor]:
 
 
 def _numbered_state(epoch: int, tensors: Mapping[str, Tensor]) -> State:
-    """Return the training state from the named tensors that ``_numbered`` has made."""
+    """Return the training state from a dict of tensors with their indices as keys."""
     return State(epoch, tuple(tensors[str(i)] for i in range(len(tensors))))
 
 

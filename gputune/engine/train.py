@@ -389,7 +389,7 @@ def _train_epochs(
 
 
 def _time(device: torch.device) -> "float | torch.cuda.Event":
-    """Return the current time on a device, from which ``_seconds`` computes a duration.
+    """Return the current time on a device, to compute a duration from two times.
 
     For a GPU, the result is an event in the queue of its work, because the host runs ahead of the
     GPU.
@@ -402,8 +402,8 @@ def _time(device: torch.device) -> "float | torch.cuda.Event":
 
 
 def _seconds(begin: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
-    """Return the seconds between two results of ``_time``. The function waits until the GPU has
-    reached both events."""
+    """Return the seconds between two times on a device. For a GPU, the times are events, and the
+    function waits until the GPU has reached both."""
     if isinstance(begin, float) and isinstance(end, float):
         return end - begin
     assert not isinstance(begin, float) and not isinstance(end, float)

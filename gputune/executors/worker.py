@@ -98,11 +98,11 @@ training = threading.Lock()
 
 
 def single_worker(environment: Mapping[str, str] | None = None) -> ProcessPoolExecutor:
-    """Return a process pool with exactly one worker, so that losing a worker never affects other
-    workers.
+    """Return a process pool with exactly one worker process.
 
-    The pool may be an idle pool of an earlier search. With environment variables, the pool is
-    always new.
+    Each worker has its own pool, so that losing a worker never affects other workers. The function
+    returns an idle pool of an earlier search if there is one. If ``environment`` is given, the pool
+    is always new, and its worker has these environment variables.
     """
     if environment is None:
         with suppress(IndexError):

@@ -90,11 +90,14 @@ class PopulationTraining:
         self.layer = torch.tensor(np.repeat(numbers, self.sizes), device=data.device)
 
     def start(self) -> Tensor:
-        """Return the starting parameters and running statistics of all members, (P, N)."""
+        """Return the N starting parameters and running statistics of each of P members, (P, N)."""
         return self._rows(self.first.values())
 
     def _rows(self, tables: Iterable[Tensor]) -> Tensor:
-        """Flatten parameters (F, C, ...) into one row of N values for each member, (P, N)."""
+        """Flatten parameters (F folds, C trials, ...) into one row of N values for each member.
+
+        The result is (P, N), with P = F * C members.
+        """
         return torch.cat([table.reshape(self.folds * self.trials, -1) for table in tables], 1)
 
     def clock(self, step: int) -> StepPosition:
@@ -130,9 +133,10 @@ class PopulationTraining:
         return torch.cat(losses)
 
     def statistics(self, weights: Tensor, step: int) -> Tensor:
-        """Return the running statistics of BatchNorm after this training step, (P, kept).
+        """Return the running statistics of BatchNorm after this training step.
 
-        The statistics do not change for a member that takes no step now.
+        The result is (P, ``kept``): each of P members has ``kept`` values. The statistics do not
+        change for a member that takes no step now.
         """
         assert isinstance(self.network, StackedModule)
         params = self._params_of(weights)
@@ -145,7 +149,7 @@ class PopulationTraining:
         return self._rows(map(torch.stack, after.values()))
 
     def _part_inputs(self, params: Params, batch: Batch) -> tuple[Params, list[Tensor]]:
-        """Return the parameters and the inputs of the members in one minibatch, each (P, ...)."""
+        """Return the parameters and the inputs of the P members in one minibatch, each (P, ...)."""
         # Autograd would copy a slice on the way back, so all folds are taken without slicing.
         if batch.folds != slice(0, self.folds):
             params = {name: tensor[batch.folds] for name, tensor in params.items()}
@@ -181,7 +185,7 @@ class PopulationTraining:
         return np.asarray(torch.stack(columns, 1).cpu().numpy())
 
     def _valid(self, params: Params, fold: int, *, masked: bool = True) -> Tensor:
-        """Return the outputs of all C trials on the B validation rows of a fold, (C, B, K)."""
+        """Return the K outputs of all C trials on the B validation rows of a fold, (C, B, K)."""
         rows = self.data.rows(fold, self.data.folds[fold].valid)
         weights = {name: tensor[fold] for name, tensor in params.items()}
         inputs = [x.expand(self.trials, *x.shape) for x in rows]
@@ -189,14 +193,20 @@ class PopulationTraining:
         return self._mask_absent(outputs[None], slice(fold, fold + 1))[0] if masked else outputs
 
     def _mask_absent(self, outputs: Tensor, folds: slice) -> Tensor:
-        """Set the outputs (F, C, B, K) to -inf for the classes that are absent from a fold."""
+        """Set the outputs to -inf for the classes that are absent from a fold.
+
+        The outputs are (F folds, C trials, B rows, K classes).
+        """
         present = self.data.present
         if present is None:
             return outputs
         return outputs.masked_fill(~present[folds, None, None], -torch.inf)
 
     def _params_of(self, weights: Tensor) -> Params:
-        """Split rows of N values per member, (P, N), into the named parameters (F, C, ...)."""
+        """Split one row of N values per member, (P, N), into the named parameters.
+
+        A parameter is (F folds, C trials, ...), with F * C = P members.
+        """
         parts = zip(self.shapes.items(), torch.split(weights, self.sizes, 1))
         return {name: part.view(self.folds, self.trials, *shape) for (name, shape), part in parts}
 
@@ -309,8 +319,8 @@ class Slopes(Outcome):
     """The results of differentiating a group of trials: scores, validation losses and derivatives.
 
     ``losses`` (C trials, F folds) are the losses on the validation rows. ``slopes`` maps each
-    hyperparameter to its derivatives (C, F, S, L). ``ratios`` (C, F) tells noise from usable
-    derivatives. All three are None if the deadline stopped the chunk.
+    hyperparameter to its derivatives (C, F, S segments, L layers). ``ratios`` (C, F) tells noise
+    from usable derivatives. All three are None if the deadline stopped the chunk.
     """
 
     losses: np.ndarray | None = None
@@ -359,9 +369,10 @@ def inner_problem(
 
 
 def train_scheduled(job: HypergradientJob, data: Dataset, chunk: Population) -> nn.Module:
-    """Train one trial on one fold, with separate hyperparameter values for segments and layers.
+    """Train one trial on one fold, and return the trained module.
 
-    Returns the trained module.
+    The hyperparameters may have separate values for each layer, and for each segment (part) of the
+    training.
     """
     problem = inner_problem(job, data, chunk)
     return problem.training.member(problem.train(steps=job.epochs * problem.training.each), 0, 0)

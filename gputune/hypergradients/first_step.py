@@ -44,12 +44,12 @@ _FINITE_DIFFERENCES = "call gputune.hypergradient with mode='fd'."
 
 
 def check_start(config: Config, name: str, start: str, *, argument: str, remedy: str = "") -> None:
-    """Check that a hypergradient search can differentiate a starting configuration in the
-    hyperparameter ``name``.
+    """Raise InputError if a hypergradient search cannot start from a configuration.
 
-    Raises InputError otherwise. ``config`` is the starting configuration, and ``start`` is its name
-    in errors. ``argument`` is the argument that chose the hyperparameter. ``remedy`` is a remedy
-    other than changing the configuration; it continues a sentence.
+    The search must be able to differentiate with respect to the hyperparameter ``name``. ``config``
+    is the starting configuration, and ``start`` is its name in errors. ``argument`` is the argument
+    that chose the hyperparameter. ``remedy`` is advice other than changing the configuration. It
+    ends a sentence, as in ", or use RandomizedSearchCV".
     """
     optimizer = config["optimizer"]
     unsupported = [key for key in config if key.startswith(OPTIMIZER_PREFIX)]

@@ -343,7 +343,10 @@ def _differences(
                 remedy=f"Use {option('mode', 'reverse')} or 'forward'.",
             )
     width = default_width(problem.training.dtype)
-    reason = f"requested; steps of {width:.1e} in the logarithm (logit of momentum and betas)"
+    reason = (
+        f"requested; finite differences with steps of {width:.1e} in the logarithm of each value "
+        "(in the logit of momentum and betas)"
+    )
     return reason, differences(problem, names, width=width)
 
 

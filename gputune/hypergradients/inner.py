@@ -44,14 +44,19 @@ between hyperparameters."""
 SegmentRows = Mapping[str, Sequence[Tensor]]
 """The hyperparameter tables, cut into one row per segment of the training.
 
-A row is (P, 1), or (P, N) if the value differs between layers.
+A row is (P, 1) with one value for each of P members (networks). If the value differs between
+layers, a row is (P, N) with one value for each of a member's N parameters.
 """
 
 Watch = Callable[[int, Tensor], None]
-"""A function to call after each step with the number of finished steps and the weights (P, N)."""
+"""A function to call after each step with the number of finished steps and the weights (P, N), N
+parameters for each of P members."""
 
 InnerState = tuple[Tensor, ...]
-"""The state of a training run: the parameters, then the moments of the optimizer, each (P, N)."""
+"""The state of a training run: the parameters, then the moments of the optimizer.
+
+Each tensor is (P, N), with N parameters for each of P members (networks).
+"""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class InnerTraining(Protocol):
     """The number of entries at the end of a row that are running statistics, not parameters."""
 
     def start(self) -> Tensor:
-        """Return the starting values of all members' N parameters, (P, N)."""
+        """Return the starting values (P, N) of the N parameters of each of P members."""
 
     def clock(self, step: int) -> StepPosition:
         """Return each member's number of finished steps, and whether the member takes this step."""
@@ -93,10 +98,10 @@ class InnerTraining(Protocol):
         """
 
     def statistics(self, weights: Tensor, step: int) -> Tensor:
-        """Return the members' running statistics, for example of BatchNorm, after this step, (P,
-        kept).
+        """Return the members' running statistics after this step, for example of BatchNorm.
 
-        The statistics are differentiable in ``weights``, the weights before the step.
+        The result is (P, ``kept``): each of P members has ``kept`` values. Autograd can
+        differentiate the statistics in ``weights``, the weights before the step.
         """
 
     def validation(self, weights: Tensor) -> Tensor:
@@ -157,7 +162,7 @@ class InnerProblem(Generic[AnyTraining]):
         return state
 
     def train(self, watch: Watch | None = None, *, steps: int | None = None) -> Tensor:
-        """Return the weights (P, N) after training, without derivatives.
+        """Return the weights after training, without derivatives: (P members, N parameters).
 
         ``steps`` is the number of first steps to take; None means all steps.
         """
@@ -188,9 +193,10 @@ def slope(training: InnerTraining, weights: Tensor, step: int, *, graph: bool) -
 
 
 def hessian_times(gradient: Tensor, weights: Tensor, vector: Tensor) -> Tensor:
-    """Return the product of the Hessian of each member's loss and a vector, (P, N).
+    """Return the product of the Hessian of each member's loss and a vector.
 
-    The result is zero if the loss is linear in the weights.
+    Vector and result are (P, N), with N parameters for each of P members. The result is zero if the
+    loss is linear in the weights.
     """
     if not gradient.requires_grad:
         return torch.zeros_like(vector)
@@ -232,8 +238,11 @@ def leaves_of(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def rows_of(tables: Tables, layer: Tensor) -> SegmentRows:
-    """Convert hyperparameter values (P members, S segments, L layers) to one tensor per segment,
-    (P, 1) or (P, N)."""
+    """Cut the tables of hyperparameter values into one tensor per segment of the training.
+
+    A table has P members (networks), S segments and L layers. A tensor of one segment is (P, 1) if
+    all layers share a value, otherwise (P, N) with a value for each of a member's N parameters.
+    """
     rows = {}
     for name, table in tables.items():
         if table.shape[2] > 1:  # the layers have different values: (P, S, L) -> (P, S, N)
@@ -246,7 +255,8 @@ def rows_of(tables: Tables, layer: Tensor) -> SegmentRows:
 def rates_at(rows: SegmentRows, clock: StepPosition, totals: np.ndarray) -> Rates:
     """Return the values of the hyperparameters of all members in one training step.
 
-    A value is (P, 1) if all layers share it, otherwise (P, N).
+    A value is (P, 1) for P members if all layers share it. Otherwise a value is (P, N), for each of
+    a member's N parameters.
     """
     values = {}
     for name, parts in rows.items():
@@ -267,7 +277,8 @@ def rates_at(rows: SegmentRows, clock: StepPosition, totals: np.ndarray) -> Rate
 def segment_at(done: np.ndarray, totals: np.ndarray, segments: int) -> np.ndarray:
     """Return the index of the training segment that each member's next step belongs to, (P,).
 
-    After ``done`` steps, the index is the last s with floor(s*T/S) <= done.
+    With T steps in S segments, the index after ``done`` steps is the last s with floor(s*T/S) <=
+    done.
     """
     segment: np.ndarray = np.minimum(((done + 1) * segments - 1) // totals, segments - 1)
     return segment.astype(np.int64)
@@ -318,10 +329,10 @@ double precision agree with the hypergradient to 1e-6. From a few hundred on, th
 class Hypergradients:
     """The results of one differentiated training run, for each of P members (networks).
 
-    ``value`` (P,) is the validation loss after training. ``gradients`` has a (P, S, L) table of
-    derivatives for each requested hyperparameter. ``ratio`` (P,) is the growth of small changes.
-    Above ``CHAOTIC``, the derivatives are noise. ``weights`` (P, N) are the parameters after the
-    last step.
+    ``value`` (P,) is the validation loss after training. ``gradients`` has a table of derivatives,
+    (P, S segments, L layers), for each requested hyperparameter. ``ratio`` (P,) is the growth of
+    small changes. Above ``CHAOTIC``, the derivatives are noise. ``weights`` (P, N) are the N
+    parameters of each member after the last step.
     """
 
     value: Tensor

@@ -228,8 +228,11 @@ def remarks(
     include_default: bool,
     timeout: float | None = None,
 ) -> tuple[str, ...]:
-    """Return a remark if a study has more or fewer trials than requested, or a default trial of an
-    earlier call."""
+    """Return remarks for the user on differences between a study's trials and the requested trials.
+
+    The study may have more or fewer trials than requested. It may also have a trial of the default
+    configuration that only an earlier call requested.
+    """
     sentences = []
     for trial in trials:
         if trial.origin == "default" and not include_default:

@@ -39,8 +39,12 @@ _DIAGONALS = {
     torch.trace,
     Tensor.trace,
 }
-"""Functions that take the diagonal of a matrix of all pairs of rows. The diagonal pairs each row
-with itself, so it is a correct loss."""
+"""PyTorch functions that read only the diagonal of a matrix.
+
+A loss may compare the output of each row with the targets of all rows, which gives a matrix. The
+diagonal of the matrix compares each output with the target of the same row. A loss that uses only
+the diagonal is therefore correct, and gputune does not refuse it.
+"""
 
 
 def in_one_shape(pair: Shapes, place: str) -> str:

@@ -67,8 +67,8 @@ _gains: WeakKeyDictionary[Builder, dict[str, float]] = WeakKeyDictionary()
 
 
 def known_traits(builder: Builder | None, data: Dataset) -> dict[str, Traits]:
-    """Return the known traits (properties) of a user's module on some data, by arguments as
-    text."""
+    """Return the known traits (properties) of a user's module on some data, as a dict. The key is
+    the text of the module's arguments."""
     return {} if builder is None else dict(_known.get(data, {}).get(builder, {}))
 
 
@@ -127,7 +127,8 @@ def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
 def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> None:
     """Raise InputError if a trial sets a rate, such as dropout, that no part of the module uses.
 
-    ``name`` is the module's name. The keys of ``usual``, which all trials have, are not checked.
+    ``name`` is the module's name. Keys for one part of the module are not checked if ``usual`` has
+    them, because all trials have the keys of ``usual``.
     """
     parts = set(".".join(traits.named).split("."))
     for key in config.keys() - usual.keys():
@@ -177,7 +178,7 @@ def note_fastest(
 
 
 def inspect_module(trial: ModuleTrial) -> Traits:
-    """Try a module in training, in evaluation and stacked, and return its properties (traits)."""
+    """Run a module in training, in evaluation and stacked, and return its properties (traits)."""
     module = trial.module
     x = trial.inputs
     start = trial.numbers()
@@ -285,8 +286,8 @@ def _stacking_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str
 
 
 def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
-    """Return the result of ``_stacking_traits``, comparing tensors up to rounding in the trial's
-    dtype."""
+    """Return why members cannot be stacked, and the unused parameters. Tensors are compared up to
+    rounding in the trial's dtype."""
     stacked = StackedModule(
         trial.builder,
         [trial.config] * 2,
@@ -355,9 +356,9 @@ def _plain_results(
 def _stacked_results(
     stacked: StackedModule, flat: Tensor, trial: ModuleTrial
 ) -> tuple[Tensor, list[Params], Params]:
-    """Return the same results as ``_plain_results``, but for two stacked members.
+    """Return the outputs, the gradients and the state of two stacked members.
 
-    Outputs are (2, B, ...), other tensors are (1, 2, ...).
+    Outputs are (2 members, B rows, ...). Other tensors are (1 fold, 2 trials, ...).
     """
     params = stacked.blocks.views(flat)
     gradients = []
@@ -481,7 +482,7 @@ def _failing_part(parts: Sequence[Tensor], fails: Callable[[Tensor], bool]) -> T
 def _attempt(
     network: ModuleNetwork, module: nn.Module, data: Dataset, fold: int, kind: type[Exception]
 ) -> Callable[[Tensor], bool]:
-    """Return a function that tells if a member raises this type of error on some rows of a fold."""
+    """Return a function that tells if the module fails on some rows with an error of ``kind``."""
     targets = network.targets(data.y)
 
     def fails(rows: Tensor) -> bool:

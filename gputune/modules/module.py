@@ -217,7 +217,8 @@ class StackedModule(ModuleNetwork):
             return None  # the step draws for itself, by the key of the minibatch
         if self.objective.augment is not None:
             raise TraceError(
-                "augment makes random numbers for each minibatch, which cannot be recorded"
+                "augment receives a new random generator for each minibatch, and gputune cannot "
+                "record this in a training step"
             )
         drops = any(config["dropout"] for config in self.configs)
         for is_off in (False,) if drops else (True, False):
@@ -440,7 +441,8 @@ class StackedModule(ModuleNetwork):
         tensors: Sequence[Tensor],
         training: bool,
     ) -> WithBuffers:
-        """Map a function over members like ``_mapped``, but without copies of the tensors."""
+        """Call a function for each member (one trial on one fold), without copies of the
+        tensors."""
 
         def call_member(member: Params, *parts: Tensor) -> WithBuffers:
             with self.stateless.substitute({**member, **self.frozen}) as module:

@@ -294,8 +294,10 @@ class _Source:
         self.results: dict[int, tuple[Place, str]] = {}
 
     def function(self) -> TakeStep:
-        """Compile the source code, and return the function. It deletes results in their own memory
-        after their last use."""
+        """Return a Python function that runs the recorded operations of a training step again.
+
+        The function deletes each result that has its own memory after the last use of the result.
+        """
         unused = defaultdict(list)
         for memory, i in self.last.items():
             if memory not in self.begin and memory not in self.storages:

@@ -1,7 +1,7 @@
-"""Runs the training steps of a chunk: directly, or recorded once and then replayed.
+"""Runs training steps: each step directly, or recorded once and then replayed.
 
-A chunk is a group of trials that train together. A member is one trial on one fold. The shape of a
-step identifies steps with tensors of the same sizes.
+The steps train a chunk, which is a group of trials that train together. A member is one trial on
+one fold. The argument ``shape`` of a step is equal for all steps with tensors of the same sizes.
 
 On a GPU, a recording is a CUDA graph. It launches the few dozen small kernels of a step at the cost
 of one kernel. On a CPU, it is a function that contains only these kernels. A recorded step can do

@@ -48,49 +48,62 @@ class Blocks:
         return {block.name: part.view(block.shape) for block, part in parts}
 
     def by_member(self, flat: Tensor) -> Params:
-        """Return the parameters in a flat buffer with axes (F, C, ...), as views of the buffer's
-        memory."""
+        """Return the parameters in a flat buffer by name, as views of the buffer's memory.
+
+        A view is (F, C, ...): F folds, C trials, then the axes of one member's parameter.
+        """
         views = self.views(flat)
         return {b.name: views[b.name].movedim(b.trial_axis, 1) for b in self.blocks}
 
     def to_rows(self, flat: Tensor) -> Tensor:
-        """Return a copy of a flat buffer as (C, F, N): one row with the N values of each trial
-        and fold."""
+        """Return a copy of a flat buffer as (C trials, F folds, N): the N values of each trial on
+        each fold."""
         return torch.cat([view.transpose(0, 1).flatten(2) for view in self._pairs(flat)], 2)
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """Return a flat buffer with the values of the rows (C, F, N). It undoes ``to_rows``."""
+        """Return a flat buffer with the values of ``rows`` (C trials, F folds, N values).
+
+        This is the inverse of ``to_rows``.
+        """
         flat = rows.new_empty(self.size)
         self.put_rows(flat, rows)
         return flat
 
     def put_rows(self, flat: Tensor, rows: Tensor) -> None:
-        """Write rows (C, F, N), one for each trial and fold, into a flat buffer in place."""
+        """Write the values ``rows`` (C trials, F folds, N values) into a flat buffer, in place."""
         views = self._pairs(flat)
         sizes = [view[0, 0].numel() for view in views]
         for view, part in zip(views, torch.split(rows, sizes, 2)):
             view.copy_(part.transpose(0, 1).view(view.shape))
 
     def _pairs(self, flat: Tensor) -> list[Tensor]:
-        """Return the parameters in a flat buffer as (F, C, ...), with at least one axis after the
-        first two."""
+        """Return the parameters in a flat buffer as views with at least three axes.
+
+        The first axis has the F folds, and the second axis has the C trials. The other axes belong
+        to one trial's parameter on one fold. A parameter of one value has one such axis of size 1.
+        """
         views = self.by_member(flat).values()
         return [view if view.dim() > 2 else view[..., None] for view in views]
 
     def expand(self, values: Tensor) -> Tensor:
-        """Return a flat buffer in which all entries of a member have the member's value in
-        ``values`` (F, C)."""
+        """Return a flat buffer in which all entries of a member have the member's value.
+
+        ``values`` (F folds, C trials) has one value for each member.
+        """
         flat = values.new_empty(self.size)
         for value, part in self.by_block(values, flat):
             part.copy_(value)
         return flat
 
     def first(self, flat: Tensor) -> Tensor:
-        """Return the first entry of each member in a flat buffer, (F, C). It undoes ``expand``."""
+        """Return the first entry of each member in a flat buffer, (F folds, C trials).
+
+        This is the inverse of ``expand``.
+        """
         return self._pairs(flat)[0].flatten(2)[..., 0].clone()
 
     def total(self, flat: Tensor) -> Tensor:
-        """Return the sum of each member's entries in a flat buffer, (F, C)."""
+        """Return the sum of each member's entries in a flat buffer, (F folds, C trials)."""
         sums = []
         for block, view in zip(self.blocks, self.views(flat).values()):
             inner = [axis for axis in range(1, len(block.shape)) if axis != block.trial_axis]
@@ -105,11 +118,10 @@ class Blocks:
         values: Tensor,
         factors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Compute total += value * flat in place, with one value in ``values`` (F, C) for each
-        member.
+        """Compute total += value * flat in place, with a separate value for each member.
 
-        If ``factors`` has a table (F, C) for a block (a parameter), the values are multiplied by
-        this table there.
+        ``values`` (F folds, C trials) has the members' values. If ``factors`` has a table of the
+        same shape for a block (a parameter), the values are multiplied by this table there.
         """
         factors = factors or {}
         if values.numel() == 1 and not factors:
@@ -122,7 +134,8 @@ class Blocks:
     def lerp_(self, flat: Tensor, end: Tensor, values: Tensor) -> None:
         """Interpolate the flat buffer ``flat`` towards the buffer ``end``, in place.
 
-        ``values`` (F, C) has each member's fraction: 0 changes nothing, and 1 copies ``end``.
+        ``values`` (F folds, C trials) has each member's fraction: 0 changes nothing, and 1 copies
+        ``end``.
         """
         for value, part, toward in self.by_block(values, flat, end):
             part.lerp_(toward, value)
@@ -131,8 +144,8 @@ class Blocks:
         """Yield, for each block (a parameter), the ``values`` reshaped to broadcast, and the
         block's view of each buffer.
 
-        ``values`` (F, C) has one value for each member. With a single member, the complete buffers
-        are yielded at once.
+        ``values`` (F folds, C trials) has one value for each member. With a single member, the
+        function yields the complete buffers at once.
         """
         if values.numel() == 1:
             yield (values.view(1), *flats)
@@ -170,7 +183,7 @@ class Blocks:
 
 
 def with_axes_of(block: Block, values: Tensor) -> Tensor:
-    """Return one value for each member, (F, C), reshaped to broadcast against a block (a
+    """Reshape one value per member, (F folds, C trials), to broadcast against a block (a
     parameter)."""
     shape = [1] * len(block.shape)
     shape[0], shape[block.trial_axis] = values.shape

@@ -32,8 +32,8 @@ def number_of(config: Config, key: str) -> float:
 class Clock:
     """Counts the training steps of each member and computes the factors of the schedules.
 
-    ``done`` (F, C) is the count of finished steps. A schedule runs over ``horizon`` epochs of
-    ``steps`` (F, C) steps each.
+    ``done`` (F folds, C trials) is the count of finished steps. A schedule runs over ``horizon``
+    epochs of ``steps`` (F, C) steps each.
     """
 
     def __init__(self, configs: Sequence[Config], steps: Tensor, horizon: int) -> None:
@@ -50,14 +50,18 @@ class Clock:
                 self.schedules[key][SCHEDULES[name]] = members
 
     def begin(self, epoch: int) -> None:
-        """Set each member's count of finished steps to the start of an epoch."""
+        """Set the step counter of each member (one trial on one fold) at the start of an epoch.
+
+        ``epoch`` is the count of finished epochs. The counter becomes the number of steps that the
+        member takes in these epochs.
+        """
         torch.mul(self.steps, epoch, out=self.done)
 
     def factor(self, key: str = "schedule") -> Tensor:
-        """Return the factor by which each member's schedule currently scales a rate, (F, C).
+        """Return the factor by which each member's schedule currently scales a rate.
 
-        ``key`` is the hyperparameter that names the schedule. By default it is the schedule of the
-        learning rate.
+        The factors are (F folds, C trials). ``key`` is the hyperparameter that names the schedule.
+        By default it is the schedule of the learning rate.
         """
         factor = torch.ones_like(self.done)
         for schedule, members in self.schedules[key].items():
@@ -65,17 +69,19 @@ class Clock:
         return factor
 
     def advance(self, active: Tensor | None) -> None:
-        """Count one step of the members with 1 in ``active`` (F, C), or of all members if
-        ``active`` is None."""
+        """Add one to the step counters of the members with 1 in ``active`` (F folds, C trials).
+
+        If ``active`` is None, the function adds one to all counters.
+        """
         self.done.add_(1.0 if active is None else active)
 
     def table(self, configs: Sequence[Config], key: str) -> Tensor:
-        """Return a table (F, C) with each member's value of one hyperparameter, in double
+        """Return each member's value of one hyperparameter, (F folds, C trials), in double
         precision."""
         return self.per_trial([number_of(config, key) for config in configs])
 
     def per_trial(self, numbers: Sequence[float]) -> Tensor:
-        """Expand one value per trial to a table of all members, (F, C), in double precision."""
+        """Repeat one value per trial for all folds, (F folds, C trials), in double precision."""
         values = torch.tensor(numbers, dtype=torch.float64)
         return values.expand(self.steps.shape).contiguous().to(self.steps.device)
 
@@ -84,8 +90,8 @@ class Optimizer:
     """Base class of the optimizer for trials that train together (a chunk).
 
     The optimizer changes the parameters in place and holds all optimizer state. A subclass
-    implements the step of its update rule. ``steps`` (F, C) is the number of steps of each member
-    in an epoch. A schedule runs over ``horizon`` epochs.
+    implements the step of its update rule. ``steps`` (F folds, C trials) is the number of steps of
+    each member in an epoch. A schedule runs over ``horizon`` epochs.
     """
 
     def __init__(
@@ -167,11 +173,10 @@ class Optimizer:
         self.clock.begin(epoch)
 
     def step(self, theta: Tensor, grad: Tensor, active: Tensor | None = None) -> None:
-        """Take one optimizer step of the members that are ``active`` (F, C), or of all members if
-        None.
+        """Take one optimizer step of the members that are active.
 
-        ``grad`` is overwritten: its values after the step have no meaning. Python does not wait for
-        the device.
+        ``active`` (F folds, C trials) is None if all members take the step. ``grad`` is
+        overwritten: its values after the step have no meaning. Python does not wait for the device.
         """
         if self.clip_norm is not None and self.squares is not None:
             norm = self.blocks.total(torch.mul(grad, grad, out=self.squares)).double().sqrt()
@@ -191,7 +196,7 @@ class Optimizer:
             self.blocks.lerp_(self.average, self._evaluate(theta), share.to(self.dtype))
 
     def _take(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
-        """Take the step of the update rule, for the members with 1 in ``active`` (F, C)."""
+        """Take a step of the update rule, for members with 1 in ``active`` (F folds, C trials)."""
         raise NotImplementedError
 
     def scored(self, theta: Tensor) -> Tensor:

@@ -254,8 +254,10 @@ class Batches:
         return StepShape(tuple(parts), all_active)
 
     def prepare(self) -> None:
-        """Prepare for steps that are recorded and replayed. On a GPU, this compiles a kernel that
-        replaces the operations of ``_rows``."""
+        """Prepare for steps that are recorded and replayed.
+
+        On a GPU, the method compiles a kernel that computes the positions of a minibatch's rows.
+        """
         if self.data.device.type == "cuda" and self.host is None:
             compiled = kernels(SOURCE, ("minibatch",), self.data.device, self.data.dtype)
             self.kernel = None if compiled is None else compiled[0]
@@ -320,7 +322,7 @@ class Batches:
         """Return the positions of a minibatch's rows in weights, inputs and target, and the rows'
         shares of the weight.
 
-        The positions are (3, F, 1 or C, B).
+        The positions are (3, F folds, 1 or C trials, B rows).
         """
         taken = self.taken[part.folds]  # (F, 1 or C)
         positions = self.positions[: part.rows]
@@ -349,8 +351,10 @@ class Batches:
         return rows, share[..., None]
 
     def _by_kernel(self, kernel: Kernel, part: Part) -> tuple[Tensor, Tensor | float]:
-        """Return the same positions and shares as ``_rows``, computed by one launch of a GPU
-        kernel."""
+        """Return the positions of a minibatch's rows and the rows' shares of the weight.
+
+        One launch of a GPU kernel computes both.
+        """
         shape = (part.end - part.begin, self.taken.shape[1], part.rows)
         rows = self.order.new_empty((3, *shape))
         share = self.order.new_empty((*shape, 1), dtype=self.data.dtype)

@@ -28,15 +28,16 @@ def fitted(
     rows: object,
     others: Callable[[object], Tensor] | None = None,
 ) -> "_FittedEstimator":
-    """Return an estimator for a scikit-learn scorer that predicts from outputs already computed.
+    """Return an estimator for a scikit-learn scorer, with predictions from computed outputs.
 
     Args:
-        output: The outputs (m, K) for the rows ``X``.
+        output: The outputs (m, K) for the m rows ``X``, K values per row.
         classes: The class labels, a unit matrix (K, K) for several labels, or None for a
             regression.
         X: The rows that the scorer receives.
-        rows: The unchanged rows. The estimator uses ``output`` only while X equals ``rows``.
-        others: Returns the outputs for any other rows, or None.
+        rows: The rows without any change by the scorer. The estimator uses ``output`` only while
+            ``X`` equals ``rows``.
+        others: A function that returns the outputs for any other rows, or None.
     """
     kind = _Regressor if classes is None else _Labeller if classes.ndim == 2 else _Classifier
     return kind(output, classes, X, rows, others)
@@ -91,8 +92,10 @@ class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
         self.others = None
 
     def outputs(self, X: Any) -> Tensor:
-        """Return the outputs (m, K) for rows X: the computed outputs, or new outputs for other
-        rows."""
+        """Return the outputs (m, K) for m rows X, K values per row.
+
+        These are the computed outputs, or new outputs if X has other rows.
+        """
         if X is self.X and (X is self.rows or X.equals(self.rows)):
             return self.output
         if self.others is None:
@@ -103,7 +106,10 @@ class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
 
 
 class _Classifier(ClassifierMixin, _FittedEstimator):  # type: ignore[misc]
-    """A fitted classifier that returns computed outputs to a scorer."""
+    """A classifier for scikit-learn scorers: its predictions come from outputs computed before.
+
+    The probabilities are the softmax of the outputs.
+    """
 
     @property
     def classes_(self) -> np.ndarray:
@@ -121,7 +127,8 @@ class _Classifier(ClassifierMixin, _FittedEstimator):  # type: ignore[misc]
 class _Labeller(_Classifier):
     """A fitted estimator for several labels per row (multilabel).
 
-    ``classes`` is the unit matrix (K, K), from which scikit-learn recognizes several labels.
+    ``classes`` is the unit matrix (K, K) for K labels, from which scikit-learn recognizes several
+    labels.
     """
 
     def predict_proba(self, X: object) -> np.ndarray:
@@ -132,7 +139,7 @@ class _Labeller(_Classifier):
 
 
 class _Regressor(RegressorMixin, _FittedEstimator):  # type: ignore[misc]
-    """A fitted regressor that returns computed outputs to a scorer."""
+    """A regressor for scikit-learn scorers: its predictions are outputs computed before."""
 
     def predict(self, X: object) -> np.ndarray:
         outputs = self.outputs(X)

@@ -68,9 +68,10 @@ class Objective:
     """The parameter values in the text of a loss, such as 0.9 in "quantile:0.9", by argument name.
     """
     fixed: Config = field(default_factory=dict, compare=False)
-    """The ``loss__*`` arguments that have one value in the whole search.
+    """The ``loss__*`` arguments of the training loss with the same value in all trials.
 
-    ``neg_loss`` uses these values, and the defaults in ``varied``.
+    The score ``neg_loss`` uses these values. For the other arguments it uses the defaults, which
+    ``varied`` holds.
     """
     varied: Config = field(default_factory=dict, compare=False)
 
@@ -218,7 +219,10 @@ class Objective:
         return values
 
     def rows(self, outputs: Tensor, y: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """Compute a named loss for each row, (..., C, B), from outputs (..., C, B, K)."""
+        """Compute a named loss for each of B rows and C trials, (..., C, B).
+
+        The outputs are (..., C, B, K), with K values per row.
+        """
         assert isinstance(self.loss, str)
         return LOSSES[self.loss].rows(outputs, y, **values)
 
@@ -247,7 +251,7 @@ class Objective:
         names: Sequence[str] | None,
         absent: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of each row of a minibatch, (B,), or the mean over the rows.
+        """Return the loss of each of the B rows of a minibatch, (B,), or the mean over the rows.
 
         Args:
             module: The module.
@@ -255,8 +259,8 @@ class Objective:
             y: The targets of the minibatch.
             config: The configuration with the ``loss__*`` values.
             names: The names of the inputs if the module takes them by name, else None.
-            absent: A mask (K,) of the absent classes, whose outputs become -inf. None if no class
-                is absent.
+            absent: A mask (K classes,) of the absent classes, whose outputs become -inf. None if no
+                class is absent.
         """
         inputs = self._to_give(inputs)
         if self.step is not None:
@@ -277,10 +281,10 @@ class Objective:
     def augmented(
         self, inputs: Sequence[Tensor], names: Sequence[str] | None, seed: int, key: StepKey
     ) -> Sequence[Tensor]:
-        """Apply the user's augmentation to a minibatch (F, B, ...), with the same random numbers
-        for all folds.
+        """Apply the user's augmentation to a minibatch, with the same random numbers for all folds.
 
-        Raises InputError if ``augment`` returns another shape.
+        The minibatch is (F folds, B rows, ...). Raises InputError if ``augment`` returns another
+        shape.
         """
         if self.augment is None:
             return inputs
@@ -363,8 +367,9 @@ def pairs_all_rows(
 ) -> bool:
     """Return True if a custom loss or score compares each output with all targets by mistake.
 
-    The cause is that torch broadcasts (B, 1) and (B,) to (B, B). The result then does not change
-    with the order of y. It also differs from the result for outputs and y of the same shape.
+    The cause is that torch broadcasts (B, 1) and (B,) for B rows to (B, B). The result then does
+    not change with the order of y. It also differs from the result for outputs and y of the same
+    shape.
     """
     rows = len(y)
     shapes = {tuple(outputs.shape), tuple(y.shape)}
@@ -409,11 +414,10 @@ def loss_arguments(config: Config) -> Config:
 
 
 def loss_defaults(loss: object) -> Config:
-    """Return the default values of a loss's arguments, under the names that a configuration uses.
+    """Return the default values of a loss's arguments by name, such as ``loss__delta``.
 
-    The names have the prefix ``loss__``.
-
-    The defaults come from the signature of a custom loss, or from all named losses.
+    The names have the prefix ``loss__``, as in a configuration. The defaults come from the
+    signature of a custom loss, or from all named losses.
     """
     if isinstance(loss, str):
         loss, numbers = parse_loss(loss)

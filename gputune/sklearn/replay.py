@@ -153,7 +153,11 @@ class SearchRun:
         candidates = list(candidate_params) if self.trained is None else self.trained.candidates
 
         def split(X: object, y: object, **params: object) -> Splits:
-            """Train all candidates, then return the splits for scikit-learn's loop."""
+            """Train all candidates together, and return the data splits of scikit-learn's search.
+
+            scikit-learn calls this function in place of the ``split`` of a splitter, before it fits
+            the candidates in a loop. Candidates that are trained already are not trained again.
+            """
             trained = self.trained
             if trained is None:
                 trained = self._train_all(candidates, X, y, self.split(X, y, params, cv))

@@ -145,8 +145,11 @@ def _run(jobs: Jobs, device: torch.device) -> None:
 
 
 def _fold(problem: LogisticProblem, fold: int) -> tuple[Solution, Iterator[tuple[Jobs, int]]]:
-    """Return a solution of one fold that still has zero coefficients, and the jobs that compute the
-    coefficients."""
+    """Prepare the logistic regression of one fold for all members.
+
+    Returns a solution with coefficients of zero, and the jobs that compute the coefficients and
+    write them to the solution.
+    """
     weights = problem.weights[fold]
     is_training = weights > 0
     x = problem.x[fold, is_training]
@@ -258,7 +261,7 @@ def solve_chunk(
     it.
 
     The trials must have the same value of ``numbers`` (the preparation of numeric columns). The
-    curves of the outcome are (C, 1, F).
+    curves of the outcome are (C trials, 1 epoch, F folds).
     """
     begin = time.monotonic()
     part = [configs[i] for i in index]
@@ -277,10 +280,10 @@ def score_solution(
     scoring: Scoring,
     best: BestOutputs | None = None,
 ) -> np.ndarray:
-    """Score the solutions on the validation rows of each fold, and return the trials' curves (C, 1,
-    F).
+    """Score the solutions on the validation rows of each fold, and return the trials' curves.
 
-    ``trials`` is the count C of trials. ``best``, if given, receives the outputs of the trials.
+    The curves are (C trials, 1 epoch, F folds). ``trials`` is the count C of trials. ``best``, if
+    given, receives the outputs of the trials.
     """
     coef, intercept = as_softmax(solution)
     scores = list[Tensor]()
@@ -343,7 +346,8 @@ def problem_of(data: Dataset, configs: Sequence[Config]) -> LogisticProblem:
 def as_softmax(solution: Solution) -> tuple[Tensor, Tensor]:
     """Return a solution as the coefficients (P, K, D) and intercepts (P, K) of a softmax.
 
-    For two classes, the first class gets zeros.
+    P counts the members, K the classes and D the inputs. For two classes, the first class gets
+    zeros.
     """
     coef = solution.coef
     intercept = solution.intercept

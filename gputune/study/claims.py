@@ -126,7 +126,7 @@ class Claims(AbstractContextManager["Claims"]):
             raise InputError(
                 f"study={str(self.path)!r}",
                 f"is in use: {owner} works on this search, and with {option('method', method)} "
-                "only one process decides which trials train on",
+                "only one process can choose the trials that continue training",
                 remedy=self.remedy(owner),
             )
 

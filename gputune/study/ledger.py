@@ -1,8 +1,8 @@
 """The ledger: the trials of a running search, its plan and its results.
 
 The ledger is kept in memory, and also in a study file if the search has a file. A candidate is a
-configuration with its trial number. A chunk is a group of candidates that train together. A frozen
-chunk is stored and never changes.
+configuration with its trial number. A chunk is a group of candidates that train together. Once
+planned, a chunk is stored and never changes.
 """
 
 import time
@@ -128,7 +128,7 @@ class Ledger:
             self.refresh()
 
     def chunks(self, trials: Sequence[Candidate], stage: int, cut: Cut) -> list[PlannedChunk]:
-        """Return the frozen chunks of a stage that hold the given trials.
+        """Return the planned chunks (groups of trials) of a stage that contain the given trials.
 
         Trials without a chunk are first cut into new chunks.
         """

@@ -78,8 +78,10 @@ _PUBLIC: Mapping[str, type[nn.Module]] = {
 
 
 class Grant(Enum):
-    """The kind of object that a name in a file may stand for, according to the trust list or the
-    caller."""
+    """The kind of object that gputune may look up in a file of the user's code.
+
+    The trust list or the caller chooses the kind: nothing, a module class, or the trained object.
+    """
 
     NOTHING = "nothing"
     MODULES = "a subclass of nn.Module that the file defines"
@@ -110,8 +112,10 @@ _trained_here: WeakSet[Any] = WeakSet()
 
 
 def grant_of(files: Files, name: str) -> Grant:
-    """Return the kind of object that the trust list allows for a name in the given files. This runs
-    none of the files."""
+    """Return the kind of object that the trust list allows for a name in the given files.
+
+    The function does not run the files.
+    """
     if not files:
         return Grant.NOTHING
     if is_remembered(_key(files, name)):

@@ -1,9 +1,9 @@
-"""The search record: one typed value that describes the search of a study.
+"""The search record: a dataclass that describes the search of a study.
 
-A study file keeps it as named options. Each field declares its purpose: whether a resumed search
-must have the same value, whether the result of training depends on it, and which argument of
-``tune`` it stores. All code that compares, digests or repeats a search takes its list of fields
-from here.
+A study file stores the fields of the record as named options. Each field declares its purpose:
+whether a resumed search must have the same value, whether the result of training depends on it, and
+which argument of ``tune`` it stores. All code that compares, digests or repeats a search takes its
+list of fields from here.
 
 Each field also has a form. If a value in a file has another form, the file is damaged. A form is
 

@@ -4,7 +4,7 @@ Tables:
 
 - ``meta``: option -> JSON.
 - ``trials``: the candidates, written before anything trains.
-- ``plan``: the chunks in which they train, frozen when they are planned.
+- ``plan``: the chunks (groups of trials that train together), which never change.
 - ``results``: at most one row per trial. Only the result of a stopped trial is replaced.
 - ``claims``: the process that trains each chunk; see ``claims.py``.
 - ``outputs``: outputs of the best trials. A file has this table only if outputs were kept.
@@ -304,7 +304,7 @@ class Store(AbstractContextManager["Store"]):
         return self._count("trials") - self.n_finished()
 
     def plan(self) -> list[PlannedChunk]:
-        """Return the frozen chunks, in order of chunk number.
+        """Return the planned groups of trials that always train together (chunks), by chunk number.
 
         Raises:
             StudyCorruptError: a row is damaged.

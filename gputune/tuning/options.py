@@ -114,9 +114,10 @@ class SearchOptions(OptionGroup):
         None,
         "--space <KEY=SPEC>...",
         "Search space",
-        "width=32,64 is a list, width=16..256 all integers in this range, lr=1e-4..1e-1:log is "
-        "log-uniform, dropout=0..0.5 uniform, depth=3 fixed. A name is a space of gputune. The "
-        "default space is at the end of this help. You may repeat the flag.",
+        "width=32,64 chooses from a list. width=16..256 samples integers, dropout=0..0.5 samples "
+        "real numbers, and lr=1e-4..1e-1:log samples on a log scale. depth=3 fixes the value. "
+        "Instead of KEY=SPEC, you can write the name of a space of gputune. The default space is "
+        "at the end of this help. You may repeat the flag.",
         "the space of the model",
         takes="specs",
         values=("KEY=SPEC", "mlp", "realmlp", "realmlp-tabarena"),

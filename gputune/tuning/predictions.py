@@ -118,9 +118,10 @@ def _folds(search: ReopenedSearch, trials: Sequence[Trial]) -> tuple[Dataset, Sc
 def members_of(
     search: ReopenedSearch, trials: Sequence[Trial], progress: Progress
 ) -> tuple[list[list[nn.Module]], Dataset, Scoring]:
-    """Train trials again on the folds of the search.
+    """Train trials of a study again on the folds of its search.
 
-    Returns the trained modules (M, F), their data and the scoring.
+    Returns a list for each trial with one trained module per fold, the data with the folds, and the
+    scoring of the search.
     """
     data, scoring = _folds(search, trials)
     progress.scoring = scoring.name
@@ -133,8 +134,9 @@ def members_of(
 class Predictions:
     """The predictions of M candidate trials for the validation rows of each fold.
 
-    ``values[f]`` (M, m_f, K), float64, holds the probabilities of classes, or the outputs for a
-    regression. An ensemble averages both in the same way.
+    ``values[f]``, float64, holds the probabilities of classes, or the outputs for a regression. It
+    is (M, m_f, K): m_f validation rows of fold f, K classes or outputs. An ensemble averages both
+    in the same way.
     """
 
     values: Sequence[Tensor]
@@ -223,8 +225,9 @@ class Predictions:
         return Counter(chosen[:n_steps])
 
     def nested_scores(self, size: int) -> list[float]:
-        """Return unbiased scores (F,) of an ensemble: the trials for each fold are chosen on the
-        other folds.
+        """Return an unbiased score of an ensemble on each fold.
+
+        The trials for a fold are chosen on the other folds.
 
         With one fold, return two scores. The fold's rows are then split into every second row and
         the rest, and each half is scored with trials chosen on the other half.
@@ -259,10 +262,11 @@ class Predictions:
         return float(self.scores(fold, mean[None])[0][0])
 
     def scores(self, fold: int, values: Tensor) -> np.ndarray:
-        """Return the scores (2, M) of predictions (M, m, K) on one fold.
+        """Return two scores of each prediction of M trials or ensembles on one fold, (2, M).
 
-        The first row holds the scores of the search. For classes, the second row is minus the log
-        loss. Otherwise the second row repeats the scores.
+        The predictions ``values`` are (M, m rows, K outputs). The first row holds the scores of the
+        search. For classes, the second row is minus the log loss. Otherwise the second row repeats
+        the scores.
         """
         task = self.data.task
         outputs = values if task == "regression" else outputs_of(values, task)
@@ -273,9 +277,10 @@ class Predictions:
 
 
 def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> FloatArray:
-    """Return the mean prediction of each row (n, K) over all folds that validate on the row.
+    """Return the mean prediction of each row over all folds that validate on the row.
 
-    ``values`` holds an array (m_f, K) for each fold. A row that no fold validates on is NaN.
+    The means are (n rows, K outputs). ``values`` holds an array (validation rows, K) per fold. A
+    row that no fold validates on is NaN.
     """
     sums = torch.zeros(data.n_rows, values[0].shape[1], dtype=torch.float64)
     counts = torch.zeros(data.n_rows)
@@ -288,8 +293,10 @@ def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> FloatArray:
 
 
 def _predict(module: nn.Module, data: Dataset, fold: int, draws: EvaluationDraws | None) -> Tensor:
-    """Return the predictions of a trained module for the validation rows of its fold, (m, K)
-    float64."""
+    """Return the predictions of a trained module for the validation rows of its fold, float64.
+
+    The predictions are (m rows, K outputs).
+    """
     size = _BLOCK if draws is None else draws.rows
     blocks = []
     for number, rows in enumerate(torch.split(data.folds[fold].valid, size)):
@@ -300,9 +307,9 @@ def _predict(module: nn.Module, data: Dataset, fold: int, draws: EvaluationDraws
 
 
 def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Tensor:
-    """Return the predictions of a trained module for rows on the CPU, (m, K) float64.
+    """Return the predictions of a trained module for rows on the CPU, float64.
 
-    Predictions are probabilities of classes, or outputs for a regression.
+    The predictions (m rows, K) are probabilities of K classes, or K outputs for a regression.
     """
     with torch.no_grad():  # TorchScript fails on tensors of inference_mode
         output = first_output(call_module(module, inputs, data.names))
@@ -310,7 +317,7 @@ def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Ten
 
 
 def _values(outputs: Tensor, data: Dataset) -> Tensor:
-    """Convert outputs (m, K) to probabilities of classes.
+    """Convert the outputs for m rows, (m, K), to probabilities of K classes.
 
     For a regression, return the outputs unchanged.
     """

@@ -235,9 +235,10 @@ class Trainer:
     def plan_differentiated(
         self, configs: Sequence[Config], job: HypergradientJob
     ) -> tuple[Plan, HypergradientJob]:
-        """Return a plan and a job for a hypergradient search, which differentiates the training.
+        """Divide the trials of a hypergradient search into groups that fit into memory.
 
-        The job holds the memory budget in bytes.
+        Returns the plan of the groups, and the job: the settings that all groups share. The field
+        ``budget`` of the job is set to the bytes of memory that each process may use.
         """
         if self.cluster is not None:  # each task has ``memory`` for itself
             budget = min(self.memory or sys.maxsize, self.cluster.bytes_of_a_task())

@@ -152,7 +152,7 @@ def refit_with_folds(
     if search.rows != study.record.fingerprint:
         raise InputError(
             argument,
-            "needs the rows of the search, because it trains on their folds",
+            "needs the rows of the search, because it trains a model on each fold of these rows",
             remedy="Leave check=False out.",
         )
     if intervals and search.problem.target.n_outputs > 1:

@@ -114,7 +114,7 @@ def test_a_tenth_of_the_member_steps(iris):
         ),
         (
             ["--no-default"],
-            "There is no comparison with the default's model: no trial with a score is the default",
+            "The model of the default configuration is not compared, because no trial with a",
         ),
     ],
 )
@@ -212,8 +212,9 @@ def test_intervals_leave_a_line_with_their_coverage(compared, tmp_path):
     assert model.residuals is not None
     assert "No rows were held out" in coverage_text(model, None)
     _, _, text = searched(tmp_path, "--intervals", "--test-size", "0", **PRICES)
-    assert "The model has intervals. No rows were held out to check how many" in " ".join(
-        text.split()
+    assert (
+        "The model has prediction intervals. No rows were held out to check how many"
+        in " ".join(text.split())
     )
 
 

@@ -431,7 +431,7 @@ def test_a_step_that_the_deadline_cuts_short_is_the_last(monkeypatch):
             MLP,
             RATES,
             {"cv": KFold(3)},
-            "training row of every class .*, got none of class 0 in fold 0",
+            "training row for every class .*, got none of class 0 in fold 0",
         ),
         (MLP, RATES, {"cv": [(np.arange(150), [])]}, "Fold 0 of cv has no validation rows"),
         (MLP, {"rate": [1.0]}, {}, "Invalid parameter 'rate' for estimator MLPClassifier"),
@@ -502,7 +502,7 @@ def test_a_class_whose_rows_weigh_nothing_is_lacking():
     weights = (Y != 2).astype(float)
     with pytest.raises(
         InputError,
-        match="a training row with sample_weight above 0 of every class .* none of class 2",
+        match="a training row with sample_weight above 0 for every class .* none of class 2",
     ):
         HypergradientSearchCV(MLP, RATES, **OPTIONS).fit(X, Y, sample_weight=weights)
 

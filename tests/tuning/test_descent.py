@@ -348,7 +348,7 @@ def test_a_class_that_a_fold_does_not_train_on_is_said_before_anything_trains(
     monkeypatch.setattr(descent, "implicit_chunk", None)
     names = np.array(["a", "b", "c"])[np.where(np.arange(150) == 149, 2, np.minimum(iris[1], 1))]
     with refused(
-        "cv must give each fold a training row of every class .*, got none of class 'c' in fold ."
+        "cv must give each fold a training row for every class .*, got none of class 'c' in fold ."
     ):
         gputune.tune(
             model, iris[0], names, method="hypergradient", n_trials=1, cv=3, verbose=0, **options
