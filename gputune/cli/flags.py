@@ -80,7 +80,7 @@ METHOD_RULES: dict[str, dict[str, Rule]] = {
         ),
         "segments": Rule(
             "--segments <INT>",
-            "Number of values of each hyperparameter during one training",
+            "Number of successive values of each hyperparameter during one training run",
             "For --method hypergradient.",
             "1",
             "1..",
@@ -152,7 +152,7 @@ _LAST_RULES: dict[str, dict[str, Rule]] = {
         "sampler": Rule(
             "--sampler <NAME>",
             "Optuna sampler that proposes configurations in batches",
-            "It needs optuna.",
+            "The sampler needs the package optuna.",
             choices=("tpe",),
         ),
     },
@@ -160,7 +160,7 @@ _LAST_RULES: dict[str, dict[str, Rule]] = {
         "ray": Rule(
             "--ray [<ADDRESS>]",
             "Train on a Ray cluster",
-            "Without an address it is local.",
+            "Without an address, the cluster is local.",
             values=("local", "auto", "HOST:PORT", "ray://HOST:PORT"),
             resume=True,
         ),
@@ -204,8 +204,8 @@ _LAST_RULES: dict[str, dict[str, Rule]] = {
         "profile": Rule(
             "--profile",
             "Print at the end how the time was spent",
-            "The text also has the share of the machine's speed for matrix products that the "
-            "training reached.",
+            "Also print how close the training came to the machine's speed for matrix products, as a "
+            "share.",
             resume=True,
         ),
     },

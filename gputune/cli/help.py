@@ -143,7 +143,7 @@ def _named(options: Mapping[str, Rule], names: Sequence[str]) -> dict[str, Rule]
 
 def _about_help(everything: str) -> str:
     """Return the help text for the flags ``-h`` and ``--help``."""
-    return f"Print a short help (-h), or {everything or 'all of it'} (--help)"
+    return f"Print the short help (-h) or {everything or 'the full help'} (--help)"
 
 
 def _default(rule: Rule) -> str:

@@ -55,7 +55,7 @@ class SearchOptions(OptionGroup):
         "--trials <INT>",
         "Number of configurations",
         "The default configuration is one of these trials. With --method hypergradient the "
-        "default is 8, and gputune trains up to 11 points for each.",
+        "default is 8, and gputune trains up to 11 points for each configuration.",
         "64",
         takes="0..",
         stored=True,
@@ -72,14 +72,14 @@ class SearchOptions(OptionGroup):
         True,
         "--no-default",
         "Do not run the default configuration",
-        "This configuration is trial 0, moved into the ranges of --space.",
+        "Without this flag it is trial 0, with its values moved into the ranges of --space.",
         "run it",
         stored=True,
     )
     warm_start: "Sequence[Study]" = _search(
         (),
         "--warm-start <STUDY,...>",
-        "Earlier studies of this space, to run their best trials first",
+        "Earlier studies whose best trials in this space run first",
         "gputune runs the best five trials of each study, in addition to --trials.",
         takes="names",
         check=checks.studies,
@@ -116,8 +116,8 @@ class SearchOptions(OptionGroup):
         "Search space",
         "width=32,64 chooses from a list. width=16..256 samples integers, dropout=0..0.5 samples "
         "real numbers, and lr=1e-4..1e-1:log samples on a log scale. depth=3 fixes the value. "
-        "Instead of KEY=SPEC, you can write the name of a space of gputune. The default space is "
-        "at the end of this help. You may repeat the flag.",
+        "A name, such as mlp, selects one of gputune's own spaces. The default space is at the end "
+        "of this help. You may repeat the flag.",
         "the space of the model",
         takes="specs",
         values=("KEY=SPEC", "mlp", "realmlp", "realmlp-tabarena"),
@@ -213,8 +213,8 @@ class RowOptions(OptionGroup):
     max_levels: int = _data(
         32,
         "--max-levels <INT>",
-        "Number of levels of a category that have their own feature",
-        "The most frequent levels have their own feature. Rare levels share one feature.",
+        "Largest number of levels of a categorical column that get a feature each",
+        "These are the most frequent levels. The others share one feature.",
         "32",
         takes="1..",
         check=checks.count,
@@ -252,8 +252,8 @@ class TrainingOptions(OptionGroup):
         50,
         "--epochs <INT>",
         "Largest number of epochs",
-        "With --method hypergradient the derivative spans all epochs, so a short training favors "
-        "small learning rates.",
+        "With --method hypergradient the derivative spans all epochs, so a short training run "
+        "favors small learning rates.",
         "50",
         takes="1..",
         check=checks.count,
@@ -282,7 +282,7 @@ class TrainingOptions(OptionGroup):
         "--loss <NAME>",
         "Training loss",
         "mse, mae, huber and quantile are for numbers, cross_entropy is for classes, and bce for "
-        "labels. mae and huber rank by absolute errors, quantile by the pinball loss.",
+        "labels. mae and huber rank trials by absolute errors, quantile by the pinball loss.",
         "the usual loss of the task",
         values=(
             "mse",
@@ -326,9 +326,9 @@ class MachineOptions(OptionGroup):
         "auto",
         "--backend <NAME>",
         "Program that trains the members",
-        "compiled: compiled code on a CPU. kernel: a kernel on a GPU. graph: recorded steps. "
-        "eager: operations on stacked tensors (stacked requires them for a module). loop: one "
-        "member after another.",
+        "compiled: compiled code on a CPU. kernel: a kernel on a GPU. graph: a recorded step, replayed. "
+        "eager: operations on stacked tensors. stacked: the same for your module, or an error if "
+        "its members cannot be stacked. loop: one member after another.",
         "auto",
         choices=_BACKENDS,
         check=checks.one_of(*_BACKENDS),
@@ -385,8 +385,8 @@ class MachineOptions(OptionGroup):
         60,
         "--checkpoint-seconds <SECONDS>",
         "Interval of the checkpoints",
-        "The checkpoints are in the folder study.db.state. A killed search repeats at most this "
-        "time.",
+        "The checkpoints are in the folder study.db.state. After a kill, at most this much training, "
+        "and one epoch, is repeated.",
         "60",
         takes="number",
         check=checks.seconds,
