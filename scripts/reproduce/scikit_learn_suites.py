@@ -185,12 +185,12 @@ def page(results: Mapping[Suite, tuple[Sequence[str], Mapping[str, str]]]) -> st
         "# scikit-learn's own tests",
         "",
         "This page shows which of scikit-learn's own tests the estimators and searches of gputune "
-        "pass. The tests are",
-        f"those of scikit-learn {sklearn.__version__}.",
+        "pass. The tests come from",
+        f"scikit-learn {sklearn.__version__}.",
         "",
         "- Each test file was run twice: unchanged, and with one more import that replaces "
         "scikit-learn's classes by",
-        "  gputune's.",
+        "  gputune's classes.",
         "- A test counts if scikit-learn's own class passes it.",
         "- `python scripts/reproduce/scikit_learn_suites.py --out docs` makes this page.",
         "",
