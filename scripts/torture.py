@@ -525,7 +525,7 @@ def full_disk(folder: Path, n_trials: int) -> Counts:
 
     clear = ended_well(search_limited)
     with Store.open(path) as store:
-        kept = store.finished()
+        kept = store.n_finished()
     failed = not ended_well(search, path, n_trials)
     bad = {
         "failed": int(failed or not clear),

@@ -56,7 +56,7 @@ def test_the_plan_is_that_of_the_search(bugs, options):
     code, _, err = run("tune", "bugs.csv", "--target", "kind", *FAST, *options, loud=True)
     assert code == 0
     said = re.search(r"^plan: (.*)$", err, re.M)[1]
-    assert said.partition("; states")[0] == planned
+    assert said.partition("; the states")[0] == planned
 
 
 @pytest.mark.parametrize(

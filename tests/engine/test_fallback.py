@@ -164,10 +164,10 @@ def test_steps_whose_recording_fails_are_taken_as_they_are(monkeypatch, lenient,
         return replay
 
     monkeypatch.setattr(recorder, "compile_trace", half_a_step)
-    with pytest.warns(RuntimeWarning, match="recording them failed: IndexError: index 207"):
+    with pytest.warns(RuntimeWarning, match="recording a step failed: IndexError: index 207"):
         study = search(backend="stacked", **MANY)
     assert bool(steps) == (place == "replay")
-    assert any("recording them failed: IndexError" in note for note in study.record.notes)
+    assert any("recording a step failed: IndexError" in note for note in study.record.notes)
     np.testing.assert_allclose(study.curves, expected, rtol=1e-10)
     monkeypatch.setenv("GPUTUNE_STRICT_BACKENDS", "1")
     with pytest.raises(IndexError):
@@ -178,7 +178,7 @@ def test_a_chunk_that_cannot_be_made_is_made_for_the_next_backend(monkeypatch, l
     expected = search("mlp", backend="eager").curves
     monkeypatch.setattr(train, "CompiledChunk", fail)
     with pytest.warns(
-        RuntimeWarning, match="in recorded steps, slower than in compiled code: IndexError"
+        RuntimeWarning, match="in recorded steps, which are slower than in compiled code: Index"
     ):
         study = search("mlp")
     assert any("compiled code failed: IndexError" in note for note in study.record.notes)

@@ -171,7 +171,7 @@ def test_threads_change_nothing_and_an_error_of_one_is_heard(monkeypatch):
             {"objective": Objective("mse", augment=lambda x, g: x)},
             pytest.warns(
                 RuntimeWarning,
-                match="'adamw' train in recorded steps, slower .*: compiled code cannot call",
+                match="'adamw' train in recorded steps, which are slower .*: compiled code cannot call",
             ),
         ),
     ],

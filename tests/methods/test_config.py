@@ -128,7 +128,7 @@ def test_values_become_pythons_own(key, value, expected):
         ),
         (
             {"penalty": "l1", "l1_ratio": 0.5},
-            r"one of 'penalty' and 'l1_ratio', .* got both. Leave 'penalty' out",
+            r"one of 'penalty' and 'l1_ratio', .* got both. Use only 'l1_ratio'",
         ),
     ],
 )

@@ -123,7 +123,7 @@ def test_tune_takes_them():
             "which draws from 0 to 1. Narrow its range",
         ),
         ({"batch_size": IntDistribution(0, 16)}, "which draws from 0 to 16. Narrow its range"),
-        ({"activation": IntDistribution(0, 3)}, "must be a list of words"),
+        ({"activation": IntDistribution(0, 3)}, "must be a list of values from relu"),
     ],
 )
 def test_they_are_checked_as_other_distributions(space, message):

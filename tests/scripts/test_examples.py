@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
-FEATURES = ROOT / "docs" / "features.md"
+FEATURES = ROOT / "docs" / "index.md"
 EXAMPLES = ROOT / "scripts" / "examples"
 
 

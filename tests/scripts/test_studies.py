@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_speeds_of_modules_in_the_docs_are_those_of_the_results():
-    page = (ROOT / "docs/tune-my-module.md").read_text()
+    page = (ROOT / "docs/benchmark-modules.md").read_text()
     (path,) = (ROOT / "scripts/benchmark/results").glob("modules-*.json")
     for row in json.loads(path.read_text())["rows"]:
         ours, loop, optuna = (

@@ -555,7 +555,7 @@ def test_a_model_has_the_score_of_its_own_rows_alone(tmp_path, iris):
         other,
         replace(model, info={**model.info, "fingerprint": other.info["fingerprint"]}),
     ):
-        with refused("with other parameters, another score or other rows. Make it"):
+        with refused("with other parameters, another score or other rows. Create the model"):
             study.report(tmp_path / "report.html", model=of_other_rows)
     study.report(tmp_path / "report.html", model=model)
     # of an earlier version
