@@ -128,7 +128,9 @@ class StoreStates(RuleBasedStateMachine):
         assert {r.number: bits(r) for _, r in rows if r} == {
             n: bits(r) for n, r in self.results.items()
         }
-        assert store.n_finished() == sum(found.state != "stopped" for found in self.results.values())
+        assert store.n_finished() == sum(
+            found.state != "stopped" for found in self.results.values()
+        )
 
 
 TestStoreStates = StoreStates.TestCase
