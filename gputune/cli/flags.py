@@ -204,8 +204,8 @@ _LAST_RULES: dict[str, dict[str, Rule]] = {
         "profile": Rule(
             "--profile",
             "Print at the end how the time was spent",
-            "Also print how close the training came to the machine's speed for matrix products, as a "
-            "share.",
+            "Also print how close the training came to the machine's speed for matrix products, as "
+            "a share.",
             resume=True,
         ),
     },

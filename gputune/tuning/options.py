@@ -326,9 +326,9 @@ class MachineOptions(OptionGroup):
         "auto",
         "--backend <NAME>",
         "Program that trains the members",
-        "compiled: compiled code on a CPU. kernel: a kernel on a GPU. graph: a recorded step, replayed. "
-        "eager: operations on stacked tensors. stacked: the same for your module, or an error if "
-        "its members cannot be stacked. loop: one member after another.",
+        "compiled: compiled code on a CPU. kernel: a kernel on a GPU. graph: a recorded step, "
+        "replayed. eager: operations on stacked tensors. stacked: the same for your module, or an "
+        "error if its members cannot be stacked. loop: one member after another.",
         "auto",
         choices=_BACKENDS,
         check=checks.one_of(*_BACKENDS),
@@ -385,8 +385,8 @@ class MachineOptions(OptionGroup):
         60,
         "--checkpoint-seconds <SECONDS>",
         "Interval of the checkpoints",
-        "The checkpoints are in the folder study.db.state. After a kill, at most this much training, "
-        "and one epoch, is repeated.",
+        "The checkpoints are in the folder study.db.state. After a kill, at most this much "
+        "training, and one epoch, is repeated.",
         "60",
         takes="number",
         check=checks.seconds,
