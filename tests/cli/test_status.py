@@ -173,7 +173,7 @@ sys.exit(main(["status", {str(path)!r}, "--watch"]))
         watch = Fork(code)
         screens = b""
         for n in range(3):
-            while f"Trials   {n} of 2 trials".encode() not in screens:
+            while f"   {n} of 2 trials".encode() not in screens:
                 screens += os.read(terminal, 4096)
             if n < 2:
                 store.finish([replace(result(n, score=0.5), curve=CURVE)])
