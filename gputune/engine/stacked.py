@@ -46,8 +46,8 @@ class StackedChunk:
     """Trials that train together on stacked tensors. Parameters, gradients and optimizer moments
     are in flat buffers.
 
-    ``slots`` has the trials in the tensors. ``alive`` has the trials that still count. gputune
-    ignores the results of the other trials.
+    ``slots`` lists the trials that have a place in the tensors. ``alive`` lists the trials whose
+    results still count: pruned and diverged trials may stay in the tensors for some time.
     """
 
     scoring_share = 0.0

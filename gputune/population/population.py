@@ -282,8 +282,11 @@ class Shape:
 
     @staticmethod
     def of(data: Dataset, precision: Precision = "full") -> "Shape":
-        """Return the Shape for members that train on a dataset. Scaled bytes reach the members as
-        floats."""
+        """Return the Shape for members that train on a dataset.
+
+        If an input holds bytes that are scaled for each minibatch, its dtype here is the float
+        dtype of the scaled values.
+        """
         inputs: list[InputKind] = []
         for x, scaling in zip(data.inputs, data.scaling, strict=True):
             inputs.append((tuple(x.shape[2:]), x.dtype if scaling is None else data.dtype))

@@ -298,10 +298,10 @@ class Study:
 
     @property
     def guarded(self) -> dict[str, int]:
-        """Number of hypergradient points at which the guard acted, by its action.
+        """Number of hypergradient points at which gputune distrusted the gradient, by its reaction.
 
-        "chaotic": the slope was noise, and the starting point stepped down. "differences": the
-        slope was taken by wide finite differences.
+        "chaotic": the gradient was noise, so gputune lowered the learning rate. "differences":
+        gputune computed the slope by wide finite differences.
         """
         actions = {"chaotic": 0, "differences": 0}
         for trial in self.trials:

@@ -207,10 +207,14 @@ class Problem:
     def scoring(self, earlier: str | None = None, *, is_resumed: bool = False) -> Scoring:
         """Return the scores by which a search ranks its trials.
 
-        ``earlier`` is the score of a resumed study for which the user gave no score, because
-        earlier versions had a different default. Raises InputError for a function that a study
-        could not find again later. With ``is_resumed=True`` the study keeps its score, even if its
-        loss gives the outputs other units.
+        Args:
+            earlier: Name of the default score that an older version of gputune stored in the
+                resumed study. It is used if the user names no score.
+            is_resumed: Whether a study is resumed. It then keeps its score, even if the loss
+                changes the units of the outputs.
+
+        Raises:
+            InputError: The score is a function that a later process cannot import by its name.
         """
         target = self.target
         search = self.options.search
