@@ -39,7 +39,8 @@ from gputune.types import Backend, Config, Outputs, first_metric
 
 Chunk = CompiledChunk | StackedChunk | LoopChunk
 """A chunk (trials that train together) during training, in one of the backends. No method mixes the
-values of members.
+values of members. The union names two base classes: a ``KernelChunk`` is a ``CompiledChunk``, and a
+``MemberChunk`` is a ``StackedChunk``.
 
 ``alive`` holds the trials that still train, as positions in the original chunk.
 """
@@ -49,8 +50,9 @@ values of members.
 class State:
     """Parameters and optimizer state of some trials after ``epoch`` epochs.
 
-    ``buffers`` are (C, F, N), with the parameters first. Index c of all buffers holds everything
-    about trial c. Trials can therefore be stored, sent to other processes and regrouped.
+    ``buffers`` are (C, F, N), with the parameters first. C counts only these trials, without the
+    trials of a chunk that no longer train. Index c of all buffers holds everything about trial c.
+    Trials can therefore be stored, sent to other processes and regrouped.
     """
 
     epoch: int
@@ -81,9 +83,10 @@ class BegunChunk(Population):
     state.
 
     Args:
-        state: State of the trials ``alive``; None before the first epoch.
+        state: State of only the trials ``alive``, in their order; None before the first epoch.
         alive: Positions in the chunk of the trials that still train; None: all.
-        before: Curves (C, epochs, F) of the epochs before, if they are known.
+        before: Curves (C, epochs, F) of the epochs before, if they are known. C counts all trials
+            of the chunk, not only ``alive``.
         seconds: Time in seconds of the training before.
     """
 
@@ -197,6 +200,7 @@ class Trained:
             self.network.blocks.to_rows(self.flat),
             *map(self.network.trained.to_rows, self.moments),
         ]
+        # No row if all trials have ended: a chunk does not remove its last trials from the tensors.
         return State(self.epochs, tuple(rows[: len(self.alive)] for rows in buffers))
 
     def outputs_of(self, index: Sequence[int]) -> dict[int, Outputs]:
@@ -215,8 +219,8 @@ AfterEpoch = Callable[[Trained], "bool | np.ndarray"]
 """A function to call after one or several epochs (``train(at_once=True)``) with the chunk itself,
 not a copy.
 
-The function returns True to end the training. Or it returns an array (C,) that is True for each
-trial of ``alive`` that continues.
+The function returns True to end the training. Or it returns an array (alive,) with one entry for
+each trial of ``alive``, which is True if the trial continues.
 """
 
 
@@ -328,6 +332,7 @@ def _make_chunk(network: Network, data: Dataset, training: Training) -> Chunk:
         faster = CompiledChunk
     elif backend == "kernel":
         faster = KernelChunk
+    # ``trains_as`` received no traits, so its result for a module is the same if it is ``coded``.
     elif isinstance(network, StackedModule) and network.traits.coded and backend == "graph":
         timed = pool.take_timed(network, validation, **kwargs)
         if timed is not None:
@@ -414,7 +419,10 @@ def _seconds(begin: "float | torch.cuda.Event", end: "float | torch.cuda.Event")
 
 @contextmanager
 def _row_errors(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
-    """Make an error inside the ``with`` block name the row of X that caused the error."""
+    """Make an error inside the ``with`` block name the row of X that caused the error.
+
+    ``epoch``, the number of finished epochs, is only for the message.
+    """
     try:
         yield
     except Exception as error:

@@ -88,6 +88,8 @@ class ModuleNetwork:
         self.configs = tuple(configs)
         self.shape = shape
         self.seed = seed
+        # ``unstackable`` alone never decides: such members form a ``LoopedModule``, which always
+        # copies rows.
         if traits.writes or traits.unstackable or self.copies_rows:
             self.objective = replace(self.objective, copies=True)
         self.traits = traits
@@ -184,10 +186,14 @@ class ModuleNetwork:
 
 
 class StackedModule(ModuleNetwork):
-    """Members with stacked parameters. vmap maps one forward pass over all members."""
+    """Members with stacked parameters. vmap maps one forward pass over all members.
+
+    ``population.Network`` or the base class documents the methods without docstrings.
+    """
 
     def _lay_out(self) -> None:
-        make_mappable(self.template)  # before ``stateless`` keeps the module's state
+        # This changes the template too, before ``stateless`` keeps the module's state.
+        make_mappable(self.template)
         # calls that left their rows unchanged, by the shapes of these rows
         self.harmless_calls = set[tuple[object, ...]]()
         trials = self.members[1]
@@ -252,7 +258,8 @@ class StackedModule(ModuleNetwork):
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         trials = len(self.configs)
-        # (F, C, ...) -> (P, ...)
+        # (F, C, ...) -> (P, ...). ``batch.folds`` is a slice, so these tensors, and the parts of
+        # ``grads`` below, are views. A copy into them writes into ``params`` or ``grads``.
         members = {name: w[batch.folds].flatten(0, 1) for name, w in params.items()}
         leaves = {name: members[name].detach().requires_grad_() for name in self.trainable}
         inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
@@ -271,7 +278,7 @@ class StackedModule(ModuleNetwork):
             loss, after = self._with_copies_if_refused(losses)
             # A user's own mean loss has no rows to weight. It was refused if there are weights.
             if loss.dim() == 3:
-                share = batch.share
+                share = batch.share  # a float, or one weight per row: (F, 1 or C, B, 1)
                 loss = loss * (share.squeeze(-1) if isinstance(share, Tensor) else share)
             gradients = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
         for name, gradient in zip(leaves, gradients):
@@ -377,6 +384,7 @@ class StackedModule(ModuleNetwork):
 
         Returns the names of the other tensors that a step changes.
         """
+        # the imported function, not this method
         statistics = differentiate_statistics(self.template)
         self.stateless = Stateless(self.template)
         return tuple(name for name in self.traits.changing if name not in statistics)
@@ -405,7 +413,8 @@ class StackedModule(ModuleNetwork):
         into rows that members share.
         """
         call = training, torch.is_grad_enabled(), *(x.shape for x in tensors)
-        # In training, members of several folds have separate rows, which no other step reads.
+        # In training, members of several folds have separate rows, which no other step reads,
+        # because ``for_members`` copies the rows of several folds.
         shared = not training or any(len(x) > 1 and x.stride(0) == 0 for x in tensors)
         if self.objective.copies or not shared or call in self.harmless_calls:
             return self._map(function, members, tensors, training)

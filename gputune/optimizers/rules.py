@@ -3,8 +3,9 @@
 A rule is ``rule(params, grads, moments, rates) -> (params, moments)`` and follows the definition of
 torch.optim. P is the number of members (one trial on one fold each). Every hyperparameter is a (P,)
 tensor, or has the shape of its parameter. Every parameter is (P, ...). A rule changes nothing in
-place, so it can be differentiated, as hypergradients need. Plain training does not call these
-functions: ``update.py`` has the same rules in place, and tests compare both.
+place, so it can be differentiated, as hypergradients need. Plain training calls these functions
+only for rmsprop, lion, muon and schedulefree. For sgd, nesterov, adam and adamw, ``update.py`` has
+the same rules in place, and tests compare both.
 
 A schedule returns the factor on a rate from the number of finished steps and the total number of
 steps. The schedules follow PyTorch.

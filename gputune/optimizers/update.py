@@ -45,8 +45,8 @@ NAMES = ("sum_squares", "step_rates", "take_step")
 # These numbers are the enums of ``update.cu``.
 _RULES = {"adam": 0, "adamw": 0, "sgd": 1, "nesterov": 3, "rmsprop": 4, "lion": 5}
 _HEAVY_BALL = 2
-_LANES = 32
-_RATES = 9
+_LANES = 32  # threads that sum the squares of one member's gradient
+_RATES = 9  # values that the kernel computes for each member's step
 _DECOUPLED = ("adamw", "lion")
 
 
@@ -82,7 +82,8 @@ class Update(Optimizer):
         self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor
     ) -> None:
         super()._set_trials(configs, blocks, flat, steps)
-        self.rule = self.optimizer.removesuffix("hd")  # "adam" for "adamhd"
+        # "adam" for "adamhd". ``optimizer`` stays "adamhd", which has no kernel: see ``prepare``.
+        self.rule = self.optimizer.removesuffix("hd")
         self.adaptive = self.rule in ("adam", "adamw")
         self.scratch = torch.empty_like(flat) if self.adaptive else None
         self.lr = self.clock.table(configs, "lr")
@@ -92,6 +93,7 @@ class Update(Optimizer):
         decays = any(config["weight_decay"] for config in configs)
         self.shrink = self.lr * self.decay if decoupled and decays else None
         self.l2 = 0.0 if decoupled else self._amount(configs, "weight_decay")
+        # (F, C): the longer side of each trial's matrix, for the length of muon's steps
         self.sides = {}
         for block in blocks.blocks:
             if block.sides is not None:
@@ -146,6 +148,7 @@ class Update(Optimizer):
             super().step(theta, grad, active)
 
     def _take(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
+        # ``active`` has the doubles 1 and 0 here, but is bool in ``UpdateKernel``.
         if self.rule in IN_PLACE:
             factor = self.clock.factor() if active is None else self.clock.factor() * active
             self._add_l2(grad, theta)
@@ -330,6 +333,8 @@ class OnlineUpdate(Update):
         # keep their direction.
         self._scale(self.direction, (1 - moves).to(self.dtype))
         self._take_in_place(self.direction, grad, -moves, active)
+        # Without a schedule of the decay and factors: ``population.complete`` refuses both for
+        # these optimizers.
         if self.direction_decay is not None:
             self._add(self.direction, theta, (moves * self.direction_decay).to(self.dtype))
         rate = self.rate * (self.clock.factor() * moves).to(self.dtype)
@@ -347,7 +352,7 @@ class OnlineUpdate(Update):
         if self.rate_rule == "multiplicative":
             change = h / (norm * direction_norm) * self.rate
         elif self.rate_rule == "normalized":
-            change = h / (self.norm * direction_norm)
+            change = h / (self.norm * direction_norm)  # ``self.norm``: |g| of the last step
         change = self.hypergrad_lr * torch.where(change.isfinite(), change, 0.0)
         self.rate.add_(change * moves).clamp_min_(0.0)
         self.norm.copy_(torch.where(moves > 0, norm, self.norm))
@@ -381,7 +386,7 @@ class UpdateKernel:
         lanes = _LANES if self.clips else 1
         self.sums = torch.empty((lanes, self.members), dtype=torch.float64, device=device)
         self.rates = torch.empty((_RATES, self.members), dtype=update.dtype, device=device)
-        self.factors = self.rates
+        self.factors = self.rates  # a placeholder, which the kernel does not read
         if update.lr_factors or update.decay_factors:
             ones = torch.ones_like(update.lr, dtype=update.dtype)
             factors = []

@@ -84,7 +84,7 @@ class Ledger:
             (self.results if is_final else self._stopped)[number] = result
 
     def add(self, new: Sequence[Candidate]) -> None:
-        """Add new candidates (configurations with trial numbers) before any trial trains."""
+        """Add new candidates (configurations with trial numbers) before they train."""
         if self.store is not None and new:
             self.store.add_trials(new)
         self.candidates += new

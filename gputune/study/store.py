@@ -3,7 +3,7 @@
 Tables:
 
 - ``meta``: option -> JSON.
-- ``trials``: the candidates, written before anything trains.
+- ``trials``: the candidates, written before they train.
 - ``plan``: the chunks (groups of trials that train together), which never change.
 - ``results``: at most one row per trial. Only the result of a stopped trial is replaced.
 - ``claims``: the process that trains each chunk; see ``claims.py``.
@@ -97,6 +97,7 @@ class Store(AbstractContextManager["Store"]):
         self._absolute = path.absolute()  # absolute: this process may change its folder
         self._file = path.stat()
         # A cache of rows that never change: all candidates and chunks, and the final results.
+        # ``results`` adds stopped results too, and drops them at its next call.
         self._candidates: dict[int, Candidate] = {}
         self._chunks: dict[int, PlannedChunk] = {}
         self._results: dict[int, Result] = {}
@@ -200,6 +201,8 @@ class Store(AbstractContextManager["Store"]):
         )
         with transaction(self._connection, self.path):
             execute = self._connection.execute
+            # Not in ``OUTPUTS`` itself, which must equal the SQL that SQLite stores: SQLite leaves
+            # out IF NOT EXISTS.
             execute(database.OUTPUTS.replace("TABLE", "TABLE IF NOT EXISTS"))
             for number, output in outputs.items():  # replaces outputs left from a lost result
                 row = outputs_to_row(number, output)
@@ -257,6 +260,7 @@ class Store(AbstractContextManager["Store"]):
         Raises:
             StudyCorruptError: a row is damaged.
         """
+        # Stopped results are read again, because another result may have replaced them.
         final = [result for result in self._results.values() if result.state != "stopped"]
         self._results = _by_number(final)
         return _by_number(self._all("results", Result.from_rows, self._results))
@@ -300,7 +304,8 @@ class Store(AbstractContextManager["Store"]):
         return self._count("results WHERE state != 'stopped'")
 
     def n_waiting(self) -> int:
-        """Return the number of trials without a final result."""
+        """Return the number of trials without a final result. Unlike "waiting" in ``states``, the
+        number includes stopped trials."""
         return self._count("trials") - self.n_finished()
 
     def plan(self) -> list[PlannedChunk]:
@@ -313,7 +318,7 @@ class Store(AbstractContextManager["Store"]):
 
     def backup(self, path: StrPath) -> None:
         """Write the current study to a new file, complete or not at all, even while other processes
-        write to the study.
+        write to the study. The new file has no claims.
 
         Raises:
             InputError: ``path`` exists already, or its folder does not exist.
@@ -346,12 +351,16 @@ class Store(AbstractContextManager["Store"]):
         """Return the values of all rows of a table, or of the rows with the given trial or chunk
         numbers.
 
+        ``make`` receives the columns of some rows, without their checksums. It returns one value
+        for each row.
+
         Raises:
             StudyCorruptError: a row is damaged.
         """
         condition = ""
         parameters: tuple[str, ...] = ()
         if numbers is not None:
+            # The rowid is the first column: the number of the trial or chunk.
             condition = "WHERE rowid IN (SELECT value FROM json_each(?))"
             parameters = (json.dumps(list(numbers)),)
         query = f"SELECT * FROM {table} {condition} ORDER BY rowid"

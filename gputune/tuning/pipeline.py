@@ -88,6 +88,10 @@ def search(
 ) -> AnyStudy:
     """Run a search: check the options, prepare the rows and trials, train, and return the study.
 
+    ``entry`` makes the function independent of the caller's inference mode and default device of
+    torch. If the process ends during a search in a daemon thread, gputune requests the search to
+    end, and the process waits for it.
+
     Args:
         call: The model, the rows and the options of the search.
         signals: The signals that interrupt the training.
@@ -113,6 +117,7 @@ def search(
         with profile.clock(PREPARING):
             setup = _prepare(call, progress, store)
         problem = setup.problem
+        # The problem's options from here on. ``machine`` still has the call's.
         options = problem.options
         profile.device = setup.data.device
         progress.scoring = setup.scoring.name
@@ -122,6 +127,7 @@ def search(
             context = Context(Ledger(None), options, progress, stop, trainer, problem, profile)
             context.check_module(setup.first, first=True)
             remember_what_runs(problem.choice, machine.workers)
+            # This also checks the search method, before a study file is created.
             training = _training(setup, context)
             record = _record(setup, context)
             arguments = replace(record.arguments, final_model=dict(call.final_model))
@@ -139,6 +145,7 @@ def search(
                 context.add(setup.trials, setup.space)
                 train = partial(training, context)
                 with profile.clock("training"), matrix_products(tf32=machine.tf32):
+                    # the numbers of the signals that ended the training early
                     numbers = context.run(train, callbacks, make_study, signals)
                 profile.ended = stop.reason
                 context.tidy()
@@ -146,6 +153,7 @@ def search(
                     ledger.note(list(context.faults))
                     record = replace(record, notes=[*record.notes, *context.faults])
     refitted = options.changed(callbacks=(), warm_start=())  # a refit has no callbacks
+    # The study keeps the rows only as X, without the user's own data frame, array or list.
     source = replace(call.source, original=None)
     data = SearchCall(problem.choice, source, refitted, outputs=ledger.outputs)
     study = study_type.from_rows(record.to_json(), ledger.rows(), data=data, file=machine.study)
@@ -193,7 +201,7 @@ def preview(
         trainer = _trainer(setup, stop, cluster, progress)
         context = Context(Ledger(None), options, progress, stop, trainer, setup.problem, Profile())
         context.check_module(setup.first, first=True)
-        _training(setup, context)
+        _training(setup, context)  # only for its checks
         record = _record(setup, context)
         candidates = list(setup.trials)
         if isinstance(options.search.method, OptunaSampler):
@@ -209,6 +217,7 @@ def preview(
         elif not context.choice.solved:
             plan = context.plan(configs, epochs=context.epochs)
             if not context.in_rungs:
+                # Reorders the chunks so that a first result comes soon, as in the search.
                 plan = plan.answering_early(setup.data.n_folds)
     study = study_type.from_rows(record.to_json(), [(candidate, None) for candidate in candidates])
     return Preview(study, plan, setup.data.device, len(candidates) - len(setup.trials))
@@ -249,7 +258,8 @@ def _prepare(call: SearchCall, progress: Progress, store: Store | None) -> _Setu
 
 
 def _problem_and_space(call: SearchCall) -> tuple[Problem, CheckedSpace]:
-    """Check the arguments of a search, and return the encoded rows and the search space."""
+    """Check the arguments of a search, and return its problem, which has the encoded rows, and the
+    search space."""
     options = call.options
     # An invalid space is refused before the rows are encoded.
     checked_space(call.choice, options)
