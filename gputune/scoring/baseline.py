@@ -181,7 +181,7 @@ def _constants(
 ) -> list[Constant]:
     """Return the constant predictions that may be best for a score, or [] if none are known.
 
-    Of constants with equal scores, the first is the best.
+    If several constants have the same score, the first one is chosen.
     """
     metric = _metric_of(scoring)
     if metric is None or task == "custom":
