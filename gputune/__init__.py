@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from gputune.hypergradients.hypergradient import hypergradient
     from gputune.hypergradients.inner import HypergradientResult
     from gputune.methods.descent import Hypergradient
-    from gputune.methods.distributions import log_int
     from gputune.methods.optuna import OptunaSampler
     from gputune.methods.stopping import Halving, Median
+    from gputune.spaces.distributions import log_int
     from gputune.study.loading import load_model
     from gputune.study.model import TunedModel
     from gputune.study.study import Trial
@@ -86,7 +86,7 @@ _HOMES = {
     "hypergradients.hypergradient": ("hypergradient",),
     "hypergradients.inner": ("HypergradientResult",),
     "methods.descent": ("Hypergradient",),
-    "methods.distributions": ("log_int",),
+    "spaces.distributions": ("log_int",),
     "methods.optuna": ("OptunaSampler",),
     "methods.stopping": ("Halving", "Median"),
     "study.loading": ("load_model",),

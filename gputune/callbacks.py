@@ -17,7 +17,7 @@ import numpy as np
 
 from gputune.engine.stop import Stop
 from gputune.errors import import_extra, warn
-from gputune.methods.distributions import label
+from gputune.spaces.distributions import label
 from gputune.study.record import RECORD_FIELDS
 from gputune.study.study import Study, Trial
 from gputune.types import Json

@@ -13,12 +13,12 @@ from typing import Literal
 
 from gputune.engine.backend import trains_as
 from gputune.engine.kernel import OPTIMIZERS as KERNEL_OPTIMIZERS
-from gputune.methods.config import KEYS, OPTIMIZERS_WITH, RANGES, WORDS, legal_keys
-from gputune.methods.space import PORTFOLIOS, SPACES, default_space
 from gputune.models import CNN, GRU
 from gputune.optimizers.rules import RULES
 from gputune.scoring.label_scores import LABEL_SCORES
 from gputune.scoring.scores import OF_TASK
+from gputune.spaces.config import KEYS, OPTIMIZERS_WITH, RANGES, WORDS, legal_keys
+from gputune.spaces.space import PORTFOLIOS, SPACES, default_space
 from gputune.types import DEFAULT_LR, DEFAULTS, OPTIMIZERS, default_momentum, default_weight_decay
 
 REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "reference"

@@ -7,7 +7,7 @@ from inspect import signature
 from typing import ParamSpec, TypeVar, cast
 
 from gputune.errors import SearchInterrupted
-from gputune.methods.config import key_of
+from gputune.spaces.config import key_of
 from gputune.text import did_you_mean
 from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.progress import Progress

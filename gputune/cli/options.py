@@ -13,11 +13,11 @@ from gputune.cli.flags import METHOD_RULES
 from gputune.data.folds import parse_cv
 from gputune.errors import InputError, import_extra
 from gputune.executors.ray_cluster import Ray
-from gputune.methods.config import RANGES, WORDS
 from gputune.methods.descent import Hypergradient
-from gputune.methods.distributions import log_int
 from gputune.methods.optuna import OptunaSampler
 from gputune.methods.stopping import Halving
+from gputune.spaces.config import RANGES, WORDS
+from gputune.spaces.distributions import log_int
 from gputune.tuning.choices import METHODS, Method
 from gputune.tuning.options import RULES, Options, make_options
 from gputune.types import Config

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gputune.errors import InputError, check_count, import_extra
-from gputune.methods.config import ConfigCheck, check_config
-from gputune.methods.distributions import (
+from gputune.methods.stopping import Halving
+from gputune.spaces.config import ConfigCheck, check_config
+from gputune.spaces.distributions import (
     CheckedSpace,
     Choices,
     as_optuna,
@@ -28,7 +29,6 @@ from gputune.methods.distributions import (
     label,
     labels,
 )
-from gputune.methods.stopping import Halving
 from gputune.study.store import Result
 from gputune.study.study import Study, Trial
 from gputune.types import Config, Json, first_metric

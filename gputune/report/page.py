@@ -21,8 +21,6 @@ import jinja2
 from markupsafe import Markup
 
 from gputune.errors import InputError
-from gputune.methods.distributions import is_real
-from gputune.methods.edges import edge_remarks
 from gputune.report.charts import (
     curves_chart,
     folds_note,
@@ -49,6 +47,8 @@ from gputune.report.importance import (
     parallel_chart,
 )
 from gputune.report.snippet import snippet
+from gputune.spaces.distributions import is_real
+from gputune.spaces.edges import edge_remarks
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study, Trial, best_trial
 from gputune.text import Measure, clean, short, with_short_numbers

@@ -28,7 +28,6 @@ from gputune.engine.stop import entry
 from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
 from gputune.methods.descent import Hypergradient, Slope, StartingPoint, slope_at
-from gputune.methods.distributions import range_of
 from gputune.sklearn.base import constructor, last_step
 from gputune.sklearn.dataset import FoldRows
 from gputune.sklearn.logistic import Penalty
@@ -36,6 +35,7 @@ from gputune.sklearn.recipe import FitOptions, MemberSlope, Recipe, TrainedMembe
 from gputune.sklearn.record import Event, FitRecorder, RecordedFit, Splits, fits_of, layouts
 from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, workers
 from gputune.sklearn.search import CONSTRAINTS, EXTRAS, FusedSearch
+from gputune.spaces.distributions import range_of
 from gputune.tuning.descent import SlopeMode, run_descent
 from gputune.types import Config
 from gputune.wording import Verbatim

@@ -15,7 +15,6 @@ from sklearn.utils.validation import validate_data
 from torch import nn
 
 from gputune.errors import InputError
-from gputune.methods.config import check_value
 from gputune.models import MLP
 from gputune.models.mlp import ACTIVATIONS as MLP_ACTIVATIONS
 from gputune.population.population import complete
@@ -31,6 +30,7 @@ from gputune.sklearn.recipe import (
     TrainedMember,
     draw_seed,
 )
+from gputune.spaces.config import check_value
 from gputune.types import ACTIVATIONS, SCHEDULES
 
 # Solver -> the optimizer with Nesterov's momentum, and the one without it. scikit-learn's "sgd"

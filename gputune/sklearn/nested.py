@@ -17,7 +17,6 @@ from sklearn.utils.validation import _check_method_params
 
 from gputune.annotations import FloatArray
 from gputune.errors import InputError
-from gputune.methods.distributions import to_scipy
 from gputune.sklearn.dataset import FoldRows, as_sliced
 from gputune.sklearn.recipe import FitOptions
 from gputune.sklearn.record import fits_of, shared_rows
@@ -28,6 +27,7 @@ from gputune.sklearn.search import (
     override,
     reason_to_train_separately,
 )
+from gputune.spaces.distributions import to_scipy
 from gputune.types import Config, Json
 from gputune.wording import Verbatim
 

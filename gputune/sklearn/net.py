@@ -16,7 +16,6 @@ from torch.nn.functional import logsigmoid
 
 from gputune.annotations import FloatArray
 from gputune.errors import InputError, InputWarning, check_count, warn
-from gputune.methods.config import check_value
 from gputune.modules.construction import Builder, what_to_pass
 from gputune.optimizers.classes import (
     OPTIMIZER_PREFIX,
@@ -30,6 +29,7 @@ from gputune.scoring.torch_losses import name_of_loss, other_units, remedy_for_u
 from gputune.sklearn.dataset import CheckedRows
 from gputune.sklearn.networks import EstimatorNames, TrainedEstimator
 from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Recipe, TrainedMember, draw_seed
+from gputune.spaces.config import check_value
 from gputune.study.module_source import is_builder
 from gputune.types import Config
 

@@ -23,10 +23,10 @@ from sklearn.utils._param_validation import Interval
 
 from gputune.annotations import StrPath
 from gputune.errors import InputError, warn
-from gputune.methods.distributions import to_scipy
 from gputune.sklearn.base import FusedEstimator, constructor, last_step
 from gputune.sklearn.dataset import as_sliced
 from gputune.sklearn.replay import HookedMemory, SearchRun, TrainedCandidates, with_hook
+from gputune.spaces.distributions import to_scipy
 from gputune.study.rows import ResultState
 from gputune.study.store import Candidate, Result, Store
 from gputune.study.values import to_json

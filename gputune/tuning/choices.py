@@ -12,13 +12,13 @@ from gputune.data.target import Target
 from gputune.errors import InputError
 from gputune.methods.descent import Hypergradient
 from gputune.methods.optuna import OptunaSampler
-from gputune.methods.space import recipe_of
 from gputune.methods.stopping import STOPPING_RULES, StoppingRule
 from gputune.models import CNN, GRU, RealMLP
 from gputune.modules.construction import Builder, name_of, what_to_pass
 from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
 from gputune.population.population import ModelKind, complete
 from gputune.scoring.objective import Objective
+from gputune.spaces.space import recipe_of
 from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
 from gputune.text import did_you_mean
 from gputune.types import OPTIMIZERS, Config, Goal, Json

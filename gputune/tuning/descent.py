@@ -19,9 +19,9 @@ from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.methods.descent import Hypergradient, Slope, StartingPoint, slope_at
-from gputune.methods.distributions import CheckedSpace, range_of
 from gputune.population.population import by_numbers
 from gputune.solver.solve import score_solution
+from gputune.spaces.distributions import CheckedSpace, range_of
 from gputune.study.store import Candidate, Result
 from gputune.text import count
 from gputune.tuning.choices import ModelChoice

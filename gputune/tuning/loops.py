@@ -23,14 +23,14 @@ from gputune.executors.worker import (
     Reports,
     TrialEnding,
 )
-from gputune.methods.config import plain_config
 from gputune.methods.descent import Hypergradient
-from gputune.methods.distributions import CheckedSpace, space_text, space_to_json, to_scipy
 from gputune.methods.optuna import OptunaSampler, check_askable
-from gputune.methods.random import numbered
-from gputune.methods.space import check_own_include, check_own_space
 from gputune.methods.stopping import StoppingRule, ends_in_order
 from gputune.scratch import scratch_folder
+from gputune.spaces.config import plain_config
+from gputune.spaces.distributions import CheckedSpace, space_text, space_to_json, to_scipy
+from gputune.spaces.random import numbered
+from gputune.spaces.space import check_own_include, check_own_space
 from gputune.study.code import source_text
 from gputune.study.ledger import open_ledger
 from gputune.study.record import DIRECTIONS, Arguments, SearchRecord

@@ -19,16 +19,16 @@ from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.executors.ray_cluster import Ray, RayCluster, ray_cluster
 from gputune.garbage import without_collector
 from gputune.methods.descent import Hypergradient
-from gputune.methods.distributions import CheckedSpace
-from gputune.methods.edges import edge_remarks
 from gputune.methods.optuna import OptunaSampler
-from gputune.methods.random import draw, notes
 from gputune.methods.stopping import StoppingRule
 from gputune.optimizers.classes import check_optimizer
 from gputune.scoring.baseline import baseline, remark_on_accuracy
 from gputune.scoring.metrics import check_folds, has_function
 from gputune.scoring.objective import make_objective
 from gputune.scoring.scoring import Scoring
+from gputune.spaces.distributions import CheckedSpace
+from gputune.spaces.edges import edge_remarks
+from gputune.spaces.random import draw, notes
 from gputune.study.code import remember
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.module_source import remember_code

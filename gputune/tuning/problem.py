@@ -32,14 +32,14 @@ from gputune.data.weights import check_weights
 from gputune.engine.choice import DeviceChoice, Workload, device_for
 from gputune.errors import InputError
 from gputune.methods.descent import Hypergradient
-from gputune.methods.distributions import CheckedSpace
-from gputune.methods.space import PORTFOLIOS, choices_of
 from gputune.modules.inspection import returns_one_logit
 from gputune.scoring.losses import takes_probabilities
 from gputune.scoring.metrics import loss_scoring, make_scoring
 from gputune.scoring.objective import Objective
 from gputune.scoring.output_units import output_units, refuse_other_units, soft_label_scoring
 from gputune.scoring.scoring import Scoring
+from gputune.spaces.distributions import CheckedSpace
+from gputune.spaces.space import PORTFOLIOS, choices_of
 from gputune.study.model_fields import DTYPES
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.objective_choice import check_machine, choose_objective

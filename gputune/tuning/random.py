@@ -18,13 +18,13 @@ from gputune.engine.job import Failure, Job, Outcome, stalled_epochs
 from gputune.engine.plan import Plan
 from gputune.engine.train import BegunChunk
 from gputune.errors import InputError
-from gputune.methods.config import ConfigCheck, check_config
-from gputune.methods.distributions import CheckedSpace
 from gputune.methods.optuna import OptunaSampler, OptunaStudy, check_askable
-from gputune.methods.random import n_counted
 from gputune.methods.stopping import StoppingRule
 from gputune.population.population import Population, by_numbers
 from gputune.solver.solve import solve_chunk
+from gputune.spaces.config import ConfigCheck, check_config
+from gputune.spaces.distributions import CheckedSpace
+from gputune.spaces.random import n_counted
 from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.text import count
 from gputune.tuning.context import Context, RecordedPlan, failed_result

@@ -29,15 +29,15 @@ from gputune.data.target_transform import is_known, transform_from_json, transfo
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_cluster import Ray
-from gputune.methods.distributions import (
+from gputune.methods.optuna import OptunaSampler
+from gputune.scoring.metrics import has_function
+from gputune.spaces.distributions import (
     CheckedSpace,
     describe,
     space_from_json,
     space_text,
     space_to_json,
 )
-from gputune.methods.optuna import OptunaSampler
-from gputune.scoring.metrics import has_function
 from gputune.study.code import digest_of_code, is_remembered
 from gputune.study.record import RECORD_FIELDS, Arguments, SearchRecord
 from gputune.study.values import sha256, to_json

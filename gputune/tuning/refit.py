@@ -23,12 +23,12 @@ from gputune.engine.backend import choose_backend, choose_device, matrix_product
 from gputune.engine.job import ProgressCallback
 from gputune.errors import DivergedError, InputError
 from gputune.methods.descent import Hypergradient
-from gputune.methods.distributions import space_from_json
 from gputune.modules.inspection import known_traits
 from gputune.population.population import arguments_text, by_numbers, module_arguments
 from gputune.scoring.evaluation_draws import EvaluationDraws, drawing_rows
 from gputune.scoring.objective import Objective
 from gputune.solver.solve import solve_all, solved_module
+from gputune.spaces.distributions import space_from_json
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
 from gputune.study.model_fields import DTYPES

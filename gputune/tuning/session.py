@@ -17,11 +17,14 @@ from gputune.callbacks import Callbacks
 from gputune.engine.stop import Stop
 from gputune.errors import InputError, SearchFailedError, SearchInterrupted, StudyCorruptError
 from gputune.garbage import without_collector
-from gputune.methods.config import ConfigCheck, check_config, legal_keys
-from gputune.methods.distributions import CheckedSpace, is_inside, space_text, to_scipy
 from gputune.methods.optuna import OptunaSampler
-from gputune.methods.random import first_candidates, n_counted, numbered, remarks, top_up
-from gputune.methods.space import (
+from gputune.modules.construction import parameters_of
+from gputune.optimizers.classes import argument_defaults
+from gputune.scoring.objective import loss_defaults
+from gputune.spaces.config import ConfigCheck, check_config, legal_keys
+from gputune.spaces.distributions import CheckedSpace, is_inside, space_text, to_scipy
+from gputune.spaces.random import first_candidates, n_counted, numbered, remarks, top_up
+from gputune.spaces.space import (
     PORTFOLIOS,
     SPACES,
     check_include,
@@ -30,9 +33,6 @@ from gputune.methods.space import (
     default_space,
     named_space,
 )
-from gputune.modules.construction import parameters_of
-from gputune.optimizers.classes import argument_defaults
-from gputune.scoring.objective import loss_defaults
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result, Store
 from gputune.study.study import Study

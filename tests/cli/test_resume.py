@@ -17,9 +17,9 @@ from command_line import FAST, NET, kinds, output, refusal, run, write_table
 from forked import Fork
 from gputune.cli import tune
 from gputune.data.folds import pack_folds, unpack_folds
-from gputune.methods.config import legal_keys
-from gputune.methods.distributions import space_from_json, space_text, space_to_json, to_scipy
-from gputune.methods.space import check_space
+from gputune.spaces.config import legal_keys
+from gputune.spaces.distributions import space_from_json, space_text, space_to_json, to_scipy
+from gputune.spaces.space import check_space
 from gputune.study.store import Store
 from gputune.tuning.choices import choose_model
 from gputune.tuning.pipeline import remember_what_runs

@@ -16,8 +16,9 @@ from torch import nn
 import gputune
 from gputune.api.study import Study
 from gputune.errors import MissingExtraError
-from gputune.methods.config import legal_keys
-from gputune.methods.distributions import (
+from gputune.methods.optuna import check_askable, widened_description
+from gputune.spaces.config import legal_keys
+from gputune.spaces.distributions import (
     as_optuna,
     choice_of_label,
     describe,
@@ -25,8 +26,7 @@ from gputune.methods.distributions import (
     space_text,
     to_scipy,
 )
-from gputune.methods.optuna import check_askable, widened_description
-from gputune.methods.space import check_space
+from gputune.spaces.space import check_space
 from gputune.study.store import Candidate
 from refused import refused
 from study_rows import result

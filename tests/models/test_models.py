@@ -17,15 +17,15 @@ from torch import nn
 import gputune
 from gputune.data.columns import fit_layout
 from gputune.data.table import as_table
-from gputune.methods.config import legal_keys
-from gputune.methods.random import draw
-from gputune.methods.space import check_space, named_space
 from gputune.models import CNN, GRU, MLP, LogisticRegression, RealMLP
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.population.population import module_arguments
 from gputune.seeding import stream_seed
+from gputune.spaces.config import legal_keys
+from gputune.spaces.random import draw
+from gputune.spaces.space import check_space, named_space
 from gputune.study.export import encoded
 from problems import Linear, fill, largest_difference, make_data, rows_of, shape_of, train
 from refused import refused

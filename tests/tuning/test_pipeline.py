@@ -29,10 +29,10 @@ import gputune
 import reference
 from gputune.data.folds import hold_out
 from gputune.data.target import check_target
-from gputune.methods.edges import edge_remarks
-from gputune.methods.space import PORTFOLIOS
 from gputune.population.population import complete
 from gputune.report.snippet import snippet
+from gputune.spaces.edges import edge_remarks
+from gputune.spaces.space import PORTFOLIOS
 from gputune.study.store import Store
 from problems import largest_difference, living_tensors
 from refused import refused
@@ -483,7 +483,7 @@ def test_a_study_file_holds_the_search_and_goes_on(tmp_path, iris, monkeypatch):
     np.testing.assert_array_equal(opened.curves, whole.curves)
     assert opened.trials == whole.trials
     with monkeypatch.context() as patch:  # to draw many takes long
-        patch.setattr("gputune.methods.random.draw", None)
+        patch.setattr("gputune.spaces.random.draw", None)
         assert search(n_trials=5).trials == whole.trials
     more = search(n_trials=7)
     assert more.trials[:5] == whole.trials and len(more.trials) == 7

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from gputune.methods.config import KEYS, WORDS, check_config, check_key, legal_keys
+from gputune.spaces.config import KEYS, WORDS, check_config, check_key, legal_keys
 from gputune.types import ACTIVATIONS, NUMBERS, OPTIMIZERS, SCHEDULES
 from gputune.wording import shown_value
 from refused import refused

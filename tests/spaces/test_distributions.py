@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 import gputune
-from gputune.methods.distributions import describe, distribution_text, is_distribution, log_int
-from gputune.methods.edges import edge_remarks
+from gputune.spaces.distributions import describe, distribution_text, is_distribution, log_int
+from gputune.spaces.edges import edge_remarks
 from gputune.study.store import Candidate, Result
 from refused import refused
 

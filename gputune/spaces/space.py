@@ -13,7 +13,9 @@ from scipy import stats
 from torch import nn
 
 from gputune.errors import InputError
-from gputune.methods.config import (
+from gputune.models import CNN, GRU, RealMLP
+from gputune.optimizers.classes import optimizer_defaults
+from gputune.spaces.config import (
     INTEGER_REMEDY,
     MODULE_PREFIX,
     OPTIMIZERS_WITH,
@@ -25,7 +27,7 @@ from gputune.methods.config import (
     check_value,
     plain_config,
 )
-from gputune.methods.distributions import (
+from gputune.spaces.distributions import (
     CheckedSpace,
     Choices,
     EvenSteps,
@@ -33,8 +35,6 @@ from gputune.methods.distributions import (
     distribution_text,
     is_distribution,
 )
-from gputune.models import CNN, GRU, RealMLP
-from gputune.optimizers.classes import optimizer_defaults
 from gputune.text import did_you_mean
 from gputune.types import LR_FACTORS, ONLINE, PLAIN_LR_FACTORS, SEARCHED, Config, Goal
 from gputune.wording import Verbatim, per_interface

@@ -12,8 +12,9 @@ from itertools import repeat
 from sklearn.model_selection import ParameterSampler
 
 from gputune.errors import InputError, check_count
-from gputune.methods.config import KEYS, OPTIMIZERS_WITH, ConfigCheck, check_config
-from gputune.methods.distributions import (
+from gputune.optimizers.classes import optimizer_defaults
+from gputune.spaces.config import KEYS, OPTIMIZERS_WITH, ConfigCheck, check_config
+from gputune.spaces.distributions import (
     CheckedSpace,
     Choices,
     EvenSteps,
@@ -21,8 +22,7 @@ from gputune.methods.distributions import (
     can_draw,
     is_fixed,
 )
-from gputune.methods.space import check_include
-from gputune.optimizers.classes import optimizer_defaults
+from gputune.spaces.space import check_include
 from gputune.study.store import Candidate
 from gputune.text import count
 from gputune.types import Config

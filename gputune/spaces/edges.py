@@ -8,8 +8,8 @@ from typing import TypeGuard
 
 import numpy as np
 
-from gputune.methods.config import RANGES
-from gputune.methods.distributions import is_real
+from gputune.spaces.config import RANGES
+from gputune.spaces.distributions import is_real
 from gputune.study.study import Study
 from gputune.text import short
 

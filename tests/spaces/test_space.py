@@ -6,9 +6,9 @@ from scipy import stats
 from torch import nn
 
 from forked import Fork
-from gputune.methods.config import legal_keys
-from gputune.methods.distributions import log_int, space_text
-from gputune.methods.space import check_include, check_space
+from gputune.spaces.config import legal_keys
+from gputune.spaces.distributions import log_int, space_text
+from gputune.spaces.space import check_include, check_space
 from refused import refused
 
 MLP = legal_keys("mlp", "adamw")
@@ -240,8 +240,8 @@ def test_space_text_of_a_modules_arguments_has_the_whole_of_an_array_and_no_addr
 
 CODE = """
 from scipy import stats
-from gputune.methods.distributions import log_int, space_text
-from gputune.methods.space import check_space
+from gputune.spaces.distributions import log_int, space_text
+from gputune.spaces.space import check_space
 
 histogram = stats.rv_histogram(([1, 2], [0, 0.1, 0.2]), density=False)
 space = {"lr": stats.loguniform(1e-4, 0.1), "width": log_int(1, 9), "activation": ["relu"], "dropout": histogram}
