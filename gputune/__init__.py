@@ -45,9 +45,11 @@ if TYPE_CHECKING:
     from gputune.study.loading import load_model
     from gputune.study.model import TunedModel
     from gputune.study.study import Trial
+    from gputune.views.default_trial import DefaultTrial
 
 __all__ = [
     "ClusterError",
+    "DefaultTrial",
     "DivergedError",
     "Halving",
     "Hypergradient",
@@ -92,6 +94,7 @@ _HOMES = {
     "study.loading": ("load_model",),
     "study.model": ("TunedModel",),
     "study.study": ("Trial",),
+    "views.default_trial": ("DefaultTrial",),
     **{name: (name,) for name in _MODULES},
 }
 

@@ -25,6 +25,8 @@ NEEDED = {
     "WandB": "wandb",
 }
 """Objects whose example needs an optional library."""
+SLOW = {"TunedModel.export"}
+"""Methods whose example runs only with --all. torch.export imports for several seconds."""
 
 
 def is_error(value):
@@ -54,7 +56,7 @@ def docstrings(value):
 
 
 @pytest.mark.parametrize("value", list(public_objects()))
-def test_the_example_of_a_public_object_runs(value, tmp_path, monkeypatch, capsys):
+def test_the_example_of_a_public_object_runs(value, tmp_path, monkeypatch, capsys, pytestconfig):
     if value.__name__ in NEEDED:
         pytest.importorskip(NEEDED[value.__name__])
     monkeypatch.chdir(tmp_path)
@@ -62,6 +64,8 @@ def test_the_example_of_a_public_object_runs(value, tmp_path, monkeypatch, capsy
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     session = {}
     for name, text in docstrings(value):
+        if name in SLOW and not pytestconfig.getoption("--all"):
+            continue
         example = doctest.DocTestParser().get_doctest(text or "", session, name, None, None)
         assert example.examples or name != value.__name__, f"{name} has no example"
         runner.run(example, clear_globs=False)

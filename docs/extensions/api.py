@@ -3,21 +3,34 @@
 - Members whose docstrings belong to other packages. Estimators inherit from scikit-learn, models
   and optimizers from PyTorch. The reference shows only what gputune adds.
 - The constructors of exceptions, which users catch but never make.
+
+A page that a docstring names, such as ``docs/export.md``, becomes a link.
 """
 
 import inspect
+import re
 from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
 
+_PAGE = re.compile(r"``(docs/[\w-]+)\.md``")
+
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Register the filters."""
+    """Register the filters and the links."""
+    app.connect("autodoc-process-docstring", _link_pages)
     app.connect("autodoc-skip-member", _is_left_out)
     app.connect("autodoc-process-signature", _signature)
     app.connect("doctree-read", _set_dashes)
     return {"parallel_read_safe": True}
+
+
+def _link_pages(
+    app: Sphinx, kind: str, name: str, member: object, options: object, lines: list[str]
+) -> None:
+    for position, line in enumerate(lines):
+        lines[position] = _PAGE.sub(r":doc:`/\1`", line)
 
 
 def _is_left_out(

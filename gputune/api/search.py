@@ -35,6 +35,8 @@ def search(
 ) -> Study:
     """Search the hyperparameters of a custom training loop, one trial at a time per core or GPU.
 
+    Guide: ``docs/own-loop.md``.
+
     Args:
         objective: ``objective(params, report)`` trains one configuration (a dict) and returns its
             score. ``report`` is a ``gputune.Report``. Call ``report(value)`` after each epoch. The

@@ -312,9 +312,9 @@ class Study(data.Study):
         ``improvement`` is positive if the best trial is better, for losses too. ``text`` is the
         comparison in sentences, as in the closing text of the command line.
 
-        None if no trial with a score is the default configuration. This is the case with
-        ``include_default=False``, a space with keys that have no default,
-        ``method="hypergradient"`` and ``gputune.search``.
+        The value is a ``gputune.DefaultTrial``. It is None if no trial with a score is the default
+        configuration. This is the case with ``include_default=False``, a space with keys that have
+        no default, ``method="hypergradient"`` and ``gputune.search``.
 
         Example:
             >>> study.default_trial.number

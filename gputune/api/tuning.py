@@ -89,6 +89,9 @@ def tune(
 ) -> Study:
     """Search hyperparameters by training every configuration x fold at once, and return the Study.
 
+    Guides: ``docs/tune-a-table.md``, ``docs/tune-my-module.md``, ``docs/choose-space.md``,
+    ``docs/choose-method.md`` and ``docs/stopping.md``.
+
     Args:
         model: the model to tune.
 

@@ -295,6 +295,14 @@ class TunedModel(ModelContent):
             InputError: the suffix is different, the file exists, its folder does not exist, or
                 PyTorch cannot trace the module.
             MissingExtraError: the extra is not installed.
+
+        Example:
+            >>> import torch
+            >>> model.export("iris.pt2")
+            >>> program = torch.export.load("iris.pt2").module()
+            >>> label, probabilities = program(torch.as_tensor(model.encoded(X.head(3))))
+            >>> label.tolist()
+            [0, 0, 0]
         """
         export(self, path)
 

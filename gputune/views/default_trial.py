@@ -17,6 +17,8 @@ NO_IMPROVEMENT = "The search did not improve on the default."
 class DefaultTrial(Trial):
     """The trial of the default configuration, compared with the best trial of its study.
 
+    ``gputune.Study.default_trial`` returns it. It has the attributes of ``gputune.Trial``, and these:
+
     Attributes:
         best_score: score of the best trial.
         improvement: ``best_score - score``. Scores follow scikit-learn (greater is better), so a
@@ -25,6 +27,15 @@ class DefaultTrial(Trial):
         improvement_std_error: paired standard error of ``improvement``. It is computed from the
             differences fold by fold, as ``std(ddof=1) / sqrt(F)``. NaN for fewer than two folds.
         text: sentences that say whether tuning helped. "" if no other trial has been trained.
+
+    Example:
+        >>> import gputune
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> study = gputune.tune("mlp", X, y, n_trials=4, max_epochs=5, verbose=0)
+        >>> default = study.default_trial
+        >>> default.number, default.improvement == study.best_score - default.score
+        (0, True)
     """
 
     best_score: float
