@@ -33,7 +33,7 @@ def dry_run(arguments: argparse.Namespace, call: SearchCall, study_file: Path) -
     )
     planned = preview(call, verbose=arguments.verbose, interface=CommandLine(), study_type=Study)
     study = planned.study
-    ending = Ending(arguments.file, study, call.source, study_file)
+    ending = Ending(arguments.file, study, call.source, study_file, planned.layout)
     method = method_name(options.search.method)
     lines = facts(ending)
     if method != "random":

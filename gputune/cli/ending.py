@@ -6,6 +6,8 @@ from pathlib import Path
 
 from gputune.api.study import Study
 from gputune.cli.held_out import HeldOut
+from gputune.data.arrays import ArrayLayout
+from gputune.data.columns import Layout
 from gputune.data.source import Source
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
@@ -19,6 +21,7 @@ class Ending:
     study: Study
     rest: Source  # the rows of the search
     study_file: Path
+    layout: Layout | ArrayLayout | None = None  # what the model reads; None without a model
     held_out: HeldOut | None = None  # score on held-out rows; None if no rows are held out
     default_held_out: HeldOut | None = None  # of the default's model, if it was trained too
     model_folder: Path | None = None  # None if no model was saved

@@ -261,6 +261,7 @@ class CommandLine(Interface):
         configuration = "--set" if command == "train" else "--include"
         self.file = file
         self.known = {**flags(), "include": configuration}
+        self.known["y"] = self.known["target"]
         if command not in ("tune", "train"):
             del self.known["study"]  # it is the command's FOLDER
 

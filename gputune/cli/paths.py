@@ -24,8 +24,8 @@ def check_paths(arguments: Namespace) -> None:
         check_model_folder(Path(arguments.folder))
     if command in ("predict", "evaluate"):
         _check_rows(arguments.file)
-    # The command says first that there is no target, or that the result cannot be written.
-    if command in ("tune", "train") and arguments.target is not None and _can_write(arguments):
+    # The command says first that the result cannot be written.
+    if command in ("tune", "train") and _can_write(arguments):
         _check_rows(arguments.file)
 
 

@@ -169,11 +169,10 @@ def _inputs(ending: Ending) -> tuple[str, str]:
     scalings = {trial.params.get("numbers", record.numbers) for trial in ending.study.trials}
     if scalings - {record.numbers}:  # other scalings give other numbers of features
         features = f"{features} with numbers {record.numbers!r}"
-    layout = None if ending.model is None else ending.model.layout
-    if not isinstance(layout, Layout):
+    if not isinstance(ending.layout, Layout):
         return "Columns", features
     # Only columns that the model reads. Constant columns and identifiers are left out.
-    kinds = Counter(column.kind for column in layout.columns)
+    kinds = Counter(column.kind for column in ending.layout.columns)
     columns = ", ".join(count(number, kind) for kind, number in kinds.items())
     return "Columns", f"{columns}, {features}"
 

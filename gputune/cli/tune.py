@@ -35,7 +35,6 @@ from gputune.cli.saved_model import (
     same_model_text,
 )
 from gputune.cli.summary import ensemble_text, stopped_text, summary_text
-from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.source import split_held_out
 from gputune.data.target import check_spread, check_target, with_transform
 from gputune.errors import (
@@ -45,6 +44,7 @@ from gputune.errors import (
     SearchInterrupted,
     Terminated,
 )
+from gputune.methods.random import n_counted
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
@@ -78,8 +78,7 @@ def tune(arguments: argparse.Namespace) -> str:
     rows = options.rows
     choice = choose_model(arguments.model or "mlp", arguments.optimizer)
     with profile.clock(PREPARING):
-        target_column = _target(arguments)
-        source = read_rows(choice, rows, arguments.file, target_column, arguments.groups)
+        source = read_rows(choice, rows, arguments.file, arguments.target, arguments.groups)
     task = chosen_task(source, choice, options)
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     # Check all rows, because the seed decides which rows are held out.
@@ -111,9 +110,15 @@ def resume(arguments: argparse.Namespace) -> str:
     profile = Profile()
     study = study_file(arguments.study)
     changes = typed_options(arguments)
-    record = Study.open(study).record
+    stored = Study.open(study)
+    record = stored.record
     with profile.clock(PREPARING), option_errors(study):
         call = recorded_search(study, record, changes, trust_code=arguments.trust_code)
+        if "n_trials" not in changes:
+            # The study stores the options of its first call. A later call may have asked for more
+            # trials.
+            n_trials = max(call.options.search.n_trials, n_counted(stored.trials))
+            call = replace(call, options=call.options.changed(n_trials=n_trials))
     callbacks = record.arguments.callbacks
     if callbacks:
         Progress(arguments.verbose).say(
@@ -236,7 +241,9 @@ class _Run:
         model, held_out = self._score_model(model, ending.study)
         model.save(self.folder)
         folder = model_folder(self.shown)
-        return replace(ending, held_out=held_out, model=model, model_folder=folder)
+        return replace(
+            ending, held_out=held_out, model=model, model_folder=folder, layout=model.layout
+        )
 
     def _with_best_so_far(self, ending: Ending) -> Ending:
         """Save the model of the best trial so far, if a trial has a score.
@@ -373,16 +380,6 @@ def _requested_trial(study: Study) -> Trial:
             f"Try a smaller lr, or a longer {option('timeout')}."
         )
     return trial
-
-
-def _target(arguments: argparse.Namespace) -> str | None:
-    """Return the name of the target column. Raises InputError if it is missing."""
-    if arguments.target is None and not arguments.file.startswith("sklearn:"):
-        is_array_file = Path(arguments.file).suffix.lower() in ARRAY_SUFFIXES
-        noun, example = ("array", "y") if is_array_file else ("column", "price")
-        remedy = f"Name the {noun} of {arguments.file!r} to predict: --target {example}."
-        raise InputError("--target", "is missing", remedy=remedy)
-    return None if arguments.target is None else str(arguments.target)
 
 
 def _check_out(out: Path) -> None:

@@ -18,7 +18,7 @@ from numpy.lib import format as npy_format
 from torch import Tensor
 
 from gputune.data.arrays import refuse_kind
-from gputune.data.table import quoted
+from gputune.data.table import quoted, refuse_no_target
 from gputune.errors import InputError
 from gputune.input_files import check_file, check_room, open_file
 from gputune.text import count, size_words
@@ -220,6 +220,8 @@ def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object
         if groups is not None:
             groups = _read_partner(path, "groups", groups)
         return arrays[""], target, groups
+    if y is None and arrays:
+        refuse_no_target(str(path), "array", list(arrays))
     _check_name("target", y, arrays, path)
     if groups is not None:
         _check_name("groups", groups, arrays, path)

@@ -38,6 +38,7 @@ from gputune.data.table import (
     quoted,
     refuse_lists,
     refuse_loader,
+    refuse_no_target,
     select_rows,
     split_target,
 )
@@ -329,7 +330,10 @@ def _read_table_file(
     is_bundled = str(X).startswith("sklearn:")
     if is_bundled and y is None:
         y = "target"
-    source = _source_of(read_table(X, kinds), y, groups, drop, kinds)
+    table = read_table(X, kinds)
+    if y is None:
+        refuse_no_target(str(X), "column", table.names)
+    source = _source_of(table, y, groups, drop, kinds)
     if not isinstance(y, str):
         raise InputError(
             "y",

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import narwhals as nw
 import numpy as np
@@ -277,6 +277,21 @@ def quoted(names: Iterable[str], limit: int = 8) -> str:
         texts.append(repr(name if len(name) <= 100 else f"{name[:100]}..."))
     shown = ", ".join(texts)
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def refuse_no_target(file: str, noun: str, names: Sequence[str]) -> NoReturn:
+    """Raise InputError for a search that names no target. The message lists what the file holds.
+
+    Args:
+        file: the path of the file.
+        noun: "column" or "array".
+        names: the names of the columns or arrays of the file. The example names the last of them.
+    """
+    known = f"The {noun}s of {file!r} are {quoted(names, 10)}."
+    example = option("y", str(names[-1]))
+    raise InputError(
+        "y", "is missing", remedy=f"{known} Name the {noun} to predict, for example {example}."
+    )
 
 
 def two_axes(ndim: int) -> str:

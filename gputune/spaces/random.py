@@ -24,6 +24,7 @@ from gputune.spaces.distributions import (
 )
 from gputune.spaces.space import check_include
 from gputune.study.store import Candidate
+from gputune.study.study import Trial
 from gputune.text import count
 from gputune.types import Config
 from gputune.wording import Verbatim, option
@@ -172,7 +173,7 @@ def top_up(
     return new
 
 
-def n_counted(trials: Sequence[Candidate]) -> int:
+def n_counted(trials: Sequence[Candidate | Trial]) -> int:
     """Return the number of trials that count toward ``n_trials``. Included trials do not count."""
     return sum(trial.origin in ("default", "portfolio", "random") for trial in trials)
 

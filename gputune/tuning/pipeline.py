@@ -10,6 +10,8 @@ from typing import Generic
 import torch
 
 from gputune.callbacks import Callbacks
+from gputune.data.arrays import ArrayLayout
+from gputune.data.columns import Layout
 from gputune.data.dataset import Dataset, Rows, ScorerRows
 from gputune.engine.backend import matrix_products, other_gpus
 from gputune.engine.choice import DeviceChoice
@@ -170,6 +172,7 @@ class Preview(Generic[AnyStudy]):
         study: The planned trials, which have no results.
         plan: The plan of the training. None for logistic regressions that a solver fits.
         device: The device on which the trials would train.
+        layout: The columns of the table and their features, or the shapes of the arrays.
         stand_ins: The number of randomly sampled trials that stand for later proposals of an Optuna
             sampler.
     """
@@ -177,6 +180,7 @@ class Preview(Generic[AnyStudy]):
     study: AnyStudy
     plan: Plan | None
     device: torch.device
+    layout: Layout | ArrayLayout
     stand_ins: int = 0
 
 
@@ -220,7 +224,8 @@ def preview(
                 # Reorders the chunks so that a first result comes soon, as in the search.
                 plan = plan.answering_early(setup.data.n_folds)
     study = study_type.from_rows(record.to_json(), [(candidate, None) for candidate in candidates])
-    return Preview(study, plan, setup.data.device, len(candidates) - len(setup.trials))
+    stand_ins = len(candidates) - len(setup.trials)
+    return Preview(study, plan, setup.data.device, setup.problem.layout, stand_ins)
 
 
 def _open_store(study: Path | None) -> AbstractContextManager[Store | None]:

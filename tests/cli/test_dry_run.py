@@ -36,7 +36,7 @@ def value(text, label):
 def test_a_dry_run_says_what_a_search_would_do(bugs):
     text = dry(bugs, *FAST)
     assert value(text, "Data") == "bugs.csv: 32 rows to search on and 8 held out"
-    assert re.fullmatch(r"made into \d+ features", value(text, "Columns"))
+    assert value(text, "Columns") == "3 numbers, 1 category, made into 5 features"
     assert value(text, "Search") == "mlp trained with adamw; 3 trials x 2 folds x 2 epochs"
     assert re.fullmatch(
         r"about [\d.]+ \w+ for the data and 1 chunk \(estimate\)", value(text, "Memory")

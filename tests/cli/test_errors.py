@@ -3,6 +3,7 @@ remedy."""
 
 import shlex
 
+import numpy as np
 import pytest
 
 from command_line import FAST, kinds, refusal, run, searched, write_table
@@ -31,8 +32,9 @@ def refused_tune(table, *options, words, lines=1):
     ("arguments", "words"),
     [
         (["bug.csv", "--target", "kind"], ["'bug.csv'", "CSV"]),
-        (["bugs.csv"], ["--target is missing", "the column of 'bugs.csv'", "--target price"]),
-        (["bugs.npz"], ["--target is missing", "the array of 'bugs.npz'", "--target y"]),
+        (["bugs.csv"], ["--target is missing", "'a', 'b', 'c', 'kind'", "--target kind"]),
+        (["bugs.npz"], ["--target is missing", "'image', 'label'", "--target label"]),
+        (["bugs.npy"], ["--target must be the path of a .npy file", "row of 'bugs.npy'"]),
         (["bugs.csv", "--target", "knd"], ["--target", "got 'knd'", "Did you mean 'kind'?"]),
         (
             ["bugs.csv", "--target", "kind", "--groups", "site"],
@@ -41,6 +43,9 @@ def refused_tune(table, *options, words, lines=1):
     ],
 )
 def test_a_file_or_a_column_that_there_is_not(bugs, arguments, words):
+    image = np.zeros((40, 3))
+    np.savez("bugs.npz", image=image, label=np.arange(40) % 2)
+    np.save("bugs.npy", image)
     refused("tune", *arguments, *FAST, words=words)
 
 

@@ -294,6 +294,8 @@ def test_what_is_known_already_is_said(bugs):
     assert "more than the 1 trials of this call. The study keeps all of them.\n" in err
     _, _, err = run("resume", FOLDER, "--trials", "4", loud=True)
     assert "resuming: 3 of 4 trials are finished\n" in err
+    _, _, err = run("resume", FOLDER, loud=True)
+    assert "resuming: 4 of 4 trials are finished\n" in err and "of this call" not in err
 
 
 def test_a_study_under_another_name_keeps_a_model_of_its_own(bugs):
