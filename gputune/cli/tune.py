@@ -44,7 +44,7 @@ from gputune.errors import (
     SearchInterrupted,
     Terminated,
 )
-from gputune.methods.random import n_counted
+from gputune.spaces.random import n_counted
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
