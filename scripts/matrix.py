@@ -1,4 +1,4 @@
-"""Test gputune in environments with other versions, and write the results into docs/supported.md.
+"""Test gputune in environments with other versions, and write the results into docs/install.md.
 
     python scripts/matrix.py newest floors            (default: all of ENVIRONMENTS)
     python scripts/matrix.py newest --keep /tmp/envs  keep the environments, so that the next run is
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "supported.md"
+PAGE = ROOT / "docs" / "install.md"
 PARTS = ("replay", "native", "modules", "data", "study", "sklearn_face/test_checks.py")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "matplotlib", "optuna", "cmaes")
 SHOWN = ("torch", "numpy", "scikit-learn", "pandas", "polars")

@@ -395,7 +395,7 @@ def test_what_it_does_not_know_is_said(member, part):
 
 
 def test_the_page_says_what_fits_which_card():
-    page = (HERE.parents[1] / "docs/kernel.md").read_text()
+    page = (HERE.parents[1] / "docs/gpu.md").read_text()
     rows = re.findall(
         r"^\| (\d+) \| (\d) of (\d+) \| (\d+) \| (\S+) \| (\S+) \| (\S+) \|$", page, re.M
     )

@@ -40,7 +40,7 @@ def test_a_row_takes_the_place_of_the_one_of_its_name_and_others_stay(
     script, monkeypatch, tmp_path
 ):
     matrix = script("matrix")
-    monkeypatch.setattr(matrix, "PAGE", tmp_path / "supported.md")
+    monkeypatch.setattr(matrix, "PAGE", tmp_path / "install.md")
     matrix.PAGE.write_text(f"# Page\n\n{matrix.HEAD}\n|---|\n")
     for name, tests in (("newest", "1 passed"), ("floors", "2 passed"), ("newest", "3 passed")):
         matrix.write(name, matrix.line(name, "3.13", tests))
