@@ -1,0 +1,115 @@
+"""Perturb the hyperparameters of a trial between two epochs of its training.
+
+Population based training moves only hyperparameters that leave the shapes of all tensors unchanged.
+A moved value stays within the bounds of the search space.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gputune.spaces.config import RANGES, check_value
+from gputune.spaces.distributions import CheckedSpace, Choices, can_draw, is_fixed, is_real
+from gputune.types import DECAY_FACTOR, LR_FACTOR, ONLINE, Config
+
+MOVABLE = ("lr", "weight_decay", "momentum", "dropout", "loss__label_smoothing")
+"""The hyperparameters that can change during training, in addition to the rate factors."""
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """The way in which a value is perturbed.
+
+    Attributes:
+        factors: a number is multiplied by one of these factors, which is drawn.
+        resample: the probability that a value is drawn again from the space instead.
+    """
+
+    factors: Sequence[float]
+    resample: float
+
+    def move(self, params: Config, space: CheckedSpace, rng: np.random.RandomState) -> Config:
+        """Return a configuration in which all movable hyperparameters of the space are perturbed.
+
+        A zero stays zero, and a positive number stays positive, because the optimizer keeps other
+        tensors for zero momentum and for zero averaging than for positive values.
+
+        Args:
+            params: The configuration.
+            space: The search space. Its fixed values and its lists with one value do not move.
+            rng: The random generator. Each value takes its random numbers in the order of the keys.
+        """
+        moved = dict(params)
+        for key in sorted(movable_keys(params, space)):
+            choices = choices_for(key, params, space)
+            value = self._moved(params[key], choices, rng)
+            if is_legal(key, value) and bool(value) == bool(params[key]):
+                moved[key] = check_value(key, value, key)
+        return moved
+
+    def _moved(self, value: Any, choices: Choices, rng: np.random.RandomState) -> Any:
+        """Return a perturbed or newly drawn value of one hyperparameter."""
+        is_drawn = rng.random_sample() < self.resample
+        factor = self.factors[rng.randint(len(self.factors))]
+        if isinstance(choices, list):
+            # A neighbor needs an order, so values of unsorted lists are drawn again.
+            if is_drawn or value not in choices or not _is_sorted(choices):
+                return choices[rng.randint(len(choices))]
+            place = choices.index(value) + (1 if factor > 1 else -1)
+            return choices[min(max(place, 0), len(choices) - 1)]
+        if is_drawn or not is_real(value):
+            return choices.rvs(random_state=rng)
+        low, high = -math.inf, math.inf
+        if hasattr(choices, "support"):
+            low, high = choices.support()
+        return min(max(value * factor, float(low)), float(high))
+
+
+def movable_keys(params: Config, space: CheckedSpace) -> list[str]:
+    """Return the hyperparameters of a configuration that population based training may change.
+
+    They have several possible values in the space. The optimizers that adapt their learning rate
+    use ``lr`` only at the start, so their ``lr`` does not move.
+    """
+    keys = []
+    for key in params:
+        is_movable = key in MOVABLE or key.startswith((LR_FACTOR, DECAY_FACTOR))
+        is_initial = key == "lr" and params.get("optimizer") in ONLINE
+        choices = choices_for(key, params, space)
+        if is_movable and not is_initial and choices is not None and not is_fixed(choices):
+            keys.append(key)
+    return keys
+
+
+def choices_for(key: str, params: Config, space: CheckedSpace) -> Any:
+    """Return the list or distribution of a hyperparameter in the part of the space that can draw a
+    configuration.
+
+    A configuration of the user may lie outside the space. Then the first part with the key counts.
+    Returns None if no part has the key.
+    """
+    parts = [part for part in space if key in part]
+    for part in parts:
+        if part.keys() == params.keys() and _draws(part, params):
+            return part[key]
+    return parts[0][key] if parts else None
+
+
+def _draws(part: dict[str, Choices], params: Config) -> bool:
+    return all(can_draw(part[key], value) for key, value in params.items())
+
+
+def is_legal(key: str, value: Any) -> bool:
+    """Return whether a hyperparameter may have a value: an open end of its range is not a value."""
+    legal = RANGES.get(key)
+    return legal is None or legal.includes(float(value))
+
+
+def _is_sorted(choices: Sequence[Any]) -> bool:
+    """Return whether a list has numbers in rising order."""
+    if not all(map(is_real, choices)):
+        return False
+    return all(low < high for low, high in zip(choices, choices[1:]))
