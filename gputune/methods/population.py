@@ -62,8 +62,8 @@ class PopulationBased:
         InputError: An option is invalid. ``tune`` raises it if ``max_epochs`` is too small.
 
     Example:
-        >>> import gputune
-        >>> method = gputune.PopulationBased(interval=2, fraction=0.5)
+        >>> from gputune.methods.population import PopulationBased
+        >>> method = PopulationBased(interval=2, fraction=0.5)
         >>> method.exchange_epochs(max_epochs=7)
         [2, 4, 6]
     """

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from gputune.methods.stopping import StoppingRule
 from gputune.population.population import Population
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, failed_result
-from gputune.types import Config, Outputs, drop_beyond_limit, first_metric
+from gputune.types import Config, Json, Outputs, drop_beyond_limit, first_metric
 from gputune.wording import option
 
 
@@ -64,7 +65,7 @@ def train_in_rungs(context: Context, rule: StoppingRule, trials: Sequence[Candid
 
 
 @dataclass(eq=False)
-class _RunningTrial:
+class RunningTrial:
     """A trial that has no result yet.
 
     ``curve`` (epochs, F) holds its scores so far, and ``seconds`` its training time.
@@ -79,23 +80,32 @@ class _RunningTrial:
         """Return True if the trial's score is NaN in one of the first ``epoch`` epochs."""
         return bool(np.isnan(first_metric(self.curve, axes=2)[:epoch]).any())
 
+    @property
+    def detail(self) -> Json:
+        """Facts about the training for the trial's result."""
+        return {}
 
-class _RungTraining:
-    """The running trials of a search with halving or the median rule, and their saved states."""
 
-    def __init__(self, context: Context, rule: StoppingRule, trials: Sequence[Candidate]) -> None:
+AnyTrial = TypeVar("AnyTrial", bound=RunningTrial)
+
+
+class PausedTraining(Generic[AnyTrial]):
+    """Trials that train together up to a stop, an epoch after which they are compared.
+
+    Their states wait there in a cache.
+    """
+
+    def __init__(self, context: Context, trials: Sequence[Candidate]) -> None:
         self.context = context
-        self.rule = rule
-        self.stops = rule.stops(context.epochs)
         configs = {trial.number: context.complete(trial.params) for trial in trials}
         ended = context.ledger.results
         # The curves of the trials that have ended.
         self.curves = {n: ended[n].curve for n in configs if n in ended}
         self.outputs: dict[int, Outputs] = {}  # at the best epochs so far
         self.running = [
-            _RunningTrial(n, config, context.no_curve)
-            for n, config in configs.items()
-            if n not in ended
+            self.begin_trial(trial, configs[trial.number])
+            for trial in trials
+            if trial.number not in ended
         ]
         # States wait in main memory, also if the trials train on a GPU.
         free = free_bytes(torch.device("cpu")) // 4
@@ -103,9 +113,15 @@ class _RungTraining:
         self.unsaved: list[tuple[int, ...]] = []  # chunks with states that are not in a file yet
         self.saved_at = time.monotonic()
         self.earliest = 0.0
-        # Each trial continues from the latest of its checkpoints.
+        self.resume(context.checkpoints_of(list(configs), list(configs.values())))
+
+    def begin_trial(self, trial: Candidate, config: Config) -> AnyTrial:
+        """Return a trial that has not trained yet."""
+        raise NotImplementedError
+
+    def resume(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Continue each running trial from the latest of its checkpoints."""
         by_number = {trial.number: trial for trial in self.running}
-        checkpoints = context.checkpoints_of(list(configs), list(configs.values()))
         for checkpoint in sorted(checkpoints, key=lambda checkpoint: checkpoint.state.epoch):
             for position, number in enumerate(checkpoint.trials):
                 if (trial := by_number.get(number)) is None:
@@ -118,10 +134,14 @@ class _RungTraining:
                         number, checkpoint.state.select([checkpoint.alive.index(position)])
                     )
 
+    def trainable(self) -> list[AnyTrial]:
+        """Return the running trials that train up to the next stop."""
+        return self.running
+
     def train(self, begin: int, stop: int) -> None:
         """Train the running trials from epoch ``begin`` to epoch ``stop``."""
         context = self.context
-        trials = self.running
+        trials = self.trainable()
         plan = context.plan([trial.config for trial in trials], epochs=stop - begin)
         context.progress.plan(replace(plan, cache_bytes=self.states.limit), show=begin == 0)
         chunks = tuple(
@@ -152,7 +172,7 @@ class _RungTraining:
                     )
 
     def _begun_chunks(
-        self, chunk: Population, trials: Sequence[_RunningTrial], stop: int
+        self, chunk: Population, trials: Sequence[AnyTrial], stop: int
     ) -> Iterator[BegunChunk]:
         """Split a planned chunk into groups of trials that can continue training together.
 
@@ -175,7 +195,7 @@ class _RungTraining:
                 seconds = sum(trial.seconds for trial in part)
                 yield BegunChunk(chunk.kind, index, configs, state, alive, before, seconds)
 
-    def _add_outcome(self, trials: Sequence[_RunningTrial], outcome: RungOutcome) -> None:
+    def _add_outcome(self, trials: Sequence[AnyTrial], outcome: RungOutcome) -> None:
         """Store the curves, outputs and states of trials that have trained up to a stop."""
         self.context.note_fault(outcome.fault)
         self.context.profile.spent += outcome.spent
@@ -196,8 +216,12 @@ class _RungTraining:
         for row, position in enumerate(outcome.alive):
             self.states.park(trials[outcome.index[position]].number, outcome.state.select([row]))
         self.unsaved.append(tuple(trials[i].number for i in outcome.index))
+        self.save_if_due(outcome.seconds)
+
+    def save_if_due(self, seconds: float) -> None:
+        """Write checkpoints if it is time. ``seconds`` is the training time of the last chunk."""
         # The chunks are sorted, so the next chunk takes at most about as long as this one.
-        due = self.saved_at + self.context.options.machine.checkpoint_seconds - outcome.seconds
+        due = self.saved_at + self.context.options.machine.checkpoint_seconds - seconds
         if time.monotonic() > max(due, self.earliest):
             self.save()
 
@@ -225,6 +249,52 @@ class _RungTraining:
         self.saved_at = time.monotonic()
         self.earliest = self.saved_at + pause_after(self.saved_at - begin)
 
+    def finish(self, trials: Sequence[AnyTrial], *, rung: int | None = None) -> None:
+        """Store the results of trials that do not continue training.
+
+        ``rung`` is the epoch at which the rule pruned the trials, or None.
+        """
+        epochs = self.context.epochs
+        epoch_rule = self.context.options.training.epoch
+        results = []
+        for trial in trials:
+            self.states.drop(trial.number)
+            curve = trial.curve[: epochs if rung is None else rung]
+            detail = trial.detail if rung is None else {"rung": rung}
+            n_trained = len(curve)
+            result = Result.of_curve(
+                trial.number,
+                curve,
+                epochs=n_trained,
+                rule=epoch_rule,
+                seconds=trial.seconds,
+                detail=detail,
+            )
+            if result.state == "complete" and (rung is not None or n_trained < epochs):
+                result = replace(result, state="stopped" if rung is None else "pruned")
+            results.append(result)
+        if results:
+            self._store(results, trials)
+
+    def _store(self, results: Sequence[Result], trials: Sequence[AnyTrial]) -> None:
+        """Store the results of trials, and remove their remaining epochs from the progress bar."""
+        numbers = {result.number for result in results} & self.outputs.keys()
+        self.context.finish(results, {number: self.outputs.pop(number) for number in numbers})
+        self.curves |= {result.number: result.curve for result in results}
+        self.context.progress.skip(sum(self.context.epochs - len(trial.curve) for trial in trials))
+
+
+class _RungTraining(PausedTraining[RunningTrial]):
+    """The running trials of a search with halving or the median rule, and their saved states."""
+
+    def __init__(self, context: Context, rule: StoppingRule, trials: Sequence[Candidate]) -> None:
+        super().__init__(context, trials)
+        self.rule = rule
+        self.stops = rule.stops(context.epochs)
+
+    def begin_trial(self, trial: Candidate, config: Config) -> RunningTrial:
+        return RunningTrial(trial.number, config, self.context.no_curve)
+
     def end_trials(self, epoch: int) -> None:
         """Store the results of trials that have diverged, that were stopped, or that the rule
         prunes."""
@@ -241,38 +311,3 @@ class _RungTraining:
             pruned = self.rule.trials_to_stop(epoch, ranked, self.context.epochs)
             self.finish([trial for trial in self.running if trial.number in pruned], rung=epoch)
             self.running = [trial for trial in self.running if trial.number not in pruned]
-
-    def finish(self, trials: Sequence[_RunningTrial], *, rung: int | None = None) -> None:
-        """Store the results of trials that do not continue training.
-
-        ``rung`` is the epoch at which the rule pruned the trials, or None.
-        """
-        epochs = self.context.epochs
-        epoch_rule = self.context.options.training.epoch
-        results = []
-        for trial in trials:
-            self.states.drop(trial.number)
-            curve, detail = (
-                (trial.curve[:epochs], {}) if rung is None else (trial.curve[:rung], {"rung": rung})
-            )
-            n_trained = len(curve)
-            result = Result.of_curve(
-                trial.number,
-                curve,
-                epochs=n_trained,
-                rule=epoch_rule,
-                seconds=trial.seconds,
-                detail=detail,
-            )
-            if result.state == "complete" and (rung is not None or n_trained < epochs):
-                result = replace(result, state="stopped" if rung is None else "pruned")
-            results.append(result)
-        if results:
-            self._store(results, trials)
-
-    def _store(self, results: Sequence[Result], trials: Sequence[_RunningTrial]) -> None:
-        """Store the results of trials, and remove their remaining epochs from the progress bar."""
-        numbers = {result.number for result in results} & self.outputs.keys()
-        self.context.finish(results, {number: self.outputs.pop(number) for number in numbers})
-        self.curves |= {result.number: result.curve for result in results}
-        self.context.progress.skip(sum(self.context.epochs - len(trial.curve) for trial in trials))
