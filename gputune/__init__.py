@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from gputune.api.search import search
     from gputune.api.study import Study
     from gputune.api.tuning import tune
-    from gputune.executors.ray_cluster import Ray
     from gputune.executors.worker import Report
     from gputune.hypergradients.hypergradient import hypergradient
     from gputune.hypergradients.inner import HypergradientResult
+    from gputune.integrations.clusters.ray import Ray
     from gputune.methods.descent import Hypergradient
     from gputune.methods.optuna import OptunaSampler
     from gputune.methods.stopping import Halving, Median
@@ -83,10 +83,10 @@ _HOMES = {
     "api.search": ("search",),
     "api.study": ("Study",),
     "api.tuning": ("tune",),
-    "executors.ray_cluster": ("Ray",),
     "executors.worker": ("Report",),
     "hypergradients.hypergradient": ("hypergradient",),
     "hypergradients.inner": ("HypergradientResult",),
+    "integrations.clusters.ray": ("Ray",),
     "methods.descent": ("Hypergradient",),
     "spaces.distributions": ("log_int",),
     "methods.optuna": ("OptunaSampler",),

@@ -28,8 +28,8 @@ import ray
 from sklearn.datasets import load_digits
 
 import gputune
-from gputune.executors import ray_cluster
-from gputune.executors.ray_cluster import RayTasks
+from gputune.integrations.clusters import ray as ray_cluster
+from gputune.integrations.clusters.ray import RayTasks
 from gputune.study.store import Store
 
 SIZES = (1, 2, 10, 100, 1000)

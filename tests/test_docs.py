@@ -107,7 +107,7 @@ def run_blocks(page, capsys):
 
 def test_python_blocks_run_in_order_and_print_what_is_shown(page, tmp_path, monkeypatch, capsys):
     if page.name == "cluster.md":
-        pytest.skip("run where there is a cluster, in tests/executors/test_ray_workers.py")
+        pytest.skip("run where there is a cluster, in tests/integrations/test_ray_workers.py")
     monkeypatch.chdir(tmp_path)
     popen = subprocess.Popen
 

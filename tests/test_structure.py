@@ -14,7 +14,7 @@ PACKAGE = Path(gputune.__file__).parent
 
 ROOMS = """
 ground native data optimizers population scoring modules engine solver executors hypergradients study spaces methods
-callbacks tuning views report api sklearn check cli
+callbacks tuning integrations views report api sklearn check cli
 """.split()
 """From the ground up. A folder is a room; the files at the top level are the ground, but for those
 of ``_TOP``."""
@@ -72,6 +72,20 @@ def test_a_room_imports_only_rooms_below_it():
         if level[room_of(target)] > level[room_of(name)] and name != "__init__"
     ]
     assert not up, "\n".join(up)
+
+
+def test_the_core_imports_no_integration():
+    """gputune/entry_points.py imports them by name, and the public table holds gputune.Ray."""
+    public = {"__init__"}
+    core = {name for name in FILES if room_of(name) != "integrations"} - public
+    wrong = [
+        f"{name}:{line} imports {target}"
+        for name, line, target in ARROWS
+        if name in core and room_of(target) == "integrations"
+    ]
+    assert not wrong, "\n".join(wrong)
+    named = {name for name in core if "gputune.integrations" in FILES[name].read_text()}
+    assert named == {"entry_points"}
 
 
 def test_no_files_import_each_other_in_a_circle():

@@ -19,7 +19,7 @@ from gputune.data.target import TaskWord
 from gputune.data.target_transform import TargetTransform
 from gputune.data.torch_dataset import read_dataset
 from gputune.data.weights import ClassWeight
-from gputune.executors.ray_cluster import Ray
+from gputune.executors.cluster import Cluster
 from gputune.scoring.metrics import Scorings
 from gputune.tuning.choices import Method, choose_model
 from gputune.tuning.options import make_options
@@ -81,7 +81,7 @@ def tune(
     tf32: bool = False,
     precision: Precision = "full",
     memory: int | str | None = None,
-    workers: int | Literal["auto", "ray"] | Ray = "auto",
+    workers: int | Literal["auto", "ray"] | Cluster = "auto",
     keep_predictions: bool = True,
     random_state: object = 0,
     callbacks: Sequence[Callback] = (),

@@ -294,8 +294,8 @@ class CommandLine(Interface):
         text = _unquoted(value)
         if value.startswith("("):
             text = ",".join(re.findall(r"\w+", value))
-        if (reference.name, text) == ("workers", "ray"):
-            return "--ray"
+        if reference.name == "workers" and text in self.known:
+            return str(self.known[text])  # a cluster has a flag, such as --ray
         if reference.name == "study":
             # The command line takes the folder of a study.
             folder = Path(text).parent

@@ -12,7 +12,7 @@ from scipy import stats
 from gputune.cli.flags import METHOD_RULES
 from gputune.data.folds import parse_cv
 from gputune.errors import InputError, import_extra
-from gputune.executors.ray_cluster import Ray
+from gputune.executors.cluster import named_cluster
 from gputune.methods.descent import Hypergradient
 from gputune.methods.optuna import OptunaSampler
 from gputune.methods.stopping import Halving
@@ -70,7 +70,7 @@ def typed_options(arguments: Namespace) -> Config:
         if arguments.workers not in (None, "auto"):
             rule = f"--workers {arguments.workers} and --ray exclude each other"
             raise InputError(None, rule, remedy="Leave one out.")
-        typed["workers"] = Ray(arguments.ray)
+        typed["workers"] = named_cluster("ray", address=arguments.ray)
     return typed
 
 

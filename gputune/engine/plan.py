@@ -185,7 +185,8 @@ class Plan:
         threads: Number of threads of each process.
         chunk_bytes: Memory of the largest chunk, in bytes.
         data_bytes: Memory of the data, in bytes.
-        cluster: Whether the workers are tasks that run at once on other machines.
+        cluster: The name of the cluster whose tasks are the workers, such as "Ray"; "" without a
+            cluster.
         state_bytes: Size of the states of all trials between two epochs, in bytes.
         cache_bytes: Bytes of main memory for the states of trials that wait at rungs; None: trials
             do not wait.
@@ -200,7 +201,7 @@ class Plan:
     threads: int
     chunk_bytes: int
     data_bytes: int
-    cluster: bool = False
+    cluster: str = ""
     state_bytes: int = 0
     cache_bytes: int | None = None
     ways: tuple[Backend, ...] = ()
@@ -248,7 +249,7 @@ class Plan:
         if self.gpus and self.workers > 1:
             place = f"on {self.workers} GPUs"
         if self.cluster:
-            place = f"on {count(self.workers, 'Ray worker')}"
+            place = f"on {count(self.workers, f'{self.cluster} worker')}"
         text = (
             f"{count(sum(sizes), 'trial')} in {count(len(sizes), 'chunk')} of {trials}, about "
             f"{size_words(self.chunk_bytes)} a chunk and {size_words(self.data_bytes)} of data, "

@@ -152,17 +152,20 @@ def memory(name: str, value: object) -> object:
 
 
 def workers(name: str, value: object) -> object:
-    """Return the checked value of the option ``workers``: a number of processes, "auto" or a Ray
+    """Return the checked value of the option ``workers``: a number of processes, "auto" or a
     cluster."""
-    from gputune.executors.ray_cluster import Ray
+    from gputune.entry_points import integrations
+    from gputune.executors.cluster import Cluster, named_cluster
 
-    if value == "ray":
-        return Ray()
-    if isinstance(value, str) and value != "auto":
-        raise InputError(
-            name, "must be a number of processes, 'auto', 'ray' or gputune.Ray(...)", got=value
-        )
-    return value if isinstance(value, Ray) or value == "auto" else count(name, value)
+    if value == "auto" or isinstance(value, Cluster):
+        return value
+    if not isinstance(value, str):
+        return count(name, value)
+    clusters = integrations("clusters")
+    if value in clusters:
+        return named_cluster(value)
+    words = ", ".join(map(repr, ["auto", *clusters]))
+    raise InputError(name, f"must be a number of processes, {words} or gputune.Ray(...)", got=value)
 
 
 def names(name: str, value: object) -> tuple[str, ...]:

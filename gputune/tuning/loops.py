@@ -75,9 +75,9 @@ def search_loop(
     machine = options.machine
     stop = stop_after(search.timeout)
     _check_objective(objective, direction)
-    if machine.is_on_cluster:
+    if machine.cluster is not None:
         raise InputError(
-            "workers='ray'",
+            f"workers={machine.cluster.name!r}",
             "is only for gputune.tune, because search() trains on this machine",
             remedy="Pass a number of processes, or 'auto'.",
         )

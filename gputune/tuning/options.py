@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gputune.data.target import TaskWord
     from gputune.data.target_transform import TargetTransform
     from gputune.data.weights import ClassWeight
-    from gputune.executors.ray_cluster import Ray
+    from gputune.executors.cluster import Cluster
     from gputune.scoring.metrics import Scorings
     from gputune.study.study import Study
     from gputune.tuning.choices import Method
@@ -369,7 +369,7 @@ class MachineOptions(OptionGroup):
         stored=True,
         resume="Memory of the device for new trials that train together",
     )
-    workers: "int | Literal['auto'] | Ray" = _compute(
+    workers: "int | Literal['auto'] | Cluster" = _compute(
         "auto",
         "--workers <INT>",
         "Number of processes on a CPU",
@@ -408,10 +408,8 @@ class MachineOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.is_on_cluster:
-            from gputune.executors.ray_cluster import check_ray
-
-            check_ray(self.device)
+        if self.cluster is not None:
+            self.cluster.check(self.device)
         device = self.device_here()
         if self.tf32 is not False:
             from gputune.engine.backend import check_tf32
@@ -419,11 +417,11 @@ class MachineOptions(OptionGroup):
             check_tf32(self.tf32, self.dtype, self.workers, device)
 
     @property
-    def is_on_cluster(self) -> bool:
-        """True if a Ray cluster trains the trials (``workers="ray"``)."""
-        from gputune.executors.ray_cluster import Ray
+    def cluster(self) -> "Cluster | None":
+        """The cluster that trains the trials (``workers="ray"``), or None."""
+        from gputune.executors.cluster import Cluster
 
-        return isinstance(self.workers, Ray)
+        return self.workers if isinstance(self.workers, Cluster) else None
 
     def device_here(self) -> "torch.device":
         """Return the device that this process uses.
@@ -433,7 +431,7 @@ class MachineOptions(OptionGroup):
         """
         from gputune.engine.backend import choose_device
 
-        return choose_device("auto" if self.is_on_cluster else self.device)
+        return choose_device(self.device if self.cluster is None else "auto")
 
 
 @dataclass(frozen=True, kw_only=True)

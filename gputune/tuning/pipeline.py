@@ -18,7 +18,7 @@ from gputune.engine.choice import DeviceChoice
 from gputune.engine.plan import Plan, parse_memory
 from gputune.engine.stop import Stop, entry, stop_after
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
-from gputune.executors.ray_cluster import Ray, RayCluster, ray_cluster
+from gputune.executors.cluster import Cluster, Connection
 from gputune.garbage import without_collector
 from gputune.methods.descent import Hypergradient
 from gputune.methods.optuna import OptunaSampler
@@ -128,7 +128,7 @@ def search(
             # An empty ledger for now: a new study file is created only after all checks have passed.
             context = Context(Ledger(None), options, progress, stop, trainer, problem, profile)
             context.check_module(setup.first, first=True)
-            remember_what_runs(problem.choice, machine.workers)
+            remember_what_runs(problem.choice, machine.cluster)
             # This also checks the search method, before a study file is created.
             training = _training(setup, context)
             record = _record(setup, context)
@@ -287,7 +287,7 @@ def _dataset(
     options = problem.options
     # Data for a cluster stays in main memory.
     place = DeviceChoice(torch.device("cpu"))
-    if not options.machine.is_on_cluster:
+    if options.machine.cluster is None:
         # A sampler draws more configurations of this kind later.
         repeats = max(1.0, options.search.n_trials / max(1, len(configs)))
         place = problem.device_choice(folds, configs, repeats=repeats)
@@ -386,35 +386,36 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
     return search_record(context, setup.space, setup.folds, remarks, without_model)
 
 
-def remember_what_runs(choice: ModelChoice, workers: object) -> None:
+def remember_what_runs(choice: ModelChoice, cluster: Cluster | None) -> None:
     """Remember the module's class and the cluster, so that later processes of this user trust
     both."""
     if choice.module_class is not None:
         remember_code(choice.module_class)
-    if isinstance(workers, Ray) and workers.is_elsewhere:
-        remember(workers.address)
+    if cluster is not None and cluster.is_elsewhere:
+        remember(cluster.address)
 
 
-def _cluster(problem: Problem) -> AbstractContextManager[RayCluster | None]:
-    """Connect to the search's Ray cluster during a ``with`` block.
+def _cluster(problem: Problem) -> AbstractContextManager[Connection | None]:
+    """Connect to the search's cluster during a ``with`` block.
 
     Without a cluster, do nothing.
     """
-    workers = problem.options.machine.workers
-    if not isinstance(workers, Ray):
+    machine = problem.options.machine
+    cluster = machine.cluster
+    if cluster is None:
         return nullcontext()
     if problem.choice.solved:
         raise InputError(
-            "workers='ray'",
+            f"workers={cluster.name!r}",
             f"is not for the logistic regression solved with {option('optimizer', 'exact')}, which "
             "takes seconds on this machine",
-            remedy=f"Leave {option('workers', 'ray')} out, or train it with "
+            remedy=f"Leave {option('workers', cluster.name)} out, or train it with "
             f"{option('optimizer', 'adamw')}.",
         )
-    return ray_cluster(workers, device=problem.options.machine.device)
+    return cluster.connect(machine.device)
 
 
-def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Progress) -> Trainer:
+def _trainer(setup: _Setup, stop: Stop, cluster: Connection | None, progress: Progress) -> Trainer:
     """Return the trainer of the search, with the chosen backend.
 
     A message tells the user about a slow backend.
@@ -423,7 +424,7 @@ def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Pr
     options = setup.problem.options
     machine = options.machine
     data = setup.data
-    workers = None if isinstance(machine.workers, str | Ray) else int(machine.workers)
+    workers = None if isinstance(machine.workers, str | Cluster) else int(machine.workers)
     # TF32 can be set only in this process. On a cluster each worker has its own GPU.
     uses_one_gpu = machine.tf32 or cluster is not None
     trainer = Trainer(

@@ -5,7 +5,7 @@ Resuming a search and retraining a trial use the description.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from gputune.data.target import TaskWord, check_target
 from gputune.data.target_transform import is_known, transform_from_json, transform_to_json
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
-from gputune.executors.ray_cluster import Ray
+from gputune.executors.cluster import cluster_from_json
 from gputune.methods.optuna import OptunaSampler
 from gputune.scoring.metrics import has_function
 from gputune.spaces.distributions import (
@@ -159,8 +159,8 @@ def _arguments(
     }
     values = options.values()
     stored = {name: values[name] for name in STORED if _is_storable(values[name])}
-    if isinstance(options.machine.workers, Ray):
-        stored["workers"] = asdict(options.machine.workers)
+    if options.machine.cluster is not None:
+        stored["workers"] = options.machine.cluster.to_json()
     return Arguments(
         kept=stored,
         space=described_space,
@@ -277,11 +277,11 @@ def recorded_search(
     source, test = _reread(record, choice)
     workers = stored.get("workers", "auto")
     if isinstance(workers, dict):
-        workers = Ray(**workers)
+        workers = cluster_from_json(workers)
         # A remote cluster gets the rows, and answers with pickles, which can run code.
         if not trust_code and workers.is_elsewhere and not is_remembered(workers.address):
             raise UntrustedCodeError(
-                f"The study names the Ray cluster {workers.address!r}, on which you have not "
+                f"The study names the {workers.title} cluster {workers.address!r}, on which you have not "
                 "trained from this machine. The cluster would receive the rows of the study and "
                 "could run code here."
             )

@@ -33,9 +33,9 @@ from gputune.engine.reuse import ChunkPool
 from gputune.engine.stop import Stop
 from gputune.engine.train import Trained
 from gputune.errors import InputError
+from gputune.executors.cluster import Connection
 from gputune.executors.executor import Claim, Executor, Outcomes, Queue
 from gputune.executors.processes import chunk_processes
-from gputune.executors.ray_cluster import RayCluster, RayTasks
 from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_scheduled
 from gputune.hypergradients.first_step import free_bytes
 from gputune.methods.descent import Hypergradient
@@ -80,7 +80,7 @@ class Trainer:
         workers: The number of processes, or of tasks of a ``cluster`` at the same time. None means
             an estimate.
         others: GPUs in addition to the GPU of the data. Each gets its own process.
-        cluster: The Ray cluster, or None.
+        cluster: The connection to a cluster, or None.
         each_epoch: If True, callbacks are notified after every epoch, so that they can end the
             search there.
         stop: The signal that ends the training.
@@ -100,7 +100,7 @@ class Trainer:
     memory: int | None = None
     workers: int | None = 1
     others: tuple[torch.device, ...] = ()
-    cluster: RayCluster | None = None
+    cluster: Connection | None = None
     each_epoch: bool = False
     stop: Stop = field(default_factory=Stop)
     pool: ChunkPool = field(default_factory=ChunkPool)
@@ -158,7 +158,8 @@ class Trainer:
         kernel supports no trial and the user requested it, raises InputError.
         """
         if self.cluster is not None:
-            rule = f"is for a GPU of this machine, but {option('workers', 'ray')} trains on others"
+            workers = option("workers", self.cluster.cluster.name)
+            rule = f"is for a GPU of this machine, but {workers} trains on others"
         elif self.kind == "module":
             rule = "supports only the built-in MLP and linear models, but this is your own module"
         else:
@@ -260,7 +261,7 @@ class Trainer:
         """
         if self.cluster is None:
             return plan
-        return replace(plan, threads=self.cluster.threads, cluster=True)
+        return replace(plan, threads=self.cluster.threads, cluster=self.cluster.cluster.title)
 
     def job(self, kind: type[AnyJob], *, epochs: int, **fields: Any) -> AnyJob:
         """Return the job: the settings that all chunks share for a training up to ``epochs``
@@ -302,7 +303,7 @@ class Trainer:
         """
         data = self.data
         if self.cluster is not None:
-            tasks = RayTasks(self.cluster, job, data, plan)
+            tasks = self.cluster.executor(job, data, plan)
             yield from Queue(plan.chunks, tasks, job.stop, claim, may_begin).run(None, progress)
             return
         if job.checkpointing is not None:

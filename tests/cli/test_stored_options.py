@@ -136,7 +136,7 @@ NOT_STORED = {
     "dry_run": "writes no study",
     "config_file": "gives other options",
     "verbose": "is what one run prints",
-    "ray": "is stored as workers; tests/executors/test_ray_cluster.py resumes such a search",
+    "ray": "is stored as workers; tests/integrations/test_ray_workers.py resumes such a search",
     "sampler": "is an object of Optuna: resume says that it is missing, and the same command resumes",
     "config": "is the only trial of train, which is stored as a trial",
 }

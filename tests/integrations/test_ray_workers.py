@@ -19,8 +19,9 @@ from scipy.stats import loguniform
 import gputune
 import ray_searches
 from gputune.engine.job import Job
-from gputune.executors import executor, ray_cluster
+from gputune.executors import executor
 from gputune.executors.processes import pickle_job
+from gputune.integrations.clusters import ray as ray_cluster
 from problems import make_data
 from ray_searches import Net
 from refused import refused

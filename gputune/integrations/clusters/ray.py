@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,6 +30,7 @@ from gputune.engine.job import Failure, Job, Outcome, run_in_parts
 from gputune.engine.plan import Plan, cores
 from gputune.engine.stop import Stop
 from gputune.errors import ClusterError, InputError, MissingExtraError, check_count, how_to_install
+from gputune.executors.cluster import Cluster, Connection
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
 from gputune.executors.processes import pickle_job, to_arrays, to_device, to_tensors
 from gputune.population.population import Population
@@ -53,7 +54,7 @@ _TOKEN = (
 
 
 @dataclass(frozen=True)
-class Ray:
+class Ray(Cluster):
     """The Ray cluster on which the chunks of a search train.
 
     Pass it as ``tune(..., workers=gputune.Ray("auto"))``. ``workers="ray"`` is short for ``Ray()``.
@@ -82,6 +83,8 @@ class Ray:
         Ray(address='10.0.0.5:6379', cpus=4)
     """
 
+    name: ClassVar[str] = "ray"
+    title: ClassVar[str] = "Ray"
     address: str = "local"
     cpus: int = 1
 
@@ -99,55 +102,55 @@ class Ray:
         """True if the address names a cluster by its host and port."""
         return self.address not in ("local", "auto")
 
+    def check(self, device: str) -> None:
+        """Check that Ray is installed and that its tasks can use a device.
 
-def check_ray(device: str) -> None:
-    """Check that Ray is installed and that its tasks can use a device.
+        Raises MissingExtraError if Ray is missing, and InputError for a device that tasks cannot
+        use.
+        """
+        if find_spec("ray") is None:
+            raise MissingExtraError(
+                "workers='ray'",
+                "needs Ray, which is not installed",
+                remedy=how_to_install("ray"),
+            )
+        if device not in ("auto", "cpu", "cuda"):
+            raise InputError(
+                "device",
+                f"must be 'auto', 'cpu' or 'cuda' with {option('workers', 'ray')}, because Ray "
+                "gives each task one GPU",
+                got=device,
+            )
 
-    Raises MissingExtraError if Ray is missing, and InputError for a device that tasks cannot use.
-    """
-    if find_spec("ray") is None:
-        raise MissingExtraError(
-            "workers='ray'",
-            "needs Ray, which is not installed",
-            remedy=how_to_install("ray"),
-        )
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(
-            "device",
-            f"must be 'auto', 'cpu' or 'cuda' with {option('workers', 'ray')}, because Ray gives "
-            "each task one GPU",
-            got=device,
-        )
+    @contextmanager
+    def connect(self, device: str) -> Iterator["RayCluster"]:
+        """Connect to the Ray cluster for the duration of a ``with`` block.
 
-
-@contextmanager
-def ray_cluster(workers: Ray, *, device: str) -> Iterator["RayCluster"]:
-    """Connect to the Ray cluster that the user chose, for the duration of a ``with`` block.
-
-    If this process was already connected, the connection stays open. Raises InputError if the
-    cluster cannot be used.
-    """
-    ray = import_module("ray")
-    is_ours = not ray.is_initialized()
-    if workers.is_elsewhere and not is_ours:
-        raise InputError(
-            f"Ray(address={workers.address!r})",
-            "names a cluster, but this process is connected to a Ray cluster already",
-            remedy="Call ray.shutdown() first, or leave the address out to use that cluster.",
-        )
-    try:
-        if is_ours:
-            before = signal.getsignal(signal.SIGTERM)  # Ray replaces this handler when it connects
-            try:
-                _connect(ray, workers.address)
-            finally:
-                if threading.current_thread() is threading.main_thread():
-                    with suppress(TypeError):  # a handler that was not set from Python
-                        signal.signal(signal.SIGTERM, before)
-        yield RayCluster(ray, device=device, cpus=workers.cpus)
-    finally:
-        if is_ours:
-            ray.shutdown()
+        If this process was already connected, the connection stays open. Raises InputError if the
+        cluster cannot be used.
+        """
+        ray = import_module("ray")
+        is_ours = not ray.is_initialized()
+        if self.is_elsewhere and not is_ours:
+            raise InputError(
+                f"Ray(address={self.address!r})",
+                "names a cluster, but this process is connected to a Ray cluster already",
+                remedy="Call ray.shutdown() first, or leave the address out to use that cluster.",
+            )
+        try:
+            if is_ours:
+                # Ray replaces this handler when it connects.
+                before = signal.getsignal(signal.SIGTERM)
+                try:
+                    _connect(ray, self.address)
+                finally:
+                    if threading.current_thread() is threading.main_thread():
+                        with suppress(TypeError):  # a handler that was not set from Python
+                            signal.signal(signal.SIGTERM, before)
+            yield RayCluster(self, ray, device)
+        finally:
+            if is_ours:
+                ray.shutdown()
 
 
 def _connect(ray: ModuleType, address: str) -> None:
@@ -219,7 +222,7 @@ def make_task(ray: ModuleType) -> Any:
         if versions != expected:
             return "other versions", socket.gethostname(), expected, versions
         run: Callable[..., Outcomes] = importlib.import_module(
-            "gputune.executors.ray_cluster"
+            "gputune.integrations.clusters.ray"
         ).run_in_task
         return "done", run(common, population, *limits)
 
@@ -263,14 +266,16 @@ def free_bytes() -> int:
     return int(torch.cuda.mem_get_info()[0])
 
 
-class RayCluster:
+class RayCluster(Connection):
     """A Ray cluster to which this process is connected, with its nodes and stored datasets.
 
     The tasks of the cluster compute on ``device``. ``free`` is the number of free bytes on a GPU,
     or None on a CPU.
     """
 
-    def __init__(self, ray: ModuleType, *, device: str, cpus: int) -> None:
+    def __init__(self, cluster: Ray, ray: ModuleType, device: str) -> None:
+        cpus = cluster.cpus
+        self.cluster = cluster
         self.ray = ray
         self.threads = cpus
         gpus = sum(node.get("GPU", 0) for node in self._nodes())
@@ -325,6 +330,10 @@ class RayCluster:
             if tasks:
                 shares.append(node.get("memory", 0) // tasks)
         return int(min(shares))
+
+    def executor(self, job: Job, data: Dataset, plan: Plan) -> "RayTasks":
+        """Return the executor that trains each chunk (group of trials) of a plan as a Ray task."""
+        return RayTasks(self, job, data, plan)
 
     def put(self, data: Dataset) -> object:
         """Store a dataset in Ray's object store, only once, and return its Ray reference."""
@@ -478,3 +487,6 @@ class RayTasks(Executor[Population, Outcome | Failure]):
                 self.ray.cancel(ref, force=True)
             except Exception:  # the cluster itself may have failed
                 return
+
+
+CLUSTER = Ray

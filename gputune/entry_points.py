@@ -1,0 +1,33 @@
+"""The integrations with other libraries, found by kind and name, and imported on first use.
+
+An integration is one module in a folder of ``gputune/integrations/``. The folder says what the
+module adds to gputune, and the module has the name that users write. No list of them exists, so a
+new module in such a folder needs no other change.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Literal
+
+IntegrationKind = Literal["clusters"]
+"""The folder of an integration. A module must define:
+
+- In ``clusters``: ``CLUSTER``, the subclass of ``gputune.executors.cluster.Cluster`` that
+  ``tune(workers="ray")`` means for the module ``ray``.
+"""
+
+
+def integrations(kind: IntegrationKind) -> list[str]:
+    """Return the sorted names of the integrations of one kind. The function imports none of
+    them."""
+    folder = import_module(f"gputune.integrations.{kind}")
+    return sorted(module.name for module in iter_modules(folder.__path__))
+
+
+def integration(kind: IntegrationKind, name: str) -> ModuleType:
+    """Import and return an integration by its kind and name.
+
+    Callers check a user's name against ``integrations(kind)`` first.
+    """
+    return import_module(f"gputune.integrations.{kind}.{name}")
