@@ -8,12 +8,14 @@ gputune checks the kind of a file before it opens it, and the size before the co
 import os
 import re
 import stat
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
 from gputune.errors import InputError
 from gputune.main_memory import free_memory
-from gputune.text import size_words
+from gputune.text import nearest, size_words
 
 MISSING_TABLE = "give a CSV or Parquet file or 'sklearn:iris'"
 """Advice for the error message if the file of a table is missing."""
@@ -45,9 +47,8 @@ def check_file(
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(
-            f"there is no file {str(path)!r}; {_remedy(path, missing)}."
-        ) from None
+        message = f"there is no file {str(path)!r}; {_remedy(path, missing)}"
+        raise FileNotFoundError(message if message.endswith("?") else f"{message}.") from None
     except PermissionError:
         raise _no_permission(path) from None
     except (OSError, ValueError) as error:  # a link to itself, a name that is too long or has a NUL
@@ -121,7 +122,9 @@ def check_model_folder(folder: Path) -> None:
     """Raise InputError if the folder of a saved model does not exist."""
     if not folder.is_dir():
         rule = f"there is no model folder {str(folder)!r}"
-        raise InputError(None, rule, remedy="Check the path.")
+        near = nearest_entry(folder)
+        remedy = "Check the path." if near is None else f"Did you mean {str(near)!r}?"
+        raise InputError(None, rule, remedy=remedy)
 
 
 def _check_mode(path: Path, mode: int, folder: str) -> None:
@@ -141,7 +144,18 @@ def _remedy(path: Path, missing: str) -> str:
         return "download the URL into a file first"
     if path.is_symlink():
         return "the path is a link to a file that does not exist"
-    return missing
+    near = nearest_entry(path)
+    return missing if near is None else f"did you mean {str(near)!r}?"
+
+
+def nearest_entry(path: Path) -> Path | None:
+    """Return the file or folder with the most similar name next to a missing path, or None."""
+    with suppress(OSError):  # there is no such folder, or it may not be read
+        # Only the first 1000 names are compared, because a folder may be large.
+        names = {entry.name for entry in islice(path.parent.iterdir(), 1000)} - {path.name}
+        near = nearest(path.name, sorted(names))
+        return None if near is None else path.with_name(near)
+    return None
 
 
 def _no_permission(path: Path) -> PermissionError:

@@ -84,13 +84,13 @@ def nearest(
 ) -> str | None:
     """Return the known word that a mistyped word probably means, or None.
 
-    Upper and lower case do not matter. ``others`` maps the names that other libraries use to known
-    words. A spell checker would not find these names.
+    Upper and lower case do not matter. ``others`` maps the names that other libraries use, in lower
+    case, to known words. A spell checker would not find these names.
     """
     by_case = {str(name).lower(): str(name) for name in known}
-    if (other := others.get(str(word))) in by_case.values():
-        return other
     text = str(word).lower()
+    if (other := others.get(text)) in by_case.values():
+        return other
     # Two swapped neighboring letters are more similar than a spell checker's ratio says.
     transposed = {text[:i] + text[i : i + 2][::-1] + text[i + 2 :] for i in range(len(text) - 1)}
     near = [name for name in by_case if name in transposed] or get_close_matches(
@@ -103,13 +103,19 @@ def nearest(
     return by_case[near[0]] if near else None
 
 
-def did_you_mean(word: object, known: Iterable[object], *, others: Mapping[str, str] = ({})) -> str:
+def did_you_mean(
+    word: object,
+    known: Iterable[object],
+    *,
+    others: Mapping[str, str] = ({}),
+    prefix: str = "",
+) -> str:
     """Return " Did you mean 'NAME'?" with the known word that is most similar to a mistyped word.
 
-    The result is "" if no known word is similar.
+    The result is "" if no known word is similar. The text shows the word after ``prefix``.
     """
     near = nearest(word, known, others=others)
-    return f" Did you mean {near!r}?" if near else ""
+    return f" Did you mean {prefix + near!r}?" if near else ""
 
 
 def is_formula(cell: object) -> bool:

@@ -23,6 +23,7 @@ from gputune.models import Dropout
 from gputune.modules.calls import named_tensors
 from gputune.population.population import InputKind, Shape, call_module
 from gputune.seeding import keyed_draws
+from gputune.text import did_you_mean
 from gputune.types import Config, Params
 from gputune.wording import Verbatim, option, per_interface
 
@@ -301,7 +302,10 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
     for name in arguments:
         if name not in named and not takes_any:
             rule = f"is not an argument of {name_of(builder)}{signature}"
-            raise InputError(f"module__{name}", rule, remedy="Remove it or rename it.")
+            hint = did_you_mean(name, named - sizes.keys(), prefix="module__")
+            raise InputError(
+                f"module__{name}", rule, remedy=hint.strip() or "Remove it or rename it."
+            )
         if name in sizes:
             raise InputError(f"module__{name}", "is set by the data", remedy="Leave it out.")
     passed = set(named)

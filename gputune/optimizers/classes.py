@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from gputune.errors import InputError
 from gputune.optimizers.rules import BETA1, n_moments, schedule_factor
-from gputune.text import did_you_mean
+from gputune.text import did_you_mean, nearest
 from gputune.types import DEFAULT_LR, OPTIMIZERS, Config, default_momentum, default_weight_decay
 from gputune.wording import Verbatim, option, per_interface
 
@@ -250,18 +250,31 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
 
 def _check_arguments(kind: Class, arguments: Config) -> None:
     """Raise InputError for ``optimizer__*`` arguments that an optimizer class does not have."""
-    keys = _defaults_of(kind)
+    keys = {}
+    for name in signature(kind).parameters:
+        if name not in _MACHINERY:
+            keys[name] = _key_of_argument(name)
     for name in arguments:
         key = OPTIMIZER_PREFIX + name
         if name in _OWN_KEYS:
             raise InputError(key, f"must be written without a prefix: {name!r}")
-        if key not in keys:
+        if name not in keys:
+            near = nearest(name, keys)
             raise InputError(
                 key,
                 f"is not a hyperparameter of torch.optim.{kind.__name__}, which has "
-                f"{', '.join(keys)}",
-                remedy=did_you_mean(key, keys).strip(),
+                f"{', '.join(keys.values())}",
+                remedy=f"Did you mean '{keys[near]}'?" if near else "",
             )
+
+
+def _key_of_argument(name: str) -> str:
+    """Return the key of an optimizer argument, as users of each interface write it."""
+    key = OPTIMIZER_PREFIX + name
+    if name == "lr":
+        return name
+    # Estimators have the parameter optimizer__weight_decay, as in skorch.
+    return per_interface(name, name, key) if name in _OWN_KEYS else key
 
 
 def check_optimizer(config: Config, model: str, *, stacked: bool = False) -> None:

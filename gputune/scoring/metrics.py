@@ -285,6 +285,25 @@ def _takes_outputs(scorer: Callable[..., object]) -> bool:
     return n_needed == 2
 
 
+_OTHER_NAMES: Mapping[str, str] = {
+    "mae": "neg_mean_absolute_error",
+    "mse": "neg_mean_squared_error",
+    "rmse": "neg_root_mean_squared_error",
+    "mape": "neg_mean_absolute_percentage_error",
+    "msle": "neg_mean_squared_log_error",
+    "rmsle": "neg_root_mean_squared_log_error",
+    "auc": "roc_auc",
+    "auroc": "roc_auc",
+    "ap": "average_precision",
+    "auprc": "average_precision",
+    "mcc": "matthews_corrcoef",
+    "brier": "neg_brier_score",
+    **dict.fromkeys(("logloss", "nll", "cross_entropy", "crossentropy"), "neg_log_loss"),
+}
+"""Common abbreviations of scores and scikit-learn's names for them. A search for similar spellings
+would not find these pairs."""
+
+
 def _check_fits_task(scoring: str, task: Task) -> None:
     """Raise InputError for an unknown scorer name, or for a scorer that does not fit the task."""
     from sklearn.metrics import get_scorer, get_scorer_names
@@ -296,7 +315,7 @@ def _check_fits_task(scoring: str, task: Task) -> None:
             "scoring",
             f"must be one of scikit-learn's scorer names{per_interface(' or a callable', '')}",
             got=scoring,
-            remedy=did_you_mean(scoring, get_scorer_names()).strip(),
+            remedy=did_you_mean(scoring, get_scorer_names(), others=_OTHER_NAMES).strip(),
         )
     argument = f"scoring={scoring!r}"
     if task == "custom":

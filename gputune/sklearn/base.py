@@ -116,10 +116,19 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
 
         Raises:
             InputError: a parameter of another library has no counterpart here.
+            ValueError: the estimator has no such parameter, as in scikit-learn.
         """
         self._check_names(params)
+        known = self.get_params(deep=False)
+        for name in params:
+            if name.partition("__")[0] not in known and (hint := self._hint_for(name)):
+                raise ValueError(f"Invalid parameter {name!r} for estimator {self}. {hint}")
         super().set_params(**params)
         return self
+
+    def _hint_for(self, name: str) -> str:
+        """Return the suggestion of a parameter for an unknown name, or "" without a suggestion."""
+        return did_you_mean(name, inspect.signature(type(self)).parameters).strip()
 
     @classmethod
     def _check_names(cls, names: Iterable[str]) -> None:

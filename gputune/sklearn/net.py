@@ -27,7 +27,13 @@ from gputune.population.population import complete, two_logits
 from gputune.scoring.objective import LOSS_PREFIX
 from gputune.scoring.torch_losses import name_of_loss, other_units, remedy_for_units
 from gputune.sklearn.dataset import CheckedRows
-from gputune.sklearn.networks import EstimatorNames, TrainedEstimator
+from gputune.sklearn.networks import (
+    MODULE_ARGUMENTS,
+    EstimatorNames,
+    TrainedEstimator,
+    hint_for_parameter,
+    with_estimator_names,
+)
 from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Recipe, TrainedMember, draw_seed
 from gputune.spaces.config import check_value
 from gputune.study.module_source import is_builder
@@ -131,6 +137,9 @@ class _NeuralNet(TrainedEstimator):
         super().set_params(**rest)
         return self
 
+    def _hint_for(self, name: str) -> str:
+        return hint_for_parameter(name, inspect.signature(type(self)).parameters, self.module)
+
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
@@ -199,14 +208,16 @@ class _NeuralNet(TrainedEstimator):
             # The constructor cannot check this, because a clone passes its arguments unchanged.
             if not name.startswith(_PREFIXES):
                 raise TypeError(
-                    f"{type(self).__name__} has no parameter {name!r}. Arguments of the module "
-                    "are written module__*."
+                    f"{type(self).__name__} has no parameter {name!r}. {self._hint_for(name)}"
                 )
             key = name
             if name.startswith("criterion__"):
                 key = LOSS_PREFIX + name.removeprefix("criterion__")
             config[key] = check_value(name, value, name)
-        check_optimizer(config, "module")
+        try:
+            check_optimizer(config, "module")
+        except InputError as error:
+            raise with_estimator_names(error) from None
         return config
 
     def _loss(self) -> str | Callable[..., object] | None:
@@ -227,8 +238,7 @@ class _NeuralNet(TrainedEstimator):
 def _builder(module: object) -> Builder:
     """Return the user's module class or function. Raises InputError for anything else."""
     if isinstance(module, nn.Module):
-        remedy = "Arguments of the module are written module__*."
-        raise InputError("module", what_to_pass(module), remedy=remedy)
+        raise InputError("module", what_to_pass(module), remedy=MODULE_ARGUMENTS)
     if not is_builder(module):
         raise InputError(
             "module",

@@ -6,7 +6,7 @@ A chunk is a set of members with tensors of one shape, which train together.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from gputune.engine.stop import Stop, entry
 from gputune.engine.train import BegunChunk, State
 from gputune.errors import InputError
 from gputune.hypergradients.chunk import HypergradientJob
-from gputune.modules.construction import name_of
+from gputune.modules.construction import name_of, parameters_of
 from gputune.modules.inspection import returns_one_logit, traits_of
 from gputune.population.population import Population, call_module, first_output
 from gputune.scoring.objective import Objective
@@ -41,6 +41,8 @@ from gputune.sklearn.recipe import (
     TrainedMember,
     TrainingLoss,
 )
+from gputune.study.module_source import is_builder
+from gputune.text import nearest
 from gputune.tuning.descent import SlopeMode
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config
@@ -199,6 +201,26 @@ def with_estimator_names(error: InputError) -> InputError:
     """Return a copy of an error with the parameter names of the scikit-learn estimators in its
     message."""
     return error.shown_by(EstimatorNames())
+
+
+MODULE_ARGUMENTS = "Arguments of the module are written module__*."
+
+
+def hint_for_parameter(name: str, parameters: Iterable[str], module: object) -> str:
+    """Return advice for an unknown parameter of an estimator of the user's module.
+
+    Args:
+        name: the unknown parameter.
+        parameters: the parameters of the estimator.
+        module: the user's module class or function.
+    """
+    parameters = list(parameters)
+    arguments = parameters_of(module) if is_builder(module) else {}
+    if name in arguments:
+        return f"Write the argument of the module as module__{name}."
+    near = nearest(name, [*parameters, *arguments])
+    prefix = "" if near in parameters else "module__"
+    return MODULE_ARGUMENTS if near is None else f"Did you mean '{prefix}{near}'?"
 
 
 def _fit_batch(batch: RecipeBatch, training: FitOptions) -> Members:

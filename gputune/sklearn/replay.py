@@ -151,6 +151,7 @@ class SearchRun:
         """Train all candidates together, then let scikit-learn's ``evaluate_candidates`` score
         them."""
         candidates = list(candidate_params) if self.trained is None else self.trained.candidates
+        fits: list[RecordedFit] = []
 
         def split(X: object, y: object, **params: object) -> Splits:
             """Train all candidates together, and return the data splits of scikit-learn's search.
@@ -161,10 +162,11 @@ class SearchRun:
             trained = self.trained
             if trained is None:
                 trained = self._train_all(candidates, X, y, self.split(X, y, params, cv))
+            fits.extend(fits_of(trained.events))
             first = len(self.epochs)
             self.epochs += [1] * len(candidates)
             self.seconds += [np.nan] * len(candidates)
-            for fit in fits_of(trained.events):
+            for fit in fits:
                 number = first + fit.trial
                 self.epochs[number] = max(self.epochs[number], getattr(fit.fitted, "epochs", 1))
                 self.seconds[number] = trained.seconds
@@ -174,9 +176,18 @@ class SearchRun:
 
         with hooked(self):
             splitter = SimpleNamespace(split=split)
-            results = evaluate_candidates(
-                candidates, splitter, more_results=more_results, **context
-            )
+            try:
+                results = evaluate_candidates(
+                    candidates, splitter, more_results=more_results, **context
+                )
+            except ValueError as error:
+                # scikit-learn's message begins with advice, and the reason is in a traceback.
+                failures = [fit.error for fit in fits if fit.error is not None]
+                if not failures or "fits failed" not in str(error):
+                    raise
+                reason = " ".join(str(failures[0]).split())
+                first = f"The first one raised {type(failures[0]).__name__}: {reason}"
+                raise ValueError(f"All the {len(fits)} fits failed. {first}") from error
         if self.steps:
             raise RuntimeError(
                 f"{len(self.steps)} fits that were trained together were never used, because a "

@@ -169,10 +169,11 @@ def _key_remedy(key: str, keys: Collection[str], module: bool) -> str:
     if key in ("hypergrad_lr", "hypergrad_rule"):
         example = option("optimizer", "adamwhd")
         return f"Only the optimizers {', '.join(ONLINE)} have it, for example {example}."
+    argument = f"Write an argument of the module as '{MODULE_PREFIX}{key}'." if module else ""
     if near := nearest(key, sorted(keys), others=_OTHER_NAMES):
-        return f"Did you mean {near!r}?"
+        return f"Did you mean {near!r}? {argument}".rstrip()
     if module:
-        return f"Write an argument of the module as '{MODULE_PREFIX}{key}'."
+        return argument
     if "lr" not in keys and key in legal_keys("logistic", "adamw"):
         trained = option("optimizer", "adamw")
         return (

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError, warn
-from gputune.input_files import check_file, check_room
+from gputune.input_files import check_file, check_room, nearest_entry
 from gputune.scratch import flush, no_folder, scratch_folder
 from gputune.study.rows import StoredRow
 from gputune.study.values import MALFORMED
@@ -106,6 +106,11 @@ def check_study_file(path: Path) -> None:
         reason = f"there is no study file; this is a folder, give {inner!s}"
         raise FileNotFoundError(errno.ENOENT, reason, str(path))
     if not os.path.exists(path):
+        near = nearest_entry(path)
+        if near is not None and (near.suffix == ".db" or any(near.glob("*.db"))):
+            raise FileNotFoundError(
+                f"there is no study file {str(path)!r}; did you mean {str(near)!r}?"
+            )
         raise FileNotFoundError(errno.ENOENT, "there is no study file; check the path", str(path))
     check_room(path, check_file(path))
     for ending in ("-wal", "-shm", "-journal"):

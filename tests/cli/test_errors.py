@@ -31,7 +31,8 @@ def refused_tune(table, *options, words, lines=1):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["bug.csv", "--target", "kind"], ["'bug.csv'", "CSV"]),
+        (["bug.csv", "--target", "kind"], ["'bug.csv'; did you mean 'bugs.csv'?"]),
+        (["ants.csv", "--target", "kind"], ["'ants.csv'", "CSV"]),
         (["bugs.csv"], ["--target is missing", "'a', 'b', 'c', 'kind'", "--target kind"]),
         (["bugs.npz"], ["--target is missing", "'image', 'label'", "--target label"]),
         (["bugs.npy"], ["--target must be the path of a .npy file", "row of 'bugs.npy'"]),
@@ -129,6 +130,8 @@ def test_what_the_parser_refuses(bugs, options, words):
         ("--model mlpp", ["--model", "'mlpp'", ". Did you mean 'mlp'?"]),
         ("--scoring acuracy", ["--scoring", "'acuracy'", ". Did you mean 'accuracy'?"]),
         ("--scoring auc", ["--scoring", "'auc'", ". Did you mean 'roc_auc'?"]),
+        ("--scoring MAE", ["--scoring", ". Did you mean 'neg_mean_absolute_error'?"]),
+        ("--scoring rmse", ["--scoring", ". Did you mean 'neg_root_mean_squared_error'?"]),
         ("--schedule cosin", ["--schedule", "'cosin'", ". Did you mean 'cosine'?"]),
         (
             "--model cnn --loss crossentropy",

@@ -342,6 +342,12 @@ def test_a_study_that_no_search_goes_on_from(bugs):
     refused("there is no study file")
     Store.create("my.db", {"face": "sklearn", "method": "RandomizedSearchCV"}).close()
     refused("belongs to RandomizedSearchCV, a search of scikit-learn estimators. Fit")
+    for study in ("mi.db", "model"):
+        (bugs.parent / "model.json").touch()
+        err = refusal("resume", study)
+        assert ("did you mean 'my.db'?" in err) == (study == "mi.db"), err
+    (bugs.parent / "models").mkdir()
+    assert "Did you mean 'models'?" in refusal("predict", "modles", "bugs.csv")
     (bugs.parent / "my.db").unlink()
     Store.create("my.db", {"model": "mlp"}).close()
     refused(

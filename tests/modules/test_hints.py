@@ -325,3 +325,5 @@ def test_a_module_without_an_init_of_its_own_gets_no_arguments():
     assert call_arguments(Passing, sizes, {"width": 2}) == {"n_outputs": 2, "width": 2}
     with pytest.raises(InputError, match="module__size is not an argument of Bare"):
         call_arguments(Bare, {}, {"size": 3})
+    with pytest.raises(InputError, match=r"Did you mean 'module__width'\?"):
+        call_arguments(lambda n_features, width: Bare(), {"n_features": 3}, {"widht": 3})

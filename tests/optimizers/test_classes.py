@@ -97,6 +97,10 @@ def test_a_rule_with_arguments_is_its_class(config, kind):
             "not a hyperparameter of torch.optim.RAdam.*mean .optimizer__bet",
         ),
         (
+            {"optimizer": "sgd", "optimizer__weight_deacy": 1},
+            "torch.optim.SGD, which has lr, momentum, .*Did you mean 'weight_decay'",
+        ),
+        (
             {"optimizer": "RAdam", "optimizer__foreach": True},
             "optimizer__foreach is not a hyperparameter",
         ),

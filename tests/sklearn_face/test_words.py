@@ -326,6 +326,34 @@ def test_parameters_of_the_module_are_parameters_of_the_estimator():
         NeuralNetClassifier(Net, hidden=3).fit(*IRIS)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("max_epoch", "Did you mean 'max_epochs'?"),
+        ("hidden", "Write the argument of the module as module__hidden."),
+        ("hiden", "Did you mean 'module__hidden'?"),
+        ("xyz", "Arguments of the module are written module__*."),
+    ],
+)
+def test_a_wrong_parameter_of_a_net_names_the_right_one(name, hint):
+    net = NeuralNetClassifier(Net)
+    with pytest.raises(ValueError, match=f"Invalid parameter '{name}' .*{re.escape(hint)}$"):
+        GridSearchCV(net, {name: [1, 2]}).fit(*IRIS)
+    with pytest.raises(TypeError, match=f"no parameter '{name}'. {re.escape(hint)}$"):
+        NeuralNetClassifier(Net, **{name: 1}).fit(*IRIS)
+
+
+def test_a_wrong_argument_of_a_module_in_a_grid_is_said_in_one_sentence():
+    said = r"^All the 4 fits failed. The first one raised InputError: module__hiden is not an arg"
+    with pytest.raises(ValueError, match=rf"{said}.* Did you mean 'module__hidden'\?$"):
+        GridSearchCV(NeuralNetClassifier(Net), {"module__hiden": [1, 2]}, cv=2).fit(*IRIS)
+
+
+def test_a_wrong_parameter_of_an_mlp_names_the_right_one():
+    with pytest.raises(ValueError, match="Invalid parameter 'alhpa' .*Did you mean 'alpha'"):
+        mlp().set_params(alhpa=3)
+
+
 def test_the_defaults_are_skorchs():
     r = net_recipe()
     expected = {
@@ -444,6 +472,10 @@ REFUSED_NETS = [
     (
         {"optimizer": "RAdam", "optimizer__beta": 0.1},
         "^optimizer__beta is not a hyperparameter .*optimizer__betas",
+    ),
+    (
+        {"optimizer": "RAdam", "optimizer__weight_deacy": 0.1},
+        "which has lr, .*, optimizer__weight_decay, .*mean 'optimizer__weight_decay'",
     ),
     ({"optimizer": "lamb"}, "got 'lamb'"),
     ({"optimizer": "adam", "optimizer__momentum": 0.9}, "'adam' has no momentum, got 0.9"),

@@ -156,6 +156,7 @@ def test_keys_are_sorted_modules_keep_their_values_and_penalty_is_the_older_word
         ("learning_rate_init", MLP, "Did you mean 'lr'\\?"),
         ("hidden_layer_sizes", MLP, "Did you mean 'width'\\?"),
         ("hidden", MODULE, "Write an argument of the module as 'module__hidden'."),
+        ("dropout_rate", MODULE, "Did you mean 'dropout'\\? Write an argument of the module as"),
         ("module__", MODULE, "Write an argument of the module"),
         ("width", EXACT, "Leave it out."),
         (
