@@ -32,7 +32,6 @@ from gputune.sklearn.networks import (
     EstimatorNames,
     TrainedEstimator,
     hint_for_parameter,
-    with_estimator_names,
 )
 from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Recipe, TrainedMember, draw_seed
 from gputune.spaces.config import check_value
@@ -41,7 +40,6 @@ from gputune.types import Config
 
 _PREFIXES = ("module__", "criterion__", OPTIMIZER_PREFIX)
 """Prefixes of the parameters that are arguments of the module, the loss and the optimizer."""
-
 
 _HARMLESS: dict[str, tuple[tuple[object, ...], str]] = {
     "train_split": (
@@ -217,7 +215,7 @@ class _NeuralNet(TrainedEstimator):
         try:
             check_optimizer(config, "module")
         except InputError as error:
-            raise with_estimator_names(error) from None
+            raise error.shown_by(EstimatorNames()) from None
         return config
 
     def _loss(self) -> str | Callable[..., object] | None:
