@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     from gputune.hypergradients.hypergradient import hypergradient
     from gputune.hypergradients.inner import HypergradientResult
     from gputune.integrations.clusters.ray import Ray
-    from gputune.methods.descent import Hypergradient
+    from gputune.methods.halving import Halving
+    from gputune.methods.hypergradient import Hypergradient
+    from gputune.methods.median import Median
     from gputune.methods.optuna import OptunaSampler
-    from gputune.methods.stopping import Halving, Median
     from gputune.spaces.distributions import log_int
     from gputune.study.loading import load_model
     from gputune.study.model import TunedModel
@@ -87,10 +88,11 @@ _HOMES = {
     "hypergradients.hypergradient": ("hypergradient",),
     "hypergradients.inner": ("HypergradientResult",),
     "integrations.clusters.ray": ("Ray",),
-    "methods.descent": ("Hypergradient",),
+    "methods.halving": ("Halving",),
+    "methods.hypergradient": ("Hypergradient",),
+    "methods.median": ("Median",),
     "spaces.distributions": ("log_int",),
     "methods.optuna": ("OptunaSampler",),
-    "methods.stopping": ("Halving", "Median"),
     "study.loading": ("load_model",),
     "study.model": ("TunedModel",),
     "study.study": ("Trial",),

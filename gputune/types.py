@@ -158,6 +158,11 @@ OPTIMIZERS = (
     *ONLINE,
 )
 MethodWord = Literal["random", "halving", "median", "hypergradient"]
+"""The names of the search methods. Each one is also the name of a file in ``gputune/methods/``."""
+
+HYPERPARAMETERS = ("lr", "momentum", "weight_decay", "beta1", "beta2")
+"""The hyperparameters in which a training can be differentiated."""
+
 ScheduleWord = Literal[
     "constant", "cosine", "linear", "warmup+cosine", "one_cycle", "coslog4", "flat_cos"
 ]

@@ -7,10 +7,9 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from gputune.api.study import Study
-from gputune.methods.descent import Hypergradient
-from gputune.methods.stopping import Halving
+from gputune.methods.halving import Halving
+from gputune.methods.hypergradient import Hypergradient
 from gputune.study.study import Trial
-from gputune.tuning.choices import method_to_json
 
 META = {
     "model": "mlp",
@@ -98,7 +97,7 @@ def made_study(n, *, epochs=30, folds=5, seed=0, halved=False, waiting=0, file=N
         at = int(means.argmax())
         result = float(means[at]), tuple(curve[at].tolist()), at + 1, state, 0.31 + c / n
         trials.append(Trial(c, config, *result, "random" if c else "default", detail))
-    method = {"method": method_to_json(Halving(min_epochs=3))} if halved else {}
+    method = {"method": Halving(min_epochs=3).to_json()} if halved else {}
     meta = {**META, "folds": folds, "max_epochs": epochs, **method, **meta}
     return Study(meta=meta, trials=trials, curves=curves, file=file)
 
@@ -162,9 +161,7 @@ def made_descent(starts=6, steps=8, *, seed=0):
             curves.append(np.array(folds) * rise)
             lr *= 10 ** (-0.5 * np.sign(math.log10(lr / 5e-3)) / (1 + step / 2))
             decay *= 10 ** (-0.4 * np.sign(math.log10(decay / 1e-2)) / (1 + step / 2))
-    method = method_to_json(
-        Hypergradient(hyperparameters=("lr", "weight_decay"), outer_steps=steps)
-    )
+    method = Hypergradient(hyperparameters=("lr", "weight_decay"), outer_steps=steps).to_json()
     meta = {**META, "method": method, "scoring": "neg_log_loss", "max_epochs": 10}
     return Study(meta=meta, trials=trials, curves=np.stack(curves))
 

@@ -13,8 +13,8 @@ import gputune
 PACKAGE = Path(gputune.__file__).parent
 
 ROOMS = """
-ground native data optimizers population scoring modules engine solver executors hypergradients study spaces methods
-callbacks tuning integrations views report api sklearn check cli
+ground native data optimizers population scoring modules engine solver executors hypergradients study spaces
+callbacks tuning methods integrations views report api sklearn check cli
 """.split()
 """From the ground up. A folder is a room; the files at the top level are the ground, but for those
 of ``_TOP``."""

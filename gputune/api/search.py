@@ -8,8 +8,8 @@ from gputune.api.interactive import public
 from gputune.api.study import Study
 from gputune.callbacks import Callback
 from gputune.executors.worker import LoopObjective
-from gputune.tuning.choices import Method
 from gputune.tuning.loops import search_loop
+from gputune.tuning.method import Method
 from gputune.tuning.options import make_options
 
 
@@ -22,7 +22,7 @@ def search(
     n_trials: int = 64,
     include: Sequence[Mapping[str, object]] = (),
     warm_start: str | Path | Study | Sequence[str | Path | Study] = (),
-    method: Method | Literal["halving", "median"] = "random",
+    method: Method | Literal["random", "halving", "median"] = "random",
     max_epochs: int | None = None,
     timeout: float | None = None,
     target_score: float | None = None,

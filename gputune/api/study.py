@@ -237,7 +237,7 @@ class Study(data.Study):
             >>> len(optuna_study.trials)
             10
         """
-        from gputune.methods.optuna import export_to_optuna
+        from gputune.methods.optuna_study import export_to_optuna
 
         return export_to_optuna(self, storage, name)
 

@@ -21,7 +21,8 @@ from gputune.data.torch_dataset import read_dataset
 from gputune.data.weights import ClassWeight
 from gputune.executors.cluster import Cluster
 from gputune.scoring.metrics import Scorings
-from gputune.tuning.choices import Method, choose_model
+from gputune.tuning.choices import choose_model
+from gputune.tuning.method import Method
 from gputune.tuning.options import make_options
 from gputune.tuning.pipeline import search as search_rows
 from gputune.tuning.progress import reading_bar

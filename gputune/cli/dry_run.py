@@ -11,12 +11,8 @@ from gputune.cli.flags import CommandLine
 from gputune.cli.saved_model import check_extras
 from gputune.cli.summary import facts, label_lines, notes_on
 from gputune.engine.plan import Plan
-from gputune.methods.descent import Hypergradient
-from gputune.methods.optuna import OptunaSampler
-from gputune.methods.stopping import StoppingRule
 from gputune.report.facts import seconds_text
 from gputune.text import count, size_words
-from gputune.tuning.choices import method_name
 from gputune.tuning.options import Options
 from gputune.tuning.pipeline import Preview, preview
 from gputune.tuning.record import SearchCall
@@ -34,7 +30,7 @@ def dry_run(arguments: argparse.Namespace, call: SearchCall, study_file: Path) -
     planned = preview(call, verbose=arguments.verbose, interface=CommandLine(), study_type=Study)
     study = planned.study
     ending = Ending(arguments.file, study, call.source, study_file, planned.layout)
-    method = method_name(options.search.method)
+    method = options.search.method.name
     lines = facts(ending)
     if method != "random":
         lines.append(("Method", method))
@@ -92,12 +88,8 @@ def _time_text(planned: Preview[Study], options: Options) -> str:
     method = options.search.method
     seconds = plan.seconds / (plan.workers * plan.threads)
     limits = []
-    if isinstance(method, Hypergradient):
-        seconds *= method.outer_steps + 1
-    may_stop = isinstance(method, StoppingRule | Hypergradient)
-    if isinstance(method, OptunaSampler):
-        may_stop = method.halving is not None
-    if may_stop or options.training.patience is not None:
+    seconds *= method.trainings_per_trial
+    if method.decides_length or options.training.patience is not None:
         limits.append("at most, because trials may end early")
     if options.search.timeout is not None:
         limits.append(f"the timeout ends it after {seconds_text(options.search.timeout)}")

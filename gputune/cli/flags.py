@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+from gputune.tuning.method import method_classes
 from gputune.tuning.options import RULES
 from gputune.tuning.rules import (
     COMPUTE,
@@ -19,80 +20,17 @@ from gputune.tuning.rules import (
 from gputune.types import OPTIMIZERS
 from gputune.wording import Interface, Reference
 
-_MIN_EPOCHS = Rule(
-    "--min-epochs <INT>",
-    "Epochs before the first decision to stop trials",
-    "For --method halving and median.",
-    "1/27 of --epochs for halving; 1/10 for median",
-    "1..",
-)
+METHOD_CLASSES = method_classes()
+"""The search methods by name. Their flags are part of the command line."""
 
-METHOD_RULES: dict[str, dict[str, Rule]] = {
-    "halving": {
-        "factor": Rule(
-            "--factor <NUMBER>",
-            "Factor by which each rung reduces the number of trials",
-            "For --method halving. With 3, the best third continues.",
-            "3",
-            "number",
-        ),
-        "min_epochs": _MIN_EPOCHS,
-        "brackets": Rule(
-            "--brackets <INT>",
-            "Number of brackets, each with a later first rung",
-            "For --method halving.",
-            "1",
-            "1..",
-        ),
-    },
-    "median": {
-        "min_epochs": _MIN_EPOCHS,
-        "every": Rule(
-            "--every <INT>",
-            "Epochs between two decisions",
-            "For --method median.",
-            "--min-epochs",
-            "1..",
-        ),
-    },
-    "hypergradient": {
-        "hyperparameters": Rule(
-            "--descend-on <NAME,...>",
-            "Hyperparameters that follow their gradient",
-            "For --method hypergradient.",
-            "lr",
-            "names",
-            values=(
-                "lr",
-                "momentum",
-                "weight_decay",
-                "beta1",
-                "beta2",
-                "C (of the solved logistic regression)",
-            ),
-        ),
-        "outer_steps": Rule(
-            "--outer-steps <INT>",
-            "Steps from each starting point",
-            "For --method hypergradient.",
-            "10",
-            "1..",
-        ),
-        "segments": Rule(
-            "--segments <INT>",
-            "Number of successive values of each hyperparameter during one training run",
-            "For --method hypergradient.",
-            "1",
-            "1..",
-        ),
-        "per_layer": Rule(
-            "--per-layer",
-            "Use separate values for each layer",
-            "For --method hypergradient.",
-        ),
-    },
-}
-"""The options of the search methods that have a command-line flag."""
+
+def _method_flags(group: str) -> dict[str, Rule]:
+    """Return the flags of all search methods that belong to a group of the help."""
+    rules = {}
+    for kind in METHOD_CLASSES.values():
+        rules.update({key: rule for key, rule in kind.flags.items() if rule.group == group})
+    return rules
+
 
 _FIRST_RULES: dict[str, dict[str, Rule]] = {
     DATA: {
@@ -133,8 +71,8 @@ _FIRST_RULES: dict[str, dict[str, Rule]] = {
             "table. Flags on the command line override the file.",
         ),
     },
-    STOPPING: {**METHOD_RULES["halving"], **METHOD_RULES["median"]},
-    HYPERGRADIENTS: METHOD_RULES["hypergradient"],
+    STOPPING: _method_flags(STOPPING),
+    HYPERGRADIENTS: _method_flags(HYPERGRADIENTS),
     COMPUTE: {},
     OUTPUT: {
         "study": Rule(
@@ -244,8 +182,6 @@ _OF_CALLS = {
 }
 """The flags that messages show for arguments of functions other than ``gputune.tune``."""
 
-_METHOD_CLASSES = ("Halving", "Median", "Hypergradient")
-
 
 class CommandLine(Interface):
     """The command-line names of arguments, which messages show instead of the Python names.
@@ -267,7 +203,7 @@ class CommandLine(Interface):
 
     def argument(self, reference: Reference) -> str:
         """Return an argument in the form of the command line: ``--cv 5`` for ``cv=5``."""
-        if reference.call in _METHOD_CLASSES:
+        if reference.call in {kind.__name__ for kind in METHOD_CLASSES.values()}:
             flag = self.known.get(reference.name)
         elif reference.call:
             flag = _OF_CALLS.get((reference.call, reference.name))

@@ -9,16 +9,14 @@ from pathlib import Path
 
 from scipy import stats
 
-from gputune.cli.flags import METHOD_RULES
 from gputune.data.folds import parse_cv
 from gputune.errors import InputError, import_extra
 from gputune.executors.cluster import named_cluster
-from gputune.methods.descent import Hypergradient
+from gputune.methods.halving import Halving
 from gputune.methods.optuna import OptunaSampler
-from gputune.methods.stopping import Halving
 from gputune.spaces.config import RANGES, WORDS
 from gputune.spaces.distributions import log_int
-from gputune.tuning.choices import METHODS, Method
+from gputune.tuning.method import Method, method_class, method_classes
 from gputune.tuning.options import RULES, Options, make_options
 from gputune.types import Config
 from gputune.wording import Verbatim
@@ -51,7 +49,7 @@ def options_of(arguments: Namespace, study_file: Path) -> Options:
         }
     else:
         typed["method"] = _method(arguments)
-        if isinstance(typed["method"], Hypergradient):
+        if typed["method"].differentiates:
             typed.setdefault("n_trials", 8)  # each is a starting point
     return make_options(**{**typed, "study": study_file})
 
@@ -122,10 +120,11 @@ def _method(arguments: Namespace) -> Method:
     Raises InputError for options that belong to another method.
     """
     name = arguments.method or "random"
-    legal = METHOD_RULES.get(name, {})
+    chosen = method_class(name)
+    legal = chosen.flags
     options = {}
-    for other, rules in METHOD_RULES.items():
-        for key, rule in rules.items():
+    for other, kind in method_classes().items():
+        for key, rule in kind.flags.items():
             value = getattr(arguments, key)
             if value is None:
                 continue
@@ -137,11 +136,10 @@ def _method(arguments: Namespace) -> Method:
                     remedy="Leave the option out, or choose that method.",
                 )
             options[key] = value
-    method: Method = METHODS[name](**options) if name in METHODS else "random"
     if arguments.sampler is None:
-        return method
+        return chosen(**options)
     sampler_flag = f"--sampler {arguments.sampler}"
-    if not (method == "random" or isinstance(method, Halving)):
+    if name not in ("random", "halving"):
         raise InputError(
             sampler_flag,
             "needs --method random or halving",
@@ -151,7 +149,8 @@ def _method(arguments: Namespace) -> Method:
     samplers = import_extra("optuna.samplers", extra="optuna", used_by=sampler_flag)
     # Without constant_liar the proposals of one batch would be similar.
     sampler = samplers.TPESampler(seed=arguments.random_state or 0, constant_liar=True)
-    return OptunaSampler(sampler, halving=method if isinstance(method, Halving) else None)
+    halving = Halving(**options) if name == "halving" else None
+    return OptunaSampler(sampler, halving=halving)
 
 
 _EXAMPLES = (

@@ -13,7 +13,6 @@ from gputune.data.folds import unpack_folds
 from gputune.data.source import Source
 from gputune.data.target import check_target
 from gputune.errors import InputError
-from gputune.methods.descent import Hypergradient
 from gputune.study.model import TunedModel
 from gputune.study.model_files import DESCRIPTION, read_description
 from gputune.study.study import Study, Trial
@@ -56,7 +55,7 @@ def check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: 
         if not fits:
             rule = f"needs a model that predicts {prediction}, but the target is {target.in_words}"
             raise InputError(flag, rule, remedy="Leave it out.")
-        if isinstance(options.search.method, Hypergradient):
+        if options.search.method.differentiates:
             rule = (
                 "trains a trial on its folds again, but this is not possible for a hypergradient "
                 "search"

@@ -19,6 +19,7 @@ from gputune.report.facts import params_text, seconds_text, states_of, states_te
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
 from gputune.text import blocks, clean, count, paragraph
+from gputune.tuning.method import method_class
 from gputune.views.scores import other_measures, score_view
 
 # Number of trials in the table, and width of a label in letters.
@@ -125,7 +126,11 @@ _ENDING = re.compile(r" --(?:timeout|target-score|patience-trials)[ =]\S+")
 def _understood(ending: Ending, width: int) -> str:
     """Return the first lines of the text at the end: data, inputs, task, search, method and
     notes."""
-    lines = [*facts(ending), *_method(ending.study), *notes_on(ending.study)]
+    method = ending.study.record.method
+    lines = facts(ending)
+    if not isinstance(method, str):
+        lines += method_class(method["name"]).summary(ending.study)
+    lines += notes_on(ending.study)
     return label_lines(lines, width)
 
 
@@ -196,56 +201,6 @@ def _task(study: Study) -> str:
         text = f"{text} and {len(classes) - 10} more"
     if not isinstance(classes[0], str | bool):
         text = f"{text} (if they are numbers, add --task regression)"
-    return text
-
-
-def _method(study: Study) -> list[tuple[str, str]]:
-    """Return the lines about the search method."""
-    method = study.record.method
-    if isinstance(method, str):
-        return []
-    if method["name"] == "hypergradient":
-        return [("Method", _descent(study, method["outer_steps"]))]
-    if method["name"] != "optuna":
-        return [(method["name"].capitalize(), _pruning_text(study))]
-    origins = [trial.origin for trial in study.trials if str(trial.origin).startswith("batch ")]
-    n_batches = len(set(origins))
-    batches = "1 batch" if n_batches == 1 else f"{n_batches} batches"
-    trials = count(len(origins), "trial")
-    lines = [("Sampler", f"Optuna's {clean(method['sampler'])} proposed {trials} in {batches}")]
-    if method["halving"]:
-        lines.append(("Halving", _pruning_text(study)))
-    return lines
-
-
-def _pruning_text(study: Study) -> str:
-    """Return the rungs at which trials were pruned, and the saved share of training."""
-    pruned = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
-    if not pruned:
-        return "no trial was pruned: there was no rung before the last epoch, or only one trial"
-    rungs = ", ".join(f"{number} after epoch {rung}" for rung, number in sorted(pruned.items()))
-    spent, full = study.spent
-    share = f"{spent} of {full} trial-epochs were trained ({spent / max(1, full):.0%})"
-    return f"of {count(len(study.trials), 'trial')} these were pruned: {rungs}; {share}"
-
-
-def _descent(study: Study, outer_steps: int) -> str:
-    """Return the text about a hypergradient search: its hyperparameters, starting points and
-    steps."""
-    n_starts = sum(trial.origin[1] == 0 for trial in study.trials)
-    names = ", ".join(study.record.changed_hyperparameters)
-    text = (
-        f"hypergradient search on {names} from {count(n_starts, 'starting point')}, at most "
-        f"{count(outer_steps, 'outer step')} each"
-    )
-    events = {
-        "chaotic": "the slope was noise",
-        "differences": "the slope was estimated by finite differences with wide steps",
-    }
-    for name, event in events.items():
-        n_points = study.guarded[name]
-        if n_points > 0:
-            text = f"{text}; {event} at {count(n_points, 'point')}"
     return text
 
 

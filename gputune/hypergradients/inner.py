@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from gputune.optimizers.rules import MOMENTS, RULES, Rates
+from gputune.types import HYPERPARAMETERS as HYPERPARAMETERS
 from gputune.types import Params
 
-HYPERPARAMETERS = ("lr", "momentum", "weight_decay", "beta1", "beta2")
 BETWEEN_0_AND_1 = ("momentum", "beta1", "beta2")
 
 Tables = Mapping[str, Tensor]

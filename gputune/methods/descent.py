@@ -1,4 +1,4 @@
-"""The options of a hypergradient search, and the steps from one starting configuration.
+"""The steps of a hypergradient search from one starting configuration.
 
 A starting point is a configuration from which the search begins. The search changes its
 hyperparameters so that the mean validation loss over the folds falls. The steps are in the
@@ -9,126 +9,34 @@ change. These three hyperparameters differ between starting points.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
 
 from gputune.annotations import FloatArray
-from gputune.errors import InputError, check_count
-from gputune.hypergradients.inner import (
-    CHAOTIC,
-    HYPERPARAMETERS,
-    as_table,
-    from_coordinate,
-    speed,
-    to_coordinate,
-)
+from gputune.hypergradients.inner import CHAOTIC, as_table, from_coordinate, speed, to_coordinate
 from gputune.types import Config, Json
-from gputune.wording import Verbatim
 
 _DIVIDED = 10  # divides the length of a normalized step when the loss rises
 # After this number of chaotic points, the slopes come from wide finite differences.
 _MOST_CHAOTIC = 2
-
-# Length of the first step in the coordinates, for one value and for several values.
-FIRST_STEP = 1.5
-FIRST_OF_SEVERAL = 1.0
 
 SegmentTable: TypeAlias = FloatArray  # (S, L): S segments of the training time, L layers
 Tables: TypeAlias = dict[str, SegmentTable]  # by hyperparameter
 Bounds = Mapping[str, tuple[float, float]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Hypergradient:
-    """Options of a hypergradient search, for ``tune(method=...)``.
+class DescentOptions(Protocol):
+    """The options of ``Hypergradient`` that decide the steps."""
 
-    The search begins at several configurations. Each starting point follows the gradient of its
-    mean validation loss over the folds. At every point, the model trains for ``max_epochs`` epochs.
+    @property
+    def step(self) -> Literal["sign", "normalized"]: ...
 
-    A step moves the logarithm of a value: a step of 1.0 multiplies or divides the value by e. For
-    momentum and betas, the step moves the logit, log(p / (1 - p)), so that the value p stays
-    between 0 and 1.
+    @property
+    def smallest_step(self) -> float: ...
 
-    Sources: Maclaurin et al. (2015), arXiv:1502.03492; Franceschi et al. (2017), arXiv:1703.01785.
-
-    Args:
-        outer_steps: The number of steps of each starting point, at least 1 [default: 10].
-        hyperparameters: The hyperparameters to move: some of "lr", "momentum", "weight_decay",
-            "beta1" and "beta2" [default: ("lr",)]. The solved logistic regression moves "C"
-            instead.
-        segments: The number of values of each hyperparameter over the training time, at least 1
-            [default: 1]. Each value applies to an equal part of the training.
-        per_layer: If True, each layer has its own value [default: False].
-        step: The rule for a step. "sign" moves every value by its own step, which is halved when
-            the sign of its slope flips (Riedmiller and Braun 1993; Micaelli and Storkey 2021).
-            "normalized" moves all values along the slope, by a length that is divided by ten when
-            the loss rises.
-        first_step: The length of the first step, in the logarithm of a value (in the logit for
-            momentum and betas), above 0. None means 1.5 for one value and 1.0 for several.
-        smallest_step: A starting point ends when all its steps are shorter than this. Above 0 and
-            at most ``first_step`` [default: 0.05].
-
-    Raises:
-        InputError: An option is invalid.
-
-    Example:
-        >>> import gputune
-        >>> from sklearn.datasets import load_iris
-        >>> X, y = load_iris(return_X_y=True)
-        >>> method = gputune.Hypergradient(outer_steps=3)
-        >>> study = gputune.tune(
-        ...     "mlp", X, y, method=method, n_trials=1, max_epochs=3, verbose=0
-        ... )
-        >>> [trial.origin for trial in study.trials]  # (starting point, outer step)
-        [(0, 0), (0, 1), (0, 2), (0, 3)]
-    """
-
-    outer_steps: int = 10
-    hyperparameters: Sequence[str] = ("lr",)
-    segments: int = 1
-    per_layer: bool = False
-    step: Literal["sign", "normalized"] = "sign"
-    first_step: float | None = None
-    smallest_step: float = 0.05
-
-    def __post_init__(self) -> None:
-        names = self.hyperparameters
-        names = (names,) if isinstance(names, str) else tuple(names)
-        object.__setattr__(self, "hyperparameters", names)
-        choices = (*HYPERPARAMETERS, "C")
-        if not names or len(set(names)) < len(names) or not set(names) <= set(choices):
-            raise InputError(
-                "Hypergradient(hyperparameters=...)",
-                f"must be some of {', '.join(choices)}, each once",
-                got=names,
-            )
-        check_count(self.outer_steps, "Hypergradient(outer_steps=...)")
-        check_count(self.segments, "Hypergradient(segments=...)")
-        if not isinstance(self.per_layer, bool):
-            raise InputError(
-                "Hypergradient(per_layer=...)", "must be True or False", got=self.per_layer
-            )
-        if self.step not in ("sign", "normalized"):
-            raise InputError(
-                "Hypergradient(step=...)", "must be 'sign' or 'normalized'", got=self.step
-            )
-        for name in ("first_step", "smallest_step"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise InputError(
-                    f"Hypergradient({name}=...)", "must be a finite number > 0", got=value
-                )
-        several = len(names) > 1 or self.segments > 1 or self.per_layer
-        first = self.first_step or (FIRST_OF_SEVERAL if several else FIRST_STEP)
-        if self.smallest_step > first:
-            raise InputError(
-                "Hypergradient(smallest_step=...)",
-                "must be at most the first step, because otherwise no starting point moves twice",
-                got=Verbatim(f"smallest_step={self.smallest_step:g} and a first step of {first:g}"),
-                remedy="For example smallest_step=0.05.",
-            )
+    def first_length(self, *, several: bool) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -226,7 +134,7 @@ class StartingPoint:
     """
 
     def __init__(
-        self, method: Hypergradient, names: Sequence[str], config: Config, bounds: Bounds
+        self, method: DescentOptions, names: Sequence[str], config: Config, bounds: Bounds
     ) -> None:
         self.method = method
         self.names = tuple(names)
@@ -296,7 +204,7 @@ class StartingPoint:
     def _begin(self, slope: Slope) -> None:
         """Set the lengths of the first steps of all hyperparameter values."""
         n_values = sum(table.size for table in slope.slopes.values())
-        self.length = self.method.first_step or (FIRST_STEP if n_values == 1 else FIRST_OF_SEVERAL)
+        self.length = self.method.first_length(several=n_values > 1)
         for name, table in slope.slopes.items():
             self.steps[name] = np.full(table.shape, self.length)
             self.signs[name] = np.zeros(table.shape)

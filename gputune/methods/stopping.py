@@ -1,19 +1,39 @@
-"""Rules that stop trials early: successive halving and the median rule.
+"""Rules that stop trials early, and their use in a search.
 
 All trials (of a bracket) train together. After some epochs, a rule compares the mean validation
-scores and decides which trials continue. The median rule is milder than successive halving.
+scores and decides which trials continue.
 """
 
-import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gputune.errors import InputError, check_count
-from gputune.executors.worker import Reports
+from gputune.errors import InputError
+from gputune.text import count
+from gputune.tuning.method import Method
+from gputune.tuning.rules import STOPPING, Rule
 from gputune.wording import option
+
+if TYPE_CHECKING:
+    from gputune.executors.worker import PruningRule, Reports
+    from gputune.spaces.distributions import CheckedSpace
+    from gputune.study.store import Candidate
+    from gputune.study.study import Study
+    from gputune.tuning.context import Context
+
+MIN_EPOCHS = Rule(
+    "--min-epochs <INT>",
+    "Epochs before the first decision to stop trials",
+    "For --method halving and median.",
+    "1/27 of --epochs for halving; 1/10 for median",
+    "1..",
+    group=STOPPING,
+)
+"""The flag for the option ``min_epochs`` of the stopping rules."""
 
 Curves = Mapping[int, np.ndarray]
 """The scores of each trial so far, (epochs, F) with F folds, keyed by trial number. Ended trials
@@ -21,8 +41,15 @@ are included."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoppingRule:
-    """Base class of the rules that stop trials early, with the methods of every rule."""
+class StoppingRule(Method):
+    """Base class of the methods that stop trials early.
+
+    A rule defines ``stops`` and ``trials_to_stop``. The training is the same for all rules.
+    """
+
+    @property
+    def compares_trials(self) -> bool:
+        return True
 
     def stops(self, max_epochs: int) -> list[int]:
         """Return the epochs after which the rule may stop trials, in order, all below
@@ -37,212 +64,43 @@ class StoppingRule:
         ``stops``."""
         raise NotImplementedError
 
+    def check(
+        self, context: "Context", space: "CheckedSpace", trials: "Sequence[Candidate]"
+    ) -> None:
+        """Raise InputError if trials cannot be compared while they train."""
+        from gputune.methods.rungs import check_rungs
 
-@dataclass(frozen=True, kw_only=True)
-class Halving(StoppingRule):
-    """Options of successive halving, for ``tune(method=...)`` and ``search(method=...)``.
+        check_rungs(self, context)
 
-    A rung is an epoch after which trials are compared. At each rung, the best 1/``factor`` of the
-    trials continue. The other trials stop and are "pruned".
+    def run(self, context: "Context", space: "CheckedSpace") -> None:
+        """Train all trials of the study from stop to stop."""
+        from gputune.methods.rungs import train_in_rungs
 
-    Sources: Jamieson and Talwalkar (2016), arXiv:1502.07943. For brackets: Li et al. (2018),
-    arXiv:1603.06560.
+        train_in_rungs(context, self, context.ledger.candidates)
 
-    Early rungs favor trials that learn fast at first: small batches, which take more steps per
-    epoch, and large learning rates.
+    def pruning_rule(self, max_epochs: int | None) -> "PruningRule":
+        """Return the rule that ends the trials of a custom training loop early.
 
-    Args:
-        factor: From rung to rung, the number of trials is divided by this factor, and the epochs
-            are multiplied by it. A finite number > 1 [default: 3].
-        min_epochs: The number of epochs before the first rung, at least 1 and below ``max_epochs``.
-            None means max(1, max_epochs // 27).
-        brackets: The number of brackets, at least 1 [default: 1]. At most one more than the number
-            of rungs. Bracket s has its first rung at min_epochs * factor**s, so that some trials
-            are not compared early. Each bracket gets about the same number of epochs in total.
-
-    Raises:
-        InputError: An option is invalid. ``tune`` raises it if ``max_epochs`` is too small.
-
-    Example:
-        >>> import gputune
-        >>> from sklearn.datasets import load_iris
-        >>> X, y = load_iris(return_X_y=True)
-        >>> halving = gputune.Halving(factor=2, min_epochs=1)
-        >>> study = gputune.tune(
-        ...     "mlp", X, y, method=halving, n_trials=8, max_epochs=4, verbose=0
-        ... )
-        >>> sum(trial.state == "complete" for trial in study.trials)  # 8 -> 4 -> 2
-        2
-    """
-
-    factor: float = 3
-    min_epochs: int | None = None
-    brackets: int = 1
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.factor, int | float) or not 1 < self.factor < math.inf:  # True is 1
-            raise InputError("Halving(factor=...)", "must be a finite number > 1", got=self.factor)
-        check_count(self.min_epochs, "Halving(min_epochs=...)", none=True)
-        check_count(self.brackets, "Halving(brackets=...)")
-
-    def rungs(self, max_epochs: int) -> list[list[int]]:
-        """Return the epochs after which each bracket (group) of trials is compared, all below
-        ``max_epochs``.
-
-        These epochs are called rungs. The last bracket may have no rungs. Raises InputError if
-        ``min_epochs`` is not below ``max_epochs``, or if there are too many brackets.
+        Raises InputError if the rule would never decide.
         """
-        epochs: list[int] = []
-        rung = float(_first_epoch(self, max_epochs, 27))
-        while rung < max_epochs:
-            # With a small factor, two rungs may be the same epoch after rounding down.
-            if int(rung) not in epochs[-1:]:
-                epochs.append(int(rung))
-            rung *= self.factor
-        if self.brackets > len(epochs) + 1:
-            length = option("max_epochs", max_epochs)
+        if max_epochs is None:
             raise InputError(
-                "Halving(brackets=...)",
-                f"must be at most {len(epochs) + 1} for {length}, which has rungs at {epochs}",
-                got=self.brackets,
-                remedy="Use fewer brackets, or train longer.",
+                "max_epochs",
+                "must be the number of times that a whole training calls report(value), because "
+                f"{option('method', self.name)} decides at these calls",
+                got=None,
             )
-        return [epochs[s:] for s in range(self.brackets)]
+        self.stops(max_epochs)
+        return partial(ends_in_order, self, max_epochs)
 
-    def stops(self, max_epochs: int) -> list[int]:
-        """Return all epochs after which successive halving compares trials of any bracket, in
-        order."""
-        return sorted(set().union(*self.rungs(max_epochs)))
-
-    def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
-        """Return the trial numbers of the trials that successive halving prunes after this epoch.
-
-        These trials are not among the best trials of their bracket by mean validation score.
-        """
-        # By trial number, not by position: a repaired study may lack some trials.
-        bracket_of = self.brackets_of(1 + max(curves, default=-1), max_epochs)
-        stopped: set[int] = set()
-        for bracket, rungs in enumerate(self.rungs(max_epochs)):
-            if epoch not in rungs:
-                continue
-            means = {}
-            for number in sorted(curves):
-                if bracket_of[number] == bracket and len(curves[number]) >= epoch:
-                    means[number] = float(curves[number][epoch - 1].mean())
-            stays = survivors(np.array(list(means.values())), self.factor)
-            stopped.update(number for number, stay in zip(means, stays) if not stay)
-        return stopped
-
-    def brackets_of(self, n_trials: int, max_epochs: int) -> list[int]:
-        """Return the index of the bracket (group with its own rungs) that each trial belongs to, in
-        order of trial number.
-
-        Every bracket gets about the same number of epochs in total.
-        """
-        shares = []
-        for rungs in self.rungs(max_epochs):
-            # Each stretch between two rungs trains 1/factor of the trials of the stretch before it.
-            stretches = enumerate(pairwise([0, *rungs, max_epochs]))
-            epochs_per_trial = sum((end - begin) / self.factor**i for i, (begin, end) in stretches)
-            shares.append(1 / epochs_per_trial)
-        ends = np.cumsum(shares)
-        # The multiples of the golden ratio spread evenly over [0, 1). So any number of trials
-        # splits by these shares, and additional trials do not move earlier ones to other brackets.
-        places = (np.arange(n_trials) * (math.sqrt(5) - 1) / 2) % 1
-        brackets: list[int] = np.searchsorted(ends / ends[-1], places, side="right").tolist()
-        return brackets
-
-
-def survivors(means: np.ndarray, factor: float) -> np.ndarray:
-    """Return a mask of the trials that continue after a comparison in successive halving, (C,) for
-    C trials.
-
-    The best 1/``factor`` of the trials continue, by the mean validation scores ``means`` (C,). If
-    this share is less than one trial, only the best trial continues. A trial with NaN never
-    continues. In a tie, the earlier trial wins.
-    """
-    finite = np.isfinite(means)
-    count = min(int(finite.sum()), max(1, int(len(means) / factor)))
-    # The stable sort lets the earlier trial win a tie.
-    best = np.argsort(np.where(finite, -means, np.inf), kind="stable")[:count]
-    return np.isin(np.arange(len(means)), best)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Median(StoppingRule):
-    """Options of the median stopping rule, for ``tune(method=...)`` and ``search(method=...)``.
-
-    A trial stops if its best mean validation score so far is below the median of all trials.
-
-    Sources: Golovin et al. (2017), "Google Vizier", the median stopping rule; Optuna's
-    MedianPruner, which also compares the best score so far with the median at the same step.
-
-    Departure: trials that stopped earlier count in the median with their last mean validation
-    score. All trials train at the same time, so there are no completed trials to compare with. A
-    median of only the remaining trials would stop half of them each time.
-
-    Early decisions favor trials that learn fast at first: small batches, which take more steps per
-    epoch, and large learning rates.
-
-    Args:
-        min_epochs: The number of epochs before the first decision, at least 1 and below
-            ``max_epochs``. None means max(1, max_epochs // 10).
-        every: The number of epochs between two decisions, at least 1. None means the number before
-            the first decision.
-        min_trials: With fewer trials than this, no trial stops. At least 1 [default: 5].
-
-    Raises:
-        InputError: An option is invalid. ``tune`` raises it if ``max_epochs`` is too small.
-
-    Example:
-        >>> import gputune
-        >>> from sklearn.datasets import load_iris
-        >>> X, y = load_iris(return_X_y=True)
-        >>> median = gputune.Median(min_epochs=1, every=1)
-        >>> study = gputune.tune(
-        ...     "mlp", X, y, method=median, n_trials=8, max_epochs=4, verbose=0
-        ... )
-        >>> sorted({trial.state for trial in study.trials})
-        ['complete', 'pruned']
-    """
-
-    min_epochs: int | None = None
-    every: int | None = None
-    min_trials: int = 5
-
-    def __post_init__(self) -> None:
-        check_count(self.min_epochs, "Median(min_epochs=...)", none=True)
-        check_count(self.every, "Median(every=...)", none=True)
-        check_count(self.min_trials, "Median(min_trials=...)")
-
-    def stops(self, max_epochs: int) -> list[int]:
-        """Return the epochs after which the median rule compares trials, in order."""
-        first = _first_epoch(self, max_epochs, 10)
-        return list(range(first, max_epochs, self.every or first))
-
-    def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
-        """Return the trial numbers of the trials that the median rule stops, because their best
-        mean score is below the median.
-
-        Trials that ended earlier stay ended. NaN, the score of a diverged trial, is worse than any
-        finite score.
-        """
-        if len(curves) < self.min_trials:
-            return set()
-        last = []
-        best = {}
-        for number in sorted(curves):
-            means = curves[number].mean(1)
-            # A trial that stopped earlier counts with its last mean.
-            last.append(means[:epoch][-1] if len(means) else -np.inf)
-            if len(means) >= epoch:
-                best[number] = np.max(means[:epoch])
-        middle = float(np.median(np.where(np.isfinite(last), last, -np.inf)))
-        return {number for number, mean in best.items() if not mean >= middle}
+    @classmethod
+    def summary(cls, study: "Study") -> list[tuple[str, str]]:
+        """Return one line about the pruned trials."""
+        return [(cls.name.capitalize(), pruning_text(study))]
 
 
 def ends_in_order(
-    rule: StoppingRule, max_epochs: int, number: int, epoch: int, reports: Reports
+    rule: StoppingRule, max_epochs: int, number: int, epoch: int, reports: "Reports"
 ) -> bool | None:
     """Return True if a stopping rule ends a trial of a custom training loop after ``epoch``
     reported values.
@@ -266,15 +124,16 @@ def ends_in_order(
     return number in rule.trials_to_stop(epoch, curves, max_epochs)
 
 
-def _first_epoch(rule: Halving | Median, max_epochs: int, part: int) -> int:
+def first_epoch(name: str, min_epochs: int | None, max_epochs: int, part: int) -> int:
     """Return the epoch after which a rule first compares trials.
 
-    Raises InputError if ``min_epochs`` is not below ``max_epochs``.
+    The default is ``max_epochs // part``, but at least 1. Raises InputError if ``min_epochs`` is
+    not below ``max_epochs``. ``name`` is the name of the rule's class.
     """
-    first = rule.min_epochs or max(1, max_epochs // part)
+    first = min_epochs or max(1, max_epochs // part)
     if first >= max_epochs > 1:
         raise InputError(
-            f"{type(rule).__name__}(min_epochs=...)",
+            f"{name}(min_epochs=...)",
             f"must be below {option('max_epochs', max_epochs)}",
             got=first,
             remedy="Lower it, or train longer.",
@@ -282,5 +141,12 @@ def _first_epoch(rule: Halving | Median, max_epochs: int, part: int) -> int:
     return first
 
 
-STOPPING_RULES: Mapping[str, type[StoppingRule]] = {"halving": Halving, "median": Median}
-"""The stopping rules by name. ``MethodWord`` lists the same names."""
+def pruning_text(study: "Study") -> str:
+    """Return the rungs at which trials were pruned, and the saved share of training."""
+    pruned = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
+    if not pruned:
+        return "no trial was pruned: there was no rung before the last epoch, or only one trial"
+    rungs = ", ".join(f"{number} after epoch {rung}" for rung, number in sorted(pruned.items()))
+    spent, full = study.spent
+    share = f"{spent} of {full} trial-epochs were trained ({spent / max(1, full):.0%})"
+    return f"of {count(len(study.trials), 'trial')} these were pruned: {rungs}; {share}"

@@ -27,7 +27,9 @@ from gputune.annotations import FloatArray
 from gputune.engine.stop import entry
 from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
-from gputune.methods.descent import Hypergradient, Slope, StartingPoint, slope_at
+from gputune.methods.descent import Slope, StartingPoint, slope_at
+from gputune.methods.descent_training import SlopeMode, run_descent
+from gputune.methods.hypergradient import Hypergradient
 from gputune.sklearn.base import constructor, last_step
 from gputune.sklearn.dataset import FoldRows
 from gputune.sklearn.logistic import Penalty
@@ -36,7 +38,6 @@ from gputune.sklearn.record import Event, FitRecorder, RecordedFit, Splits, fits
 from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, workers
 from gputune.sklearn.search import CONSTRAINTS, EXTRAS, FusedSearch
 from gputune.spaces.distributions import range_of
-from gputune.tuning.descent import SlopeMode, run_descent
 from gputune.types import Config
 from gputune.wording import Verbatim
 

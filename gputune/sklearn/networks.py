@@ -25,6 +25,7 @@ from gputune.engine.stop import Stop, entry
 from gputune.engine.train import BegunChunk, State
 from gputune.errors import InputError
 from gputune.hypergradients.chunk import HypergradientJob
+from gputune.methods.descent_training import SlopeMode
 from gputune.modules.construction import name_of, parameters_of
 from gputune.modules.inspection import returns_one_logit, traits_of
 from gputune.population.population import Population, call_module, first_output
@@ -43,7 +44,6 @@ from gputune.sklearn.recipe import (
 )
 from gputune.study.module_source import is_builder
 from gputune.text import nearest
-from gputune.tuning.descent import SlopeMode
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config
 from gputune.wording import Interface, Reference

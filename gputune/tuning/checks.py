@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gputune.data.kinds import Kind
     from gputune.data.target_transform import TargetTransform
     from gputune.study.study import Study
-    from gputune.tuning.choices import Method
+    from gputune.tuning.method import Method
 
 
 _OR_NONE = per_interface(", or None", "")
@@ -135,7 +135,7 @@ def method(name: str, value: object) -> "Method":
 
     Raises InputError for an unknown method.
     """
-    from gputune.tuning.choices import check_method
+    from gputune.tuning.method import check_method
 
     return check_method(value)
 

@@ -1,8 +1,6 @@
-"""Checks of the arguments ``model`` and ``method``, and their conversion to and from a study
-file."""
+"""Checks of the argument ``model``, and its conversion to and from a study file."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -10,9 +8,6 @@ from torch import nn
 
 from gputune.data.target import Target
 from gputune.errors import InputError
-from gputune.methods.descent import Hypergradient
-from gputune.methods.optuna import OptunaSampler
-from gputune.methods.stopping import STOPPING_RULES, StoppingRule
 from gputune.models import CNN, GRU, RealMLP
 from gputune.modules.construction import Builder, name_of, what_to_pass
 from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
@@ -164,84 +159,3 @@ def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
     )
     rule = f"must be {', '.join(map(repr, names))}, {others}"
     raise InputError("model", rule, got=model, remedy=suggestion)
-
-
-Method = Literal["random"] | StoppingRule | Hypergradient | OptunaSampler
-
-METHODS: Mapping[str, type[StoppingRule] | type[Hypergradient]] = {
-    **STOPPING_RULES,
-    "hypergradient": Hypergradient,
-}
-"""The search methods that have options, by name. The method "random" has no options."""
-
-
-def check_method(method: object) -> Method:
-    """Return the search method for the argument ``method``, which is a name or an object with
-    options.
-
-    Raises InputError for an unknown method.
-    """
-    if isinstance(method, str) and method in METHODS:
-        return METHODS[method]()
-    if isinstance(method, StoppingRule | Hypergradient | OptunaSampler):
-        return method
-    if method == "random":
-        return "random"
-    names = ("random", *METHODS)
-    objects = [f"gputune.{kind.__name__}(...)" for kind in METHODS.values()]
-    values = ", ".join([*map(repr, names), *objects])
-    suggestion = did_you_mean(method, names).strip() if isinstance(method, str) else ""
-    rule = f"must be {values} or gputune.OptunaSampler(...)"
-    raise InputError("method", rule, got=method, remedy=suggestion)
-
-
-def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
-    """Raise InputError if the option ``patience`` has no effect in a search.
-
-    ``patience`` needs trials that train epoch by epoch and are scored at their best epoch. The
-    method must not decide itself how long a trial trains.
-    """
-    if solved:
-        solver = option("optimizer", "exact")
-        reason = f"the logistic regression solved with {solver} has no epochs"
-    elif epoch == "last":
-        reason = f"{option('epoch', 'last')} scores the last epoch"
-    elif method == "random" or (isinstance(method, OptunaSampler) and method.halving is None):
-        return
-    else:
-        reason = f"{option('method', method_name(method))} decides how long a trial trains"
-    raise InputError(
-        "patience",
-        f"needs trials that continue to train after their best epoch, but {reason}",
-        remedy=f"Leave {option('patience')} out.",
-    )
-
-
-def method_name(method: Method) -> str:
-    """Return the name of a search method, as messages and study files show the method."""
-    if isinstance(method, OptunaSampler):
-        return "optuna"
-    return method if isinstance(method, str) else type(method).__name__.lower()
-
-
-def method_to_json(method: Method) -> str | Json:
-    """Convert a search method to plain JSON for the study file."""
-    if isinstance(method, str):
-        return method
-    if isinstance(method, OptunaSampler):
-        # JSON cannot hold a sampler, so only the name of its class is stored.
-        halving = None if method.halving is None else asdict(method.halving)
-        return {"name": "optuna", "sampler": type(method.sampler).__name__, "halving": halving}
-    return {"name": method_name(method), **asdict(method)}
-
-
-def method_from_json(value: str | Json) -> Method:
-    """Convert the JSON of ``method_to_json`` back to a search method.
-
-    An Optuna sampler becomes "random", because a refit does not use the sampler.
-    """
-    if isinstance(value, str):
-        return check_method(value)
-    if value["name"] == "optuna":
-        return "random"
-    return METHODS[value["name"]](**{key: option for key, option in value.items() if key != "name"})

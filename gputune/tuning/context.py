@@ -23,12 +23,8 @@ from gputune.engine.job import Job, Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
-from gputune.methods.descent import Hypergradient
-from gputune.methods.optuna import OptunaSampler
-from gputune.methods.stopping import StoppingRule
 from gputune.modules.inspection import check_rates, known_traits, note_fastest, traits_of
 from gputune.optimizers.classes import loop_reason
-from gputune.optimizers.rules import BETA1, BETA2
 from gputune.population.population import Population, arguments_text, shape_of
 from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.study.store import Candidate, PlannedChunk, Result
@@ -100,13 +96,9 @@ class Context(Session):
 
     @property
     def in_rungs(self) -> bool:
-        """True if the method compares running trials (halving or median).
-
-        All trials then train together from one comparison to the next.
-        """
-        method = self.options.search.method
-        rule = method.halving if isinstance(method, OptunaSampler) else method
-        return isinstance(rule, StoppingRule)
+        """True if the method compares running trials (halving or median), so that all trials train
+        together from one comparison to the next."""
+        return self.method.compares_trials
 
     @property
     def data(self) -> Dataset:
@@ -132,14 +124,8 @@ class Context(Session):
 
     def complete(self, params: Config) -> Config:
         """Return the hyperparameters of a trial, with default values for all keys that training
-        reads.
-
-        A hypergradient search also reads Adam's betas.
-        """
-        config = self.choice.complete(params, self.options.training.schedule)
-        if isinstance(self.options.search.method, Hypergradient):
-            config = {"beta1": BETA1, "beta2": BETA2, **config}
-        return config
+        reads."""
+        return self.method.complete(self.choice.complete(params, self.options.training.schedule))
 
     def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
         """Return the training plan for configurations that train for ``epochs`` epochs.

@@ -3,7 +3,7 @@ study."""
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -15,17 +15,7 @@ from gputune.engine.stop import entry, stop_after
 from gputune.errors import InputError, check_count
 from gputune.executors.executor import Executor, Queue
 from gputune.executors.processes import trial_processes
-from gputune.executors.worker import (
-    LoopObjective,
-    LoopTask,
-    LoopTrial,
-    PruningRule,
-    Reports,
-    TrialEnding,
-)
-from gputune.methods.descent import Hypergradient
-from gputune.methods.optuna import OptunaSampler, check_askable
-from gputune.methods.stopping import StoppingRule, ends_in_order
+from gputune.executors.worker import LoopObjective, LoopTask, LoopTrial, Reports, TrialEnding
 from gputune.scratch import scratch_folder
 from gputune.spaces.config import plain_config
 from gputune.spaces.distributions import CheckedSpace, space_text, space_to_json, to_scipy
@@ -36,21 +26,13 @@ from gputune.study.ledger import open_ledger
 from gputune.study.record import DIRECTIONS, Arguments, SearchRecord
 from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.study.values import sha256
-from gputune.tuning.choices import Method, method_name, method_to_json
 from gputune.tuning.interrupt import CTRL_C
 from gputune.tuning.options import Options, SearchOptions
 from gputune.tuning.progress import Progress
-from gputune.tuning.random import sample, train_waiting
 from gputune.tuning.record import distributions, versions
-from gputune.tuning.session import (
-    AnyStudy,
-    Session,
-    check_ending,
-    draw_trials,
-    draws_at_once,
-    with_earlier,
-)
+from gputune.tuning.session import AnyStudy, Session, check_ending, draw_trials, with_earlier
 from gputune.tuning.trainer import unseen
+from gputune.tuning.waiting import train_waiting
 from gputune.wording import Verbatim, option
 
 Direction = Literal["maximize", "minimize"]
@@ -93,7 +75,7 @@ def search_loop(
             )
     search = with_earlier(search, space)
     first = _first_trials(search, space)
-    rule = _pruning_rule(search.method, max_epochs)
+    rule = search.method.pruning_rule(max_epochs)
     record = _record(objective, search, space, direction, max_epochs, machine.callbacks)
     callbacks = Callbacks(machine.callbacks, stop)
     progress = Progress(machine.verbose, lambda curves: callbacks.tell("on_epoch", curves))
@@ -115,9 +97,7 @@ def search_loop(
             train = partial(
                 train_waiting, session, partial(_train, session, task, workers), epochs=1
             )
-            run: Callable[[], object] = train
-            if isinstance(search.method, OptunaSampler):
-                run = partial(sample, session, space, train, epochs=1, check=plain_config)
+            run = partial(search.method.run_loop, session, space, train, plain_config)
             signals = session.run(run, callbacks, make_study, (CTRL_C,))
     return check_ending(make_study(ledger.rows(), file=machine.study), signals)
 
@@ -132,9 +112,8 @@ def _first_trials(search: SearchOptions, space: CheckedSpace) -> tuple[Candidate
     if not first and not search.n_trials:
         rule = "must be at least 1 if include is empty"
         raise InputError("n_trials", rule, got=0, remedy=_EXAMPLE)
-    if isinstance(search.method, OptunaSampler):
-        check_askable(space)
-    if draws_at_once(search):
+    search.method.check_space(space)
+    if search.method.samples_first:
         first += draw_trials(first, space, search, plain_config)
     return first
 
@@ -170,29 +149,6 @@ def _function(objective: object) -> tuple[object, str]:
     return objective, str(getattr(objective, "__qualname__", type(objective).__name__))
 
 
-def _pruning_rule(method: Method, max_epochs: int | None) -> PruningRule | None:
-    """Return the rule by which the search ends trials early, or None if the method has no such
-    rule."""
-    if isinstance(method, Hypergradient):
-        raise InputError(
-            "method='hypergradient'",
-            "is only for gputune.tune, because gputune.search cannot differentiate your objective",
-            remedy="Choose 'random', 'halving', 'median' or gputune.OptunaSampler(...).",
-        )
-    rule = method.halving if isinstance(method, OptunaSampler) else method
-    if not isinstance(rule, StoppingRule):
-        return None
-    if max_epochs is None:
-        raise InputError(
-            "max_epochs",
-            "must be the number of times that a whole training calls report(value), because "
-            f"{option('method', method_name(rule))} decides at these calls",
-            got=None,
-        )
-    rule.stops(max_epochs)  # raises InputError if the rule would never decide
-    return partial(ends_in_order, rule, max_epochs)
-
-
 _ABSENT = """
 target optimizer schedule task classes source fingerprint features columns numbers max_levels class_weight sample_weight
 cv splits objective code positive baseline dtype device
@@ -225,7 +181,7 @@ def _record(
         spec={"kind": "objective", "name": name, "sha256": sha256(text) if text else ""},
         space=space_text(space),
         distributions=distributions(space),
-        method=method_to_json(search.method),
+        method=search.method.to_json(),
         folds=0,
         scoring="objective" if direction == "maximize" else "neg_objective",
         epoch="last",

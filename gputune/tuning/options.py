@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gputune.executors.cluster import Cluster
     from gputune.scoring.metrics import Scorings
     from gputune.study.study import Study
-    from gputune.tuning.choices import Method
+    from gputune.tuning.method import Method
 
 
 def _option(value: object, *rule: Any, **settings: Any) -> Any:
@@ -447,9 +447,8 @@ class Options:
         machine = self.machine
         if machine.precision != "full":
             from gputune.engine.backend import check_precision
-            from gputune.methods.descent import Hypergradient
 
-            descends = isinstance(self.search.method, Hypergradient)
+            descends = self.search.method.differentiates
             device = machine.device_here()
             check_precision(machine.precision, machine.dtype, device, descends=descends)
 

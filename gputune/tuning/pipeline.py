@@ -1,6 +1,6 @@
 """The steps of a search on rows of data, from reading the rows to the finished study."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,9 +20,6 @@ from gputune.engine.stop import Stop, entry, stop_after
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.executors.cluster import Cluster, Connection
 from gputune.garbage import without_collector
-from gputune.methods.descent import Hypergradient
-from gputune.methods.optuna import OptunaSampler
-from gputune.methods.stopping import StoppingRule
 from gputune.optimizers.classes import check_optimizer
 from gputune.scoring.baseline import baseline, remark_on_accuracy
 from gputune.scoring.metrics import check_folds, has_function
@@ -37,15 +34,13 @@ from gputune.study.module_source import remember_code
 from gputune.study.record import SearchRecord
 from gputune.study.store import Candidate, Store
 from gputune.text import size_words
-from gputune.tuning.choices import ModelChoice, check_patience
+from gputune.tuning.choices import ModelChoice
 from gputune.tuning.context import Context
-from gputune.tuning.descent import check_descent, descend, plan_points
 from gputune.tuning.interrupt import CTRL_C
+from gputune.tuning.method import check_patience
 from gputune.tuning.problem import Problem, make_problem
 from gputune.tuning.progress import PREPARING, Profile, Progress
-from gputune.tuning.random import check_sampling, sample, train_batches
 from gputune.tuning.record import SearchCall, checkpoint_folder, search_record
-from gputune.tuning.rungs import check_rungs, train_in_rungs
 from gputune.tuning.session import (
     AnyStudy,
     check_ending,
@@ -129,8 +124,8 @@ def search(
             context = Context(Ledger(None), options, progress, stop, trainer, problem, profile)
             context.check_module(setup.first, first=True)
             remember_what_runs(problem.choice, machine.cluster)
-            # This also checks the search method, before a study file is created.
-            training = _training(setup, context)
+            # The search method is checked before a study file is created.
+            context.method.check(context, setup.space, setup.trials)
             record = _record(setup, context)
             arguments = replace(record.arguments, final_model=dict(call.final_model))
             record = replace(record, arguments=arguments)
@@ -145,7 +140,7 @@ def search(
                     checkpoints=checkpoint_folder(machine.study, record),
                 )
                 context.add(setup.trials, setup.space)
-                train = partial(training, context)
+                train = partial(context.method.run, context, setup.space)
                 with profile.clock("training"), matrix_products(tf32=machine.tf32):
                     # the numbers of the signals that ended the training early
                     numbers = context.run(train, callbacks, make_study, signals)
@@ -205,24 +200,17 @@ def preview(
         trainer = _trainer(setup, stop, cluster, progress)
         context = Context(Ledger(None), options, progress, stop, trainer, setup.problem, Profile())
         context.check_module(setup.first, first=True)
-        _training(setup, context)  # only for its checks
+        context.method.check(context, setup.space, setup.trials)
         record = _record(setup, context)
         candidates = list(setup.trials)
-        if isinstance(options.search.method, OptunaSampler):
+        if not context.method.samples_first:
             number = len(candidates)
             for params in draw(
                 setup.space, max(0, options.search.n_trials - number), options.search.random_state
             ):
                 candidates.append(Candidate(len(candidates), params, "random"))
         configs = [context.complete(candidate.params) for candidate in candidates]
-        plan = None
-        if isinstance(options.search.method, Hypergradient) and not context.choice.solved:
-            plan, _ = plan_points(configs, "exact", context)
-        elif not context.choice.solved:
-            plan = context.plan(configs, epochs=context.epochs)
-            if not context.in_rungs:
-                # Reorders the chunks so that a first result comes soon, as in the search.
-                plan = plan.answering_early(setup.data.n_folds)
+        plan = None if context.choice.solved else context.method.plan(context, configs)
     study = study_type.from_rows(record.to_json(), [(candidate, None) for candidate in candidates])
     stand_ins = len(candidates) - len(setup.trials)
     return Preview(study, plan, setup.data.device, setup.problem.layout, stand_ins)
@@ -325,7 +313,7 @@ def _scoring(problem: Problem, data: Dataset, store: Store | None) -> Scoring:
     # A hypergradient search has no best epoch, and outputs for a custom target have no mean.
     has_best = (
         options.training.epoch == "best"
-        and not isinstance(options.search.method, Hypergradient)
+        and not options.search.method.differentiates
         and data.task != "custom"
     )
     kept_bytes = KEPT_BYTES if options.machine.keep_predictions and has_best else 0
@@ -446,27 +434,3 @@ def _trainer(setup: _Setup, stop: Stop, cluster: Connection | None, progress: Pr
     if choice.solved:
         return trainer
     return trainer.with_backend(machine.backend, setup.configs, progress.say)
-
-
-def _training(setup: _Setup, context: Context) -> Callable[[Context], object]:
-    """Return the function that trains the trials by the search method.
-
-    Raises InputError if the method does not fit the search.
-    """
-    space = setup.space
-    match context.options.search.method:
-        case Hypergradient() as descent:
-            check_descent(descent, setup.trials, context)
-            return lambda context: descend(context, space, descent)
-        case StoppingRule() as rule:
-            check_rungs(rule, context)
-            return lambda context: train_in_rungs(context, rule, context.ledger.candidates)
-        case OptunaSampler() as sampler:
-            check_sampling(sampler, space, context)
-            return lambda context: sample(
-                context,
-                space,
-                partial(train_batches, context, sampler.halving),
-                epochs=context.epochs,
-            )
-    return train_batches

@@ -31,7 +31,6 @@ from gputune.data.target import (
 from gputune.data.weights import check_weights
 from gputune.engine.choice import DeviceChoice, Workload, device_for
 from gputune.errors import InputError
-from gputune.methods.descent import Hypergradient
 from gputune.modules.inspection import returns_one_logit
 from gputune.scoring.losses import takes_probabilities
 from gputune.scoring.metrics import loss_scoring, make_scoring
@@ -84,7 +83,7 @@ class Problem:
             n_outputs=self.target.n_outputs,
             n_features=self.n_features if isinstance(self.layout, Layout) else 1,
             solved=choice.solved,
-            differentiated=isinstance(options.search.method, Hypergradient),
+            differentiated=options.search.method.differentiates,
             backend=machine.backend,
             dtype=DTYPES[machine.dtype],
             held_by=next((part.device for part in parts if isinstance(part, Tensor)), None),
@@ -176,7 +175,7 @@ class Problem:
         """
         search = self.options.search
         space = search.space
-        if not isinstance(space, str) or isinstance(search.method, Hypergradient):
+        if not isinstance(space, str) or search.method.differentiates:
             return []
         ways = TENSOR_NUMBERS if isinstance(self.raw, Tensor) else NUMBERS
         configs = PORTFOLIOS.get(space, ())
@@ -218,11 +217,7 @@ class Problem:
         """
         target = self.target
         search = self.options.search
-        if (
-            search.scoring is None
-            and isinstance(search.method, Hypergradient)
-            and target.task != "custom"
-        ):
+        if search.scoring is None and search.method.differentiates and target.task != "custom":
             return loss_scoring(target.task, target.classes, search.positive)
         scorers = search.scoring if search.scoring is not None else earlier
         if self.has_soft_labels and earlier is None:

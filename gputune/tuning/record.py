@@ -29,7 +29,6 @@ from gputune.data.target_transform import is_known, transform_from_json, transfo
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.cluster import cluster_from_json
-from gputune.methods.optuna import OptunaSampler
 from gputune.scoring.metrics import has_function
 from gputune.spaces.distributions import (
     CheckedSpace,
@@ -41,8 +40,9 @@ from gputune.spaces.distributions import (
 from gputune.study.code import digest_of_code, is_remembered
 from gputune.study.record import RECORD_FIELDS, Arguments, SearchRecord
 from gputune.study.values import sha256, to_json
-from gputune.tuning.choices import ModelChoice, method_from_json, method_to_json, recorded_model
+from gputune.tuning.choices import ModelChoice, recorded_model
 from gputune.tuning.context import Context
+from gputune.tuning.method import method_from_json
 from gputune.tuning.options import RULES, STORED, Options, RowOptions, make_options
 from gputune.types import Json, Outputs
 from gputune.version import __version__
@@ -100,7 +100,7 @@ def search_record(
         schedule=training.schedule,
         space=space_text(space),
         distributions=distributions(space),
-        method=method_to_json(options.search.method),
+        method=options.search.method.to_json(),
         task=target.task,
         target=target.name,
         target_transform=transform_to_json(rows.target_transform),
@@ -155,7 +155,7 @@ def _arguments(
         "sample_weight": options.training.sample_weight is not None,
         "target_transform, an object of your own": not is_known(transform),
         "space, with an object of your own": described_space is None,
-        "method, with a sampler of Optuna's": isinstance(options.search.method, OptunaSampler),
+        options.search.method.lacks: bool(options.search.method.lacks),
     }
     values = options.values()
     stored = {name: values[name] for name in STORED if _is_storable(values[name])}

@@ -22,7 +22,6 @@ from gputune.data.target_transform import is_known
 from gputune.engine.backend import choose_backend, choose_device, matrix_products
 from gputune.engine.job import ProgressCallback
 from gputune.errors import DivergedError, InputError
-from gputune.methods.descent import Hypergradient
 from gputune.modules.inspection import known_traits
 from gputune.population.population import arguments_text, by_numbers, module_arguments
 from gputune.scoring.evaluation_draws import EvaluationDraws, drawing_rows
@@ -141,10 +140,11 @@ class ReopenedSearch:
                 data, self.options.search.random_state if seed is None else seed
             )
             epochs = [trial.best_epoch for trial in trials]
-            descent = self.options.search.method
+            method = self.options.search.method
             with matrix_products(tf32=self.options.machine.tf32):
-                if isinstance(descent, Hypergradient):
-                    members = [[trainer.train_scheduled(configs[0], descent, epochs=epochs[0])]]
+                module = method.retrain(trainer, configs[0], epochs[0])
+                if module is not None:
+                    members = [[module]]
                 else:
                     if self.options.machine.backend == "auto":
                         trainer.take_code(configs, epochs)
@@ -162,7 +162,7 @@ class ReopenedSearch:
         options = self.options
         choice = self.choice
         backend: Backend = "eager"
-        if not isinstance(options.search.method, Hypergradient):
+        if not options.search.method.differentiates:
             backend, _ = choose_backend(
                 options.machine.backend, data.device, data.dtype, choice.kind
             )

@@ -17,7 +17,6 @@ from gputune.callbacks import Callbacks
 from gputune.engine.stop import Stop
 from gputune.errors import InputError, SearchFailedError, SearchInterrupted, StudyCorruptError
 from gputune.garbage import without_collector
-from gputune.methods.optuna import OptunaSampler
 from gputune.modules.construction import parameters_of
 from gputune.optimizers.classes import argument_defaults
 from gputune.scoring.objective import loss_defaults
@@ -37,9 +36,10 @@ from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result, Store
 from gputune.study.study import Study
 from gputune.text import count
-from gputune.tuning.choices import ModelChoice, method_name
+from gputune.tuning.choices import ModelChoice
 from gputune.tuning.good_enough import GoodEnough
 from gputune.tuning.interrupt import ended_by_signals, interruption
+from gputune.tuning.method import Method
 from gputune.tuning.options import Options, SearchOptions
 from gputune.tuning.progress import Progress
 from gputune.types import DEFAULTS, Config
@@ -140,7 +140,7 @@ def first_trials(
         defaults=default_params(choice, options),
         portfolio=portfolio,
     )
-    if not draws_at_once(search):
+    if not search.method.samples_first:
         return first
     stored: tuple[Candidate, ...] = ()  # drawing many trials again would take long
     with suppress(OSError, StudyCorruptError):  # reported when the study is opened
@@ -152,14 +152,6 @@ def first_trials(
             stored = tuple(trial for trial in store.candidates() if trial.origin == "random")
     known = first + stored[: max(0, search.n_trials - n_counted(first))]
     return known + draw_trials(known, space, search, check_config)
-
-
-def draws_at_once(search: SearchOptions) -> bool:
-    """Return True if the search samples all trials at the start.
-
-    The result is False for an Optuna sampler, which proposes its trials later.
-    """
-    return not isinstance(search.method, OptunaSampler)
 
 
 def draw_trials(
@@ -244,6 +236,11 @@ class Session:
     progress: Progress
     stop: Stop
 
+    @property
+    def method(self) -> Method:
+        """The search method."""
+        return self.options.search.method
+
     def is_over(self) -> bool:
         """Return True if the training must end now, for example because the timeout is over."""
         return self.stop.is_over()
@@ -260,10 +257,10 @@ class Session:
         search = self.options.search
         ledger.on_wait = self._wait
         self.progress.on_look = ledger.show
-        # Other methods than random search depend on the results of all trials. Only one process may
-        # run such a search.
-        if not isinstance(search.method, str):
-            ledger.claim_search(method_name(search.method))
+        if not search.method.shares_trials:
+            # What the method does next depends on the results of all trials, so only one process
+            # may run the search.
+            ledger.claim_search(search.method.name)
         known = len(ledger.candidates)
         with without_collector():
             new = self._missing(trials, space, check)
@@ -276,7 +273,7 @@ class Session:
         if ledger.results:
             trials_in_all = count(len(ledger.candidates), "trial")
             self.progress.say(f"resuming: {len(ledger.results)} of {trials_in_all} are finished")
-        if draws_at_once(search):
+        if search.method.samples_first:
             sentences = remarks(
                 ledger.candidates,
                 space,
@@ -313,7 +310,7 @@ class Session:
                 if n_portfolio < 0:
                     continue
             added.append(replace(trial, number=number + len(added)))
-        if not draws_at_once(search):
+        if not search.method.samples_first:
             return added
         stored = {candidate.number: candidate for candidate in candidates}
         drawn = [t.params for t in trials if t.origin == "random" and stored.get(t.number) != t]

@@ -38,7 +38,6 @@ from gputune.executors.executor import Claim, Executor, Outcomes, Queue
 from gputune.executors.processes import chunk_processes
 from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_scheduled
 from gputune.hypergradients.first_step import free_bytes
-from gputune.methods.descent import Hypergradient
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import gain_of_code, known_traits, note_fastest, traits_of
 from gputune.native.library import NotBuiltError
@@ -367,17 +366,25 @@ class Trainer:
                 train_chunk(job, self.data, chunk, after_epoch=store)
         return [members[config] for config in range(len(configs))]
 
-    def train_scheduled(self, config: Config, descent: Hypergradient, *, epochs: int) -> nn.Module:
+    def train_scheduled(
+        self,
+        config: Config,
+        *,
+        epochs: int,
+        hyperparameters: tuple[str, ...],
+        segments: int,
+        per_layer: bool,
+    ) -> nn.Module:
         """Train one configuration of a hypergradient search again, on data with one fold.
 
-        Returns the trained module.
+        Returns the trained module. The other arguments are options of the hypergradient search.
         """
         (chunk,) = self.groups([config])
         job = self.job(
             HypergradientJob,
             epochs=epochs,
-            hyperparameters=tuple(descent.hyperparameters),
-            segments=descent.segments,
-            per_layer=descent.per_layer,
+            hyperparameters=hyperparameters,
+            segments=segments,
+            per_layer=per_layer,
         )
         return train_scheduled(job, self.data, chunk)

@@ -25,7 +25,7 @@ from gputune.cli.summary import Ending, summary_text
 from gputune.data.folds import hold_out
 from gputune.data.source import Source, read_again, read_source, read_with_held_out
 from gputune.data.target import check_target
-from gputune.methods.stopping import Halving
+from gputune.methods.halving import Halving
 from gputune.spaces.edges import edge_remarks
 from made_studies import made_batches, study_of
 from problems import Net

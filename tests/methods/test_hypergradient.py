@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import gputune
-from gputune.methods.descent import Hypergradient, Slope, StartingPoint, slope_at
+from gputune.methods.descent import Slope, StartingPoint, slope_at
+from gputune.methods.hypergradient import Hypergradient
 from refused import refused
 
 

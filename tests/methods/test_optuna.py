@@ -16,7 +16,7 @@ from torch import nn
 import gputune
 from gputune.api.study import Study
 from gputune.errors import MissingExtraError
-from gputune.methods.optuna import check_askable, widened_description
+from gputune.methods.optuna_study import check_askable, widened_description
 from gputune.spaces.config import legal_keys
 from gputune.spaces.distributions import (
     as_optuna,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gputune
-from gputune.methods.stopping import Halving, survivors
+from gputune.methods.halving import Halving, survivors
 from refused import refused
 
 

@@ -14,7 +14,9 @@ import gputune
 from gputune.engine.stop import Stop
 from gputune.executors.executor import Executor, Queue
 from gputune.executors.worker import Reports
-from gputune.methods.stopping import Halving, Median, ends_in_order
+from gputune.methods.halving import Halving
+from gputune.methods.median import Median
+from gputune.methods.stopping import ends_in_order
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.tuning.good_enough import GoodEnough

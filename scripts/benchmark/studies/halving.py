@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import gputune
 from benchmark.report import describe_machine, publish, table
-from gputune.methods.stopping import survivors
+from gputune.methods.halving import survivors
 
 TRIALS = 243
 EPOCHS = 54

@@ -18,7 +18,7 @@ from gputune.errors import InputError
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
 from gputune.hypergradients.implicit import implicit_chunk
-from gputune.methods.descent import Hypergradient, Slope, StartingPoint, slope_at
+from gputune.methods.descent import DescentOptions, Slope, StartingPoint, slope_at
 from gputune.population.population import by_numbers
 from gputune.solver.solve import score_solution
 from gputune.spaces.distributions import CheckedSpace, range_of
@@ -33,7 +33,23 @@ SlopeMode = Literal["exact", "differences"]
 MODES: tuple[SlopeMode, ...] = "exact", "differences"
 
 
-def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...]:
+class DescentSettings(DescentOptions, Protocol):
+    """The options of ``Hypergradient`` that decide the training."""
+
+    @property
+    def hyperparameters(self) -> Sequence[str]: ...
+
+    @property
+    def segments(self) -> int: ...
+
+    @property
+    def per_layer(self) -> bool: ...
+
+    @property
+    def outer_steps(self) -> int: ...
+
+
+def searched_names(method: DescentSettings, choice: ModelChoice) -> tuple[str, ...]:
     """Return the names of the hyperparameters that a hypergradient search changes.
 
     For the solved logistic regression (no training steps) the only name is C.
@@ -62,7 +78,7 @@ def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...
     return ("C",)
 
 
-def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: Context) -> None:
+def check_descent(method: DescentSettings, trials: Sequence[Candidate], context: Context) -> None:
     """Raise InputError if a hypergradient search cannot move the starting points."""
     if (transform := context.options.rows.target_transform) is not None:
         raise InputError(
@@ -89,7 +105,7 @@ def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: C
                 check_start(config, name, trial, argument="Hypergradient(hyperparameters=...)")
             check_coordinate(name, config[name], trial, called=name, space="the space")
     if not solved:
-        plan_points(configs, "exact", context)
+        plan_points(method, configs, "exact", context)
 
 
 class DescentPoints(Protocol):
@@ -150,7 +166,7 @@ def run_descent(
             return
 
 
-def descend(context: Context, space: CheckedSpace, method: Hypergradient) -> None:
+def descend(context: Context, space: CheckedSpace, method: DescentSettings) -> None:
     """Run a hypergradient search on the starting points of the study.
 
     Points that already have a result do not train again.
@@ -174,7 +190,7 @@ def descend(context: Context, space: CheckedSpace, method: Hypergradient) -> Non
         f"derivatives; fewer with a smaller {option('n_trials')}"
     )
     with context.progress.bar_over(max_trials - len(context.ledger.results), context.epochs):
-        run_descent(paths, _Trials(context, outer_steps, starts), outer_steps)
+        run_descent(paths, _Trials(context, method, starts), outer_steps)
 
 
 @dataclass(eq=False)
@@ -185,7 +201,7 @@ class _Trials:
     """
 
     context: Context
-    outer_steps: int
+    method: DescentSettings
     points: dict[int, Candidate]
     measures_again: ClassVar[bool] = False
 
@@ -206,7 +222,7 @@ class _Trials:
                 for places in by_numbers([point.params for point in waiting]):
                     _solve([waiting[place] for place in places], context)
             elif waiting:
-                _train(waiting, mode, step, context)
+                _train(self.method, waiting, mode, step, context)
         slopes = {}
         for start in starts:
             result = context.ledger.results.get(self.points[start].number)
@@ -237,17 +253,19 @@ class _Trials:
             path.config |= candidate.params
             points[start] = candidate
         ledger.add(new)
-        ended = (len(self.points) - len(points)) * (self.outer_steps + 1 - step)
+        ended = (len(self.points) - len(points)) * (self.method.outer_steps + 1 - step)
         self.context.progress.skip(ended * self.context.epochs, trials=ended)
         self.points = points
 
 
-def _train(points: list[Candidate], mode: SlopeMode, step: int, context: Context) -> None:
+def _train(
+    method: DescentSettings, points: list[Candidate], mode: SlopeMode, step: int, context: Context
+) -> None:
     """Train the given points of a hypergradient search, and store their results."""
     jobs = []
 
     def make(configs: Sequence[Config]) -> Plan:
-        plan, job = plan_points(configs, mode, context)
+        plan, job = plan_points(method, configs, mode, context)
         jobs.append(job)
         return plan
 
@@ -274,15 +292,13 @@ def _train(points: list[Candidate], mode: SlopeMode, step: int, context: Context
 
 
 def plan_points(
-    configs: Sequence[Config], mode: SlopeMode, context: Context
+    method: DescentSettings, configs: Sequence[Config], mode: SlopeMode, context: Context
 ) -> tuple[Plan, HypergradientJob]:
     """Return the training plan and the job (shared settings) for points of a hypergradient search.
 
     Raises InputError if the training of the points cannot be differentiated.
     """
-    method = context.options.search.method
     trainer = context.trainer
-    assert isinstance(method, Hypergradient)
     job = trainer.job(
         HypergradientJob,
         epochs=context.epochs,

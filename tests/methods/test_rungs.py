@@ -12,9 +12,9 @@ from sklearn.datasets import load_diabetes, load_iris
 import gputune
 from command_line import FAST, run
 from gputune.engine.checkpoint import StateCache
+from gputune.methods import rungs
 from gputune.study.store import Store
-from gputune.tuning import rungs
-from gputune.tuning.choices import method_from_json, method_to_json
+from gputune.tuning.method import method_from_json
 from gputune.tuning.trainer import Trainer
 from moments import time_is_over
 from refused import refused
@@ -250,7 +250,7 @@ def test_a_refused_call_leaves_no_study(iris, tmp_path, model, method, words):
     ],
 )
 def test_a_study_keeps_the_options_of_its_method(iris, tmp_path, first, second, words):
-    assert method_from_json(method_to_json(MEDIAN)) == MEDIAN
+    assert method_from_json(MEDIAN.to_json()) == MEDIAN
     search = partial(tune, "mlp", *iris, n_trials=2, study=tmp_path / "s.db")
     search(method=first)
     with refused(f"in: method {words}"):

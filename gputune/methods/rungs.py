@@ -11,10 +11,10 @@ GPU, agree up to rounding.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from gputune.engine.job import Failure, RungJob, RungOutcome
 from gputune.engine.train import BegunChunk, State
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes
-from gputune.methods.stopping import StoppingRule
 from gputune.population.population import Population
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, failed_result
@@ -32,18 +31,30 @@ from gputune.types import Config, Json, Outputs, drop_beyond_limit, first_metric
 from gputune.wording import option
 
 
-def check_rungs(rule: StoppingRule, context: Context) -> None:
+class ComparingRule(Protocol):
+    """A rule that compares running trials. See ``StoppingRule``."""
+
+    name: ClassVar[str]
+
+    def stops(self, max_epochs: int) -> list[int]: ...
+
+    def trials_to_stop(
+        self, epoch: int, curves: Mapping[int, np.ndarray], max_epochs: int
+    ) -> set[int]: ...
+
+
+def check_rungs(rule: ComparingRule, context: Context) -> None:
     """Raise InputError if a search cannot use successive halving or the median rule."""
     if context.choice.solved:
         raise InputError(
-            f"method={type(rule).__name__.lower()!r}",
+            f"method={rule.name!r}",
             "compares trials while they train, but the solved logistic regression does not train",
             remedy=f"Pass {option('optimizer', 'adamw')} or {option('method', 'random')}.",
         )
     rule.stops(context.epochs)
 
 
-def train_in_rungs(context: Context, rule: StoppingRule, trials: Sequence[Candidate]) -> None:
+def train_in_rungs(context: Context, rule: ComparingRule, trials: Sequence[Candidate]) -> None:
     """Train trials, and prune some trials at each stop of a rule such as successive halving.
 
     The rule also compares running trials with the stored curves of trials that ended earlier.

@@ -15,9 +15,9 @@ from torch import nn
 
 import gputune
 from gputune.errors import InputError, MissingExtraError
+from gputune.methods import training as sampler
 from gputune.study.claims import Claims
 from gputune.study.store import Store
-from gputune.tuning import random as sampler
 from moments import time_is_over
 from refused import refused
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import gputune
 import reference
+from gputune.methods import descent_training as descent
 from gputune.models import MLP
-from gputune.tuning import descent
 from gputune.tuning.trainer import Trainer
 from moments import time_is_over
 from problems import Net

@@ -1,0 +1,166 @@
+"""Successive halving: at several epochs, only the best share of the trials continues."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import numpy as np
+
+from gputune.errors import InputError, check_count
+from gputune.methods.stopping import MIN_EPOCHS, Curves, StoppingRule, first_epoch
+from gputune.tuning.rules import STOPPING, Rule
+from gputune.wording import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving(StoppingRule):
+    """Options of successive halving, for ``tune(method=...)`` and ``search(method=...)``.
+
+    A rung is an epoch after which trials are compared. At each rung, the best 1/``factor`` of the
+    trials continue. The other trials stop and are "pruned".
+
+    Sources: Jamieson and Talwalkar (2016), arXiv:1502.07943. For brackets: Li et al. (2018),
+    arXiv:1603.06560.
+
+    Early rungs favor trials that learn fast at first: small batches, which take more steps per
+    epoch, and large learning rates.
+
+    Args:
+        factor: From rung to rung, the number of trials is divided by this factor, and the epochs
+            are multiplied by it. A finite number > 1 [default: 3].
+        min_epochs: The number of epochs before the first rung, at least 1 and below ``max_epochs``.
+            None means max(1, max_epochs // 27).
+        brackets: The number of brackets, at least 1 [default: 1]. At most one more than the number
+            of rungs. Bracket s has its first rung at min_epochs * factor**s, so that some trials
+            are not compared early. Each bracket gets about the same number of epochs in total.
+
+    Raises:
+        InputError: An option is invalid. ``tune`` raises it if ``max_epochs`` is too small.
+
+    Example:
+        >>> import gputune
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> halving = gputune.Halving(factor=2, min_epochs=1)
+        >>> study = gputune.tune(
+        ...     "mlp", X, y, method=halving, n_trials=8, max_epochs=4, verbose=0
+        ... )
+        >>> sum(trial.state == "complete" for trial in study.trials)  # 8 -> 4 -> 2
+        2
+    """
+
+    name = "halving"
+    help = "at several epochs, only the best third of the trials continues"
+    flags: ClassVar[Mapping[str, Rule]] = {
+        "factor": Rule(
+            "--factor <NUMBER>",
+            "Factor by which each rung reduces the number of trials",
+            "For --method halving. With 3, the best third continues.",
+            "3",
+            "number",
+            group=STOPPING,
+        ),
+        "min_epochs": MIN_EPOCHS,
+        "brackets": Rule(
+            "--brackets <INT>",
+            "Number of brackets, each with a later first rung",
+            "For --method halving.",
+            "1",
+            "1..",
+            group=STOPPING,
+        ),
+    }
+
+    factor: float = 3
+    min_epochs: int | None = None
+    brackets: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.factor, int | float) or not 1 < self.factor < math.inf:  # True is 1
+            raise InputError("Halving(factor=...)", "must be a finite number > 1", got=self.factor)
+        check_count(self.min_epochs, "Halving(min_epochs=...)", none=True)
+        check_count(self.brackets, "Halving(brackets=...)")
+
+    def rungs(self, max_epochs: int) -> list[list[int]]:
+        """Return the epochs after which each bracket (group) of trials is compared, all below
+        ``max_epochs``.
+
+        These epochs are called rungs. The last bracket may have no rungs. Raises InputError if
+        ``min_epochs`` is not below ``max_epochs``, or if there are too many brackets.
+        """
+        epochs: list[int] = []
+        rung = float(first_epoch("Halving", self.min_epochs, max_epochs, 27))
+        while rung < max_epochs:
+            # With a small factor, two rungs may be the same epoch after rounding down.
+            if int(rung) not in epochs[-1:]:
+                epochs.append(int(rung))
+            rung *= self.factor
+        if self.brackets > len(epochs) + 1:
+            length = option("max_epochs", max_epochs)
+            raise InputError(
+                "Halving(brackets=...)",
+                f"must be at most {len(epochs) + 1} for {length}, which has rungs at {epochs}",
+                got=self.brackets,
+                remedy="Use fewer brackets, or train longer.",
+            )
+        return [epochs[s:] for s in range(self.brackets)]
+
+    def stops(self, max_epochs: int) -> list[int]:
+        """Return all epochs after which successive halving compares trials of any bracket, in
+        order."""
+        return sorted(set().union(*self.rungs(max_epochs)))
+
+    def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
+        """Return the trial numbers of the trials that successive halving prunes after this epoch.
+
+        These trials are not among the best trials of their bracket by mean validation score.
+        """
+        # By trial number, not by position: a repaired study may lack some trials.
+        bracket_of = self.brackets_of(1 + max(curves, default=-1), max_epochs)
+        stopped: set[int] = set()
+        for bracket, rungs in enumerate(self.rungs(max_epochs)):
+            if epoch not in rungs:
+                continue
+            means = {}
+            for number in sorted(curves):
+                if bracket_of[number] == bracket and len(curves[number]) >= epoch:
+                    means[number] = float(curves[number][epoch - 1].mean())
+            stays = survivors(np.array(list(means.values())), self.factor)
+            stopped.update(number for number, stay in zip(means, stays) if not stay)
+        return stopped
+
+    def brackets_of(self, n_trials: int, max_epochs: int) -> list[int]:
+        """Return the index of the bracket (group with its own rungs) that each trial belongs to, in
+        order of trial number.
+
+        Every bracket gets about the same number of epochs in total.
+        """
+        shares = []
+        for rungs in self.rungs(max_epochs):
+            # Each stretch between two rungs trains 1/factor of the trials of the stretch before it.
+            stretches = enumerate(pairwise([0, *rungs, max_epochs]))
+            epochs_per_trial = sum((end - begin) / self.factor**i for i, (begin, end) in stretches)
+            shares.append(1 / epochs_per_trial)
+        ends = np.cumsum(shares)
+        # The multiples of the golden ratio spread evenly over [0, 1). So any number of trials
+        # splits by these shares, and additional trials do not move earlier ones to other brackets.
+        places = (np.arange(n_trials) * (math.sqrt(5) - 1) / 2) % 1
+        brackets: list[int] = np.searchsorted(ends / ends[-1], places, side="right").tolist()
+        return brackets
+
+
+def survivors(means: np.ndarray, factor: float) -> np.ndarray:
+    """Return a mask of the trials that continue after a comparison in successive halving, (C,) for
+    C trials.
+
+    The best 1/``factor`` of the trials continue, by the mean validation scores ``means`` (C,). If
+    this share is less than one trial, only the best trial continues. A trial with NaN never
+    continues. In a tie, the earlier trial wins.
+    """
+    finite = np.isfinite(means)
+    count = min(int(finite.sum()), max(1, int(len(means) / factor)))
+    # The stable sort lets the earlier trial win a tie.
+    best = np.argsort(np.where(finite, -means, np.inf), kind="stable")[:count]
+    return np.isin(np.arange(len(means)), best)

@@ -1,0 +1,184 @@
+"""Train every trial to its end, or solve it without training steps.
+
+A chunk is a group of trials that train together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from gputune.engine.backend import on_threads
+from gputune.engine.checkpoint import Checkpoint
+from gputune.engine.job import Failure, Job, Outcome, stalled_epochs
+from gputune.engine.plan import Plan
+from gputune.engine.train import BegunChunk
+from gputune.methods.rungs import ComparingRule, train_in_rungs
+from gputune.population.population import Population, by_numbers
+from gputune.solver.solve import solve_chunk
+from gputune.study.store import Candidate, PlannedChunk, Result
+from gputune.tuning.context import Context, RecordedPlan, failed_result
+from gputune.tuning.good_enough import batch_of
+from gputune.tuning.waiting import train_waiting
+from gputune.types import Config, first_metric
+
+_SOLVED_TOGETHER = 16  # solved logistic regressions between two checks of the time
+
+
+def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]:
+    """Train the waiting trials that no other process has claimed.
+
+    If this process can claim no trial, return the chunks that other processes train.
+    """
+    ledger = context.ledger
+    epochs = context.epochs
+
+    def make(configs: Sequence[Config]) -> Plan:
+        return context.plan(configs, epochs=epochs).answering_early(context.data.n_folds)
+
+    plans = context.recorded_plans(waiting, 0, make)
+    chunks = [chunk for recorded in plans for chunk in recorded.chunks.values()]
+    allowed = list(filter(context.good_enough.allows, chunks))
+    if not any(map(ledger.claim, allowed)):  # any() stops at the first claimed chunk
+        return allowed
+    for recorded in plans:
+
+        def claim(part: Population, recorded: RecordedPlan = recorded) -> bool:
+            return ledger.claim(recorded.chunk_of(part))
+
+        numbers = [trial.number for trial in recorded.trials]
+        plan = _with_checkpoints(recorded, context.checkpoints_of(numbers, recorded.configs))
+        context.progress.plan(plan)
+        job = context.trainer.job(
+            Job,
+            epochs=epochs,
+            checkpointing=context.checkpointing(numbers),
+            patience=context.options.training.patience,
+        )
+        outcomes = context.trainer.train(
+            job,
+            plan,
+            progress=context.progress.advance,
+            claim=claim,
+            may_begin=context.may_begin(recorded),
+        )
+        for outcome in outcomes:
+            if isinstance(outcome, Failure):
+                number = numbers[outcome.index[0]]
+                context.finish([failed_result(number, context.no_curve, outcome.reason)])
+            else:
+                _finish_chunk(context, recorded.trials, outcome)
+    return []
+
+
+def _solve(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]:
+    """Solve the waiting logistic regressions that no other process has claimed.
+
+    If this process can claim no trial, return the chunks that other processes solve.
+    """
+
+    def split(new: Sequence[Candidate]) -> list[tuple[Sequence[int], int, int]]:
+        threads = torch.get_num_threads()
+        parts = list[tuple[Sequence[int], int, int]]()
+        for group in by_numbers([trial.params for trial in new]):
+            for begin in range(0, len(group), _SOLVED_TOGETHER):
+                parts.append((group[begin : begin + _SOLVED_TOGETHER], threads, 1))
+        return parts
+
+    chunks = context.ledger.chunks(waiting, 0, split)
+    trial_of = {trial.number: trial for trial in context.ledger.candidates}
+    is_solved = False
+    allowed = list(filter(context.good_enough.allows, chunks))
+    for chunk in chunks:
+        if is_solved and context.is_over():
+            break
+        if context.good_enough.allows(chunk) and context.ledger.claim(chunk):
+            trials = [trial_of[number] for number in chunk.trials]
+            configs = [context.complete(trial.params) for trial in trials]
+            with on_threads(chunk.threads):
+                outcome = solve_chunk(context.data, configs, range(len(configs)), context.scoring)
+            context.progress.advance(len(trials), outcome.curves)
+            _finish_chunk(context, trials, outcome)
+            is_solved = True
+    return [] if is_solved else allowed
+
+
+def _finish_chunk(context: Context, trials: Sequence[Candidate], outcome: Outcome) -> None:
+    """Store the results of trials that have trained together.
+
+    With the option ``patience``, cut each learning curve at the epoch where its trial ended.
+    """
+    patience = context.options.training.patience
+    results = []
+    context.note_fault(outcome.fault)
+    context.profile.spent += outcome.spent
+    if not context.is_over():
+        context.progress.skip(len(outcome.index) * (context.epochs - outcome.epochs))
+    for i, curve in zip(outcome.index, outcome.curves):
+        epochs = outcome.epochs
+        if patience is not None:
+            stalled = stalled_epochs(first_metric(curve, axes=2)[None, :epochs].mean(2))[0]
+            # The curve decides, because a trial resumed from a checkpoint may have trained one
+            # epoch more.
+            ends = np.flatnonzero(stalled >= patience)
+            if ends.size:
+                epochs = int(ends[0]) + 1
+                curve = curve[:epochs]
+        number = trials[i].number
+        rule = context.options.training.epoch
+        # The trials of a chunk train together, so each gets an equal share of the time.
+        share = outcome.seconds / len(outcome.index)
+        results.append(Result.of_curve(number, curve, epochs=epochs, rule=rule, seconds=share))
+    outputs = {trials[i].number: values for i, values in outcome.outputs.items()}
+    context.finish(results, outputs)
+
+
+def _with_checkpoints(recorded: RecordedPlan, checkpoints: Sequence[Checkpoint]) -> Plan:
+    """Return a plan in which trials with checkpoints continue from their checkpoints.
+
+    Their chunks come first. Each chunk has the same trials as before, so that the results are
+    bit-identical.
+    """
+    place = {trial.number: i for i, trial in enumerate(recorded.trials)}
+    plan = recorded.plan
+    chunks: list[Population] = []
+    taken: set[int] = set()
+    for checkpoint in checkpoints:
+        index = tuple(place.get(number, -1) for number in checkpoint.trials)
+        # Skip a checkpoint with a trial that is not in this plan or that another checkpoint has.
+        if min(index) < 0 or taken & set(index):
+            continue
+        taken |= set(index)
+        begun = BegunChunk(
+            plan.chunks[0].kind,
+            index,
+            tuple(recorded.configs[i] for i in index),
+            checkpoint.state,
+            checkpoint.alive,
+            checkpoint.curves,
+            checkpoint.seconds,
+        )
+        chunks.append(begun)
+    for chunk in plan.chunks:
+        rest = [c for c, i in enumerate(chunk.index) if i not in taken]
+        if rest:
+            chunks.append(chunk.select(rest))
+    return replace(plan, chunks=tuple(chunks))
+
+
+def train_batches(context: Context, halving: ComparingRule | None = None) -> bool:
+    """Train or solve the waiting trials of a study.
+
+    Return False if the search is over. Without halving, all waiting trials train together. With
+    halving, each batch trains separately.
+    """
+    ledger = context.ledger
+    if halving is None:
+        train = partial(_solve if context.choice.solved else _train, context)
+        return train_waiting(context, train, epochs=context.epochs)
+    for batch in sorted(set(map(batch_of, ledger.waiting()))):
+        trials = [candidate for candidate in ledger.candidates if batch_of(candidate) == batch]
+        train_in_rungs(context, halving, trials)
+    return not context.is_over()
