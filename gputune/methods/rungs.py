@@ -298,7 +298,7 @@ class PausedTraining(Generic[AnyTrial]):
 class _RungTraining(PausedTraining[RunningTrial]):
     """The running trials of a search with halving or the median rule, and their saved states."""
 
-    def __init__(self, context: Context, rule: StoppingRule, trials: Sequence[Candidate]) -> None:
+    def __init__(self, context: Context, rule: ComparingRule, trials: Sequence[Candidate]) -> None:
         super().__init__(context, trials)
         self.rule = rule
         self.stops = rule.stops(context.epochs)
