@@ -137,12 +137,12 @@ def scoring_of(data, name=None):
     )
 
 
-def train(network, data, configs, *, begin=None, alive=None, **training):
+def train(network, data, configs, *, begin=None, alive=None, after_epoch=None, **training):
     """Train a chunk of these configurations, from where it was begun."""
     chunk = engine.BegunChunk(
         network.kind, tuple(range(len(configs))), tuple(configs), begin, alive
     )
-    return engine.train(network, data, chunk, engine.Training(**training))
+    return engine.train(network, data, chunk, engine.Training(**training), after_epoch)
 
 
 def train_together(data, configs, *, kind="mlp", seed=0, epochs=3, horizon=None, scoring=None):

@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gputune.engine.train import State
 from gputune.errors import warn
+from gputune.population.state import State
 from gputune.scratch import flush, scratch_folder
 from gputune.text import count
 from gputune.types import Config
@@ -242,12 +242,20 @@ def _digest_of_configs(configs: Sequence[Config]) -> str:
 def _numbered(state: State) -> dict[str, Tensor]:
     """Return the tensors of a training state as a dict on the CPU, for a safetensors file. The key
     of a tensor is its index as text."""
-    return {str(i): buffer.cpu().contiguous() for i, buffer in enumerate(state.buffers)}
+    tensors = {str(i): buffer.cpu().contiguous() for i, buffer in enumerate(state.buffers)}
+    if state.steps is not None:
+        tensors["steps"] = state.steps.contiguous()
+    return tensors
 
 
 def _numbered_state(epoch: int, tensors: Mapping[str, Tensor]) -> State:
-    """Return the training state from a dict of tensors with their indices as keys."""
-    return State(epoch, tuple(tensors[str(i)] for i in range(len(tensors))))
+    """Return the training state from a dict of tensors with their indices as keys.
+
+    Files of older versions have no step counts.
+    """
+    buffers = dict(tensors)
+    steps = buffers.pop("steps", None)
+    return State(epoch, tuple(buffers[str(i)] for i in range(len(buffers))), steps)
 
 
 def _tensors_of(file: Any) -> dict[str, Tensor]:
@@ -293,8 +301,7 @@ class StateCache:
         if self.size + state.nbytes <= self.limit:
             self.size += state.nbytes
             # A copy, because a view of one row would keep the tensors of the whole chunk alive.
-            buffers = tuple(buffer.clone() for buffer in state.buffers)
-            self.states[trial] = State(state.epoch, buffers)
+            self.states[trial] = state.clone()
             return
         if self.folder is None:
             self.folder = self.end.enter_context(scratch_folder())

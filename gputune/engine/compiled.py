@@ -33,8 +33,10 @@ from gputune.native.library import (
 from gputune.optimizers.rules import SCHEDULES, n_moments
 from gputune.population.batches import row_order
 from gputune.population.population import Network, hidden_widths
+from gputune.population.state import State, selected_configs
 from gputune.scoring.scores import ROW_MEANS
 from gputune.scoring.scoring import Validation
+from gputune.types import Config
 
 WorkArrays: TypeAlias = dict[str, Tensor | None]
 """Arguments of the compiled code by name, with None for an array that the code does not need."""
@@ -53,6 +55,8 @@ class CompiledChunk:
     """Trials that train together in compiled code on a CPU. Their parameters and optimizer moments
     are in flat buffers."""
 
+    faults: Mapping[str, None] = {}
+
     def __init__(
         self, network: Network, validation: Validation, *, seed: int, horizon: int
     ) -> None:
@@ -69,7 +73,7 @@ class CompiledChunk:
         if scoring and scoring.score and not scoring.others and not data.transforms:
             self.row_mean = ROW_MEANS.get(scoring.score)
         configs = self.configs = list(network.configs)
-        self.alive = list(range(len(configs)))
+        self.epoch = 0  # epochs that the members have trained
         self.nanoseconds = torch.zeros(2, dtype=torch.int64)
         self.flat = network.start()
         moments = n_moments(configs[0]["optimizer"], (config["momentum"] for config in configs))
@@ -82,6 +86,7 @@ class CompiledChunk:
         self.starts = np.cumsum([0, *map(len, self.targets)], dtype=np.int64)
         self.row_arrays = self._row_arrays()
         self._rebuild()
+        self._set_lag(np.zeros_like(self.steps))
 
     def _row_arrays(self) -> WorkArrays:
         """Return the arguments of the compiled code that never change: the rows, targets and folds
@@ -116,8 +121,8 @@ class CompiledChunk:
         return torch.from_numpy(np.asarray(values)).to(self.data.device)
 
     def _rebuild(self) -> None:
-        """Build the arguments of the compiled code. The arguments stay valid until a trial is
-        removed."""
+        """Build the arguments of the compiled code. The arguments stay valid until the trials
+        change."""
         data = self.data
         self.numbers = {
             "folds": data.n_folds,
@@ -161,6 +166,12 @@ class CompiledChunk:
             self.arrays["average"] = moments.pop()
         self.arrays |= zip(("first", "second"), moments)
 
+    def _set_lag(self, lag: np.ndarray) -> None:
+        """Set how many steps each member would have taken more at its present batch size,
+        (F, C)."""
+        self.lag = lag
+        self.arrays["lag"] = self.place(np.ascontiguousarray(lag))
+
     def make_buffers(self, epochs: int) -> WorkArrays:
         """Allocate the buffers into which the compiled code writes the scores and outputs of
         ``epochs`` epochs.
@@ -185,11 +196,23 @@ class CompiledChunk:
         moving average."""
         return self.moments[-1] if self.averages else self.flat
 
-    def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Restore the parameters and the optimizer's moments of all members from flat buffers, in
-        this order."""
-        for buffer, value in zip([self.flat, *self.moments], buffers, strict=True):
+    @property
+    def steps_taken(self) -> np.ndarray:
+        """Number of optimizer steps that each member has taken, (C, F)."""
+        return np.ascontiguousarray((self.epoch * self.steps - self.lag).T)
+
+    @property
+    def state(self) -> State:
+        """A copy of the training state, from which ``resume`` continues."""
+        return State.of(self.network, self.flat, self.moments, self.epoch, self.steps_taken)
+
+    def resume(self, state: State) -> None:
+        """Continue from the state of the same trials."""
+        buffers = [self.flat, *self.moments]
+        for buffer, value in zip(buffers, state.flat_buffers(self.network), strict=True):
             buffer.copy_(value)
+        self.epoch = state.epoch
+        self._set_lag(state.lag(self.steps))
 
     @property
     def scoring_share(self) -> float:
@@ -198,9 +221,15 @@ class CompiledChunk:
         training, scoring = self.nanoseconds.tolist()
         return float(scoring / max(1, training + scoring))
 
+    def set_epochs(self, limit: int) -> int:
+        """Return the number of epochs of the next ``advance``, which is always 1."""
+        del limit
+        return 1
+
     def advance(self, epoch: int) -> None:
         """Train all members for one epoch. If a scoring is set, also compute the outputs on the
         validation rows."""
+        self.epoch = epoch + 1
         arrays = {**self.arrays, "order": row_order(self.data, self.seed, epoch).contiguous()}
         if self.network.rates is not None:
             # Uniform draws of dropout, one after the other: (rows, H) for each step and layer,
@@ -256,20 +285,22 @@ class CompiledChunk:
         self.validation.outputs = outputs
         return scores
 
-    def keep(self, stays: np.ndarray) -> None:
-        """Remove the trials for which the mask ``stays`` (C,) is False from the tensors."""
-        if stays.all():
+    def select(self, slots: Sequence[int], configs: Sequence[Config | None] | None = None) -> None:
+        """Replace the trials: the new trial i continues from the state of the trial ``slots[i]``,
+        with a new configuration unless ``configs`` or its entry is None."""
+        places = list(slots)
+        if configs is None and places == list(range(len(self.configs))):
             return
-        places = np.flatnonzero(stays).tolist()
-        self.alive = [self.alive[i] for i in places]
-        if places:
-            blocks = self.network.blocks
-            keep = self.place(places)
-            self.flat = blocks.select(self.flat, keep)
-            self.moments = tuple(blocks.select(moment, keep) for moment in self.moments)
-            self.network = self.network.subset(places)
-            self.configs = [self.configs[i] for i in places]
-            self._rebuild()
+        new_configs = selected_configs(self.network, places, configs)
+        taken = self.steps_taken[places].T  # (F, C)
+        on_device = self.place(places)
+        blocks = self.network.blocks
+        self.flat = blocks.select(self.flat, on_device)
+        self.moments = tuple(blocks.select(moment, on_device) for moment in self.moments)
+        self.network = self.network.with_configs(new_configs)
+        self.configs = new_configs
+        self._rebuild()
+        self._set_lag(self.epoch * self.steps - taken)
 
 
 def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: WorkArrays) -> None:

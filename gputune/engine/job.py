@@ -30,7 +30,7 @@ from gputune.engine.kernel import KernelChunk
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.reuse import ChunkPool
 from gputune.engine.stop import Stop
-from gputune.engine.train import AfterEpoch, BegunChunk, Spent, State, Trained, Training, train
+from gputune.engine.train import AfterEpoch, BegunChunk, Spent, Trained, Training, train
 from gputune.errors import TOO_BIG, warn
 from gputune.fallback import is_strict, words_unless_strict
 from gputune.memory import empty_cache, is_out_of_memory, synchronize
@@ -41,6 +41,7 @@ from gputune.modules.module import StackedModule
 from gputune.modules.recorder import CudaRecorder
 from gputune.modules.traits import Traits
 from gputune.population.population import Network, Population, Shape
+from gputune.population.state import Selection, State
 from gputune.scoring.objective import Objective, make_objective
 from gputune.types import Outputs, Precision, first_metric
 
@@ -212,13 +213,12 @@ class RungJob(Job):
         begin = time.monotonic()
         start = BegunChunk.of(chunk).epoch
         trained = train_chunk(self, data, chunk, progress)
-        state = State(trained.epochs, tuple(buffer.cpu() for buffer in trained.state.buffers))
         return RungOutcome(
             chunk.index,
             trained.curves[:, start : trained.epochs],
             trained.epochs - start,
             time.monotonic() - begin,
-            state,
+            trained.state.cpu(),
             trained.alive,
             spent=trained.spent,
             outputs=trained.outputs_of(chunk.index),
@@ -239,7 +239,7 @@ class _Watch:
         if job.checkpointing is not None:
             self.due = self.begin + job.checkpointing.seconds
 
-    def __call__(self, trained: Trained) -> bool | np.ndarray:
+    def __call__(self, trained: Trained) -> bool | Selection:
         epoch = trained.epochs
         curves = trained.curves
         if self.progress is not None:
@@ -260,8 +260,8 @@ class _Watch:
         if is_over or self.job.patience is None or not trained.alive:
             return is_over
         means = first_metric(curves[list(trained.alive), :epoch], axes=3).mean(2)
-        # (alive,): trials that improved recently enough stay.
-        return stalled_epochs(means)[:, -1] < self.job.patience
+        # Trials that improved recently enough stay.
+        return Selection.of_mask(stalled_epochs(means)[:, -1] < self.job.patience)
 
 
 def stalled_epochs(means: np.ndarray) -> np.ndarray:

@@ -108,9 +108,9 @@ class KernelChunk(CompiledChunk):
         buffers["draw_rows"] = self.place(np.full_like(rows, rows.max()))
         return buffers
 
-    def set_epochs(self, limit: int) -> None:
+    def set_epochs(self, limit: int) -> int:
         """Set the number of epochs that the next ``advance`` trains: at most ``limit``, and few
-        enough for one short kernel launch."""
+        enough for one short kernel launch. Return the number."""
         epochs = 1
         # Other scorers ask the members themselves, in their state after each epoch.
         scores_outputs = self.scoring is None or self.scoring.on_outputs
@@ -129,11 +129,13 @@ class KernelChunk(CompiledChunk):
         if epochs != self.epochs:
             self.epochs = epochs
             self.arrays |= self.make_buffers(epochs)
+        return epochs
 
     def advance(self, epoch: int) -> None:
         """Train all members for ``epochs`` epochs. If a scoring is set, also compute the scores of
         these epochs."""
-        epochs = range(epoch, epoch + self.epochs)
+        self.epoch = epoch + self.epochs
+        epochs = range(epoch, self.epoch)
         # (epochs, F, longest fold)
         order = torch.stack([row_order(self.data, self.seed, number) for number in epochs])
         struct = make_work({**self.numbers, "epoch": epoch}, {**self.arrays, "order": order})

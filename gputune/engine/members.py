@@ -36,6 +36,7 @@ from gputune.native.library import Kernels, build_kernels
 from gputune.optimizers.update import OnlineUpdate
 from gputune.population.batches import StepShape
 from gputune.scoring.scoring import Validation
+from gputune.types import Config
 
 # steps that are timed to measure the speed
 _TIMED_STEPS = 8
@@ -59,6 +60,15 @@ def _value_at(value: Any, path: _Path) -> Any:
         if value is None:
             return None
     return value
+
+
+def _paths_in(values: dict[Any, Any], path: _Path) -> Iterator[_Path]:
+    """Yield the path of each tensor in nested dicts."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _paths_in(value, (*path, name))
+        else:
+            yield (*path, name)
 
 
 def _member_part(table: Tensor, fold: int, trial: int) -> Tensor:
@@ -113,6 +123,10 @@ class OneMember:
             traits=network.traits,
             objective=network.objective,
         )
+        # The code reads a loss parameter that some trial sets, even if this configuration does not.
+        self.network.loss_values = {
+            name: values[:1].clone() for name, values in network.loss_values.items()
+        }
         self.chunk = chunk
         self.tables = list[tuple[_Path, Tensor]]()
         self.single = StackedChunk(
@@ -201,6 +215,34 @@ class OneMember:
         self.tables.append((path, copy))
         return copy
 
+    def fits(self) -> bool:
+        """Return whether the compiled code fits the present configurations of the chunk: it reads
+        all values that differ between members from tables, and its constants are still right."""
+        chunk = self.chunk
+        drops = any(config["dropout"] for config in chunk.configs)
+        if drops and not self.network.configs[0]["dropout"]:
+            return False
+        if not chunk.module.loss_values.keys() <= self.network.loss_values.keys():
+            return False
+        owners: dict[_Path, object] = {("update",): self.single.update}
+        owners["update", "clock"] = self.single.update.clock
+        tables = {path for path, _ in self.tables}
+        for path, single in owners.items():
+            for name, value in vars(_value_at(chunk, path)).items():
+                if isinstance(value, dict):
+                    paths = list(_paths_in(value, (*path, name)))
+                elif isinstance(value, Tensor) and value.dim() == 2:
+                    paths = [(*path, name)]
+                elif isinstance(value, int | float):
+                    if (*path, name) not in tables and getattr(single, name) != value:
+                        return False
+                    continue
+                else:
+                    continue
+                if not tables.issuperset(paths):
+                    return False
+        return True
+
     def tensors_of_fold(self, fold: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the pairs (source, target) of tensors to copy when a thread begins members of a
         fold. The targets are the tensors of the traced member."""
@@ -286,8 +328,12 @@ class MemberMemory:
                     table.copy_(_member_part(value, fold, trial))
                 else:  # no table any more: the same for all members
                     table.fill_(value)
-        for name, value in chunk.module.loss_values.items():
-            self._fill(self.losses[name], value[trial : trial + 1])
+        for name, loss_value in self.losses.items():
+            values = chunk.module.loss_values.get(name)
+            if values is not None:
+                self._fill(loss_value, values[trial : trial + 1])
+            elif loss_value is not None:  # it is 0 for all members that are left
+                loss_value.zero_()
         if self.step is not None:
             self.step.fill_(step)
         if self.done is not None:
@@ -334,7 +380,14 @@ class MemberChunk(StackedChunk):
         self, network: StackedModule, validation: Validation, *, seed: int, horizon: int
     ) -> None:
         super().__init__(network, validation, seed=seed, horizon=horizon)
-        data = self.data = validation.data
+        self.seed = seed
+        self.data = validation.data
+        self._write_code()
+
+    def _write_code(self) -> None:
+        """Trace the training steps of a single member, and compile them."""
+        data = self.data
+        seed = self.seed
         code = MemberCode(data.dtype)
         # A step of one member is thousands of small operations, which more threads only delay.
         with torch_threads(1):
@@ -367,6 +420,13 @@ class MemberChunk(StackedChunk):
         """The user's module, stacked for all trials that still train."""
         assert isinstance(self.network, StackedModule)
         return self.network
+
+    def select(self, slots: Sequence[int], configs: Sequence[Config | None] | None = None) -> None:
+        """Replace the trials, as in every ``StackedChunk``. The steps are traced again if new
+        configurations change a constant of the compiled code."""
+        super().select(slots, configs)
+        if configs is not None and not all(member.fits() for member in self.members):
+            self._write_code()
 
     def advance(self, epoch: int) -> None:
         """Train all members for one epoch in compiled code."""

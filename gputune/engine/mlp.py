@@ -146,10 +146,10 @@ class StackedMLP:
             return y[..., None].to(dtype)
         return functional.one_hot(y, self.shape.n_outputs).to(dtype)[None]
 
-    def subset(self, keep: list[int]) -> "StackedMLP":
+    def with_configs(self, configs: Sequence[Config]) -> "StackedMLP":
         return StackedMLP(
             self.kind,
-            [self.configs[c] for c in keep],
+            configs,
             self.shape,
             seed=self.seed,
             loss=self.loss,

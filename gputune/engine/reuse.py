@@ -5,55 +5,21 @@ operations of one training step, which gputune replays. The search also remember
 trials that fitted into memory. A chunk that is like an earlier chunk takes over the earlier chunk's
 memory, and with it the steps that were recorded there. A recording costs as much as dozens of
 steps. A search that stops at rungs, or trains many chunks of one shape, would otherwise record
-again for each chunk. Python values that a step reads are constants of the recording. Two chunks are
-alike if all of these constants are equal, so that only values in tensors differ.
+again for each chunk. Two chunks are alike if only values in tensors differ (``take_over``).
 """
 
 import secrets
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from gputune.engine.stacked import StackedChunk
-from gputune.modules.module import ModuleNetwork
-from gputune.population.population import (
-    Network,
-    Population,
-    arguments_of,
-    arguments_text,
-    shape_of,
-)
+from gputune.population.population import Network, Population, shape_of
 from gputune.scoring.scoring import Validation
 from gputune.types import Config
 
 # Limit for the parameters of kept chunks. A larger chunk has long epochs, and should give back its
 # memory.
 _KEPT_BYTES = 32 << 20
-
-_OF_HOST = frozenset(
-    """StackedMLP.configs StackedModule.configs Batches.sizes Batches.steps Batches.host_taken Batches.shapes
-    Batches.epoch MlpDraws.rows ModuleDraws.rows""".split()
-)
-"""Attributes that only Python code reads, between training steps. If a new chunk reuses an old
-chunk, gputune copies their values to it."""
-
-_STAYS = frozenset(
-    """StackedModule.template StackedModule.stateless StackedModule.harmless_calls
-    StackedMLP._workspaces Batches.inputs Batches.target Batches.weights""".split()
-)
-"""Attributes that are always equal in chunks with the same arguments, so gputune does not compare
-them.
-
-They are the module (built from equal arguments), the known calls of the module, working memory, and
-the data rows.
-"""
-
-
-class _Unlike(Exception):
-    """Raised if the recorded training steps of one chunk (group of trials) do not fit another
-    chunk."""
 
 
 class ChunkPool:
@@ -114,10 +80,11 @@ class ChunkPool:
             and pooled.holds(trials)
         ):
             # Surplus slots of the pooled chunk repeat the last trial and are dropped below.
-            places = [min(slot, trials - 1) for slot in range(len(pooled.slots))]
-            new = StackedChunk(network.subset(places), validation, **options)
-            if take_over(pooled, new):
-                pooled.keep(np.arange(len(places)) < trials)
+            slots = len(pooled.configs)
+            configs = [network.configs[min(slot, trials - 1)] for slot in range(slots)]
+            new = StackedChunk(network.with_configs(configs), validation, **options)
+            if pooled.become(new):
+                pooled.select(range(trials))
                 return pooled
             del new
         del pooled  # frees its memory before more is taken
@@ -174,82 +141,3 @@ def _key(network: Network) -> Hashable:
     sizes = {config["batch_size"] for config in network.configs}
     shape = shape_of(Population(network.kind, (), network.configs))
     return shape, sizes.pop() if len(sizes) == 1 else None
-
-
-def take_over(chunk: StackedChunk, new: StackedChunk) -> bool:
-    """Copy the tensors of the group of trials ``new`` into the memory of the finished group
-    ``chunk``.
-
-    Returns False, and changes nothing, if the recorded steps of ``chunk`` do not fit ``new``.
-    """
-    if _constants(chunk._network) != _constants(new._network):
-        return False
-    try:
-        pairs = list(_pairs(_parts(chunk), _parts(new)))
-    except _Unlike:
-        return False
-    for target, value in pairs:
-        if isinstance(target, Tensor):
-            target.copy_(value)
-        else:
-            owner, name = target
-            setattr(owner, name, value)
-    chunk.restart(new.configs)
-    return True
-
-
-def _parts(chunk: StackedChunk) -> list[object]:
-    """Return the objects with tensors that the recorded steps of a chunk (group of trials) read."""
-    return [chunk._network, chunk.batches, chunk.update, chunk.draws, chunk._flat]
-
-
-def _constants(network: Network) -> object:
-    """Return the arguments of a user's module and loss that all members share. A recorded step
-    contains these arguments as constants."""
-    if not isinstance(network, ModuleNetwork):
-        return None
-    config = network.configs[0]
-    if network.objective.is_named:
-        return arguments_text(config)
-    return arguments_text(config), repr(arguments_of(config, "loss__"))
-
-
-def _pairs(target: Any, source: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the pairs (target, value) that ``take_over`` copies from one object to another.
-
-    Usually, both are tensors of equal layout. For an attribute that only Python code reads, the
-    target is (owner, attribute name). Raises _Unlike if the objects differ.
-    """
-    if target is source:
-        return
-    if type(target) is not type(source):
-        raise _Unlike
-    if isinstance(target, Tensor):
-        # A recorded step holds addresses and strides, so the layouts must be equal.
-        if (target.shape, target.dtype, target.stride()) != (
-            source.shape,
-            source.dtype,
-            source.stride(),
-        ):
-            raise _Unlike
-        yield target, source
-    elif isinstance(target, dict):
-        if list(target) != list(source):
-            raise _Unlike
-        yield from _pairs([*target.values()], [*source.values()])
-    elif isinstance(target, list | tuple):
-        if len(target) != len(source):
-            raise _Unlike
-        for parts in zip(target, source):
-            yield from _pairs(*parts)
-    elif type(target).__module__.startswith("gputune."):
-        for name, value in vars(target).items():
-            place = f"{type(target).__name__}.{name}"
-            if place in _OF_HOST:
-                yield (target, name), getattr(source, name)
-            elif place not in _STAYS:
-                yield from _pairs(value, getattr(source, name))
-    elif not (
-        np.array_equal(target, source) if isinstance(target, np.ndarray) else target == source
-    ):
-        raise _Unlike

@@ -12,11 +12,14 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gputune.engine.take_over import take_over
 from gputune.errors import warn
 from gputune.fallback import words_unless_strict
 from gputune.memory import is_out_of_memory
@@ -26,6 +29,7 @@ from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.update import optimizer_of
 from gputune.population.batches import Batches, StepShape
 from gputune.population.population import Network
+from gputune.population.state import State, selected_configs
 from gputune.scoring.scoring import Validation
 from gputune.types import Config, StepKey
 
@@ -46,8 +50,9 @@ class StackedChunk:
     """Trials that train together on stacked tensors. Parameters, gradients and optimizer moments
     are in flat buffers.
 
-    ``slots`` lists the trials that have a place in the tensors. ``alive`` lists the trials whose
-    results still count: pruned and diverged trials may stay in the tensors for some time.
+    ``configs`` are the configurations of all trials in the tensors. ``places`` are the positions of
+    the trials whose results still count: pruned and diverged trials may stay in the tensors for
+    some time.
     """
 
     scoring_share = 0.0
@@ -68,13 +73,13 @@ class StackedChunk:
         self._network = network
         self.recorded = recorded and not data.on_host
         self.horizon = horizon
-        self._options = {"seed": seed, "horizon": horizon, "recorded": recorded}
+        self._options: dict[str, Any] = {"seed": seed, "horizon": horizon, "recorded": recorded}
         self.validation = validation
         target = network.targets(data.y)
-        self.alive = list(range(len(configs)))
-        self.slots = list(range(len(configs)))
         self.configs = list(configs)
         self.epoch = 0  # epochs that the members have trained
+        # (F, C): steps that each member would have taken more at its present batch size
+        self._lag = np.zeros((data.n_folds, len(configs)), dtype=np.int64)
         sizes = [config["batch_size"] for config in configs]
         self.batches = Batches(
             data, sizes, target, seed=seed, exact=network.exact, least_rows=network.least_rows
@@ -115,8 +120,16 @@ class StackedChunk:
             self._note_failure(words_unless_strict(error))
             self.draws = None
             self.steps = Direct()
-        self._places: Tensor | None = None  # of the trials that are alive; None: all places
-        self.network = self._network  # the model of the trials that are alive
+        self._set_places(list(range(len(self.configs))))
+
+    def _set_places(self, places: list[int]) -> None:
+        """Set the positions in the tensors of the trials that still train."""
+        self.places = places
+        self._places: Tensor | None = None  # the same on the device; None: all positions
+        self.network = self._network  # the model of these trials
+        if len(places) < len(self.configs):
+            self._places = torch.tensor(places).to(self._flat.device)
+            self.network = self._network.with_configs([self.configs[i] for i in places])
 
     def _note_failure(self, reason: str) -> None:
         """Warn that gputune cannot record the training steps, with the reason, and note it for the
@@ -160,21 +173,29 @@ class StackedChunk:
     def holds(self, trials: int) -> bool:
         """Return whether ``trials`` trials fit into these tensors and use a large enough part of
         them. In small tensors, unused space costs little and is allowed."""
-        slots = len(self.slots)
+        slots = len(self.configs)
         return trials <= slots and (
             trials >= _FULL * slots or self._flat.numel() <= self.steps.spare
         )
 
-    def restart(self, configs: Sequence[Config]) -> None:
-        """Prepare this object for training other trials. Their initial values are already in the
-        tensors."""
-        self.configs = list(configs)
-        self.slots = list(range(len(configs)))
-        self.alive = list(range(len(configs)))
-        self._places = None
-        self.network = self._network
+    def become(self, new: "StackedChunk") -> bool:
+        """Replace the trials by the trials of a new chunk, in the same memory and with the same
+        recorded steps. Returns False, and changes nothing, if the recorded steps do not fit the new
+        trials."""
+        if not take_over(self._parts(), new._parts()):
+            return False
+        self.configs = new.configs
+        self.epoch = new.epoch
+        self._lag = new._lag
+        self._set_places(list(range(len(self.configs))))
         if isinstance(self.steps, Replays):
             self.steps.expected = self._expected_steps()
+        return True
+
+    def _parts(self) -> list[object]:
+        """Return the objects with tensors that the recorded steps read."""
+        tables = [self.dropout, self._flat]
+        return [self._network, self.batches, self.update, self.draws, *tables]
 
     @property
     def flat(self) -> Tensor:
@@ -216,15 +237,47 @@ class StackedChunk:
         """Return the entries of a flat tensor for only the members that still train."""
         return buffer if self._places is None else blocks.select(buffer, self._places)
 
-    def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Restore the parameters and the optimizer's moments of all members from flat tensors, in
-        this order."""
-        if self._places is None:
-            self._flat.copy_(buffers[0])
-            self.update.resume(buffers[1:])
-            return
-        for (block, tensor), values in zip(self._buffers(), buffers, strict=True):
-            block.put(tensor, self._places, values)
+    @property
+    def steps_taken(self) -> np.ndarray:
+        """Number of optimizer steps that each member has taken, (C, F)."""
+        taken = self.epoch * self.batches.steps - self._lag
+        return np.ascontiguousarray(taken[:, self.places].T)
+
+    @property
+    def state(self) -> State:
+        """A copy of the training state, from which ``resume`` continues."""
+        return State.of(self.network, self.flat, self.moments, self.epoch, self.steps_taken)
+
+    def resume(self, state: State) -> None:
+        """Continue from the state of the same trials."""
+        buffers = state.flat_buffers(self.network)
+        if self._places is not None:
+            merged = []
+            for (block, tensor), values in zip(self._buffers(), buffers, strict=True):
+                block.put(tensor, self._places, values)
+                merged.append(tensor)
+            buffers = merged
+        self._restore(buffers)
+        self.epoch = state.epoch
+        self._set_lag(state.lag(self.batches.steps[:, self.places]))
+
+    def _restore(self, buffers: Sequence[Tensor]) -> None:
+        """Copy the parameters and the optimizer's moments of all trials in the tensors from flat
+        tensors, in this order."""
+        self._flat.copy_(buffers[0])
+        self.update.resume(buffers[1:])
+
+    def _set_lag(self, lag: np.ndarray) -> None:
+        """Set how many steps each member that trains would have taken more at its present batch
+        size, (F, C)."""
+        self._lag = np.zeros((len(lag), len(self.configs)), dtype=np.int64)
+        self._lag[:, self.places] = lag
+        self.update.clock.set_lag(self._lag)
+
+    def set_epochs(self, limit: int) -> int:
+        """Return the number of epochs of the next ``advance``, which is always 1."""
+        del limit
+        return 1
 
     def advance(self, epoch: int) -> None:
         """Train all members for one epoch."""
@@ -260,34 +313,62 @@ class StackedChunk:
         """Return the scores (C trials, F folds) of all members. Each member is scored on the
         validation rows of its fold."""
         params = self._network.blocks.views(self._scored)
-        scores = self.validation.scores(self._network, params, len(self.slots), epoch=self.epoch)
+        scores = self.validation.scores(self._network, params, len(self.configs), epoch=self.epoch)
         if self._places is not None:
             self.validation.outputs = [
                 [of_fold[self._places] for of_fold in outputs]
                 for outputs in self.validation.outputs
             ]
-        return scores[np.isin(self.slots, self.alive)]
+        return scores[self.places]
 
-    def keep(self, stays: np.ndarray) -> None:
-        """Stop the training of the trials for which the mask ``stays`` (C,) is False."""
-        if stays.all():
+    def select(self, slots: Sequence[int], configs: Sequence[Config | None] | None = None) -> None:
+        """Replace the trials: the new trial i continues from the state of the trial ``slots[i]``,
+        with a new configuration unless ``configs`` or its entry is None."""
+        new_configs = selected_configs(self.network, slots, configs)
+        places = [self.places[slot] for slot in slots]
+        only_drops = configs is None and all(a < b for a, b in pairwise(places))
+        if only_drops and places == self.places:
             return
-        self.alive = [self.alive[i] for i in np.flatnonzero(stays)]
-        if not self.alive:
-            return
-        places = np.flatnonzero(np.isin(self.slots, self.alive)).tolist()
-        on_device = torch.tensor(places).to(self._flat.device)
+        fits = self.steps.begun and self.holds(len(places))
         # Recorded steps still fit: the trials that leave stay in the tensors, unseen.
-        if self.steps.begun and self.holds(len(places)):
-            self._places = on_device
-            self.network = self._network.subset(places)
+        if only_drops and fits:
+            self._set_places(places)
             return
+        taken = self.steps_taken[list(slots)].T  # (F, C)
+        if only_drops or not (fits and self._refill(places, new_configs)):
+            sizes = None if configs is None else [config["batch_size"] for config in new_configs]
+            self._make_again(places, new_configs, sizes)
+        self._set_lag(self.epoch * self.batches.steps[:, self.places] - taken)
+
+    def _refill(self, places: Sequence[int], configs: Sequence[Config]) -> bool:
+        """Put trials with the states at these positions into the same tensors, for which steps are
+        recorded. Returns False, and changes nothing, if the recorded steps do not fit the
+        configurations."""
+        surplus = len(self.configs) - len(places)  # repeats of the last trial, dropped below
+        all_places = [*places, *[places[-1]] * surplus]
+        all_configs = [*configs, *[configs[-1]] * surplus]
+        on_device = torch.tensor(all_places).to(self._flat.device)
+        buffers = [block.select(tensor, on_device) for block, tensor in self._buffers()]
+        network = self._network.with_configs(all_configs)
+        epoch = self.epoch
+        if not self.become(StackedChunk(network, self.validation, **self._options)):
+            return False
+        self._restore(buffers)
+        self.epoch = epoch
+        self._set_places(list(range(len(places))))
+        return True
+
+    def _make_again(
+        self, places: list[int], configs: list[Config], sizes: Sequence[int] | None
+    ) -> None:
+        """Make tensors for trials with the states at these positions. ``sizes`` are their batch
+        sizes, or None if these do not change."""
+        on_device = torch.tensor(places).to(self._flat.device)
         self.steps = Direct()  # recorded steps refer to the old tensors
         self._flat = self._network.blocks.select(self._flat, on_device)
-        self._network = self._network.subset(places)
-        self.batches.select(np.asarray(places))
-        self.configs = [self.configs[i] for i in places]
-        self.slots = [self.slots[i] for i in places]
+        self._network = self._network.with_configs(configs)
+        self.batches.select(places, sizes)
+        self.configs = configs
         steps = self.batches.active_until
         self.update.select(
             self.configs, self._network.trained, on_device, self._trained, steps=steps

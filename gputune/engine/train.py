@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import torch_threads, trains_as
+from gputune.engine.chunk import Chunk
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.kernel import KernelChunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.reuse import ChunkPool
-from gputune.engine.stacked import StackedChunk
 from gputune.errors import warn
 from gputune.fallback import words_unless_strict
 from gputune.memory import is_out_of_memory
@@ -34,47 +34,9 @@ from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
 from gputune.native.library import NotBuiltError
 from gputune.population.population import ModelKind, Network, Population, hidden_widths
+from gputune.population.state import Selection, State
 from gputune.scoring.scoring import BestOutputs, Scoring, Validation, shape_of_scores
 from gputune.types import Backend, Config, Outputs, first_metric
-
-Chunk = CompiledChunk | StackedChunk | LoopChunk
-"""A chunk (trials that train together) during training, in one of the backends. No method mixes the
-values of members. The union names two base classes: a ``KernelChunk`` is a ``CompiledChunk``, and a
-``MemberChunk`` is a ``StackedChunk``.
-
-``alive`` holds the trials that still train, as positions in the original chunk.
-"""
-
-
-@dataclass(frozen=True)
-class State:
-    """Parameters and optimizer state of some trials after ``epoch`` epochs.
-
-    ``buffers`` are (C, F, N), with the parameters first. C counts only these trials, without the
-    trials of a chunk that no longer train. Index c of all buffers holds everything about trial c.
-    Trials can therefore be stored, sent to other processes and regrouped.
-    """
-
-    epoch: int
-    buffers: tuple[Tensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the parameters and optimizer states of these trials, in bytes."""
-        return sum(buffer.nbytes for buffer in self.buffers)
-
-    def select(self, keep: Sequence[int]) -> "State":
-        """Return the parameters and optimizer states of only the trials at the positions
-        ``keep``."""
-        rows = list(keep)
-        return State(self.epoch, tuple(buffer[rows] for buffer in self.buffers))
-
-    @staticmethod
-    def stack(states: "Sequence[State]") -> "State":
-        """Join the states of several groups of trials into one state. The states must have the same
-        epoch and tensor shape."""
-        buffers = zip(*(state.buffers for state in states))
-        return State(states[0].epoch, tuple(map(torch.cat, buffers)))
 
 
 @dataclass(frozen=True)
@@ -178,6 +140,7 @@ class Trained:
         scored: The part of ``flat`` that is scored and saved.
         moments: The flat buffers of the optimizer. ``moments`` and ``flat`` are not copies: the
             next chunk may train in these tensors.
+        steps: Number of optimizer steps that each member has taken, (C, F).
         spent: Time and operations of the training.
         best: The outputs that a scoring keeps.
     """
@@ -189,6 +152,7 @@ class Trained:
     flat: Tensor
     scored: Tensor
     moments: tuple[Tensor, ...]
+    steps: np.ndarray
     spent: Spent = Spent()
     best: BestOutputs | None = None
 
@@ -196,12 +160,9 @@ class Trained:
     def state(self) -> State:
         """Training state of the trials that can still train, from which a ``BegunChunk``
         continues."""
-        buffers = [
-            self.network.blocks.to_rows(self.flat),
-            *map(self.network.trained.to_rows, self.moments),
-        ]
+        state = State.of(self.network, self.flat, self.moments, self.epochs, self.steps)
         # No row if all trials have ended: a chunk does not remove its last trials from the tensors.
-        return State(self.epochs, tuple(rows[: len(self.alive)] for rows in buffers))
+        return state if self.alive else state.select([])
 
     def outputs_of(self, index: Sequence[int]) -> dict[int, Outputs]:
         """Return the stored outputs of trials on the validation rows, as a dict. A trial's key is
@@ -215,12 +176,12 @@ class Trained:
         return self.network.member(params, fold, self.alive.index(trial))
 
 
-AfterEpoch = Callable[[Trained], "bool | np.ndarray"]
+AfterEpoch = Callable[[Trained], bool | Selection]
 """A function to call after one or several epochs (``train(at_once=True)``) with the chunk itself,
 not a copy.
 
-The function returns True to end the training. Or it returns an array (alive,) with one entry for
-each trial of ``alive``, which is True if the trial continues.
+The function returns True to end the training. Or it returns the trials of ``alive`` that continue,
+with the states and configurations from which they continue.
 """
 
 
@@ -243,13 +204,11 @@ def train(
     need not decide after every epoch, so a kernel launch may train several epochs.
     """
     members = _make_chunk(network, data, training)
+    alive = _Alive(members, range(len(chunk.configs)))
     if chunk.alive is not None:
-        members.keep(np.isin(members.alive, chunk.alive))
-    if chunk.state is not None and members.alive:
-        flat, *moments = (rows.to(members.flat.device) for rows in chunk.state.buffers)
-        network = members.network
-        buffers = [network.blocks.from_rows(flat), *map(network.trained.from_rows, moments)]
-        members.resume(buffers)
+        alive.select(Selection(chunk.alive))
+    if chunk.state is not None and alive.trials:
+        members.resume(chunk.state)
     epoch = chunk.epoch
     scoring = training.scoring
     is_over = False
@@ -272,35 +231,48 @@ def train(
         return Trained(
             curves,
             epoch,
-            tuple(members.alive),
+            alive.trials,
             members.network,
             members.flat,
             members.scored,
             members.moments,
+            members.steps_taken,
             spent,
             best,
         )
 
-    while epoch < training.epochs and members.alive and not is_over:
-        work = float(each_epoch[members.alive].sum())
-        n_epochs = 1
-        if at_once and isinstance(members, KernelChunk):
-            members.set_epochs(training.epochs - epoch)
-            n_epochs = members.epochs
+    while epoch < training.epochs and alive.trials and not is_over:
+        work = float(each_epoch[list(alive.trials)].sum())
+        n_epochs = members.set_epochs(training.epochs - epoch if at_once else 1)
         scores, spent_now = _train_epochs(members, data, epoch, scored=scoring is not None)
         spent += replace(spent_now, operations=n_epochs * work)
         if scores is not None:
-            n_epochs = _keep_scores(members, curves, epoch, n_epochs, scores, best)
+            n_epochs = _keep_scores(alive, curves, epoch, n_epochs, scores, best)
         epoch += n_epochs
         decision = after_epoch is not None and after_epoch(so_far())
-        if isinstance(decision, np.ndarray):
-            members.keep(decision)
+        if isinstance(decision, Selection):
+            alive.select(decision)
         else:
             is_over = decision
-    if isinstance(members, StackedChunk):
-        training.pool.faults |= members.faults
+    training.pool.faults |= members.faults
     training.pool.add(members)
     return so_far()
+
+
+class _Alive:
+    """The trials of a chunk that still train, as positions in the original chunk (``trials``)."""
+
+    def __init__(self, chunk: Chunk, trials: Sequence[int]) -> None:
+        self.chunk = chunk
+        self.trials = tuple(trials)
+
+    def select(self, selection: Selection) -> None:
+        """Let only the selected trials train on, each from the state that was selected for it."""
+        self.trials = tuple(self.trials[position] for position in selection.trials)
+        # A chunk does not remove its last trials from the tensors.
+        if self.trials:
+            slots = selection.trials if selection.slots is None else selection.slots
+            self.chunk.select(slots, selection.configs)
 
 
 def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
@@ -433,7 +405,7 @@ def _row_errors(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
 
 
 def _keep_scores(
-    chunk: Chunk,
+    alive: _Alive,
     curves: np.ndarray,
     epoch: int,
     n_epochs: int,
@@ -445,17 +417,18 @@ def _keep_scores(
 
     Returns ``n_epochs``, or the number of epochs up to the epoch in which the last trial diverged.
     """
-    scores = scores.reshape(len(chunk.alive), n_epochs, *curves.shape[2:])
+    trials = list(alive.trials)
+    scores = scores.reshape(len(trials), n_epochs, *curves.shape[2:])
     # (C, epochs): whether a trial is finite in all folds up to each epoch
     is_finite = np.logical_and.accumulate(np.isfinite(first_metric(scores, axes=3)).all(2), axis=1)
     scores[:, 1:][~is_finite[:, :-1]] = np.nan
-    curves[chunk.alive, epoch : epoch + n_epochs] = scores
+    curves[trials, epoch : epoch + n_epochs] = scores
     if best is not None:
         means = first_metric(scores, axes=3).mean(2)
         # Only some megabytes: threads take longer to meet than to copy them.
         with torch_threads(1):
-            for e, outputs in enumerate(chunk.validation.outputs):
-                best.take(epoch + e + 1, chunk.alive, means[:, e], outputs)
-    chunk.keep(is_finite[:, -1])
+            for e, outputs in enumerate(alive.chunk.validation.outputs):
+                best.take(epoch + e + 1, trials, means[:, e], outputs)
+    alive.select(Selection.of_mask(is_finite[:, -1]))
     # No trial is left after the last divergence, so later epochs do not count.
     return min(n_epochs, 1 + int(is_finite.any(0).sum()))

@@ -21,10 +21,11 @@ import torch
 
 from gputune.engine.checkpoint import Checkpoint, StateCache, pause_after
 from gputune.engine.job import Failure, RungJob, RungOutcome
-from gputune.engine.train import BegunChunk, State
+from gputune.engine.train import BegunChunk
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes
 from gputune.population.population import Population
+from gputune.population.state import State
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, failed_result
 from gputune.types import Config, Json, Outputs, drop_beyond_limit, first_metric

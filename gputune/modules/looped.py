@@ -11,7 +11,7 @@ A step leaves a parameter that it does not use unchanged, as a plain PyTorch loo
 that cannot be stacked, the classes of torch.optim take the steps if they can.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
@@ -30,6 +30,7 @@ from gputune.optimizers.rules import schedule_factor
 from gputune.optimizers.update import optimizer_of
 from gputune.population.batches import Batches, row_order, steps_of
 from gputune.population.population import beyond_adam
+from gputune.population.state import State, selected_configs
 from gputune.scoring.scoring import Validation
 from gputune.seeding import keyed_draws, start_stream
 from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, EvaluationKey, Params
@@ -274,6 +275,7 @@ class LoopChunk:
     fold."""
 
     scoring_share = 0.0
+    faults: Mapping[str, None] = {}
 
     def __init__(
         self, network: LoopedModule, validation: Validation, *, seed: int, horizon: int
@@ -283,7 +285,7 @@ class LoopChunk:
         self.data = validation.data
         self.seed = seed
         self.target = network.targets(self.data.y)
-        self.alive = list(range(len(network.configs)))
+        self.horizon = horizon
         self.epoch = 0  # epochs that the members have trained
         self.lengths = np.array(self.data.train_lengths)
         # 2**62: a batch size may be larger than an int64.
@@ -291,11 +293,17 @@ class LoopChunk:
         self.sizes = np.minimum.outer(self.lengths, sizes)  # (F, C)
         self.steps = steps_of(self.lengths[:, None], self.sizes, network.least_rows)
         self.members = {
-            (f, c): _Member(network, config, start, steps=int(self.steps[f, c]), horizon=horizon)
+            (f, c): self._member(f, c, start)
             for f, start in enumerate(network.starts())
-            for c, config in enumerate(network.configs)
+            for c in range(len(network.configs))
         }
         """All members by (fold, trial), in the order of the folds."""
+
+    def _member(self, fold: int, trial: int, start: Params) -> _Member:
+        """Return a new member that starts from these tensors."""
+        config = self.network.configs[trial]
+        steps = int(self.steps[fold, trial])
+        return _Member(self.network, config, start, steps=steps, horizon=self.horizon)
 
     @property
     def flat(self) -> Tensor:
@@ -326,26 +334,68 @@ class LoopChunk:
             map(torch.cat, zip(*(member.update.state() for member in self.members.values())))
         )
 
-    def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Continue training from saved flat buffers: first the members' tensors, then the
-        optimizer's moments."""
-        params = self.network.blocks.views(buffers[0])
-        moments = [self.network.trained.views(buffer)["trained"] for buffer in buffers[1:]]
-        for (f, c), member in self.members.items():
-            member.resume(self.network.values(params, f, c), [moment[f, c] for moment in moments])
+    @property
+    def steps_taken(self) -> np.ndarray:
+        """Number of optimizer steps that each member has taken, (C, F)."""
+        return np.ascontiguousarray(self.epoch * self.steps.T)
 
-    def keep(self, stays: np.ndarray) -> None:
-        """Keep only the trials with True in ``stays`` (C,). The other trials stop training."""
-        if stays.all():
+    @property
+    def state(self) -> State:
+        """A copy of the training state, from which ``resume`` continues."""
+        return State.of(self.network, self.flat, self.moments, self.epoch, self.steps_taken)
+
+    def resume(self, state: State) -> None:
+        """Continue from the state of the same trials."""
+        if state.lag(self.steps).any():
+            raise ValueError("the batch size of a module that trains one by one cannot change")
+        self.epoch = state.epoch
+        saved = self._saved(state.flat_buffers(self.network))
+        for place, member in self.members.items():
+            member.resume(*saved(*place))
+
+    def _saved(
+        self, buffers: Sequence[Tensor]
+    ) -> Callable[[int, int], tuple[Params, list[Tensor]]]:
+        """Return a function that returns the tensors and the optimizer's moments of one member (fold,
+        trial) from flat buffers."""
+        network = self.network
+        params = network.blocks.views(buffers[0])
+        moments = [network.trained.views(buffer)["trained"] for buffer in buffers[1:]]
+
+        def of_member(fold: int, trial: int) -> tuple[Params, list[Tensor]]:
+            values = network.values(params, fold, trial)
+            return values, [moment[fold, trial] for moment in moments]
+
+        return of_member
+
+    def select(self, slots: Sequence[int], configs: Sequence[Config | None] | None = None) -> None:
+        """Replace the trials: the new trial i continues from the state of the trial ``slots[i]``,
+        with a new configuration unless ``configs`` or its entry is None.
+
+        A trial with its old configuration keeps its modules. Only its repeats are built again.
+        """
+        places = list(slots)
+        if configs is None and places == list(range(len(self.network.configs))):
             return
-        places = np.flatnonzero(stays).tolist()
-        self.alive = [self.alive[c] for c in places]
-        if places:
-            self.network = self.network.subset(places)
-            folds = range(len(self.lengths))
-            self.members = {(f, i): self.members[f, c] for f in folds for i, c in enumerate(places)}
-            self.sizes = self.sizes[:, places]
-            self.steps = self.steps[:, places]
+        new_configs = selected_configs(self.network, places, configs)
+        stays = [self.network.configs[c] == config for c, config in zip(places, new_configs)]
+        for i, c in enumerate(places):
+            stays[i] = stays[i] and c not in places[:i]
+        saved = None if all(stays) else self._saved([self.flat, *self.moments])
+        old = self.members
+        self.network = self.network.with_configs(new_configs)
+        self.sizes = self.sizes[:, places]
+        self.steps = self.steps[:, places]
+        self.members = {}
+        for fold in range(len(self.lengths)):
+            for i, c in enumerate(places):
+                if stays[i] or saved is None:
+                    self.members[fold, i] = old[fold, c]
+                    continue
+                values, moments = saved(fold, c)
+                member = self._member(fold, i, values)
+                member.resume(values, moments)
+                self.members[fold, i] = member
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""
@@ -354,7 +404,13 @@ class LoopChunk:
             at: m.module for at, m in self.members.items() if m.update.scored(m.row) is m.row
         }
         params = self.network.blocks.views(self.scored)
-        return self.validation.scores(self.network, params, len(self.alive), epoch=self.epoch)
+        trials = len(self.network.configs)
+        return self.validation.scores(self.network, params, trials, epoch=self.epoch)
+
+    def set_epochs(self, limit: int) -> int:
+        """Return the number of epochs of the next ``advance``, which is always 1."""
+        del limit
+        return 1
 
     def advance(self, epoch: int) -> None:
         """Train all members for one epoch."""

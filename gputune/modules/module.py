@@ -157,10 +157,10 @@ class ModuleNetwork:
         y = y.to(self.shape.dtype) if y.is_floating_point() else y
         return y if y.dim() > 1 else y[None]
 
-    def subset(self, keep: list[int]) -> Self:
+    def with_configs(self, configs: Sequence[Config]) -> Self:
         return type(self)(
             self.builder,
-            [self.configs[c] for c in keep],
+            configs,
             self.shape,
             seed=self.seed,
             traits=self.traits,

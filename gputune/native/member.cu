@@ -209,7 +209,7 @@ ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *s
         const int64_t all = count + (within + 1 == steps ? valid : 0);
         if (of == 0 && threadIdx.x < STEPS)  // rates are slow in double precision, so the threads compute many at once
             s.rates[threadIdx.x] =
-                rates(&w, c, (double)w.epoch * steps + step + threadIdx.x + 1, (double)w.horizon * steps);
+                rates(&w, f, c, (double)w.epoch * steps + step + threadIdx.x, (double)w.horizon * steps);
         if (w.weights) sum_weights(s, w, f, which, count);
         for (int64_t at = 0; at < all;) {  // the minibatch, and after the last one of an epoch the validation rows
             const bool training = at < count;

@@ -72,8 +72,9 @@ static void train_member(const Work *w, Space *s, long f, long c, const int32_t 
         if (dropping) drop(w, s, c, step, rows);
         forward(w, s, rows, dropping);
         loss_slope(w, s, f, which, rows);
-        backward(w, s, rates(w, c, (double)w->epoch * steps + step + 1, (double)w->horizon * steps), rows, dropping);
-        if (w->average) move_average(w, s, c, !w->epoch && !step);
+        int64_t done = w->epoch * steps + step;
+        backward(w, s, rates(w, f, c, (double)done, (double)w->horizon * steps), rows, dropping);
+        if (w->average) move_average(w, s, c, done == w->lag[f * w->trials + c]);
     }
     store_member(w, s, f, c);
     memcpy(s->state, s->average, (char *)s->end - (char *)s->average); /* the average, if there is one, is scored */

@@ -85,6 +85,7 @@ typedef struct {
     real *scored;                 /* outputs on the validation rows, (C, m, K) fold after fold; NULL: none */
     double *means;                /* (F, C): the mean of row_score over the validation rows; NULL: none */
     int64_t *nanoseconds;         /* (2): time of training and of scoring, summed over members */
+    const int64_t *lag;           /* (F, C): steps that a member would have taken more at its present batch size */
     const int64_t *queue;         /* (F C): members p = f C + c in the order of training */
 } Work;
 
@@ -185,9 +186,11 @@ ALWAYS_INLINE double factor(int64_t schedule, double done, double total) {
     }
 }
 
-/* The rates of step ``count`` (the first is 1) of the ``total`` steps of the schedule. */
-ALWAYS_INLINE Rates rates(const Work *w, long c, double count, double total) {
-    double lr = w->lr[c] * factor(w->schedule[c], count - 1, total), decay = w->decay[c];
+/* The rates of a member's step after ``done`` of the ``total`` steps of its schedule, at its present
+   batch size. ``count`` is the index of the step (the first is 1). */
+ALWAYS_INLINE Rates rates(const Work *w, long f, long c, double done, double total) {
+    double lr = w->lr[c] * factor(w->schedule[c], done, total), decay = w->decay[c];
+    double count = done + 1 - w->lag[f * w->trials + c];
     Rates rates = {w->optimizer, held(lr), 0, held(decay), held(w->momentum[c]), 0};
     if (w->optimizer == ADAMW) rates.shrink = held(lr * decay), rates.l2 = 0;
     if (w->optimizer >= ADAM) {

@@ -32,13 +32,17 @@ def number_of(config: Config, key: str) -> float:
 class Clock:
     """Counts the training steps of each member and computes the factors of the schedules.
 
-    ``done`` (F folds, C trials) is the count of finished steps. A schedule runs over ``horizon``
-    epochs of ``steps`` (F, C) steps each.
+    A schedule runs over ``horizon`` epochs of ``steps`` (F folds, C trials) steps each. ``done``
+    (F, C) is the member's position in its schedule: its finished epochs and steps, in steps at its
+    present batch size. A member whose batch size has changed has taken another number of steps.
+    ``shift`` (F, C) is the difference: ``done + shift`` is the index of the next step, starting at
+    1.
     """
 
     def __init__(self, configs: Sequence[Config], steps: Tensor, horizon: int) -> None:
         self.steps = steps
         self.done = torch.zeros_like(steps, dtype=torch.float64)
+        self.shift = torch.ones_like(self.done)
         self.total = (steps * horizon).double()
         # schedule -> the trials (C,) that use it; the constant schedule is left out
         self.schedules: dict[str, dict[Schedule, Tensor]] = {}
@@ -56,6 +60,15 @@ class Clock:
         member takes in these epochs.
         """
         torch.mul(self.steps, epoch, out=self.done)
+
+    def set_lag(self, lag: np.ndarray) -> None:
+        """Set how many steps each member would have taken more at its present batch size, (F folds,
+        C trials)."""
+        self.shift.copy_(torch.from_numpy(1.0 - lag))
+
+    def count(self) -> Tensor:
+        """Return the index of each member's next step, starting at 1, (F folds, C trials)."""
+        return self.done + self.shift
 
     def factor(self, key: str = "schedule") -> Tensor:
         """Return the factor by which each member's schedule currently scales a rate.
@@ -151,9 +164,9 @@ class Optimizer:
         *,
         steps: Tensor,
     ) -> None:
-        """Keep the optimizer state of only the trials at the positions ``keep``.
+        """Keep the optimizer state of only the trials at the positions ``keep``, which may repeat.
 
-        The other arguments describe the remaining trials.
+        The other arguments describe these trials. Their configurations may be new.
         """
         self._select_state(keep)
         self._set_trials(configs, blocks, flat, steps)
@@ -184,7 +197,7 @@ class Optimizer:
             scale = scale.masked_fill(self.clip_norm == math.inf, 1.0).to(self.dtype)
             for value, part in self.blocks.by_block(scale, grad):
                 part.mul_(value)
-        first = None if self.average is None else self.clock.done == 0
+        first = None if self.average is None else self.clock.count() == 1
         # From here on, 1 for a member that takes the step and 0 for the others.
         active = None if active is None else active.double()
         self._take(theta, grad, active)

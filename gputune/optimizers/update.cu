@@ -41,11 +41,12 @@ extern "C" __global__ void sum_squares(const long long* sizes, const real* grad,
 }
 
 // Writes the numbers of each member's step, including the corrections that depend on its count, and
-// counts the step. Each thread handles one member. ``rows`` has, for each member, the rows of
+// counts the step. Each thread handles one member. The index of its step is done + shift. ``rows`` has, for each member, the rows of
 // ``table`` with the factors of its rate and of its decay; -1 means that all factors are 1.
 extern "C" __global__ void step_rates(
     const long long* sizes, const double* numbers, const double* hyperparameters, const long long* steps,
-    const long long* rows, const double* table, const double* sums, const bool* active, double* done, real* rates)
+    const long long* rows, const double* table, const double* sums, const bool* active, const double* shift,
+    double* done, real* rates)
 {
     const long long members = sizes[MEMBERS], rule = sizes[RULE];
     EVERY(p, members) {
@@ -59,7 +60,7 @@ extern "C" __global__ void step_rates(
         for (int lane = 0; !isinf(own[CLIP_NORM * members]) && lane < LANES; lane++)
             norm += sums[lane * members + p];
         const double scale = own[CLIP_NORM * members] / (sqrt(norm) + numbers[NORM_EPS]);
-        const double count = done[p] + 1, beta2 = own[BETA2 * members], lr = own[LR * members] * factors[0];
+        const double count = done[p] + shift[p], beta2 = own[BETA2 * members], lr = own[LR * members] * factors[0];
         const double root = rule == ADAM ? sqrt(1 - pow(beta2, count)) : 1;
         double of[RATES];
         of[ACTIVE] = active[p];
@@ -70,7 +71,7 @@ extern "C" __global__ void step_rates(
         of[ADAM_EPS] = numbers[EPS] * root;
         of[FIRST] = rule == ADAM ? beta2 : own[MOMENTUM * members];
         of[SECOND] = 1 - beta2;
-        of[SHARE] = done[p] == 0 ? 1 : 1 - own[EMA * members];
+        of[SHARE] = count == 1 ? 1 : 1 - own[EMA * members];
         for (int row = 0; row < RATES; row++) rates[row * members + p] = (real)of[row];
         done[p] += active[p];
     }

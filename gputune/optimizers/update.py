@@ -195,7 +195,7 @@ class Update(Optimizer):
             self.blocks.lerp_(v, grad.mul_(grad), share.to(self.dtype))
         # The step is lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps). The corrections are
         # computed per member, (F, C), and not per entry.
-        count = self.clock.done + 1
+        count = self.clock.count()
         root = (1 - self.beta2**count).sqrt()
         torch.sqrt(v, out=scratch)
         for eps, part in self.blocks.by_block((EPS * root).to(self.dtype), scratch):
@@ -229,7 +229,7 @@ class Update(Optimizer):
         """Take a step with the pure function of ``rules.py``, one block (a parameter) at a time."""
         names = MOMENTS[self.optimizer]
         lr = self.lr * self.clock.factor()
-        count = self.clock.done + 1
+        count = self.clock.count()
         decay = self.decay * self.clock.factor("weight_decay_schedule")
         views = [self.blocks.views(flat) for flat in (theta, grad, *self.moments)]
         for block in self.blocks.blocks:
@@ -474,7 +474,7 @@ class UpdateKernel:
         constants = [self.sizes, self.numbers]
         tables = [self.hyperparameters, update.clock.steps, self.rows, self.table, self.sums]
         members = self.all if active is None else active
-        changing = [members, update.clock.done, self.rates]
+        changing = [members, update.clock.shift, update.clock.done, self.rates]
         launch(step_rates, self.members, [*constants, *tables, *changing])
         average = theta if update.average is None else update.average
         buffers = [self.rates, self.factors, grad, m, v, theta, average]

@@ -194,9 +194,6 @@ class Batches:
         self.target = target.flatten(0, 1)
         self.lengths = np.array(data.train_lengths)[:, None]  # (F, 1)
         longest = int(self.lengths.max())
-        # Capped before an array is made, because a size may be larger than an int64.
-        capped = [min(size, longest) for size in sizes]
-        self.shared = len(set(capped)) == 1
         device = data.device
         folds = np.arange(data.n_folds)
         # (3, F): the copy that a fold reads, of the data rows, of x and of the target
@@ -215,7 +212,7 @@ class Batches:
         if data.on_host:
             self.host = HostRows(self.inputs, device)
         self.kernel: Kernel | None = None
-        self._set_sizes(np.minimum(capped, self.lengths))
+        self._set_sizes(self._capped(sizes))
 
     def _set_sizes(self, sizes: np.ndarray) -> None:
         """Set the members' batch sizes (F, C), which are at most the fold's length, and compute
@@ -262,9 +259,25 @@ class Batches:
             compiled = kernels(SOURCE, ("minibatch",), self.data.device, self.data.dtype)
             self.kernel = None if compiled is None else compiled[0]
 
-    def select(self, keep: np.ndarray) -> None:
-        """Keep only the minibatches of the trials at the positions ``keep``."""
-        self._set_sizes(self.sizes[:, keep])
+    def select(self, slots: Sequence[int], sizes: Sequence[int] | None = None) -> None:
+        """Keep only the minibatches of the trials at the positions ``slots``, which may repeat.
+
+        ``sizes`` are the new batch sizes of these trials. None: they do not change.
+        """
+        if sizes is None:
+            self._set_sizes(self.sizes[:, list(slots)])
+            return
+        self._set_sizes(self._capped(sizes))
+
+    def _capped(self, sizes: Sequence[int]) -> np.ndarray:
+        """Return batch sizes (F, C) that are at most the fold's length, and note whether all trials
+        share their minibatches."""
+        longest = int(self.lengths.max())
+        # Capped before an array is made, because a size may be larger than an int64.
+        capped = [min(size, longest) for size in sizes]
+        self.shared = len(set(capped)) == 1
+        of_folds: np.ndarray = np.minimum(capped, self.lengths)
+        return of_folds
 
     def begin(self, epoch: int) -> None:
         """Shuffle the rows for an epoch, and set the step counter to 0."""

@@ -168,7 +168,7 @@ def populations(
     for i, config in enumerate(configs):
         steps = own_steps is not None and own_steps(config)
         loss = arguments_of(config, "loss__") if own_loss else {}
-        shapes[steps, _shape(config, kind), repr(sorted(loss.items()))].append(i)
+        shapes[steps, shape_of_tensors(config, kind), repr(sorted(loss.items()))].append(i)
     groups: list[list[int]] = []
     for (steps, *_), trials in shapes.items():
         if steps:
@@ -234,10 +234,10 @@ def shape_of(population: Population) -> tuple[object, ...]:
     On one dataset, trials of populations with equal keys take the same memory.
     """
     rows = max(config["batch_size"] for config in population.configs)
-    return (*_shape(population.configs[0], population.kind), (rows - 1).bit_length())
+    return (*shape_of_tensors(population.configs[0], population.kind), (rows - 1).bit_length())
 
 
-def _shape(config: Config, kind: ModelKind) -> tuple[object, ...]:
+def shape_of_tensors(config: Config, kind: ModelKind) -> tuple[object, ...]:
     """Return a lookup key for the tensor shapes of a configuration. Trials with equal keys can
     train stacked."""
     rule = config["hypergrad_rule"] if config["optimizer"] in ONLINE else None
@@ -390,8 +390,8 @@ class Network(Protocol):
     def layers(self) -> dict[str, int]:
         """Return the index of each parameter's layer, by parameter name."""
 
-    def subset(self, keep: list[int]) -> "Network":
-        """Return a stacked model with only the trials at the positions ``keep``."""
+    def with_configs(self, configs: Sequence[Config]) -> "Network":
+        """Return a stacked model of the same kind for other trials of the same tensor shape."""
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module in evaluation mode, on the CPU."""

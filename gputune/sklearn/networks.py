@@ -22,13 +22,14 @@ from gputune.engine.choice import Workload, device_for
 from gputune.engine.job import Failure, Job
 from gputune.engine.plan import Plan
 from gputune.engine.stop import Stop, entry
-from gputune.engine.train import BegunChunk, State
+from gputune.engine.train import BegunChunk
 from gputune.errors import InputError
 from gputune.hypergradients.chunk import HypergradientJob
 from gputune.methods.descent_training import SlopeMode
 from gputune.modules.construction import name_of, parameters_of
 from gputune.modules.inspection import returns_one_logit, traits_of
 from gputune.population.population import Population, call_module, first_output
+from gputune.population.state import State
 from gputune.scoring.objective import Objective
 from gputune.seeding import prediction_draws
 from gputune.sklearn.base import FLOATS, FusedEstimator

@@ -25,10 +25,11 @@ from gputune.annotations import FloatArray, IntArray
 from gputune.data.dataset import Dataset
 from gputune.data.scaling import Scaling
 from gputune.engine.job import Job, Outcome, ProgressCallback, train_chunk
-from gputune.engine.train import State, Trained
+from gputune.engine.train import Trained
 from gputune.errors import DivergedError
 from gputune.modules.construction import Builder
 from gputune.population.population import ModelKind, Population
+from gputune.population.state import Selection, State
 from gputune.scoring import scoring
 from gputune.scoring.losses import row_losses
 from gputune.scoring.objective import Objective, make_objective
@@ -286,11 +287,11 @@ class Stopping:
         self.ends = np.zeros((2, len(patiences), folds), dtype=int)
         self.rows: Tensor | None = None
 
-    def __call__(self, trained: Trained) -> bool | np.ndarray:
+    def __call__(self, trained: Trained) -> bool | Selection:
         """End the members with a stalled loss, and return the trials that continue.
 
-        The result is a mask of the remaining trials, or True if the time is over. A trial continues
-        if at least one of its members continues.
+        The result is True if the time is over. A trial continues if at least one of its members
+        continues.
         """
         alive = np.array(trained.alive)
         epochs, stalled = self.ends[:, alive]
@@ -312,7 +313,7 @@ class Stopping:
                 self.rows = rows.new_empty((*self.best.shape, rows.shape[2]))
             for c, f in np.argwhere(ends):
                 self.rows[alive[c], f] = rows[c, f]
-        return self.job.is_over() or (epochs == 0).any(1)
+        return self.job.is_over() or Selection.of_mask((epochs == 0).any(1))
 
 
 @dataclass(frozen=True)

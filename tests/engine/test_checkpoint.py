@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
-from gputune.engine.train import State
+from gputune.population.state import State
 
 CONFIGS = {3: {"lr": 0.1, "width": 8}, 5: {"lr": 0.2, "width": 8}}
 

@@ -145,7 +145,7 @@ def test_trials_leave_and_draws_are_made_a_few_steps_ahead(monkeypatch):
     assert chunk.ahead == 2
     for epoch, stays in enumerate(([1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0])):
         for one in (chunk, other):
-            one.keep(np.array(stays[: len(one.alive)], bool))
+            one.select(np.flatnonzero(stays[: len(one.places)]))
         assert_alike(chunk, other, [epoch])
 
 

@@ -91,12 +91,13 @@ def test_few_steps_are_recorded_as_trials_leave_one_by_one(counted):
         for chunk in (found, expected):
             chunk.advance(epoch)
         np.testing.assert_array_equal(found.scores(), expected.scores())
-        slots.append(len(found.slots))
-        for chunk in (found, expected):
-            chunk.keep(np.arange(len(chunk.alive)) != epoch % len(chunk.alive))
-        assert found.alive == expected.alive
-        if not found.alive:
+        slots.append(len(found.configs))
+        left = len(found.places)
+        if left == 1:
             break
+        for chunk in (found, expected):
+            chunk.select([c for c in range(left) if c != epoch % left])
+        assert len(found.places) == len(expected.places) == left - 1
         torch.testing.assert_close(found.flat, expected.flat, rtol=1e-10, atol=1e-12)
         for moment, other in zip(found.moments, expected.moments, strict=True):
             torch.testing.assert_close(moment, other, rtol=1e-9, atol=1e-15)
@@ -109,10 +110,8 @@ def test_few_steps_are_recorded_as_trials_leave_one_by_one(counted):
 
 def test_trials_that_leave_before_anything_is_recorded_are_gone_at_once():
     chunk = make_chunk(make_data(), configs_of(8))
-    chunk.keep(np.arange(8) != 3)
-    assert len(chunk.slots) == 7 and chunk.flat is chunk._flat
-    chunk.keep(np.zeros(7, bool))
-    assert chunk.alive == []
+    chunk.select([0, 1, 2, 4, 5, 6, 7])
+    assert len(chunk.configs) == 7 and chunk.flat is chunk._flat
 
 
 class NothingWaits(TorchDispatchMode):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.train import State
+from gputune.population.state import State
 from gputune.types import OPTIMIZERS
 from problems import (
     fill,

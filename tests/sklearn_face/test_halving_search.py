@@ -71,7 +71,7 @@ def epochs(monkeypatch):
     for kind in (CompiledChunk, StackedChunk):
 
         def noted(chunk, epoch, advance=kind.advance):
-            spent.append((epoch, len(chunk.alive)))
+            spent.append((epoch, len(chunk.network.configs)))
             advance(chunk, epoch)
 
         monkeypatch.setattr(kind, "advance", noted)

@@ -77,8 +77,8 @@ def fail(monkeypatch, when, error=ERRORS[0]):
 
     def allocating(chunk, *arguments, train):
         count[0] += 1
-        if when(count[0], len(chunk.alive)):
-            failed.append(len(chunk.alive))
+        if when(count[0], len(chunk.network.configs)):
+            failed.append(len(chunk.network.configs))
             raise error
         return train(chunk, *arguments)
 

@@ -1,0 +1,168 @@
+"""A chunk whose trials are kept, repeated and re-configured trains each trial as a plain loop with a
+piecewise schedule does."""
+
+import itertools
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import reference
+from gputune.engine.job import _Watch  # noqa: F401 (the module must import)
+from gputune.engine.mlp import StackedMLP
+from gputune.models import MLP
+from gputune.modules.looped import LoopedModule
+from gputune.modules.module import StackedModule
+from gputune.modules.recorder import CpuRecorder
+from gputune.native.library import find_compiler
+from gputune.population.state import Selection, State
+from gputune.scoring.objective import Objective
+from gputune.seeding import stream, stream_seed
+from problems import (
+    Net,
+    fill,
+    largest_difference,
+    make_data,
+    needs_compiled_code,
+    rows_of,
+    scoring_of,
+    shape_of,
+    train,
+    train_modules,
+)
+
+EPOCHS = 5  # of the horizon of the schedules
+CHANGES = 2, 3  # epochs after which trials are selected
+KEYS = {"lr": "lr", "weight_decay": "weight_decay", "momentum": "momentum"}
+
+
+def plain_loop(module, forward, x, y, segments):
+    """Train a module; after a segment's epochs, the optimizer goes on with new hyperparameters."""
+    optimizer = reference.make_optimizer(module, segments[0][0])
+    (group,) = optimizer.param_groups
+    average = None
+    epoch = 0
+    for config, epochs in segments:
+        group.update({name: config[key] for key, name in KEYS.items() if name in group})
+        size = min(config["batch_size"], len(x))
+        steps = math.ceil(len(x) / size)
+        for epoch in range(epoch, epoch + epochs):  # noqa: B020
+            order = torch.randperm(len(x), generator=stream(0, "rows", len(x), epoch))
+            for step, rows in enumerate(order.split(size)):
+                at = (epoch + step / steps) / EPOCHS
+                if config["schedule"] == "cosine":
+                    group["lr"] = config["lr"] * 0.5 * (1 + math.cos(math.pi * at))
+                outputs = forward(x[rows], epoch, step, config["dropout"])
+                loss = torch.nn.functional.cross_entropy(
+                    outputs, y[rows], label_smoothing=config.get("loss__label_smoothing", 0.0)
+                )
+                optimizer.zero_grad()
+                loss.backward()
+                if config["clip_norm"] < math.inf:
+                    torch.nn.utils.clip_grad_norm_(module.parameters(), config["clip_norm"])
+                optimizer.step()
+                now = [p.detach().clone() for p in module.parameters()]
+                if config["ema"]:
+                    share = 1 if average is None else 1 - config["ema"]
+                    average = [a.lerp(p, share) for a, p in zip(average or now, now)]
+        epoch += 1
+    if average is not None:
+        for parameter, value in zip(module.parameters(), average):
+            parameter.data.copy_(value)
+    return module
+
+
+def lineages(configs, selections):
+    """The segments of each trial that is left: a list of (configuration, epochs)."""
+    segments = [[(config, 0)] for config in configs]
+    epoch = 0
+    for after, selection in [*selections, (EPOCHS, None)]:
+        for parts in segments:
+            parts[-1] = (parts[-1][0], after - epoch)
+        epoch = after
+        if selection is None:
+            return segments
+        slots = selection.trials if selection.slots is None else selection.slots
+        parents = [list(segments[slot]) for slot in slots]
+        for parts, config in zip(parents, selection.configs or itertools.repeat(None)):
+            parts.append((config or parts[-1][0], 0))
+        segments = parents
+
+
+def select_at(selections):
+    """What trains after each epoch."""
+    decisions = dict(selections)
+    return lambda trained: decisions.get(trained.epochs, False)
+
+
+def changed(config, **values):
+    return {**config, **values}
+
+
+def selections_of(configs, **values):
+    """Repeat trial 0 with other values, keep trial 2; then drop the middle one."""
+    new = changed(configs[0], **values)
+    return [
+        (CHANGES[0], Selection((0, 1, 2), (0, 0, 2), (None, new, None))),
+        (CHANGES[1], Selection((1, 2))),
+    ]
+
+
+CASES = {
+    "adamw": ({"optimizer": "adamw", "weight_decay": 0.1}, {"lr": 0.02, "weight_decay": 0.05}),
+    "a decay begins": ({"optimizer": "adamw", "weight_decay": 0.0}, {"weight_decay": 0.2}),
+    "adam, same rates": ({"optimizer": "adam", "lr": 0.01}, {"schedule": "cosine"}),
+    "momentum": ({"optimizer": "nesterov", "momentum": 0.8}, {"momentum": 0.6, "lr": 0.03}),
+    "clipping": ({"optimizer": "sgd", "clip_norm": 1.0}, {"clip_norm": 0.1}),
+    "average": ({"optimizer": "adamw", "ema": 0.9}, {"ema": 0.5, "schedule": "cosine"}),
+    "batch size": ({"optimizer": "adamw", "schedule": "cosine"}, {"batch_size": 16, "lr": 0.02}),
+    "dropout": ({"optimizer": "adamw", "dropout": 0.3}, {"dropout": 0.1}),
+    "dropout begins": ({"optimizer": "adam"}, {"dropout": 0.2, "batch_size": 11}),
+}
+
+
+def configs_of(values, **more):
+    rates = ({"lr": lr, "batch_size": 9, **more, **values} for lr in (0.01, 0.02, 0.03))
+    return fill(*rates)
+
+
+def trained_mlps(data, configs, selections, **more):
+    network = StackedMLP("mlp", configs, shape_of(data), seed=0)
+    options = {"seed": 0, "epochs": EPOCHS, "horizon": EPOCHS, "scoring": scoring_of(data)}
+    after = select_at(selections)
+    return train(network, data, configs, after_epoch=after, **options | more)
+
+
+def plain_mlp(data, fold, segments):
+    x, y, _ = rows_of(data, fold)
+    config = segments[0][0]
+    sizes = {key: config[key] for key in ("width", "depth", "activation")}
+    module = reference.start(MLP(x.shape[1], data.n_outputs, **sizes).double(), 0)
+
+    def forward(batch, epoch, step, rate):
+        return reference.forward_with_dropout(module, batch, rate, 0, epoch, step)
+
+    return plain_loop(module, forward, x, y, segments)
+
+
+@pytest.mark.usefixtures("recorded_on_cpu")
+@pytest.mark.parametrize(
+    "backend", ["eager", "graph", pytest.param("compiled", marks=needs_compiled_code)]
+)
+@pytest.mark.parametrize("case", CASES)
+def test_built_in_models_continue_from_a_slot_with_other_values(case, backend):
+    values, change = CASES[case]
+    if case in ("clipping",) and backend == "compiled":
+        pytest.skip("the compiled code clips nothing")
+    data = make_data(folds=2)
+    configs = configs_of(values, width=7)
+    selections = selections_of(configs, **change)
+    trained = trained_mlps(data, configs, selections, backend=backend)
+    assert trained.alive == (1, 2)
+    assert np.isfinite(trained.curves[1:]).all() and np.isnan(trained.curves[0, 3:]).all()
+    segments = lineages(configs, selections)
+    for fold, (trial, parts) in itertools.product(range(2), zip((1, 2), segments)):
+        expected = plain_mlp(data, fold, parts)
+        assert largest_difference(trained.member(fold, trial), expected) <= 1e-10
