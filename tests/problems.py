@@ -178,11 +178,10 @@ def module_loop(build, data, fold, config, epochs):
     return reference.train_module(build, x, y, config, epochs=epochs, weights=weights)
 
 
-def train_modules(kind, build, configs, data, epochs, **words):
+def train_modules(kind, build, configs, data, epochs, *, objective=None, **words):
     """Members of a user's module, trained stacked or one by one: ``kind``."""
-    network = kind(
-        build, configs, shape_of(data), seed=0, traits=traits_of(build, configs[0], data)
-    )
+    traits = traits_of(build, configs[0], data, objective=objective)
+    network = kind(build, configs, shape_of(data), seed=0, traits=traits, objective=objective)
     return train(
         network, data, configs, **{"seed": 0, "epochs": epochs, "horizon": epochs, **words}
     )
