@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.dataset import Dataset
 from gputune.engine.backend import torch_threads
+from gputune.engine.member_tables import TablePath, data_of_fold, member_part, paths_in, value_at
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.calls import ModuleDraws
 from gputune.modules.member_code import CodedStep, MemberCode
@@ -43,63 +43,6 @@ _TIMED_STEPS = 8
 # bytes of a pointer
 _POINTER = ctypes.sizeof(ctypes.c_void_p)
 
-_Path = tuple[Any, ...]
-"""The path from a chunk (trials that train together) to one of its values, as attribute names and
-dict keys."""
-
-
-def _value_at(value: Any, path: _Path) -> Any:
-    """Follow attribute names and dict keys (``path``) from a value, and return the value at the
-    end.
-
-    The result is None if the value no longer exists, because all remaining members use the
-    optimizer's default.
-    """
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else getattr(value, name)
-        if value is None:
-            return None
-    return value
-
-
-def _paths_in(values: dict[Any, Any], path: _Path) -> Iterator[_Path]:
-    """Yield the path of each tensor in nested dicts."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _paths_in(value, (*path, name))
-        else:
-            yield (*path, name)
-
-
-def _member_part(table: Tensor, fold: int, trial: int) -> Tensor:
-    """Return the entry of a table (F folds, C trials) for one member, or of a table (C,) for one
-    trial."""
-    trials = slice(trial, trial + 1)
-    return table[trials] if table.dim() == 1 else table[fold : fold + 1, trials]
-
-
-def _data_of_fold(data: Dataset, fold: int) -> Dataset:
-    """Return the part of a dataset for one fold. All of its tensors are copies, except the inputs
-    and the target."""
-    part = slice(fold, fold + 1)
-    scaling = []
-    for of_input in data.scaling:
-        if of_input is not None:
-            center = of_input.center[part].clone()
-            of_input = replace(of_input, center=center, scale=of_input.scale[part].clone())
-        scaling.append(of_input)
-    return replace(
-        data,
-        folds=data.folds[part],
-        copies=data.copies[part],
-        weights=None if data.weights is None else data.weights[part].clone(),
-        present=None if data.present is None else data.present[part].clone(),
-        center=data.center[part].clone(),
-        scale=data.scale[part].clone(),
-        transforms=data.transforms[part],
-        scaling=tuple(scaling),
-    )
-
 
 class OneMember:
     """A single member (one trial on one fold) in which gputune traces the training step for all
@@ -111,7 +54,7 @@ class OneMember:
 
     def __init__(self, chunk: "MemberChunk", fold: int, seed: int) -> None:
         network = chunk.module
-        data = _data_of_fold(chunk.data, fold)
+        data = data_of_fold(chunk.data, fold)
         if network.objective.augment is not None:
             raise TraceError("compiled code cannot call the Python function augment")
         self.network = StackedModule(
@@ -128,7 +71,7 @@ class OneMember:
             name: values[:1].clone() for name, values in network.loss_values.items()
         }
         self.chunk = chunk
-        self.tables = list[tuple[_Path, Tensor]]()
+        self.tables = list[tuple[TablePath, Tensor]]()
         self.single = StackedChunk(
             self.network, Validation(data, None), seed=seed, horizon=chunk.horizon, recorded=True
         )
@@ -194,11 +137,11 @@ class OneMember:
             return code.add(trace(compute), self.memories)
         return None
 
-    def _match(self, target: object, path: _Path) -> None:
+    def _match(self, target: object, path: TablePath) -> None:
         """Copy the settings of the optimizer of all members to ``target``, the optimizer of one
         member. A value that differs between members becomes a table, from which
         ``MemberMemory.load`` reads one member's value."""
-        for name, value in vars(_value_at(self.chunk, path)).items():
+        for name, value in vars(value_at(self.chunk, path)).items():
             if (isinstance(value, Tensor) and value.dim() == 2) or isinstance(value, dict):
                 setattr(target, name, self._add_table(value, (*path, name)))
             elif isinstance(value, Tensor) and getattr(target, name) is None:
@@ -206,12 +149,12 @@ class OneMember:
             elif isinstance(value, int | float):
                 setattr(target, name, value)
 
-    def _add_table(self, value: Any, path: _Path) -> Any:
+    def _add_table(self, value: Any, path: TablePath) -> Any:
         """Return a copy of the first member's entry of a table. ``MemberMemory.load`` fills the
         copy for each member."""
         if isinstance(value, dict):
             return {key: self._add_table(part, (*path, key)) for key, part in value.items()}
-        copy = _member_part(value, 0, 0).clone()
+        copy = member_part(value, 0, 0).clone()
         self.tables.append((path, copy))
         return copy
 
@@ -224,13 +167,13 @@ class OneMember:
             return False
         if not chunk.module.loss_values.keys() <= self.network.loss_values.keys():
             return False
-        owners: dict[_Path, object] = {("update",): self.single.update}
+        owners: dict[TablePath, object] = {("update",): self.single.update}
         owners["update", "clock"] = self.single.update.clock
         tables = {path for path, _ in self.tables}
         for path, single in owners.items():
-            for name, value in vars(_value_at(chunk, path)).items():
+            for name, value in vars(value_at(chunk, path)).items():
                 if isinstance(value, dict):
-                    paths = list(_paths_in(value, (*path, name)))
+                    paths = list(paths_in(value, (*path, name)))
                 elif isinstance(value, Tensor) and value.dim() == 2:
                     paths = [(*path, name)]
                 elif isinstance(value, int | float):
@@ -320,12 +263,12 @@ class MemberMemory:
             self._fill(state, row)
         for path, table in self.tables:
             if table is not None:
-                value = _value_at(chunk, path)
+                value = value_at(chunk, path)
                 if value is None:
                     # The rule's default: learning-rate factors are 1, other values 0.
                     value = float("lr_factors" in path)
                 if isinstance(value, Tensor):
-                    table.copy_(_member_part(value, fold, trial))
+                    table.copy_(member_part(value, fold, trial))
                 else:  # no table any more: the same for all members
                     table.fill_(value)
         for name, loss_value in self.losses.items():
