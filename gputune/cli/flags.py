@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from gputune.tuning.method import method_classes
@@ -30,6 +31,12 @@ def _method_flags(group: str) -> dict[str, Rule]:
     for kind in METHOD_CLASSES.values():
         rules.update({key: rule for key, rule in kind.flags.items() if rule.group == group})
     return rules
+
+
+def _help_of_methods() -> str:
+    """Return one sentence about each search method that describes itself."""
+    methods = METHOD_CLASSES.values()
+    return " ".join(f"{kind.name}: {kind.help}." for kind in methods if kind.help)
 
 
 _FIRST_RULES: dict[str, dict[str, Rule]] = {
@@ -157,6 +164,8 @@ def option_groups() -> dict[str, dict[str, Rule]]:
     for name, rule in RULES.items():
         if rule.flag:
             groups[rule.group][name] = rule
+    method = groups[SEARCH]["method"]
+    groups[SEARCH]["method"] = replace(method, details=_help_of_methods())
     for title, rules in _LAST_RULES.items():
         groups[title] |= rules
     return groups

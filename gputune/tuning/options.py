@@ -88,10 +88,7 @@ class SearchOptions(OptionGroup):
         "random",
         "--method <NAME>",
         "Search method",
-        "halving: at several epochs, only the best third of the trials continues. median: trials "
-        "below the median stop. hypergradient: each random configuration follows the gradient of "
-        "its validation loss.",
-        "random",
+        default="random",
         choices=get_args(MethodWord),
         check=checks.method,
     )
