@@ -52,3 +52,9 @@ class Dropout(nn.Module):
         if not self.training or self.is_off:
             return x
         return torch.where(torch.rand_like(x) < self.rate, 0.0, x / (1 - self.rate))
+
+    def extra_repr(self) -> str:
+        """Return the rate as text, for the ``repr`` of the module."""
+        # A stacked module has one rate for each member, and a module on "meta" has no value.
+        has_value = self.rate.numel() == 1 and not self.rate.is_meta
+        return f"p={self.rate.item():.4g}" if has_value else f"p={tuple(self.rate.shape)}"

@@ -15,6 +15,7 @@ from gputune.cli.scores import score_warnings, scores_block
 from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, trial_rows
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import Layout
+from gputune.data.readings import may_be_numbers
 from gputune.report.facts import params_text, seconds_text, states_of, states_text
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
@@ -102,7 +103,7 @@ def _places(ending: Ending, width: int) -> list[str]:
     next command."""
     states = states_text(states_of(ending.study))
     facts = [("Ended", ending.ended)] if ending.ended else []
-    facts.append(("Trials", f"{states}; {seconds_text(ending.seconds)} in all"))
+    facts.append(("Trials", f"{states}; this command took {seconds_text(ending.seconds)}"))
     lines = [label_lines(facts, width), _line("Study", ending.study_file)]
     folder = ending.model_folder
     if folder is not None:
@@ -199,7 +200,7 @@ def _task(study: Study) -> str:
     text = f"{len(classes)} classes of {target!r}: {', '.join(map(clean, classes[:10]))}"
     if len(classes) > 10:
         text = f"{text} and {len(classes) - 10} more"
-    if not isinstance(classes[0], str | bool):
+    if may_be_numbers(classes, record.fingerprint["rows"]):
         text = f"{text} (if they are numbers, add --task regression)"
     return text
 

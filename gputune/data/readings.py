@@ -6,6 +6,7 @@ texts such as NA are missing values. In a data frame the owner chose the type of
 text stays text, and "NA" is a category level like any other text.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,26 @@ EXAMPLE = "<column>"
 """A placeholder for the column name in the text of a remark."""
 
 _LEADING_ZERO = r"^\s*[-+]?0[0-9]"
+
+
+_ROWS_PER_CODE = 10
+
+
+def may_be_numbers(classes: Sequence[object] | np.ndarray, n_rows: int) -> bool:
+    """Return True if the classes of a target may also be the values of a numeric target.
+
+    Two whole numbers are hardly the values of a numeric target. Neither are consecutive codes from
+    0 or 1, if each code has many rows on average.
+
+    Args:
+        classes: the distinct values of the target, in ascending order.
+        n_rows: the number of rows.
+    """
+    values = np.asarray(classes)
+    if values.dtype.kind not in "iuf" or len(values) <= 2:
+        return False
+    are_codes = values[0] in (0, 1) and values[-1] - values[0] == len(values) - 1
+    return not are_codes or n_rows < _ROWS_PER_CODE * len(values)
 
 
 def file_remark(kind: Kind, texts: "pl.Series") -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gputune.data.kinds import checked_labels, from_values, is_missing
 from gputune.data.ragged import pad_remedy, refuse_ragged
+from gputune.data.readings import may_be_numbers
 from gputune.data.target_transform import (
     FittedTransform,
     TargetTransform,
@@ -25,11 +26,8 @@ from gputune.types import Task
 from gputune.wording import Verbatim, option, per_interface
 
 MAX_CLASSES = 20
-"""The largest number of distinct whole numbers that a target of classes may have.
-
-A target with more distinct numbers is a regression target. The argument ``task`` overrides this
-limit.
-"""
+"""The largest number of distinct whole numbers that a target of classes may have. A target with
+more of them is a regression target, unless ``task`` is set."""
 
 TaskWord = Literal["classification", "binary", "multiclass", "regression", "multilabel", "custom"]
 TASKS = get_args(TaskWord)
@@ -86,16 +84,16 @@ class Target:
     def override(self) -> str:
         """A hint for messages: the option that makes whole numbers classes, or classes numbers.
 
-        The hint is "" if the target does not consist of whole numbers.
+        The hint is "" for other targets, and for classes that are hardly numbers.
         """
         labels = self.labels
-        if self.task == "custom" or labels.ndim > 1 or labels.dtype.kind not in "iuf":
-            return ""
-        if not _are_whole(labels):
+        is_numeric = labels.ndim == 1 and labels.dtype.kind in "iuf"
+        if self.task == "custom" or not is_numeric or not _are_whole(labels):
             return ""
         if self.classes is None:
             return f"if they are classes, set {option('task', 'classification')}"
-        return f"if they are numbers, set {option('task', 'regression')}"
+        hint = f"if they are numbers, set {option('task', 'regression')}"
+        return hint if may_be_numbers(self.classes, len(self)) else ""
 
     @property
     def labels(self) -> np.ndarray:

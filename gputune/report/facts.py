@@ -144,7 +144,9 @@ def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[
     """Return the report's fact on the tuned model's score on held-out rows."""
     tried = int(np.isfinite(study.scores).sum())
     name = f"held-out {measure.name}"
-    optimistic = f"the best of {tried} is optimistic" if tried > 1 else "the folds chose the epoch"
+    optimistic = "the best score is optimistic, because the folds that give it chose the epoch"
+    if tried > 1:
+        optimistic = f"the best score is optimistic, because it is the best of {tried}"
     score = None if model is None else model.get("held_out_score")
     if model is None or score is None or not math.isfinite(score):
         return name, "–", f"not known here; {optimistic}"

@@ -28,13 +28,14 @@ from gputune.sklearn.search import (
     reason_to_train_separately,
 )
 from gputune.spaces.distributions import to_scipy
+from gputune.text import count, measure_of
 from gputune.types import Config, Json
 from gputune.wording import Verbatim
 
 AnySearch = RandomizedSearchCV | GridSearchCV
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NestedScores:
     """The results of nested cross-validation, with one entry for each of the O outer folds.
 
@@ -62,6 +63,14 @@ class NestedScores:
     best_params: tuple[Config, ...]
     best_scores: FloatArray
     searches: tuple[AnySearch, ...]
+
+    def __repr__(self) -> str:
+        n_folds = len(self.scores)
+        error = np.std(self.scores, ddof=1) / np.sqrt(n_folds) if n_folds > 1 else np.nan
+        scores = ", ".join(f"{score:.4f}" for score in self.scores)
+        mean_score = float(np.mean(self.scores))
+        mean = measure_of("score", mean_score).with_error(mean_score, float(error))
+        return f"NestedScores({mean} over {count(n_folds, 'outer fold')}: {scores})"
 
 
 def nested_cv(

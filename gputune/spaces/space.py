@@ -6,6 +6,7 @@ published spaces have a name.
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
@@ -234,7 +235,30 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
             got=value,
             remedy=f"Write {list(value)!r} for widths to choose from, [{value!r}] for one network.",
         )
+    if isinstance(value, tuple) and len(value) == 2:
+        _refuse_pair(value, name)
     return [check_value(key, choice, name) for choice in value]
+
+
+def _refuse_pair(pair: tuple[Any, ...], name: str) -> None:
+    """Raise InputError for a tuple of two ascending numbers, which other libraries read as a
+    range."""
+    low, high = pair
+    are_numbers = all(isinstance(end, Real) and not isinstance(end, bool) for end in pair)
+    if not are_numbers or not low < high:
+        return
+    if isinstance(low, Integral) and isinstance(high, Integral):
+        example = f"scipy.stats.randint({low}, {high + 1})"
+    elif low > 0:
+        example = f"scipy.stats.loguniform({low}, {high})"
+    else:
+        example = f"scipy.stats.uniform({low}, {high - low})"
+    raise InputError(
+        name,
+        "must be a list or a distribution, because a tuple of two numbers may mean a range",
+        got=pair,
+        remedy=f"Write {list(pair)!r} for two values to choose from, or {example} for a range.",
+    )
 
 
 def _check_distribution(key: str, value: Any, name: str) -> None:

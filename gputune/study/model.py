@@ -28,6 +28,7 @@ from gputune.study.intervals import half_width
 from gputune.study.labels import checked_codes, checked_numbers
 from gputune.study.model_files import ModelContent, save_model
 from gputune.text import card, count, measure_of, short
+from gputune.types import Config
 from gputune.wording import option
 
 ROWS = 8192
@@ -227,6 +228,14 @@ class TunedModel(ModelContent):
             remedy="Wrap the model in sklearn.frozen.FrozenEstimator if scikit-learn would fit it "
             "again, or search again with gputune.tune.",
         )
+
+    @property
+    def params(self) -> Config:
+        """The configuration that the model was trained with: the ``params`` of its trial.
+
+        {} for an ensemble, which holds models of several trials.
+        """
+        return dict(self.info.get("params", {}))
 
     @property
     def classes_(self) -> np.ndarray:
@@ -475,7 +484,7 @@ class TunedModel(ModelContent):
                 rows.append((f"held-out {measure.name}", held_out))
         if self.temperature != 1:
             rows.append(("temperature", short(self.temperature)))
-        rows += [(name, short(value)) for name, value in info.get("params", {}).items()]
+        rows += [(name, short(value)) for name, value in self.params.items()]
         return card(f"TunedModel: {type(self.module).__name__}", rows)
 
     def __repr__(self) -> str:

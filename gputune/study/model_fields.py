@@ -15,6 +15,7 @@ from gputune.data.columns import DATE_PARTS, Column, Layout
 from gputune.data.encode import Statistics
 from gputune.data.target_transform import FittedTransform
 from gputune.study.record import has_form
+from gputune.study.trained_rows import RowSample
 from gputune.types import Json, Task
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -51,6 +52,8 @@ def read_content(body: Json) -> Json:
         raise ValueError(f"its classes are not a list of labels but {type(classes).__name__}")
     if not has_form(info := dict(body["info"]), _INFO):
         raise ValueError("its info has a wrong type")
+    if "trained_rows" in info:
+        info["trained_rows"] = RowSample(info["trained_rows"])
     numbers = (
         isinstance(residuals, np.ndarray) and residuals.dtype.kind == "f" and residuals.ndim == 1
     )

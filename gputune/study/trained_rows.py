@@ -29,7 +29,16 @@ _AnyLayout = Layout | ArrayLayout
 _Bits: TypeAlias = NDArray[np.uint64]
 
 
-def sample_of_rows(layout: _AnyLayout, X: AnyRows, y: np.ndarray) -> str:
+class RowSample(str):
+    """A sample of row digests in hexadecimal, which ``print(model.info)`` shows in a few words."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{len(self) // (2 * _BYTES)} row digests>"
+
+
+def sample_of_rows(layout: _AnyLayout, X: AnyRows, y: np.ndarray) -> RowSample:
     """Return the smallest digests of the training rows, in hexadecimal, for ``share_of_rows``.
 
     Args:
@@ -41,7 +50,7 @@ def sample_of_rows(layout: _AnyLayout, X: AnyRows, y: np.ndarray) -> str:
     smallest = np.unique(_digests(layout, X, y))[:SAMPLE_SIZE]
     for digest in smallest.tolist():
         content += digest.to_bytes(_BYTES, "big")
-    return content.hex()
+    return RowSample(content.hex())
 
 
 def share_of_rows(sample: str, layout: _AnyLayout, X: AnyRows, y: np.ndarray) -> float:

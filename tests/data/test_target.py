@@ -92,8 +92,13 @@ def test_twenty_whole_numbers_that_repeat_are_classes_and_more_a_number(dtype):
 @pytest.mark.parametrize(
     ("y", "task", "override"),
     [
-        ([0.0, 1.0, 0.0], None, "if they are numbers, set task='regression'"),
-        ([0, 1, 0], None, "if they are numbers, set task='regression'"),
+        ([3.0, 4.0, 5.0, 3.0], None, "if they are numbers, set task='regression'"),
+        ([3, 4, 6, 7] * 99, None, "if they are numbers, set task='regression'"),
+        ([0, 1, 2, 0], None, "if they are numbers, set task='regression'"),
+        ([0, 1, 2] * 10, None, ""),
+        ([1, 2, 3] * 10, None, ""),
+        ([0.0, 1.0, 0.0], None, ""),
+        ([-1, 1, 1], None, ""),
         ([1, 2, 3], None, "if they are classes, set task='classification'"),
         ([0, 1, 0], "regression", "if they are classes, set task='classification'"),
         ([0.5, 1.0], None, ""),

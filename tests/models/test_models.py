@@ -304,3 +304,11 @@ def test_a_space_that_has_no_name_here():
         "a list of dicts, or one of mlp, realmlp, .*got 'realmpl'. Did you mean 'realmlp'"
     ):
         gputune.tune("realmlp", TABLE, PRICE, space="realmpl", **TWO)
+
+
+def test_the_text_of_a_dropout_shows_its_rate():
+    assert repr(gputune.models.Dropout(0.3)) == "Dropout(p=0.3)"
+    stacked = gputune.models.Dropout()
+    stacked.rate = torch.zeros(4, 1, 1)
+    assert repr(stacked) == "Dropout(p=(4, 1, 1))"
+    assert repr(gputune.models.Dropout().to("meta")) == "Dropout(p=())"

@@ -52,6 +52,9 @@ def test_it_is_the_loop_by_hand(search, scoring, training):
     assert [call[:2] for call in training] == [(candidates, 3 * inner)]  # one population
     by_hand = cross_validate(search, X, Y, cv=3, return_estimator=True)
     np.testing.assert_allclose(found.scores, by_hand["test_score"], atol=1e-6)
+    text = repr(found)
+    assert text.startswith(f"NestedScores({found.scores.mean():.4f} ± ")
+    assert " over 3 outer folds: " in text and len(text) < 80
     assert list(found.best_params) == [each.best_params_ for each in by_hand["estimator"]]
     for mine, theirs, best in zip(found.searches, by_hand["estimator"], found.best_scores):
         assert mine.cv_results_["params"] == theirs.cv_results_["params"]

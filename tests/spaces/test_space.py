@@ -83,6 +83,13 @@ def test_penalty_stays_a_key_of_the_space():
             ({"lr": empty}, "must have at least one value, .*leave the key out")
             for empty in ([], (), np.array([]))
         ),
+        (
+            {"lr": (1e-4, 3e-2)},
+            r"^space\['lr'\] must be a list .*Write \[0.0001, 0.03\] for two values to choose from, "
+            r"or scipy.stats.loguniform\(0.0001, 0.03\) for a range",
+        ),
+        ({"depth": (1, 4)}, r"or scipy.stats.randint\(1, 5\) for"),
+        ({"dropout": (0, 0.5)}, r"or scipy.stats.uniform\(0, 0.5\) for"),
         ({"widht": [8]}, "^space must have only the keys .*got 'widht'. Did you mean 'width'?"),
         ([{"lr": [1]}, {"lrr": [1]}], r"^space\[1\] must have only the keys .*Did you mean 'lr'?"),
         ({"module__k": [8]}, r"^space has the key 'module__k', but module__"),

@@ -1,6 +1,8 @@
 """A tuned model predicts from any kind of rows; for scikit-learn it is an estimator that is fitted
 already."""
 
+import re
+
 import matplotlib
 import numpy as np
 import pandas
@@ -295,7 +297,10 @@ def test_a_trial_of_a_number_is_trained_as_the_best_is(study, model, iris):
     other = study.ranking()[-1]
     again = study.best_model(trial=best.number)
     np.testing.assert_array_equal(again.predict_proba(iris[0]), model.predict_proba(iris[0]))
-    assert study.best_model(trial=np.int64(other.number)).info["params"] == other.params
+    model = study.best_model(trial=np.int64(other.number))
+    assert model.info["params"] == model.params == other.params
+    # The text of info shows the digests of the training rows in a few words.
+    assert re.search(r"'trained_rows': <\d+ row digests>", str(model.info))
     for trial in (3, -1, True, "0", 1.0):
         with refused("must be the number of a trial that has a score, for example"):
             study.best_model(trial=trial)

@@ -322,7 +322,9 @@ def test_files_frames_and_arrays_have_one_rule_for_the_task(tmp_path, iris, kind
     rows += [(torch.tensor(X), torch.tensor(y)), (X, y.tolist())]
     assert {tune("mlp", *of, n_trials=1, max_epochs=1).meta["task"] for of in rows} == {"binary"}
     tune("mlp", X, y, n_trials=1, max_epochs=1, verbose=1)
-    assert "2 classes; if they are numbers, set task='regression'" in capsys.readouterr().err
+    assert "2 classes\n" in capsys.readouterr().err
+    tune("mlp", X, y * 3 + np.arange(len(y)) % 2, n_trials=1, max_epochs=1, verbose=1)
+    assert "4 classes; if they are numbers, set task='regression'" in capsys.readouterr().err
 
 
 def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_where_tune_was_called():
