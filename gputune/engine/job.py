@@ -203,7 +203,13 @@ class RungOutcome(Outcome):
 @dataclass(frozen=True)
 class RungJob(Job):
     """Job that trains each chunk (a group of trials) up to a rung, the epoch ``epochs``. Schedules
-    run over ``horizon`` epochs."""
+    run over ``horizon`` epochs.
+
+    If ``until`` is not empty, it has the rung of each trial, by the trial's position in the search.
+    All trials of a chunk then have the same rung, which replaces ``epochs``.
+    """
+
+    until: tuple[int, ...] = ()
 
     def run(
         self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
@@ -212,7 +218,8 @@ class RungJob(Job):
         that this call trained."""
         begin = time.monotonic()
         start = BegunChunk.of(chunk).epoch
-        trained = train_chunk(self, data, chunk, progress)
+        rung = self.until[chunk.index[0]] if self.until else self.epochs
+        trained = train_chunk(replace(self, epochs=rung), data, chunk, progress)
         return RungOutcome(
             chunk.index,
             trained.curves[:, start : trained.epochs],

@@ -14,6 +14,8 @@ from gputune.methods.halving import Halving
 from gputune.methods.optuna_study import OptunaStudy, check_askable
 from gputune.methods.proposals import sample
 from gputune.methods.rungs import check_rungs
+from gputune.methods.slot_study import SlotStudy
+from gputune.methods.slots import train_in_slots
 from gputune.methods.stopping import pruning_text
 from gputune.methods.training import train_batches
 from gputune.spaces.config import ConfigCheck, check_config
@@ -49,9 +51,15 @@ class OptunaSampler(Method):
             proposals of one batch are very similar.
         batch: The number of proposals that train together, at least 1 [default: 16]. The sampler
             receives no score of a batch before it has proposed all of the batch.
+            With ``halving`` and ``refill``, it is the number of slots, which is the number of
+            trials that train at the same time.
         halving: None trains every trial to its end. ``gputune.Halving(...)`` applies successive
-            halving within each batch. gputune reports trials that stop at a rung to the sampler as
-            pruned.
+            halving. gputune reports trials that stop at a rung to the sampler as pruned.
+        refill: With ``halving``, True fills the slots of pruned trials with new proposals at once
+            [default: True]. A trial is then compared with all trials that ever reached its rung
+            (ASHA, arXiv:1810.05934). False trains batch by batch, and compares the trials within
+            each batch. Without ``halving`` both are the same. ``gputune.search`` always trains
+            batch by batch.
 
     Raises:
         InputError: An option is invalid.
@@ -78,6 +86,7 @@ class OptunaSampler(Method):
     _: KW_ONLY
     batch: int = 16
     halving: Halving | None = None
+    refill: bool = True
 
     def __post_init__(self) -> None:
         samplers = import_extra("optuna.samplers", extra="optuna", used_by="OptunaSampler")
@@ -102,6 +111,14 @@ class OptunaSampler(Method):
                 "must be gputune.Halving(...) or None",
                 got=self.halving,
             )
+        if not isinstance(self.refill, bool):
+            raise InputError("OptunaSampler(refill=...)", "must be True or False", got=self.refill)
+
+    @property
+    def refills(self) -> bool:
+        """True if the search refills the slots of pruned trials. Without halving, no slot becomes
+        free before all trials of its batch have ended."""
+        return self.refill and self.halving is not None
 
     @property
     def compares_trials(self) -> bool:
@@ -125,6 +142,10 @@ class OptunaSampler(Method):
 
     def run(self, context: Context, space: CheckedSpace) -> None:
         """Train the waiting trials, and then the proposals of the sampler."""
+        if self.refill and self.halving is not None:
+            study = SlotStudy(self.sampler, space)
+            train_in_slots(context, self.halving, study, n_slots=self.batch)
+            return
         train = partial(train_batches, context, self.halving)
         sample(context, train, self._make_study(space), batch=self.batch, epochs=context.epochs)
 
@@ -151,7 +172,9 @@ class OptunaSampler(Method):
     def to_json(self) -> Json:
         """Return the options as plain JSON. It has only the name of the sampler's class."""
         halving = None if self.halving is None else asdict(self.halving)
-        return {"name": self.name, "sampler": type(self.sampler).__name__, "halving": halving}
+        record = {"name": self.name, "sampler": type(self.sampler).__name__, "halving": halving}
+        # Left out without refilled slots, so that older studies continue.
+        return record | {"refill": True} if self.refills else record
 
     @classmethod
     def from_json(cls, options: Json) -> Method:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -49,17 +49,24 @@ class OptunaStudy:
         self.check = check
         self.optuna = import_extra("optuna", extra="optuna", used_by="OptunaSampler")
         self.choices, self.distributions = check_askable(space)
-        sampler = copy.deepcopy(sampler)
+        self.sampler = copy.deepcopy(sampler)
         if reseed:
-            sampler.reseed_rng()
+            self.sampler.reseed_rng()
+        self.study = self.empty_study()
+
+    def empty_study(self) -> "optuna.Study":
+        """Return an empty Optuna study in memory, which asks the copy of the user's sampler."""
         logging = self.optuna.logging
         verbosity = logging.get_verbosity()
         # Optuna logs a message about each new study, which is not wanted here.
         logging.set_verbosity(max(verbosity, logging.WARNING))
         try:
-            self.study = self.optuna.create_study(sampler=sampler, direction="maximize")
+            study: optuna.Study = self.optuna.create_study(
+                sampler=self.sampler, direction="maximize"
+            )
         finally:
             logging.set_verbosity(verbosity)
+        return study
 
     def ask(self, params: Config | None = None) -> tuple["optuna.Trial", Config]:
         """Return a new Optuna trial and its configuration, which the sampler proposes.
@@ -67,7 +74,7 @@ class OptunaStudy:
         If ``params`` is not None, the configuration is ``params`` instead.
         """
         if params is not None:
-            self.study.enqueue_trial(self._label_choices(params))
+            self.study.enqueue_trial(self.label_choices(params))
         trial = self.study.ask(self.distributions)
         proposed = {}
         for key, value in trial.params.items():
@@ -101,7 +108,7 @@ class OptunaStudy:
             trial = self.optuna.trial.create_trial(
                 state=state_of(self.optuna, result.state),
                 value=None if result.state == "failed" else result.score,
-                params=self._label_choices(params),
+                params=self.label_choices(params),
                 distributions=self.distributions,
                 intermediate_values=fold_means(result.curve),
             )
@@ -110,7 +117,7 @@ class OptunaStudy:
         self.study.add_trial(trial)
         return True
 
-    def _label_choices(self, params: Config) -> Config:
+    def label_choices(self, params: Config) -> Config:
         """Return a configuration in which Optuna's labels replace the choices of lists."""
         labeled = {}
         for key in self.distributions:
@@ -128,14 +135,14 @@ def fold_means(curve: np.ndarray) -> dict[int, float]:
     return {epoch: mean for epoch, mean in enumerate(means, 1) if not math.isnan(mean)}
 
 
-def state_of(optuna: ModuleType, state: str) -> object:
+def state_of(optuna: ModuleType, state: str) -> Any:
     """Convert the state of a gputune trial to Optuna's state. A trial that the deadline has stopped
     counts as pruned."""
     states = optuna.trial.TrialState
     return {"complete": states.COMPLETE, "failed": states.FAIL}.get(state, states.PRUNED)
 
 
-def check_askable(space: CheckedSpace) -> tuple[Mapping[str, Choices], dict[str, object]]:
+def check_askable(space: CheckedSpace) -> tuple[Mapping[str, Choices], dict[str, Any]]:
     """Check that Optuna supports a space. Returns the space's only dict and its
     ``optuna.distributions`` by key.
 

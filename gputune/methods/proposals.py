@@ -12,6 +12,19 @@ from gputune.tuning.good_enough import BATCH, batch_of
 from gputune.tuning.session import Session
 from gputune.wording import option
 
+NOT_REPEATED = (
+    "note: the sampler does not propose the finished trials again, because it has no seed or is a "
+    "different sampler; a reseeded copy of the sampler receives their results"
+)
+
+
+def outside_text(trial: Candidate) -> str:
+    """Return the note about a trial that Optuna's sampler cannot see."""
+    return (
+        f"note: trial {trial.number} ({trial.origin}) is outside the space, so the sampler does "
+        "not receive its result"
+    )
+
 
 def sample(
     session: Session,
@@ -35,11 +48,11 @@ def sample(
         epochs: The number of epochs of a trial, for the progress bar.
     """
     ledger = session.ledger
-    if not train() or not _n_missing(session):
+    if not train() or not n_missing(session):
         return
     study = _study_so_far(session, make)
-    with session.progress.bar_over(_n_missing(session), epochs):
-        while missing := min(batch, _n_missing(session)):
+    with session.progress.bar_over(n_missing(session), epochs):
+        while missing := min(batch, n_missing(session)):
             proposals = [study.ask() for _ in range(missing)]
             first = 1 + max((candidate.number for candidate in ledger.candidates), default=-1)
             origin = f"{BATCH}{1 + max(map(batch_of, ledger.candidates), default=0)}"
@@ -53,7 +66,7 @@ def sample(
                 study.tell(trial, ledger.results[number])
 
 
-def _n_missing(session: Session) -> int:
+def n_missing(session: Session) -> int:
     """Return the number of trials that the Optuna sampler still has to propose.
 
     The default trial counts as proposed. Included trials do not count.
@@ -71,31 +84,32 @@ def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaS
     stopped. If the proposals differ, the study uses a reseeded copy, which receives the trained
     configurations in place of its own proposals.
     """
-    progress = session.progress
     for reseed in (False, True):
         study = make(reseed=reseed)
-        for earlier in session.options.search.warm_start:
-            scoring = earlier.record.scoring
-            if scoring != progress.scoring:
-                progress.say(
-                    f"note: {option('warm_start')}: the sampler does not use a study that was "
-                    f"ranked by {scoring}, because this search is ranked by {progress.scoring}",
-                    once=True,
-                )
-                continue
-            for t in earlier.trials:
-                if t.state == "complete":
-                    curve = np.array([t.fold_scores])
-                    result = Result(t.number, t.state, t.score, t.fold_scores, 1, t.seconds, curve)
-                    study.add(t.params, result)
+        add_earlier(study, session)
         if _repeat(study, session, enqueue=reseed):
             break
-        progress.say(
-            "note: the sampler does not propose the finished trials again, because it has no seed "
-            "or is a different sampler; a reseeded copy of the sampler receives their results",
-            once=True,
-        )
+        session.progress.say(NOT_REPEATED, once=True)
     return study
+
+
+def add_earlier(study: OptunaStudy, session: Session) -> None:
+    """Report the results of the earlier studies in ``warm_start`` to an Optuna study."""
+    progress = session.progress
+    for earlier in session.options.search.warm_start:
+        scoring = earlier.record.scoring
+        if scoring != progress.scoring:
+            progress.say(
+                f"note: {option('warm_start')}: the sampler does not use a study that was "
+                f"ranked by {scoring}, because this search is ranked by {progress.scoring}",
+                once=True,
+            )
+            continue
+        for t in earlier.trials:
+            if t.state == "complete":
+                curve = np.array([t.fold_scores])
+                result = Result(t.number, t.state, t.score, t.fold_scores, 1, t.seconds, curve)
+                study.add(t.params, result)
 
 
 def _repeat(study: OptunaStudy, session: Session, *, enqueue: bool) -> bool:
@@ -110,10 +124,7 @@ def _repeat(study: OptunaStudy, session: Session, *, enqueue: bool) -> bool:
         if batch == 0:
             for candidate in candidates:
                 if not study.add(candidate.params, results[candidate.number]):
-                    session.progress.say(
-                        f"note: trial {candidate.number} ({candidate.origin}) is outside the "
-                        "space, so the sampler does not receive its result"
-                    )
+                    session.progress.say(outside_text(candidate))
             continue
         proposals = []
         for candidate in candidates:

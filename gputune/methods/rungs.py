@@ -152,16 +152,30 @@ class PausedTraining(Generic[AnyTrial]):
 
     def train(self, begin: int, stop: int) -> None:
         """Train the running trials from epoch ``begin`` to epoch ``stop``."""
-        context = self.context
         trials = self.trainable()
-        plan = context.plan([trial.config for trial in trials], epochs=stop - begin)
-        context.progress.plan(replace(plan, cache_bytes=self.states.limit), show=begin == 0)
+        until = {trial.number: stop for trial in trials}
+        self.train_until(trials, until, epochs=stop - begin, show=begin == 0)
+
+    def train_until(
+        self, trials: Sequence[AnyTrial], until: Mapping[int, int], *, epochs: int, show: bool
+    ) -> None:
+        """Train running trials, each up to its epoch in ``until``, which has trial numbers as keys.
+
+        ``epochs`` is the number of epochs for the plan. If ``show`` is True, show the plan.
+        """
+        context = self.context
+        plan = context.plan([trial.config for trial in trials], epochs=epochs)
+        context.progress.plan(replace(plan, cache_bytes=self.states.limit), show=show)
         chunks = tuple(
-            part for chunk in plan.chunks for part in self._begun_chunks(chunk, trials, stop)
+            part for chunk in plan.chunks for part in self._begun_chunks(chunk, trials, until)
         )
         checkpointing = context.checkpointing([trial.number for trial in trials])
         job = context.trainer.job(
-            RungJob, epochs=stop, checkpointing=checkpointing, keep_stopped=False
+            RungJob,
+            epochs=max(until.values()),
+            until=tuple(until[trial.number] for trial in trials),
+            checkpointing=checkpointing,
+            keep_stopped=False,
         )
         trained: set[int] = set()
         plan = replace(plan, chunks=chunks, workers=min(plan.workers, len(chunks)))
@@ -184,14 +198,18 @@ class PausedTraining(Generic[AnyTrial]):
                     )
 
     def _begun_chunks(
-        self, chunk: Population, trials: Sequence[AnyTrial], stop: int
+        self, chunk: Population, trials: Sequence[AnyTrial], until: Mapping[int, int]
     ) -> Iterator[BegunChunk]:
         """Split a planned chunk into groups of trials that can continue training together.
 
-        A group holds trials that have trained for the same number of epochs.
+        A group holds trials that have trained for the same number of epochs, and that train up to
+        the same epoch.
         """
-        length = {c: len(trials[i].curve) for c, i in enumerate(chunk.index)}
-        for epoch, group in groupby(sorted(length, key=length.__getitem__), key=length.__getitem__):
+        segment = {}
+        for c, i in enumerate(chunk.index):
+            segment[c] = (len(trials[i].curve), until[trials[i].number])
+        in_order = sorted(segment, key=segment.__getitem__)
+        for (epoch, stop), group in groupby(in_order, key=segment.__getitem__):
             places = list(group)
             part = [trials[chunk.index[c]] for c in places]
             index = tuple(chunk.index[c] for c in places)

@@ -30,7 +30,7 @@ X, Y = load_iris(return_X_y=True)
 
 
 def tune(sampler, *, batch=4, halving=None, space=SPACE, n_trials=10, model="mlp", **options):
-    method = gputune.OptunaSampler(sampler, batch=batch, halving=halving)
+    method = gputune.OptunaSampler(sampler, batch=batch, halving=halving, refill=False)
     return gputune.tune(
         model, X, Y, space=space, n_trials=n_trials, method=method, **{**FAST, **options}
     )

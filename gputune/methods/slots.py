@@ -1,0 +1,256 @@
+"""Slots that refill: successive halving in which new trials take the places of pruned trials.
+
+A slot is a place for one running trial. A search has a fixed number of slots. All running trials
+train up to the next event, the nearest epoch at which one of them ends or reaches a rung. Trials
+that have reached a rung are compared with all trials that ever reached this rung, as in ASHA (Li et
+al., 2020, arXiv:1810.05934), and the worse ones are pruned. New trials then start in the free
+slots.
+
+The decisions depend only on epochs and scores, never on the time that a training takes. Therefore
+any number of workers and a resumed search train the same trials.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from gputune.methods.proposals import NOT_REPEATED, add_earlier, n_missing, outside_text
+from gputune.methods.rungs import ComparingRule, PausedTraining, RunningTrial
+from gputune.methods.slot_study import AskedTrial, SlotStudy
+from gputune.study.store import Candidate
+from gputune.tuning.context import Context
+from gputune.tuning.good_enough import BATCH, batch_of
+from gputune.types import Config, first_metric
+
+
+class SlotSearch(Protocol):
+    """The part of a search that proposes, trains and stores the trials in the slots."""
+
+    def is_over(self) -> bool:
+        """Return True if the search must end now."""
+
+    def propose(self, n_free: int, running: Mapping[int, int]) -> Sequence[int]:
+        """Return the trial numbers of at most ``n_free`` new trials.
+
+        ``running`` has the number of trained epochs of each running trial, by trial number.
+        """
+
+    def train(self, until: Mapping[int, int]) -> Mapping[int, np.ndarray]:
+        """Train each trial up to its epoch in ``until``, and return its scores (epochs, F).
+
+        A trial that can train no further has fewer epochs, or NaN in its scores.
+        """
+
+    def end(self, numbers: Sequence[int], rung: int | None = None) -> None:
+        """Store the results of trials that have ended. ``rung`` is the epoch at which the rule
+        pruned them."""
+
+
+def fill_slots(
+    search: SlotSearch, rule: ComparingRule, *, n_slots: int, max_epochs: int
+) -> dict[int, int]:
+    """Train all trials of a search in slots, and return the trained epochs of unfinished trials.
+
+    The result is not empty if the search is over before all trials have ended. A resumed search
+    calls this function from the start. It repeats all decisions, because they depend on the stored
+    scores.
+    """
+    stops = [*rule.stops(max_epochs), max_epochs]
+    running: dict[int, int] = {}
+    curves: dict[int, np.ndarray] = {}
+    while not search.is_over():
+        new = search.propose(n_slots - len(running), running)
+        running |= dict.fromkeys(new, 0)
+        if not running:
+            break
+        n_epochs = min(_next_stop(stops, epoch) - epoch for epoch in running.values())
+        until = {number: epoch + n_epochs for number, epoch in running.items()}
+        trained = search.train(until)
+        if search.is_over():
+            break
+        running = until
+        ended = []
+        for number, curve in trained.items():
+            curves[number] = _with_divergence(curve, until[number])
+            if len(curve) < until[number] or np.isnan(curve).any():
+                ended.append(number)
+        search.end(ended)
+        running = _without(running, ended)
+        for stop in stops:
+            arrived = [number for number, epoch in running.items() if epoch == stop]
+            if stop == max_epochs:
+                search.end(arrived)
+                running = _without(running, arrived)
+            elif arrived:
+                stopped = rule.trials_to_stop(stop, curves, max_epochs)
+                pruned = [number for number in arrived if number in stopped]
+                search.end(pruned, rung=stop)
+                running = _without(running, pruned)
+    return running
+
+
+def _next_stop(stops: Sequence[int], epoch: int) -> int:
+    """Return the first stop after an epoch."""
+    return next(stop for stop in stops if stop > epoch)
+
+
+def _with_divergence(curve: np.ndarray, epochs: int) -> np.ndarray:
+    """Return the scores of a trial, with NaN up to ``epochs`` if the trial has diverged.
+
+    The number of stored epochs after the divergence depends on the other trials of its chunk. The
+    decisions must not depend on it.
+    """
+    if not np.isnan(curve).any():
+        return curve
+    padded = np.full((epochs, *curve.shape[1:]), np.nan)
+    n_stored = min(epochs, len(curve))
+    padded[:n_stored] = curve[:n_stored]
+    return padded
+
+
+def _without(running: Mapping[int, int], ended: Sequence[int]) -> dict[int, int]:
+    """Return the running trials without the trials that have ended."""
+    return {number: epoch for number, epoch in running.items() if number not in ended}
+
+
+def train_in_slots(
+    context: Context, rule: ComparingRule, study: SlotStudy, *, n_slots: int
+) -> None:
+    """Train the trials of a search in slots, and ask an Optuna sampler for the new trials.
+
+    Only this process trains the search, because a proposal depends on every result before it.
+    """
+    add_earlier(study, context)
+    training = _SlotTraining(context, context.ledger.candidates)
+    n_unfinished = len(training.running) + n_missing(context)
+    search = _ContextSlots(training, study, rule.stops(context.epochs))
+    try:
+        with context.progress.bar_over(n_unfinished, context.epochs):
+            fill_slots(search, rule, n_slots=n_slots, max_epochs=context.epochs)
+            if context.is_over():
+                training.save()
+            training.finish([trial for trial in training.running if len(trial.curve)])
+    finally:
+        training.states.close()
+
+
+class _SlotTraining(PausedTraining[RunningTrial]):
+    """The running trials in the slots, and their saved states."""
+
+    def begin_trial(self, trial: Candidate, config: Config) -> RunningTrial:
+        return RunningTrial(trial.number, config, self.context.no_curve)
+
+
+class _ContextSlots:
+    """The part of a search in slots that proposes, trains and stores its trials.
+
+    A resumed search repeats its decisions from the start. The scores of its trials then come from
+    the study and from the checkpoints, and only the missing epochs train.
+    """
+
+    def __init__(self, training: _SlotTraining, study: SlotStudy, stops: Sequence[int]) -> None:
+        self.training = training
+        self.stops = stops
+        self.context = training.context
+        self.study = study
+        self.waiting = deque(self.context.ledger.candidates)
+        self.begun: dict[int, Candidate] = {}
+        self.is_planned = False
+
+    def is_over(self) -> bool:
+        return self.context.is_over()
+
+    def propose(self, n_free: int, running: Mapping[int, int]) -> list[int]:
+        """Return the trial numbers of new trials: known trials first, then proposals."""
+        n_known = min(n_free, len(self.waiting))
+        known = [self.waiting.popleft() for _ in range(n_known)]
+        epochs = dict(running)
+        stored = {}
+        for candidate in known:
+            if batch_of(candidate) > 0:
+                stored[candidate.number] = candidate.params
+            else:  # not a proposal, for example the default trial
+                self.begun[candidate.number] = candidate
+                epochs[candidate.number] = 0
+        n_new = min(n_free - n_known, n_missing(self.context))
+        if stored or n_new:
+            known += self._ask(epochs, stored, n_new)
+        self.begun |= {candidate.number: candidate for candidate in known}
+        return [candidate.number for candidate in known]
+
+    def _ask(
+        self, epochs: Mapping[int, int], stored: Mapping[int, Config], n_new: int
+    ) -> list[Candidate]:
+        """Ask the sampler for ``n_new`` trials, and store them in the study."""
+        context = self.context
+        known = context.ledger.candidates
+        first = 1 + max((candidate.number for candidate in known), default=-1)
+        batch = 1 + max(map(batch_of, known), default=0)
+        repeats = self.study.repeats
+        with context.profile.clock("proposals"):
+            numbers = range(first, first + n_new)
+            proposals = self.study.propose(self._asked(epochs), stored, numbers)
+        if repeats and not self.study.repeats:
+            context.progress.say(NOT_REPEATED, once=True)
+        for number in sorted(self.study.outside):
+            context.progress.say(outside_text(self.begun[number]), once=True)
+        candidates = []
+        for number, params in proposals.items():
+            candidates.append(Candidate(number, params, f"{BATCH}{batch}"))
+        if candidates:
+            context.ledger.add(candidates)
+        for candidate in candidates:
+            config = context.complete(candidate.params)
+            self.training.running.append(self.training.begin_trial(candidate, config))
+        return candidates
+
+    def _asked(self, epochs: Mapping[int, int]) -> dict[int, AskedTrial]:
+        """Return all trials that have begun, as the sampler sees them.
+
+        ``epochs`` has the number of trained epochs of each running trial.
+        """
+        curves = self._curves()
+        asked = {}
+        for number, candidate in self.begun.items():
+            n_epochs = epochs.get(number, len(curves[number]))
+            means = first_metric(curves[number], axes=2)[:n_epochs].mean(1)
+            rung_means = {}
+            for stop in self.stops:
+                if stop <= n_epochs and np.isfinite(means[stop - 1]):
+                    rung_means[stop] = float(means[stop - 1])
+            if number in epochs:
+                asked[number] = AskedTrial(candidate.params, rung_means)
+            else:
+                result = self.context.ledger.results[number]
+                asked[number] = AskedTrial(candidate.params, rung_means, result.state, result.score)
+        return asked
+
+    def _curves(self) -> dict[int, np.ndarray]:
+        """Return the scores so far of all ended and running trials."""
+        running = {trial.number: trial.curve for trial in self.training.running}
+        return self.training.curves | running
+
+    def train(self, until: Mapping[int, int]) -> Mapping[int, np.ndarray]:
+        """Train each trial up to its epoch, and return its scores so far."""
+        trials = []
+        for trial in self.training.running:
+            epochs = until.get(trial.number, 0)
+            if len(trial.curve) < epochs and not trial.has_diverged(epochs):
+                trials.append(trial)
+        if trials:
+            n_epochs = max(until[trial.number] - len(trial.curve) for trial in trials)
+            self.training.train_until(trials, until, epochs=n_epochs, show=not self.is_planned)
+            self.is_planned = True
+        curves = self._curves()
+        scores = {}
+        for number, epochs in until.items():
+            scores[number] = first_metric(curves[number], axes=2)[:epochs]
+        return scores
+
+    def end(self, numbers: Sequence[int], rung: int | None = None) -> None:
+        """Store the results of trials that have ended."""
+        ended = [trial for trial in self.training.running if trial.number in numbers]
+        self.training.finish(ended, rung=rung)
+        self.training.running = [trial for trial in self.training.running if trial not in ended]
