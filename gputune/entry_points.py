@@ -10,11 +10,13 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Literal
 
-IntegrationKind = Literal["clusters"]
+IntegrationKind = Literal["clusters", "exports"]
 """The folder of an integration. A module must define:
 
 - In ``clusters``: ``CLUSTER``, the subclass of ``gputune.executors.cluster.Cluster`` that
   ``tune(workers="ray")`` means for the module ``ray``.
+- In ``exports``: ``write_model(model, description, path)``, which ``TunedModel.export`` calls to
+  write a file with the suffix ``.onnx`` for the module ``onnx``.
 """
 
 

@@ -59,7 +59,7 @@ def test_the_commands_of_agents_run(tmp_path, monkeypatch, capsys):
         words = shlex.split(command, comments=True)
         if (
             words[1] == "export"
-        ):  # takes 7 s to import torch.export; tests/study/test_export.py runs it
+        ):  # takes 7 s to import torch.export; tests/integrations/test_export.py runs it
             continue
         assert main(words[1:]) == 0, command
         printed[" ".join(words)] = capsys.readouterr().out

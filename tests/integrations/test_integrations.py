@@ -1,6 +1,7 @@
 """A new integration is one file, in the folder of its kind: these toys need no other change."""
 
 import importlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ def toy_cluster():
 
 def test_the_folder_lists_what_there_is():
     assert integrations("clusters") == ["ray", "toy"]
+    assert integrations("exports") == ["onnx", "pt2", "txt"]
 
 
 def test_a_cluster_in_one_file_trains_a_search(table, tmp_path):
@@ -83,3 +85,13 @@ def test_an_unknown_cluster_in_a_study_file(table, tmp_path):
     study.record.arguments.kept["workers"] = {"cluster": "toy", "address": "toys:1"}
     with pytest.raises(gputune.UntrustedCodeError, match="names the Toy cluster 'toys:1'"):
         recorded_search(path, study.record, {})
+
+
+def test_a_format_in_one_file_exports_a_model(tmp_path):
+    model = search(n_trials=1).best_model()
+    model.export(tmp_path / "model.txt")
+    written = json.loads((tmp_path / "model.txt").read_text())
+    assert (written["format"], written["module"]) == ("gputune export", "MLP")
+    assert written["outputs"] == ["label", "probabilities"]
+    with pytest.raises(gputune.InputError, match=r"must end in \.onnx, \.pt2 or \.txt\."):
+        model.export(tmp_path / "model.doc")

@@ -19,8 +19,8 @@ import gputune
 from gputune.cli.held_out import HeldOut
 from gputune.cli.main import main
 from gputune.cli.summary import ensemble_text
+from gputune.integrations.whole_model import WholeModel
 from gputune.population.population import Ensemble
-from gputune.study.export import WholeModel
 from gputune.tuning.predictions import Predictions, predictions_of
 from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Access, search_of
