@@ -6,7 +6,7 @@ command line override the file.
 
 import argparse
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gputune.cli.arguments import READERS
@@ -21,14 +21,16 @@ _NO_VALUE = "config_file"  # a file cannot name another file
 _MOST_BYTES = 1 << 20
 
 
-def add_config(arguments: argparse.Namespace) -> None:
+def add_config(arguments: argparse.Namespace) -> Sequence[str]:
     """Add the options from the ``--config`` file that the user did not type as flags.
 
-    Raises InputError if the file or one of its values is not valid.
+    Returns the flags of the added options. Raises InputError if the file or one of its values is
+    not valid.
     """
+    flags: list[str] = []
     file = getattr(arguments, "config_file", None)
     if file is None:
-        return
+        return flags
     options = _options(COMMANDS[arguments.command])
     keys: dict[str, str] = {}  # the key of each option
     for key, value in _table(file).items():
@@ -46,6 +48,8 @@ def add_config(arguments: argparse.Namespace) -> None:
             arguments.verbose = 0 if converted else arguments.verbose
         elif getattr(arguments, name) is None:
             setattr(arguments, name, converted)
+            flags.append(rule.name)
+    return flags
 
 
 def _table(file: str) -> Mapping[str, object]:

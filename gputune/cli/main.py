@@ -142,13 +142,14 @@ def _flush_streams() -> None:
 
 def _run(arguments: argparse.Namespace, interface: Interface) -> int:
     """Run the command, print its result, and return its exit code."""
+    from_config: Sequence[str] = ()  # the flags that a --config file sets
     try:
         if arguments.command in _READING:
             # It imports numpy, for which --help must not wait.
             from gputune.cli.config_file import add_config
             from gputune.cli.paths import check_paths
 
-            add_config(arguments)
+            from_config = add_config(arguments)
             check_paths(arguments)
         with without_collector():
             module = import_module(f"gputune.cli.{_MODULES[arguments.command]}")
@@ -164,7 +165,10 @@ def _run(arguments: argparse.Namespace, interface: Interface) -> int:
         _say(str(failed))
         return FAILED
     except (InputError, SearchFailedError, ClusterError, DivergedError, OSError) as error:
-        _say(interface.render(_message(error)), kind="error")
+        text = interface.render(_message(error))
+        if text.partition(" ")[0] in from_config:
+            text = f"{arguments.config_file}: {text}"
+        _say(text, kind="error")
         return BAD_INPUT if isinstance(error, _BAD_INPUT) else FAILED
     except Exception:  # a bug: the report needs the traceback
         with suppress(OSError, ValueError):

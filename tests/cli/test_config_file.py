@@ -145,6 +145,13 @@ def test_errors_name_the_file_and_the_key(config, text, words):
     assert words in refusal("tune", "bugs.csv", "--target", "kind", "--config", "search.toml")
 
 
+def test_a_value_that_only_the_search_refuses_names_the_file(config):
+    config.write_text("[space]\nlr = [-1.0]")
+    words = ["tune", "bugs.csv", "--target", "kind", "--config", "search.toml"]
+    assert refusal(*words).startswith("gputune: error: search.toml: --space lr must be a finite")
+    assert "search.toml" not in refusal(*words, "--space", "lr=-1")
+
+
 def test_files_that_cannot_be_read(config):
     words = ["tune", "bugs.csv", "--target", "kind", *FAST, "--config"]
     assert "'nowhere.toml'" in refusal(*words, "nowhere.toml")
