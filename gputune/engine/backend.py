@@ -35,6 +35,7 @@ from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import RULES
 from gputune.population.population import ModelKind, beyond_adam
 from gputune.scratch import cache_folder, write_text
+from gputune.threads import on_threads
 from gputune.types import BY_MEMBER, Backend, BackendWord, Config, Precision
 from gputune.version import __version__
 from gputune.wording import Verbatim, option
@@ -347,17 +348,6 @@ def torch_threads(threads: int) -> Iterator[None]:
             yield
     finally:
         torch.set_flush_denormal(flushed)
-
-
-@contextmanager
-def on_threads(threads: int) -> Iterator[None]:
-    """Let torch use ``threads`` threads inside the ``with`` block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check_tf32(tf32: object, dtype: str, workers: object, device: torch.device) -> None:

@@ -10,7 +10,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from gputune.engine.backend import on_threads
 from gputune.engine.checkpoint import Checkpoint
 from gputune.engine.job import Failure, Job, Outcome, stalled_epochs
 from gputune.engine.plan import Plan
@@ -19,6 +18,7 @@ from gputune.methods.rungs import ComparingRule, train_in_rungs
 from gputune.population.population import Population, by_numbers
 from gputune.solver.solve import solve_chunk
 from gputune.study.store import Candidate, PlannedChunk, Result
+from gputune.threads import on_threads
 from gputune.tuning.context import Context, RecordedPlan, failed_result
 from gputune.tuning.good_enough import batch_of
 from gputune.tuning.waiting import train_waiting

@@ -44,6 +44,7 @@ from gputune.population.population import Network, arguments_text, module_argume
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
 from gputune.text import count
+from gputune.threads import is_small_pass, on_one_thread
 from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
 from gputune.wording import option
 
@@ -92,7 +93,8 @@ def traits_of(
         tried = data.of(config)
         trial = ModuleTrial(builder, config, tried, columns, objective)
         trial.check_ids(tried)
-        known[key] = inspect_module(trial)
+        with on_one_thread(if_small=is_small_pass(trial.module, trial.inputs)):
+            known[key] = inspect_module(trial)
     traits = known[key]
     if not traits.row_losses and data.weights is not None:
         loss = objective.in_words if objective else "the loss"
@@ -149,10 +151,8 @@ def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> 
 
 
 def gain_of_code(builder: Builder, config: Config) -> float:
-    """Return the seconds per step that compiled code saved, as measured before on any data.
-
-    The result is 0.0 if it saved no time, or if nothing was measured yet.
-    """
+    """Return the seconds per step that compiled code saved, as measured before on any data. The
+    result is 0.0 if it saved no time, or if nothing was measured yet."""
     gains = _gains.get(builder, {})
     by_default = {**config, "numbers": None}
     return gains.get(arguments_text(config)) or gains.get(arguments_text(by_default), 0.0)

@@ -26,6 +26,7 @@ from gputune.scoring.evaluation_draws import drawing_rows
 from gputune.scoring.label_scores import average_precision
 from gputune.scoring.objective import pairs_all_rows
 from gputune.seeding import keyed_draws
+from gputune.threads import SMALL_LOSS, on_one_thread
 from gputune.types import EvaluationKey, Outputs, Params, Task
 
 Scorer = Callable[..., SupportsFloat]
@@ -369,11 +370,9 @@ class Validation:
                     for number, part in enumerate(self._parts(fold, block))
                 ]
                 outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
-            columns.append(
-                self.scoring.metrics(
-                    self.data, fold, outputs, partial(network.member, params, fold)
-                )
-            )
+            member = partial(network.member, params, fold)
+            with on_one_thread(if_small=outputs.numel() <= SMALL_LOSS):
+                columns.append(self.scoring.metrics(self.data, fold, outputs, member))
             if self.scoring.kept_bytes:
                 kept.append(outputs)
         self.outputs = [kept]

@@ -45,6 +45,7 @@ from gputune.sklearn.recipe import (
 )
 from gputune.study.module_source import is_builder
 from gputune.text import nearest
+from gputune.threads import is_small_pass, on_one_thread
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config
 from gputune.wording import Interface, Reference
@@ -390,8 +391,10 @@ class TrainedEstimator(FusedEstimator):
         rows = max(1, min(ROWS, NUMBERS // sum(part[0].numel() for part in arrays.parts)))
         blocks = []
         draws = getattr(self, "_draws", False)  # missing in pickles of older versions
+        is_small = is_small_pass(self.module_, [part[:rows] for part in arrays.parts])
+        seeded = prediction_draws(weight.device, draws=draws)
         # not inference_mode: TorchScript fails on its tensors
-        with prediction_draws(weight.device, draws=draws), torch.no_grad():
+        with seeded, torch.no_grad(), on_one_thread(if_small=is_small):
             for parts in zip(*(torch.split(part, rows) for part in arrays.parts)):
                 inputs = []
                 for x, scaling in zip(parts, self._scaling):

@@ -24,6 +24,7 @@ from gputune.models import LogisticRegression
 from gputune.scoring.scoring import BestOutputs, Scoring
 from gputune.solver.newton import StepFunction, descend, newton_step, proximal_newton_step
 from gputune.solver.objective import SolverRows, rows_of
+from gputune.threads import SMALL_PRODUCT, on_one_thread
 from gputune.types import Config, first_metric
 
 # Numbers in one (members, outputs, rows) tensor of a chunk. On a CPU it should fit into the cache,
@@ -73,6 +74,7 @@ class _Inputs:
 
     def __init__(self, data: Dataset) -> None:
         self.data = data
+        self.shape = (data.n_folds, data.n_rows, data.n_features)
 
     def __getitem__(self, place: tuple[int, Tensor]) -> Tensor:
         """Return rows of a fold, selected by their positions or by a bool mask (n,)."""
@@ -110,6 +112,24 @@ def solve(problem: LogisticProblem) -> Solution:
     ``converged`` is false for a member that has not reached the tolerance after ``max_steps``, or
     that float64 cannot bring any closer. Such a member has the finite coefficients that it reached.
     """
+    threads = torch.get_num_threads()
+    with on_one_thread(if_small=_is_small(problem)):
+        return _solve_folds(problem, threads)
+
+
+def _is_small(problem: LogisticProblem) -> bool:
+    """Return True if all matrix products of a fold are small.
+
+    The largest products are those of the rows with themselves, and of the rows with the outputs of
+    all trials.
+    """
+    rows, columns = problem.x.shape[-2:]
+    outputs = len(problem.C) * problem.n_classes
+    return rows * columns * max(columns, outputs) <= SMALL_PRODUCT
+
+
+def _solve_folds(problem: LogisticProblem, threads: int) -> Solution:
+    """Solve a problem for every fold and trial, with at most ``threads`` jobs at once on a CPU."""
     parts: list[Solution] = []
     jobs: Jobs = []
     held = 0
@@ -121,21 +141,21 @@ def solve(problem: LogisticProblem) -> Solution:
             group.clear()  # each job holds copies of its rows: drop this second reference to them
             held += numbers
             if held + numbers > HELD:
-                _run(jobs, problem.y.device)
+                _run(jobs, problem.y.device, threads)
                 jobs = []
                 held = 0
-    _run(jobs, problem.y.device)
+    _run(jobs, problem.y.device, threads)
     columns = zip(*(vars(part).values() for part in parts))
     return Solution(*map(torch.cat, columns))
 
 
-def _run(jobs: Jobs, device: torch.device) -> None:
+def _run(jobs: Jobs, device: torch.device, threads: int) -> None:
     """Run the solver's jobs, on a CPU in parallel.
 
-    On a CPU as many jobs run at once as torch has threads, because the products of one job are too
-    small to use several threads.
+    On a CPU ``threads`` jobs run at once, because the products of one job are too small to use
+    several threads.
     """
-    threads = min(torch.get_num_threads(), len(jobs)) if device.type == "cpu" else 1
+    threads = min(threads, len(jobs)) if device.type == "cpu" else 1
     if threads <= 1:
         for job in jobs:
             job()

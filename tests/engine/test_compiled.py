@@ -15,8 +15,8 @@ import gputune
 import problems
 from gputune.data.scaling import Scaling
 from gputune.engine import compiled
-from gputune.engine.backend import on_threads
 from gputune.engine.mlp import StackedMLP
+from gputune.threads import on_threads
 from gputune.types import SCHEDULES
 from problems import (
     assert_equals_plain_loop,

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from gputune.engine.backend import on_threads
 from gputune.engine.members import MemberChunk
 from gputune.engine.stacked import StackedChunk
 from gputune.models import RealMLP
@@ -19,6 +18,7 @@ from gputune.modules.traits import Traits
 from gputune.native import library as built
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Validation
+from gputune.threads import on_threads
 from problems import Linear, fill, make_data, scoring_of, shape_of, train
 
 pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler")
