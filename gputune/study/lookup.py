@@ -10,7 +10,10 @@ stand only for one of these:
     very name;
 
 (c) a subclass of ``nn.Module`` that the running program (``__main__``) defines. A function of the
-    running program counts only if this user has trained it from that script, or this process has.
+    running program counts only if this user has trained it from that script, or this process has;
+
+(d) a class or function of a script that this program has imported, if this user has trained it from
+    that file while it ran as a script, and its source is the same.
 
 Each step of the lookup, and why it is safe:
 
@@ -122,6 +125,17 @@ def grant_of(files: Files, name: str) -> Grant:
         return Grant.OBJECT
     # The second key is the one of older versions.
     return Grant.MODULES if is_remembered(json.dumps(files)) else Grant.NOTHING
+
+
+def is_trained(files: Files, name: str) -> bool:
+    """Return True if this user has trained an object of these files, also while they ran as a
+    script.
+
+    The files run already as modules of this program.
+    """
+    return bool(files) and (
+        is_remembered(_key(files, name)) or is_remembered(_key(files, name, is_script=True))
+    )
 
 
 def _key(files: Files, name: str, *, is_script: bool = False) -> str:

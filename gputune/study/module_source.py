@@ -42,6 +42,7 @@ from gputune.study.lookup import (
     is_granted,
     is_module_class,
     is_of_program,
+    is_trained,
     lookup,
     public_model,
     remember_object,
@@ -126,6 +127,11 @@ def source_file(module_class: Builder) -> str | None:
     return str(Path(path).resolve()) if path and Path(path).is_file() else None
 
 
+def script_of(module_class: Builder) -> str | None:
+    """Return the absolute path of the running script if the script defines a class, else None."""
+    return source_file(module_class) if _place(module_class)[0] == MAIN else None
+
+
 def unreachable_place(module_class: Builder) -> str | None:
     """Return the place of a class as text if other processes cannot find the class, else None."""
     home, name = _place(module_class)
@@ -200,8 +206,10 @@ def find_class(source: Json, *, trust_code: bool = False, or_changed: bool = Fal
         digest = source.get("sha256")
         return _of_file(path, name, digest, trust_code=trust_code, or_changed=or_changed)
     place = str(source["import"])
-    find = _of_main if place.partition(":")[0] == MAIN else _import_builder
-    module_class = find(place, source.get("file"), trust_code)
+    if place.partition(":")[0] == MAIN:
+        module_class = _of_main(source, trust_code=trust_code, or_changed=or_changed)
+    else:
+        module_class = _import_builder(place, source.get("file"), trust_code)
     if not or_changed and is_changed(module_class, source):
         raise InputError(
             None,
@@ -264,32 +272,75 @@ def _of_file(
     return _granted(_run(path, content), name, grant)
 
 
-def _of_main(place: str, script: str | None, trust_code: bool) -> Builder:
-    """Return a class from the running program, or from the script that defined the class. The
-    latter runs the script."""
-    name = place.partition(":")[2]
+def _of_main(source: Json, *, trust_code: bool, or_changed: bool) -> Builder:
+    """Return a class that a script, a notebook or a prompt defined.
+
+    The class comes from the running program, otherwise from an imported module with the same source
+    of the class, otherwise from the script. The latter runs the script.
+    """
+    name = str(source["import"]).partition(":")[2]
     builder = lookup(sys.modules[MAIN], name)
-    if builder is not None:
+    has_changed = builder is not None and is_changed(builder, source)
+    if builder is not None and (or_changed or not has_changed):
         if trust_code or is_of_program(builder, name):
             return builder
         raise UntrustedCodeError(
             f"{name!r} is a function of the running program, and loading it calls that function "
             "with arguments from the file. You have not trained it from this program."
         )
+    imported = _imported_copy(name, source, trust_code=trust_code)
+    if imported is not None:
+        return imported
+    script = source.get("file")
+    if builder is not None and (script is None or not trust_code):
+        return builder  # the caller says that it has changed
+    defined = f"the module class {name!r} was defined in"
     if script is None:
         raise InputError(
             None,
-            f"the module class {name!r} was defined in a script, in a notebook or at a prompt, "
-            "and this program has no class of that name",
-            remedy="Define the class here too, or continue in the program that has it.",
+            f"{defined} a script, in a notebook or at a prompt, and this program has no class of "
+            "that name with the same source. The study or model does not say in which file it was",
+            remedy="Import the class into this program, define it here, or continue in the "
+            "program that has it.",
         )
-    script = str(Path(script).resolve())
+    path = Path(script).resolve()
+    if not path.is_file():
+        raise InputError(
+            None,
+            f"{defined} the script {str(path)!r}, which does not exist any more",
+            remedy="Restore the script, or import the class with its old source into this program.",
+        )
     if not trust_code:
         raise UntrustedCodeError(
-            f"the module class {name!r} is in the script {script!r}. Loading it runs that script "
-            'again, except the code under `if __name__ == "__main__":`.'
+            f"the module class {name!r} is in the script {str(path)!r}. Loading it runs that "
+            'script again, except the code under `if __name__ == "__main__":`.'
         )
-    return class_from_file(script, name)
+    found = class_from_file(path, name)
+    if not or_changed and is_changed(found, source):
+        raise InputError(
+            None,
+            f"the module class {name!r} of {str(path)!r} has changed since the search began",
+            remedy="Restore its source.",
+        )
+    return found
+
+
+def _imported_copy(name: str, source: Json, *, trust_code: bool) -> Builder | None:
+    """Return a class of an imported module that has the name and the source of a script's class, or
+    None.
+
+    Nothing is imported. Without ``trust_code``, this user must have trained the class from the file
+    of the module.
+    """
+    if source.get("sha256") is None:
+        return None
+    for module in list(sys.modules.values()):
+        builder = lookup(module, name)
+        if builder is None or _digest(builder) != source["sha256"]:
+            continue
+        if trust_code or is_trained(files_of(module), name):
+            return builder
+    return None
 
 
 def _import_builder(place: str, file: str | None, trust_code: bool) -> Builder:

@@ -60,6 +60,7 @@ ARGUMENTS = {
     "lacking": [str],
     "callbacks": [str],
     "final_model?": {"": bool},
+    "script?": str,
 }
 
 
@@ -75,6 +76,8 @@ class Arguments:
         callbacks: the callbacks that a resumed search will not call.
         final_model: options of the command line for the model that it saves at the end: "ensemble",
             "intervals" and "calibrate". Empty in studies made from Python or by earlier versions.
+        script: the path of the script that defined the module class. None for other models, and in
+            studies of earlier versions.
     """
 
     kept: Json = field(default_factory=dict)
@@ -83,6 +86,7 @@ class Arguments:
     lacking: Sequence[str] = ()
     callbacks: Sequence[str] = ()
     final_model: dict[str, bool] = field(default_factory=dict)
+    script: str | None = None
 
     def updated(self, latest: Self) -> Self:
         """Return these arguments with the latest call's options for the final model and the end of
@@ -244,7 +248,10 @@ class SearchRecord:
         """Return the search record as named options for a study file."""
         options = {name: getattr(self, name) for name in RECORD_FIELDS if name not in self.absent}
         if "arguments" in options:
-            options["arguments"] = dict(vars(self.arguments))
+            arguments = dict(vars(self.arguments))
+            if self.arguments.script is None:  # as in studies of earlier versions
+                del arguments["script"]
+            options["arguments"] = arguments
         return options
 
     @property

@@ -1,6 +1,6 @@
 """Checks of the argument ``model``, and its conversion to and from a study file."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -41,6 +41,8 @@ class ModelChoice:
     goal: Goal = ""
     """The kind of target that the model predicts: "classes", "numbers" (regression) or "" (other,
     or not known yet)."""
+    recorded_spec: Json | None = field(default=None, compare=False)
+    """The description of the model in the study from which it was read, or None."""
 
     def of(self, target: Target, objective: Objective | None) -> "ModelChoice":
         """Return the model choice for a target and a loss, because some default values depend on
@@ -118,8 +120,12 @@ def choose_model(model: object, optimizer: object) -> ModelChoice:
     return ModelChoice(searched, name, module_class)
 
 
-def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoice:
+def recorded_model(
+    spec: Json, optimizer: str, *, script: str | None = None, trust_code: bool
+) -> ModelChoice:
     """Return the model and the optimizer that a study has stored.
+
+    ``script`` is the path of the script that defined the module class, if a script did.
 
     Raises InputError if a class no longer exists, and UntrustedCodeError for code that the user has
     not trusted.
@@ -131,8 +137,13 @@ def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoi
             "gputune does not have",
             remedy="Open the study with the version of gputune that wrote it.",
         )
-    module_class = find_class(spec, trust_code=trust_code) if spec["kind"] == "module" else None
-    return ModelChoice(spec["kind"], optimizer, module_class)
+    if spec["kind"] != "module":
+        return ModelChoice(spec["kind"], optimizer, None)
+    place = spec if script is None else {**spec, "file": script}
+    module_class = find_class(place, trust_code=trust_code)
+    # A class of a script is found under another name if this program is not the script. Its source
+    # is the same, so the search keeps the name.
+    return ModelChoice("module", optimizer, module_class, recorded_spec=spec)
 
 
 def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:

@@ -38,6 +38,7 @@ from gputune.spaces.distributions import (
     space_to_json,
 )
 from gputune.study.code import digest_of_code, is_remembered
+from gputune.study.module_source import script_of
 from gputune.study.record import RECORD_FIELDS, Arguments, SearchRecord
 from gputune.study.values import sha256, to_json
 from gputune.tuning.choices import ModelChoice, recorded_model
@@ -95,7 +96,7 @@ def search_record(
     positives = (metric["positive"] for metric in metrics if metric["positive"] is not None)
     return SearchRecord(
         model=choice.name,
-        spec=choice.spec,
+        spec=choice.recorded_spec or choice.spec,
         optimizer=choice.optimizer,
         schedule=training.schedule,
         space=space_text(space),
@@ -130,12 +131,16 @@ def search_record(
         dtype=str(data.dtype).removeprefix("torch."),
         device=str(data.device) if cluster is None else cluster.device,
         versions=versions(),
-        arguments=_arguments(options, problem.source, space, folds),
+        arguments=_arguments(choice, options, problem.source, space, folds),
     )
 
 
 def _arguments(
-    options: Options, source: Source, space: CheckedSpace, folds: Sequence[Rows]
+    choice: ModelChoice,
+    options: Options,
+    source: Source,
+    space: CheckedSpace,
+    folds: Sequence[Rows],
 ) -> Arguments:
     """Return the arguments of a search that its study file stores.
 
@@ -167,6 +172,7 @@ def _arguments(
         folds=pack_folds(folds),
         lacking=[description for description, missing in is_missing.items() if missing],
         callbacks=[type(callback).__name__ for callback in options.machine.callbacks],
+        script=None if choice.module_class is None else script_of(choice.module_class),
     )
 
 
@@ -273,7 +279,12 @@ def recorded_search(
     stored = {**arguments.kept, **changed}
     _check_resumable(path, record, stored)
     study = path.absolute()  # a module of the user may change the current folder
-    choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
+    choice = recorded_model(
+        dict(record.spec),
+        record.optimizer,
+        script=record.arguments.script,
+        trust_code=trust_code,
+    )
     source, test = _reread(record, choice)
     workers = stored.get("workers", "auto")
     if isinstance(workers, dict):

@@ -371,7 +371,12 @@ def _read_search(access: Access) -> SearchCall:
             remedy="Call this method on the study that tune() returned, in the same process.",
         )
     options = recorded_options(record, **_machine(record), class_weight=class_weight)
-    choice = recorded_model(dict(record.spec), record.optimizer, trust_code=access.trust_code)
+    choice = recorded_model(
+        dict(record.spec),
+        record.optimizer,
+        script=record.arguments.script,
+        trust_code=access.trust_code,
+    )
     return SearchCall(choice, _source_of(access, choice, options.rows), options)
 
 
