@@ -43,7 +43,7 @@ _FIRST_RULES: dict[str, dict[str, Rule]] = {
     DATA: {
         "target": Rule("--target <NAME>", "Column to predict", default="target of sklearn:NAME"),
         "groups": Rule(
-            "--groups <NAME>", "Column of groups; folds never split the rows of a group"
+            "--groups <NAME>", "Column with the group of each row; no fold splits a group"
         ),
         "test_size": Rule(
             "--test-size <SHARE>",
@@ -64,7 +64,7 @@ _FIRST_RULES: dict[str, dict[str, Rule]] = {
         "optimizer": Rule(
             "--optimizer <NAME>",
             "Optimizer",
-            "Optimizers with a name that ends in hd adapt their learning rate. A module also "
+            "Optimizers whose names end in hd adapt their learning rate. A module also "
             "takes a class of torch.optim, such as RAdam.",
             "adamw; exact for logistic",
             values=(*OPTIMIZERS, "exact"),
@@ -148,7 +148,7 @@ _LAST_RULES: dict[str, dict[str, Rule]] = {
         ),
         "profile": Rule(
             "--profile",
-            "Print at the end how the time was spent",
+            "At the end, print how the time was spent",
             "Also print how close the training came to the machine's speed for matrix products, as "
             "a share.",
             resume=True,

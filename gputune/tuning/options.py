@@ -143,7 +143,7 @@ class SearchOptions(OptionGroup):
     patience_trials: int | None = _stopping(
         None,
         "--patience-trials <INT>",
-        "Stop when this number of trials in a row brings no better score",
+        "Stop after this number of trials in a row without a better score",
         takes="1..",
         check=partial(checks.count, none=True),
         stored=True,
@@ -165,7 +165,7 @@ class RowOptions(OptionGroup):
     missing_target: "MissingTarget" = _data(
         "error",
         "--missing-target <NAME>",
-        "Treatment of rows with a missing target",
+        "What to do with rows that have a missing target",
         default="error",
         choices=("error", "drop"),
         check=checks.one_of("error", "drop"),
@@ -184,7 +184,7 @@ class RowOptions(OptionGroup):
         5,
         "--cv <FOLDS>",
         "Number of folds, or time:INT",
-        "time:5 makes five folds of rows that are in order of time.",
+        "time:5 makes five folds that keep the time order of the rows.",
         "5",
         values=("an integer from 2", "time:INT"),
     )
@@ -199,7 +199,7 @@ class RowOptions(OptionGroup):
     kinds: "Mapping[str, Kind] | None" = _data(
         None,
         "--kind <COLUMN=KIND>...",
-        "Kinds of columns that gputune would guess wrong",
+        "Kinds of columns that gputune guesses wrongly",
         "For example zip=category for a postal code, or day=date for 20200131.",
         "guessed",
         takes="specs",
@@ -210,7 +210,7 @@ class RowOptions(OptionGroup):
     max_levels: int = _data(
         32,
         "--max-levels <INT>",
-        "Largest number of levels of a categorical column that get a feature each",
+        "Largest number of levels per categorical column that get their own feature",
         "These are the most frequent levels. The others share one feature.",
         "32",
         takes="1..",
@@ -220,7 +220,7 @@ class RowOptions(OptionGroup):
     columns: "Columns | Literal['auto']" = _data(
         "auto",
         "--columns <NAME>",
-        "Preparation of columns",
+        "How to prepare the columns",
         "keep: each numeric column is one feature. drop-constant: leave out constant columns, and "
         "add features that mark missing values. auto: keep for your own module, drop-constant "
         "otherwise.",
@@ -259,7 +259,7 @@ class TrainingOptions(OptionGroup):
     patience: int | None = _stopping(
         None,
         "--patience <INT>",
-        "End a trial after this number of epochs without a better score",
+        "Stop a trial after this number of epochs without a better score",
         "The score is the mean over the folds.",
         "all train to the end",
         takes="1..",
@@ -322,7 +322,7 @@ class MachineOptions(OptionGroup):
     backend: BackendWord = _compute(
         "auto",
         "--backend <NAME>",
-        "Program that trains the members",
+        "Way to train the members",
         "compiled: compiled code on a CPU. kernel: a kernel on a GPU. graph: a recorded step, "
         "replayed. eager: operations on stacked tensors. stacked: the same for your module, or an "
         "error if its members cannot be stacked. loop: one member after another.",
@@ -344,7 +344,7 @@ class MachineOptions(OptionGroup):
     tf32: bool = _compute(
         False,
         "--tf32",
-        "Multiply matrices on a GPU faster, with fewer bits",
+        "Multiply matrices faster on a GPU, with fewer bits",
         stored=True,
     )
     precision: Precision = _compute(
