@@ -10,13 +10,17 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Literal
 
-IntegrationKind = Literal["clusters", "exports"]
+IntegrationKind = Literal["clusters", "exports", "loggers", "studies"]
 """The folder of an integration. A module must define:
 
 - In ``clusters``: ``CLUSTER``, the subclass of ``gputune.executors.cluster.Cluster`` that
   ``tune(workers="ray")`` means for the module ``ray``.
 - In ``exports``: ``write_model(model, description, path)``, which ``TunedModel.export`` calls to
   write a file with the suffix ``.onnx`` for the module ``onnx``.
+- In ``loggers``: a ``Callback`` with the name of the module, in any case:
+  ``gputune.callbacks.MLflow`` is in the module ``mlflow``.
+- In ``studies``: ``export_study(study, storage, name)``, which ``Study.to_optuna`` calls for the
+  module ``optuna``.
 """
 
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from gputune.api.interactive import public
 from gputune.api.study import Study
-from gputune.callbacks import Callback
 from gputune.executors.worker import LoopObjective
+from gputune.tuning.callbacks import Callback
 from gputune.tuning.loops import search_loop
 from gputune.tuning.method import Method
 from gputune.tuning.options import make_options

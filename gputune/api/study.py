@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from gputune.entry_points import integration
 from gputune.study import study as data
 from gputune.text import card, count, short
 from gputune.views import plots
@@ -237,9 +238,9 @@ class Study(data.Study):
             >>> len(optuna_study.trials)
             10
         """
-        from gputune.methods.optuna_study import export_to_optuna
-
-        return export_to_optuna(self, storage, name)
+        module = integration("studies", "optuna")
+        exported: optuna.Study = module.export_study(self, storage, name)
+        return exported
 
     def report(
         self,

@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 
 from gputune.api.interactive import public
 from gputune.api.study import Study
-from gputune.callbacks import Callback
 from gputune.data.columns import Columns
 from gputune.data.kinds import Kind
 from gputune.data.missing_target import MissingTarget, check_row_options, select_values
@@ -21,6 +20,7 @@ from gputune.data.torch_dataset import read_dataset
 from gputune.data.weights import ClassWeight
 from gputune.executors.cluster import Cluster
 from gputune.scoring.metrics import Scorings
+from gputune.tuning.callbacks import Callback
 from gputune.tuning.choices import choose_model
 from gputune.tuning.method import Method
 from gputune.tuning.options import make_options

@@ -16,10 +16,10 @@ from gputune.text import did_you_mean
 from gputune.wording import Verbatim, per_interface
 
 if TYPE_CHECKING:
-    from gputune.callbacks import Callback
     from gputune.data.kinds import Kind
     from gputune.data.target_transform import TargetTransform
     from gputune.study.study import Study
+    from gputune.tuning.callbacks import Callback
     from gputune.tuning.method import Method
 
 
@@ -213,7 +213,7 @@ def callbacks(name: str, value: object) -> "tuple[Callback, ...]":
 
     Raises InputError if an element is not a ``Callback``.
     """
-    from gputune.callbacks import Callback
+    from gputune.tuning.callbacks import Callback
 
     if not isinstance(value, list | tuple) or not all(isinstance(item, Callback) for item in value):
         raise InputError(

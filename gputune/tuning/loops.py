@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 
-from gputune.callbacks import Callback, Callbacks
 from gputune.engine.stop import entry, stop_after
 from gputune.errors import InputError, check_count
 from gputune.executors.executor import Executor, Queue
@@ -26,6 +25,7 @@ from gputune.study.ledger import open_ledger
 from gputune.study.record import DIRECTIONS, Arguments, SearchRecord
 from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.study.values import sha256
+from gputune.tuning.callbacks import Callback, Callbacks
 from gputune.tuning.interrupt import CTRL_C
 from gputune.tuning.options import Options, SearchOptions
 from gputune.tuning.progress import Progress

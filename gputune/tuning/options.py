@@ -17,7 +17,6 @@ from gputune.types import NUMBERS, SCHEDULES, BackendWord, MethodWord, Numbers, 
 if TYPE_CHECKING:
     import torch
 
-    from gputune.callbacks import Callback
     from gputune.data.columns import Columns
     from gputune.data.kinds import Kind
     from gputune.data.missing_target import MissingTarget
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from gputune.executors.cluster import Cluster
     from gputune.scoring.metrics import Scorings
     from gputune.study.study import Study
+    from gputune.tuning.callbacks import Callback
     from gputune.tuning.method import Method
 
 

@@ -9,7 +9,6 @@ from typing import Generic
 
 import torch
 
-from gputune.callbacks import Callbacks
 from gputune.data.arrays import ArrayLayout
 from gputune.data.columns import Layout
 from gputune.data.dataset import Dataset, Rows, ScorerRows
@@ -34,6 +33,7 @@ from gputune.study.module_source import remember_code
 from gputune.study.record import SearchRecord
 from gputune.study.store import Candidate, Store
 from gputune.text import size_words
+from gputune.tuning.callbacks import Callbacks
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.context import Context
 from gputune.tuning.interrupt import CTRL_C

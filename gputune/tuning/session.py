@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
-from gputune.callbacks import Callbacks
 from gputune.engine.stop import Stop
 from gputune.errors import InputError, SearchFailedError, SearchInterrupted, StudyCorruptError
 from gputune.garbage import without_collector
@@ -36,6 +35,7 @@ from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result, Store
 from gputune.study.study import Study
 from gputune.text import count
+from gputune.tuning.callbacks import Callbacks
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.good_enough import GoodEnough
 from gputune.tuning.interrupt import ended_by_signals, interruption

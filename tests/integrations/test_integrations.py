@@ -46,6 +46,8 @@ def toy_cluster():
 def test_the_folder_lists_what_there_is():
     assert integrations("clusters") == ["ray", "toy"]
     assert integrations("exports") == ["onnx", "pt2", "txt"]
+    assert integrations("loggers") == ["mlflow", "notes", "tensorboard", "wandb"]
+    assert integrations("studies") == ["optuna"]
 
 
 def test_a_cluster_in_one_file_trains_a_search(table, tmp_path):
@@ -95,3 +97,11 @@ def test_a_format_in_one_file_exports_a_model(tmp_path):
     assert written["outputs"] == ["label", "probabilities"]
     with pytest.raises(gputune.InputError, match=r"must end in \.onnx, \.pt2 or \.txt\."):
         model.export(tmp_path / "model.doc")
+
+
+def test_a_logger_in_one_file_receives_the_trials():
+    logger = gputune.callbacks.Notes()
+    study = search(n_trials=3, callbacks=[logger])
+    assert sorted(logger.scores) == sorted(trial.score for trial in study.trials)
+    with pytest.raises(AttributeError, match=r"'gputune.callbacks' has no attribute 'Note'"):
+        gputune.callbacks.Note  # noqa: B018

@@ -16,7 +16,8 @@ from torch import nn
 import gputune
 from gputune.api.study import Study
 from gputune.errors import MissingExtraError
-from gputune.methods.optuna_study import check_askable, widened_description
+from gputune.integrations.studies.optuna import widened_description
+from gputune.methods.optuna_study import check_askable
 from gputune.spaces.config import legal_keys
 from gputune.spaces.distributions import (
     as_optuna,

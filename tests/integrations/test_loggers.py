@@ -11,8 +11,9 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 import gputune
-from gputune.callbacks import MLflow, TensorBoard, WandB, plain_params, trial_numbers
+from gputune.callbacks import MLflow, TensorBoard, WandB
 from gputune.errors import MissingExtraError
+from gputune.integrations.logged_values import plain_params, trial_numbers
 from study_rows import candidates, result
 
 X, Y = load_iris(return_X_y=True)
