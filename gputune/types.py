@@ -46,19 +46,8 @@ Precision = Literal["full", "bf16"]
 "bf16" means torch.autocast to bfloat16.
 """
 
-Backend = Literal["eager", "compiled", "graph", "loop", "kernel"]
-"""The program that trains a chunk (a group of trials that train together).
-
-"eager" runs operations on stacked tensors, one by one. "graph" records each step once and replays
-it. "compiled" trains member by member in a compiled loop on a CPU, and "kernel" in a kernel of a
-GPU. "loop" trains plain modules one after another.
-"""
-
-BY_MEMBER: tuple[Backend, ...] = ("compiled", "kernel")
-"""The backends in which each member of an MLP takes its own optimizer steps, independent of the
-batch sizes of other members."""
-
-BackendWord = Literal["auto", "eager", "compiled", "graph", "stacked", "loop", "kernel"]
+BackendWord = Literal["auto", "kernel", "compiled", "recorded", "eager", "loop", "stacked", "graph"]
+"""A value of the option ``backend``. "graph" is an earlier name of "recorded"."""
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {

@@ -147,7 +147,7 @@ def main():
         "plain loop in CUDA graphs": partial(loop, device, graphed=True),
         "JAX vmap": partial(jax_vmap, *size),
         "gputune, eager": partial(gputune_search, device, *size, "eager"),
-        "gputune, recorded": partial(gputune_search, device, *size, "graph"),
+        "gputune, recorded": partial(gputune_search, device, *size, "recorded"),
         "gputune, kernel": partial(gputune_search, device, *size, "kernel"),
     }
     if device.type != "cuda":

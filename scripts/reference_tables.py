@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from gputune.engine.backend import trains_as
+from gputune.engine.backends.selection import trains_as
 from gputune.engine.kernel import OPTIMIZERS as KERNEL_OPTIMIZERS
 from gputune.models import CNN, GRU
 from gputune.optimizers.rules import RULES
@@ -166,7 +166,7 @@ def _optimizers() -> str:
     for name in OPTIMIZERS:
         config = {**DEFAULTS, "optimizer": name}
         as_mlp = trains_as("compiled", "mlp", config)
-        as_module = trains_as("graph", "module", config)
+        as_module = trains_as("recorded", "module", config)
         keys = [key for key, names in OPTIMIZERS_WITH.items() if name in names]
         rows.append(
             (
@@ -195,7 +195,7 @@ def _optimizers() -> str:
 
 _BACKENDS = {
     "compiled": "compiled",
-    "graph": "recorded steps",
+    "recorded": "recorded steps",
     "eager": "stacked operations",
     "loop": "one by one",
 }

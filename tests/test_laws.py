@@ -43,7 +43,7 @@ ADAPTIVE = [
 ]
 SIZES = [(8, 16), (8, 7), (19, 23), (48, 500)]  # width, batch size
 # A recorded step is the eager one: it is taken through the grid once, in double precision.
-BACKENDS = ["eager", pytest.param("compiled", marks=needs_compiled_code), "graph"]
+BACKENDS = ["eager", pytest.param("compiled", marks=needs_compiled_code), "recorded"]
 
 
 @pytest.fixture(autouse=True, params=BACKENDS)
@@ -65,7 +65,7 @@ def each(optimizers):
     return pytest.mark.parametrize("optimizer", optimizers, ids=name_of)
 
 
-def with_backends(optimizers, backends=("eager", "compiled", "graph")):
+def with_backends(optimizers, backends=("eager", "compiled", "recorded")):
     """Every optimizer with every backend that trains it; optimizers that adapt their rate train
     eagerly.
     """
@@ -99,9 +99,9 @@ def test_law_1_together_equals_alone(optimizer, task, dtype, backend):
     """In double precision compiled code takes every size; of an eager step and a recorded one each
     takes a half."""
     classes = (task, dtype) == ("multiclass", torch.float64)
-    if backend == "graph" and not classes:
+    if backend == "recorded" and not classes:
         pytest.skip("the step is the eager one")
-    sizes = SIZES if classes and backend == "compiled" else SIZES[backend != "graph" :: 2]
+    sizes = SIZES if classes and backend == "compiled" else SIZES[backend != "recorded" :: 2]
     data = make_data(task, dtype=dtype)
     kinds = [{**optimizer, "depth": depth, "lr": lr} for depth, lr in ((1, 1e-2), (2, 1e-3))]
     for width, size in sizes:

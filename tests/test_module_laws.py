@@ -148,12 +148,12 @@ CASES = {
 CODED = ("gru", "encoder", "two inputs", "shared")
 SHORT = {
     "eager": ("cnn",),
-    "graph": ("cnn", "gru", "lstm", "two inputs", "shared", "residual", "masked", "branching"),
+    "recorded": ("cnn", "gru", "lstm", "two inputs", "shared", "residual", "masked", "branching"),
     "loop": ("branching",),
     "coded": CODED,
 }
 # Cases in which a state holds what others have not: buffers, one weight under two names.
-RESUMED = {"graph": ("cnn",), "loop": ("branching",), "coded": ("shared",)}
+RESUMED = {"recorded": ("cnn",), "loop": ("branching",), "coded": ("shared",)}
 
 
 def ways(short):
@@ -208,7 +208,7 @@ def job_of(build, data, backend, epochs=EPOCHS):
     steps.
     """
     traits = replace(traits_of(build, CONFIGS[0], data), coded=backend == "coded")
-    backend = "graph" if backend == "coded" else backend
+    backend = "recorded" if backend == "coded" else backend
     options = {"module_class": build, "backend": backend, "traits": {WHOLE.arguments: traits}}
     return Job(seed=0, epochs=epochs, horizon=EPOCHS, **options)
 
@@ -257,6 +257,6 @@ def test_company_halving_and_a_resume_change_nothing(name, backend):
 @pytest.mark.parametrize("name", ["cnn", pytest.param("gru", marks=pytest.mark.long), "shared"])
 def test_single_precision_is_that_of_a_plain_loop(name):
     build, data = case(name, torch.float32)
-    for backend in ("graph", "coded")[: 1 + (name in CODED)]:
+    for backend in ("recorded", "coded")[: 1 + (name in CODED)]:
         members = train_chunk(job_of(build, data, backend), data, WHOLE)
         assert largest_difference(members.member(1, 0), alone(name, 0, torch.float32)) <= 1e-3

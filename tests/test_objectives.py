@@ -164,10 +164,10 @@ def one_logit():
     ("backend", "loss"),
     [
         ("loop", None),
-        ("graph", None),
-        ("graph", "bce"),
+        ("recorded", None),
+        ("recorded", "bce"),
         ("eager", nn.BCEWithLogitsLoss()),
-        ("graph", own_bce),
+        ("recorded", own_bce),
     ],
     ids=["loop", "none", "bce", "torch", "own"],
 )

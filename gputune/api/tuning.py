@@ -277,13 +277,15 @@ def tune(
         backend: how members train. "auto" chooses. All backends give the same results up to
             rounding. A member is one trial on one fold.
 
-            - "compiled": each member of an MLP or linear model trains whole epochs in compiled code
-              on a CPU.
-            - "kernel": the same in a thread block of a GPU.
-            - "graph": one step of all members is recorded once and replayed.
+            - "kernel": each member of an MLP or linear model trains whole epochs in a thread block
+              of a GPU.
+            - "compiled": the same in compiled code on a CPU.
+            - "recorded": one step of all members is recorded once and replayed. Earlier versions
+              called it "graph", which still works.
             - "eager": one step at a time, as operations on stacked tensors.
-            - "stacked": the members of your module are stacked. This is an error if they cannot be.
             - "loop": the members of your module train one by one.
+            - "stacked": the members of your module are stacked, in recorded or eager steps. This is
+              an error if they cannot be.
 
         dtype: "float32" or "float64".
         tf32: whether a GPU may round the factors of matrix products to TF32 (10 bits of mantissa)

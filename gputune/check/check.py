@@ -32,7 +32,7 @@ from gputune.memory import CPU
 from gputune.native.library import NotBuiltError, library
 from gputune.solver.solve import solve_all, solved_module
 from gputune.text import count, size_words, table
-from gputune.types import Backend, Say
+from gputune.types import Say
 from gputune.version import __version__
 
 _MEMBERS = 1000  # the table shows the speed of this many members next to the speed of a few
@@ -56,9 +56,9 @@ class Law:
     """
 
     name: str
-    measure: Callable[[torch.device, Backend], float]
+    measure: Callable[[torch.device, str], float]
     allowed: float = EXACT
-    backends: tuple[Backend, ...] = ("eager", "graph", "compiled")
+    backends: tuple[str, ...] = ("eager", "recorded", "compiled")
     gpus: int = 0  # number of GPUs that the law needs
 
 
@@ -93,7 +93,7 @@ _ROUNDED = Case(  # tanh, because rounding could cross the kink of a relu
 _MODULE = Case(_RATES, module=True)
 
 
-def solution(device: torch.device, _backend: Backend) -> float:
+def solution(device: torch.device, _backend: str) -> float:
     """Return the largest difference between gputune's solved logistic regression and
     scikit-learn's.
 
@@ -114,7 +114,7 @@ def solution(device: torch.device, _backend: Backend) -> float:
     return float(np.max(worst))
 
 
-def gradients(mode: Mode, other: Mode, device: torch.device, _backend: Backend) -> float:
+def gradients(mode: Mode, other: Mode, device: torch.device, _backend: str) -> float:
     """Return the difference between two methods of computing hypergradients, for the learning rate
     and the weight decay."""
     generator = torch.Generator().manual_seed(0)
@@ -158,17 +158,19 @@ LAWS: tuple[Law, ...] = (
     Law(
         "a module equals the plain loop",
         partial(laws.from_plain_loop, _MODULE),
-        backends=("eager", "graph"),
+        backends=("eager", "recorded"),
     ),
     *(
         Law(
             f"recorded equals eager: {name}",
             partial(laws.from_eager, CASES[name]),
-            backends=("graph",),
+            backends=("recorded",),
         )
         for name in ("adamw", "one batch size", "dropout", "cosine schedule")
     ),
-    Law("recorded equals eager: a module", partial(laws.from_eager, _MODULE), backends=("graph",)),
+    Law(
+        "recorded equals eager: a module", partial(laws.from_eager, _MODULE), backends=("recorded",)
+    ),
     Law("scores equal scikit-learn's", partial(laws.scores, _SIZES)),
     Law("the solved logistic regression equals scikit-learn's", solution, 1e-6, ()),
     Law(
@@ -188,11 +190,11 @@ LAWS: tuple[Law, ...] = (
         "the other GPUs give the same",
         partial(laws.on_other_gpus, CASES["adamw"]),
         EXACT,
-        ("eager", "graph"),
+        ("eager", "recorded"),
         gpus=2,
     ),
     # This law must be the last: after a failed capture, PyTorch < 2.13 cannot record any more.
-    Law("a recording that fails falls back", laws.recording_fails, 0.0, ("graph",)),
+    Law("a recording that fails falls back", laws.recording_fails, 0.0, ("recorded",)),
 )
 """All guarantees that ``gputune check`` tests, in order."""
 
@@ -226,7 +228,7 @@ class CheckReport:
     device: str
     facts: str
     rows: tuple[CheckRow, ...]
-    speeds: Mapping[tuple[str, Backend], Speed]
+    speeds: Mapping[tuple[str, str], Speed]
 
     @property
     def ok(self) -> bool:
@@ -307,7 +309,7 @@ class CheckReport:
         return json.dumps(report, indent=1)
 
 
-def checks_of(device: torch.device) -> list[tuple[Law, Backend]]:
+def checks_of(device: torch.device) -> list[tuple[Law, str]]:
     """Return the list of checks to run on a device: each law (property of training) with each of
     its available backends."""
     available = backends_of(device)
@@ -320,16 +322,16 @@ def checks_of(device: torch.device) -> list[tuple[Law, Backend]]:
     return checks
 
 
-def backends_of(device: torch.device) -> tuple[Backend, ...]:
+def backends_of(device: torch.device) -> tuple[str, ...]:
     """Return the names of the backends that can train the built-in MLP on a device."""
     if device.type == "cpu":
         with suppress(NotBuiltError):
             library(torch.float64)
-            return "eager", "graph", "compiled"
-    return ("eager", "graph") if obstacle(device) else ("eager", "graph", "kernel")
+            return "eager", "recorded", "compiled"
+    return ("eager", "recorded") if obstacle(device) else ("eager", "recorded", "kernel")
 
 
-def timed_of(device: torch.device) -> list[tuple[torch.device, Backend]]:
+def timed_of(device: torch.device) -> list[tuple[torch.device, str]]:
     """Return the backends to time: all backends of the device, and compiled code on the CPU."""
     pairs = [(device, backend) for backend in backends_of(device)]
     if device != CPU and "compiled" in backends_of(CPU):
@@ -343,13 +345,13 @@ def check(device: torch.device, tell: Say) -> CheckReport:
 
     Before each measurement, the function calls ``tell`` with a description.
     """
-    speeds: dict[tuple[str, Backend], Speed] = {}
+    speeds: dict[tuple[str, str], Speed] = {}
     # Speeds come first, because the last law makes a recording fail.
     for place, backend in timed_of(device):
         tell(f"speed, {backend}")
         speeds[str(place), backend] = measure_speed(place, backend)
     rows = []
-    failed = dict[Backend, str]()
+    failed = dict[str, str]()
     for law, backend in checks_of(device):
         tell(f"{law.name}, {backend}")
         begin = time.monotonic()

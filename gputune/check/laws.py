@@ -52,7 +52,7 @@ from gputune.scoring.metrics import make_scoring
 from gputune.scoring.scores import OF_TASK
 from gputune.scoring.scoring import Scoring, Validation
 from gputune.seeding import stream
-from gputune.types import Backend, Config, Task
+from gputune.types import Config, Task
 
 # Three folds with 40 or 41 training rows, so that the folds can differ in their number of steps.
 _ROWS = 61
@@ -194,7 +194,7 @@ class Case:
 
     def job(
         self,
-        backend: Backend,
+        backend: str,
         scoring: Scoring | None = None,
         kind: type[Job] = Job,
     ) -> Job:
@@ -209,7 +209,7 @@ class Case:
         )
 
     def trained(
-        self, device: torch.device, backend: Backend, scoring: Scoring | None = None
+        self, device: torch.device, backend: str, scoring: Scoring | None = None
     ) -> list[tuple[Population, Trained]]:
         """Train all configurations on a device, and return the results of each population (group
         that trains together)."""
@@ -288,7 +288,7 @@ def difference(values: Tensor, expected: Tensor) -> float:
     return float((values - expected).abs().max() / largest)
 
 
-def from_plain_loop(case: Case, device: torch.device, backend: Backend) -> float:
+def from_plain_loop(case: Case, device: torch.device, backend: str) -> float:
     """Return the largest difference between gputune's networks and the same networks trained in a
     plain loop."""
     worst = []
@@ -300,7 +300,7 @@ def from_plain_loop(case: Case, device: torch.device, backend: Backend) -> float
     return float(np.max(worst))
 
 
-def from_eager(case: Case, device: torch.device, backend: Backend) -> float:
+def from_eager(case: Case, device: torch.device, backend: str) -> float:
     """Return the largest difference between networks trained by a backend and by eager PyTorch
     operations.
 
@@ -313,7 +313,7 @@ def from_eager(case: Case, device: torch.device, backend: Backend) -> float:
     return float(np.max(worst))
 
 
-def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
+def by_kernel(case: Case, device: torch.device, backend: str) -> float:
     """Return the largest difference between networks trained by the CUDA kernel and in a plain
     loop.
 
@@ -328,7 +328,7 @@ def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
     return from_plain_loop(case, device, backend)
 
 
-def on_other_gpus(case: Case, device: torch.device, backend: Backend) -> float:
+def on_other_gpus(case: Case, device: torch.device, backend: str) -> float:
     """Return the largest difference between networks trained on the machine's other GPUs and in a
     plain loop."""
     worst = [0.0]
@@ -339,7 +339,7 @@ def on_other_gpus(case: Case, device: torch.device, backend: Backend) -> float:
     return max(worst)
 
 
-def scores(configs: tuple[Config, ...], device: torch.device, backend: Backend) -> float:
+def scores(configs: tuple[Config, ...], device: torch.device, backend: str) -> float:
     """Return the largest difference between gputune's scores and scikit-learn's scores after the
     last epoch.
 
@@ -355,7 +355,7 @@ def scores(configs: tuple[Config, ...], device: torch.device, backend: Backend) 
 
 
 def _score_differences(
-    case: Case, name: str, device: torch.device, backend: Backend
+    case: Case, name: str, device: torch.device, backend: str
 ) -> Iterator[float]:
     """For each trained network, yield the difference between gputune's last score and
     scikit-learn's score."""
@@ -374,7 +374,7 @@ def _score_differences(
             yield abs(score - expected) / max(1, abs(expected))
 
 
-def members_that_leave(device: torch.device, backend: Backend) -> float:
+def members_that_leave(device: torch.device, backend: str) -> float:
     """Return the difference between networks trained with and without other networks that
     diverge."""
     stable = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001})
@@ -406,7 +406,7 @@ class _SmallMemory(Job):
         return super().run(data, chunk, progress)
 
 
-def run_out_of_memory(device: torch.device, backend: Backend) -> float:
+def run_out_of_memory(device: torch.device, backend: str) -> float:
     """Return the difference in scores between a run with too little memory and a run with enough
     memory.
 
@@ -446,7 +446,7 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
     return difference(torch.from_numpy(curves), torch.from_numpy(expected))
 
 
-def recording_fails(device: torch.device, _backend: Backend) -> float:
+def recording_fails(device: torch.device, _backend: str) -> float:
     """Return the number of training steps that were lost or repeated after recording a step failed.
 
     Each step reads a tensor's value into Python, so gputune cannot record the step for replay.

@@ -12,7 +12,6 @@ and one version of gputune. The choice of "auto" is based on them.
 """
 
 import json
-import math
 import os
 import platform
 import re
@@ -24,24 +23,16 @@ from pathlib import Path
 
 import torch
 
-from gputune.data.dataset import Dataset
-from gputune.engine.kernel import KernelChunk, lacks, obstacle
 from gputune.errors import InputError
 from gputune.input_files import read_file
-from gputune.modules.recorder import RECORDERS, CudaRecorder
-from gputune.modules.traits import Traits
-from gputune.native.library import OPTIMIZERS, NotBuiltError, library, processor_name
-from gputune.optimizers.classes import class_of
-from gputune.optimizers.rules import RULES
-from gputune.population.population import ModelKind, beyond_adam
+from gputune.native.library import processor_name
 from gputune.scratch import cache_folder, write_text
 from gputune.threads import on_threads
-from gputune.types import BY_MEMBER, Backend, BackendWord, Config, Precision
+from gputune.types import Precision
 from gputune.version import __version__
 from gputune.wording import Verbatim, option
 
 _FEW = 20  # number of members for which the launches decide the time of a step
-_DEEPEST = 63  # most hidden layers that the compiled code can hold
 
 
 @dataclass(frozen=True)
@@ -66,10 +57,20 @@ class Findings:
     guarantee was checked. ``speeds`` maps a backend to its measured speed.
     """
 
-    failed: Mapping[Backend, str] | None = None
-    speeds: Mapping[Backend, Speed] = field(default_factory=dict)
+    failed: Mapping[str, str] | None = None
+    speeds: Mapping[str, Speed] = field(default_factory=dict)
 
-    def why_not(self, backend: Backend) -> str:
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of a training step of a few members in each measured backend."""
+        return {backend: speed.of(_FEW) for backend, speed in self.speeds.items()}
+
+    def fastest(self) -> str:
+        """Return the measured backend with the shortest training step, or "" if none is
+        measured."""
+        seconds = self.seconds()
+        return min(seconds, key=seconds.__getitem__, default="")
+
+    def why_not(self, backend: str) -> str:
         """Return a sentence that says which guarantee a backend breaks on this device, or ""."""
         law = (self.failed or {}).get(backend)
         if law is None:
@@ -123,74 +124,6 @@ def _path(device: torch.device) -> Path | None:
     return folder and folder / f"check-{re.sub(r'[^a-z0-9.+]+', '-', machine.lower())}.json"
 
 
-def choose_backend(
-    word: BackendWord, device: torch.device, dtype: torch.dtype, kind: ModelKind = "mlp"
-) -> tuple[Backend, str]:
-    """Return the backend for the user's option ``word``, and the reason if "auto" chose a slower
-    backend.
-
-    The reason is "" if "auto" chose the fast backend. "auto" becomes one of these backends:
-
-    - "graph" on a GPU, for a user's module, and if gputune has no compiled code;
-    - "eager" on a GPU if ``gputune check`` found that recorded steps are wrong or slower;
-    - "kernel" on a GPU if ``gputune check`` found that the kernel is right and the fastest;
-    - "compiled" in all other cases.
-
-    Raises InputError if compiled training, a kernel or recorded steps are requested but not
-    available.
-    """
-    if word == "kernel":
-        error = obstacle(device)
-        if error is not None:
-            raise error
-        return word, ""
-    if word == "graph" and device.type not in RECORDERS:
-        raise InputError(
-            "backend='graph'",
-            f"records steps on a CPU or a CUDA device, but the device is {str(device)!r}",
-            remedy=f"Choose one of these devices, or {option('backend', 'auto')}.",
-        )
-    if word in ("eager", "graph", "loop"):
-        return word, ""
-    if word == "stacked" and kind != "module":
-        return "eager", ""
-    if word == "auto" and device.type == "cuda":
-        findings = read_findings(device)
-        seconds = {backend: speed.of(_FEW) for backend, speed in findings.speeds.items()}
-        fastest = min(seconds, key=seconds.__getitem__, default="graph")
-        # The kernel trains only built-in models in float32, and only if its guarantees were
-        # checked.
-        is_supported = kind != "module" and dtype == torch.float32
-        is_right = findings.failed is not None and not findings.why_not("kernel")
-        if is_supported and fastest == "kernel" and is_right:
-            return "kernel", ""
-        if reason := findings.why_not("graph"):
-            return "eager", reason
-        is_eager_faster = seconds.get("eager", math.inf) < seconds.get("graph", 0.0)
-        return ("eager" if is_eager_faster else "graph"), ""
-    if word == "stacked" or (word == "auto" and (device.type != "cpu" or kind == "module")):
-        return ("graph" if device.type in RECORDERS else "eager"), ""
-    if device.type != "cpu":
-        raise InputError(
-            "backend='compiled'",
-            f"trains on the CPU, but the device is {str(device)!r}",
-            remedy=f"Choose {option('device', 'cpu')} or {option('backend', 'auto')}.",
-        )
-    if word == "auto" and (reason := read_findings(device).why_not("compiled")):
-        return "graph", reason
-    try:
-        library(dtype)
-    except NotBuiltError as error:
-        if word == "auto":
-            return "graph", str(error)
-        raise InputError(
-            "backend='compiled'",
-            f"needs gputune's compiled code, but {error}",
-            remedy=f"Or choose {option('backend', 'auto')}, which records steps without it.",
-        ) from error
-    return "compiled", ""
-
-
 def choose_device(device: str) -> torch.device:
     """Return the torch device for the user's choice, such as "auto", "cpu", "cuda" or "cuda:1".
     Raises InputError if this machine has no such device."""
@@ -241,58 +174,6 @@ def other_gpus(word: str, device: torch.device) -> tuple[torch.device, ...]:
     if device.index not in (None, current := torch.cuda.current_device()):
         return ()
     return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count()) if i != current)
-
-
-def trains_as(
-    backend: Backend,
-    kind: ModelKind,
-    config: Config,
-    traits: Traits | None = None,
-    *,
-    data: Dataset | None = None,
-) -> Backend:
-    """Return the backend that trains one trial, if the search chose ``backend``.
-
-    The result is ``backend`` itself, unless ``backend`` cannot train the trial:
-
-    - A user's module trains in a loop if ``traits`` say that its members cannot be stacked, or if
-      the optimizer is a class of torch.optim.
-    - A user's module that can be stacked trains in compiled code only if it is ``coded``. Otherwise
-      its steps are recorded, because its layers are unknown.
-    - Steps are also recorded if the compiled code does not support the optimizer or the clipping,
-      or if the kernel does not support the trial. The kernel's support depends on the ``data`` and
-      on their device too.
-    - After a kernel or a recording has failed on a GPU, this process does not make another one.
-    - In all other cases the steps are eager.
-    """
-    if kind == "module":
-        if (traits and traits.loop_reason) or backend == "loop" or class_of(config):
-            return "loop"
-        if backend in BY_MEMBER:
-            backend = "graph"
-        if traits and traits.coded and backend == "graph" and config["optimizer"] in RULES:
-            return "compiled"
-    if backend == "kernel":
-        assert data is not None
-        if not KernelChunk.failure and not lacks(config, kind, data):
-            return "kernel"
-        backend = "graph"
-    elif backend == "compiled":
-        if (
-            config["optimizer"] in OPTIMIZERS
-            and config["clip_norm"] == math.inf
-            and not beyond_adam(config)
-        ):
-            return "compiled" if config["depth"] <= _DEEPEST else "eager"
-        backend = "graph"
-    if (
-        backend == "graph"
-        and CudaRecorder.failure
-        and data is not None
-        and data.device.type == "cuda"
-    ):
-        return "eager"
-    return backend if config["optimizer"] in RULES else "eager"
 
 
 # The setting belongs to the process, and searches in several threads may end in any order: the last

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,14 +26,14 @@ from gputune.data.dataset import Dataset, Fold
 from gputune.engine.backend import (
     Findings,
     Speed,
-    choose_backend,
     choose_device,
     device_name,
     keep_findings,
     read_findings,
     torch_threads,
-    trains_as,
 )
+from gputune.engine.backends.selection import choose_backend, trains_as
+from gputune.engine.backends.table import backend_named
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.plan import cores
@@ -50,8 +51,9 @@ from gputune.population.population import (
     hidden_widths,
     populations,
 )
+from gputune.population.traits import FastestWay
 from gputune.scoring.scoring import Validation
-from gputune.types import BY_MEMBER, Backend, BackendWord, Config
+from gputune.types import BackendWord, Config
 
 # Seconds on the CPU. A GPU needs some of this time only to make a context and load libraries.
 _SOON = 5.0
@@ -161,7 +163,8 @@ def _choice_by_speed(gpu: torch.device, work: Workload) -> DeviceChoice:
     if cpu_seconds < _SOON:
         return DeviceChoice(CPU, f"compiled code takes about {cpu_seconds:.1f} s on the CPU")
     try:
-        gpu_seconds = work.seconds(_speed(gpu, backend), by_member=backend in BY_MEMBER)
+        by_member = backend_named(backend).is_by_member
+        gpu_seconds = work.seconds(_speed(gpu, backend), by_member=by_member)
     except Exception as error:
         return DeviceChoice(CPU, f"timing {device_name(gpu)} failed: {words_unless_strict(error)}")
     if gpu_seconds < cpu_seconds:
@@ -173,7 +176,7 @@ def _choice_by_speed(gpu: torch.device, work: Workload) -> DeviceChoice:
     )
 
 
-def _speed(device: torch.device, backend: Backend) -> Speed:
+def _speed(device: torch.device, backend: str) -> Speed:
     """Return the speed of a backend from the cache, or measure the speed and store it there."""
     speed = read_findings(device).speeds.get(backend)
     if speed is None:
@@ -198,7 +201,7 @@ _EPOCHS = 6
 _LONG = 10**6  # epochs of a horizon over which a recording pays off, as in the search
 
 
-def measure_speed(device: torch.device, backend: Backend) -> Speed:
+def measure_speed(device: torch.device, backend: str) -> Speed:
     """Measure the speed of a backend, by training a few trials and many trials for some epochs."""
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(CLASSES, (_ROWS,), generator=generator).to(device)
@@ -228,7 +231,7 @@ def measure_speed(device: torch.device, backend: Backend) -> Speed:
         configs = tuple(
             complete({"lr": lr, **config}, optimizer="adamw", schedule="constant") for lr in rates
         )
-        with torch_threads(cores() if backend == "compiled" else 1):
+        with torch_threads(cores() if backend_named(backend).shares_threads else 1):
             seconds = _fastest_epoch(
                 job, data, Population("mlp", tuple(range(trials)), configs), time.perf_counter
             )
@@ -280,19 +283,15 @@ class _Enough(Exception):
     enough."""
 
 
-def fastest_way(
-    job: Job, data: Dataset, group: Population, *, member_steps: float
-) -> tuple[str, float]:
+_TOO_SHORT = "the training is too short for compiled code to pay off"
+
+
+def fastest_way(job: Job, data: Dataset, group: Population, *, member_steps: float) -> FastestWay:
     """Time three ways to train trials of one tensor shape: one by one, stacked, and in compiled
     code.
 
     Args:
         member_steps: Total number of steps of all members of the search that train like this group.
-
-    Returns:
-        Two values. The first is a sentence that says why the trials should train one by one
-        (stacking is clearly slower, or failed), or "". The second is the number of seconds that
-        compiled code saves in a step of a member, or 0.0.
     """
     data = data.of(group.configs[0])
     rows = _STEPS * group.configs[0]["batch_size"]
@@ -303,28 +302,35 @@ def fastest_way(
         "training one by one", job, lambda: _seconds(job, short_data, group.part(0, 1), "loop")
     )
     if loop.seconds * member_steps < _WORTH_SECONDS:
-        return "", 0.0
+        return FastestWay(uncoded=_TOO_SHORT)
     timed = group.part(0, min(_TRIALS, len(group.index)))
     stacked = _try_way(
-        "training stacked", job, lambda: _seconds(job, short_data, timed, job.backend)
+        "training stacked", job, lambda: _seconds(job, short_data, timed, "recorded")
     )
     if loop.error is not None and stacked.error is not None:
         raise loop.error  # of the module itself, which no backend can train
     fastest = min(loop.seconds, stacked.seconds)
+    uncoded = _TOO_SHORT
     if fastest * member_steps > _CODE_SECONDS:
         coded = _try_way("compiled code", job, lambda: _compiled_seconds(job, data, group)).seconds
         if _MARGIN * coded < fastest:
-            return "", fastest - coded
+            return FastestWay(gain=fastest - coded)
         job.pool.drop_timed(group.configs)
+        uncoded = "compiled code cannot train this module"
+        if coded < math.inf:
+            uncoded = (
+                f"a training step of one trial on one fold takes {1e3 * coded:.3g} ms in compiled "
+                f"code, and {1e3 * fastest:.3g} ms without"
+            )
     if stacked.error is not None:
-        return stacked.sentence, 0.0
+        return FastestWay(stacked.sentence)
     if stacked.seconds < _MARGIN * loop.seconds:
-        return "", 0.0
+        return FastestWay(uncoded=uncoded)
     slow = (
         f"a training step of one trial on one fold takes {1e3 * loop.seconds:.3g} ms one by one, "
         f"and {1e3 * stacked.seconds:.3g} ms in stacked training"
     )
-    return slow, 0.0
+    return FastestWay(slow)
 
 
 @dataclass(frozen=True)
@@ -365,14 +371,16 @@ def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
     if network.blocks.size > _TIMED_NUMBERS:
         chunk = group.part(0, _TRIALS)
         network = job.network(data, chunk)
-    if trains_as(job.backend, chunk.kind, chunk.configs[0]) != "graph" or not isinstance(
-        network, StackedModule
-    ):
+    way = trains_as(job.backend, chunk.kind, chunk.configs[0])
+    if way != "recorded" or network.one_by_one:
         return math.inf
     try:
         with torch_threads(1), torch.no_grad():
             timed = MemberChunk(
-                network, Validation(data, job.scoring), seed=job.seed, horizon=job.horizon
+                cast(StackedModule, network),
+                Validation(data, job.scoring),
+                seed=job.seed,
+                horizon=job.horizon,
             )
             job.pool.keep_timed(timed)
             return timed.seconds_of_a_step()
@@ -381,7 +389,7 @@ def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
         return math.inf
 
 
-def _seconds(job: Job, data: Dataset, chunk: Population, backend: Backend) -> float:
+def _seconds(job: Job, data: Dataset, chunk: Population, backend: str) -> float:
     """Measure the seconds of one training step of one member, without the one-time work of the
     first steps."""
     short = replace(

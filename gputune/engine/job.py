@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from gputune.data.dataset import Dataset, Fold
-from gputune.engine.backend import trains_as
+from gputune.engine.backends.selection import failures, trains_as
+from gputune.engine.backends.table import backend_named
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
-from gputune.engine.kernel import KernelChunk
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.reuse import ChunkPool
 from gputune.engine.stop import Stop
@@ -36,12 +36,9 @@ from gputune.fallback import is_strict, words_unless_strict
 from gputune.memory import empty_cache, is_out_of_memory, synchronize
 from gputune.modules.construction import Builder, name_of
 from gputune.modules.inspection import StackedError, traits_of
-from gputune.modules.looped import LoopedModule
-from gputune.modules.module import StackedModule
-from gputune.modules.recorder import CudaRecorder
-from gputune.modules.traits import Traits
 from gputune.population.population import Network, Population, Shape
 from gputune.population.state import Selection, State
+from gputune.population.traits import Traits
 from gputune.scoring.objective import Objective, make_objective
 from gputune.types import Outputs, Precision, first_metric
 
@@ -79,21 +76,20 @@ class Job(Training):
         """Return the model that computes all members of a chunk with stacked tensors, or one by
         one."""
         shape = Shape.of(data, self.precision)
-        if chunk.kind != "module":
+        if self.module_class is None:
             kwargs: dict[str, Any] = {}
             if shape.regression and self.objective is not None:
                 kwargs = {"loss": self.objective.loss, "loss_number": self.objective.number}
             return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed, **kwargs)
-        assert self.module_class is not None
         first = chunk.configs[0]
         traits = self.traits.get(chunk.arguments)
         # Known traits save a worker from trying the module again.
         traits = traits or traits_of(self.module_class, first, data, objective=self.objective)
         objective = self.objective or make_objective(None, None, None, data.task)
-        one_by_one = chunk.arguments in self.pool.one_by_one
-        is_loop = one_by_one or trains_as(self.backend, "module", first, traits) == "loop"
-        network_class = LoopedModule if is_loop else StackedModule
-        return network_class(
+        name = trains_as(self.backend, chunk.kind, first, traits)
+        if chunk.arguments in self.pool.one_by_one:
+            name = "loop"
+        return backend_named(name).module_class(
             self.module_class,
             chunk.configs,
             shape,
@@ -164,15 +160,13 @@ def train_chunk(
         return train(network, data, begun, job, after_epoch, at_once=at_once)
     except StackedError as error:
         # A state of stacked members can continue only with stacked members.
-        if begun.state is not None or not isinstance(network, StackedModule) or is_strict():
+        if begun.state is not None or network.one_by_one or is_strict():
             raise
-        _train_one_by_one(job, network, chunk, error)
+        _train_one_by_one(job, chunk, error)
     return train(job.network(data, chunk), data, begun, job, after_epoch, at_once=at_once)
 
 
-def _train_one_by_one(
-    job: Job, network: StackedModule, chunk: Population, error: StackedError
-) -> None:
+def _train_one_by_one(job: Job, chunk: Population, error: StackedError) -> None:
     """Make modules with the same arguments as this chunk's module train one by one from now on.
 
     gputune calls this function after training with stacked members has failed. A warning and a note
@@ -180,7 +174,8 @@ def _train_one_by_one(
     """
     cause = error.__cause__
     reason = words_unless_strict(cause if isinstance(cause, Exception) else error)
-    name = name_of(network.builder)
+    assert job.module_class is not None
+    name = name_of(job.module_class)
     fault = f"{name} trains one by one, because training with stacked members failed: {reason}."
     job.pool.one_by_one.add(chunk.arguments)
     job.pool.faults[fault] = None
@@ -348,11 +343,8 @@ def run_in_parts(
             # After the kernel or a recording has failed on a GPU, another backend than the chosen
             # one trains.
             if data.device.type == "cuda":
-                if job.backend in ("kernel", "graph"):
-                    faults.insert(0, CudaRecorder.failure)
-                if job.backend == "kernel":
-                    faults.insert(0, KernelChunk.failure)
-            done.append(replace(outcome, fault=" ".join(filter(None, faults))))
+                faults = failures(job.backend) + faults
+            done.append(replace(outcome, fault=" ".join(faults)))
             continue
         if progress is not None and n_reported:  # withdraw the reported progress
             progress(-n_reported, np.full((1, 1, 1), np.nan))

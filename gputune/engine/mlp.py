@@ -22,6 +22,7 @@ from gputune.models import MLP, LogisticRegression
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches
 from gputune.population.population import ModelKind, Shape, hidden_widths, padded_width
+from gputune.population.traits import Traits
 from gputune.scoring.losses import LOSSES, cross_entropy_slope_, number_slope_, row_losses
 from gputune.seeding import stream
 from gputune.types import Config, EvaluationKey, Params, StepKey
@@ -45,6 +46,8 @@ class StackedMLP:
     """
 
     exact = False
+    one_by_one = False
+    traits: Traits | None = None
     alone = True
     least_rows = 1
     evaluation_draws = False

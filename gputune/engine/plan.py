@@ -16,6 +16,7 @@ except for rounding.
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,45 +24,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import trains_as
+from gputune.engine.backends.base import TrialWork
+from gputune.engine.backends.cost import Cost, TrialSizes
+from gputune.engine.backends.selection import refusals
+from gputune.engine.backends.table import BACKENDS, backend_named, current_name
 from gputune.engine.job import Need
 from gputune.errors import InputError
-from gputune.memory import free_of_gpu
-from gputune.modules.traits import Traits
-from gputune.optimizers.classes import class_of
-from gputune.optimizers.rules import n_moments
-from gputune.population.population import Population, hidden_widths, padded_width
+from gputune.population.population import Population
+from gputune.population.traits import Traits
 from gputune.text import count, size_words
-from gputune.types import BY_MEMBER, ONLINE, Backend
 
-# Buffers of the size of the parameters: parameters, gradient, two moments, scratch. If trials
-# differ: also the expanded rate, decay, activity, corrections.
-_BUFFERS = 11
-# Assumed for a class of torch.optim. Only a step shows its state: most keep two moments and a
-# count.
-_CLASS_MOMENTS = 3
-_WIDE_LAYERS = 4  # layers of a user's module that are assumed to be as wide as its widest layer
-
-# Speed of one core, measured on a Xeon core. It only orders chunks and counts workers: no result
-# depends on it.
-_STEP_SECONDS = 60e-6  # operator overhead of one layer in one step
-_PARAMETER_SECONDS = 2.2e-9  # update of one parameter
-_PRODUCT_SECONDS = 8e-12  # one multiply-add pair
-_ACTIVATION_SECONDS = 1.5e-9
-# The same for compiled training, measured on an EPYC core.
-_COMPILED_STEP_SECONDS = 0.4e-6  # overhead of one step of one member
-_COMPILED_PARAMETER_SECONDS = 0.6e-9
-_COMPILED_PRODUCT_SECONDS = 2e-11
-_COMPILED_ACTIVATION_SECONDS = 0.5e-9
-
-# Bytes of a chunk's state on the CPU. 8 to 32 MiB were equally fast, more was slower.
-_CACHE_BYTES = 16 << 20
-# For compiled members: an epoch is then long compared with the work between two epochs.
-_COMPILED_BYTES = 64 << 20
-# For a compiled user's module, whose chunks each take some tenths of a second to begin.
-_CODED_BYTES = 256 << 20
 _FIRST_TRIALS = 3  # trials of the first chunk, which gives an early answer
-_FREE_SHARE = 0.8  # of the free GPU memory
 # Share of the limit beyond which memory is measured, because an estimate is not accurate enough.
 _MEASURED_SHARE = 0.5
 # Estimated seconds of work from which a second process repays its start.
@@ -71,107 +44,21 @@ _WORKERS_PAY = 3.0
 _GPUS_PAY = 600.0
 # Seconds from which a second thread pays off, if nothing can be cut.
 _THREADS_PAY = 10.0
-_BACKEND_NAMES: Mapping[Backend, str] = {
-    "compiled": "compiled",
-    "kernel": "by the kernel",
-    "graph": "recorded",
-    "eager": "eager",
-    "loop": "one by one",
-}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Estimated memory and training time of one trial, in all folds together.
-
-    A trial takes ``trial_bytes`` while it trains and ``state_bytes`` while it waits. An epoch of a
-    group of trials takes ``trial_seconds`` for each trial, plus ``step_seconds`` of overhead.
-    """
-
-    trial_bytes: int
-    state_bytes: int
-    trial_seconds: float
-    step_seconds: float
 
 
 def trial_cost(
     population: Population,
     data: Dataset,
     parameters: int = 0,
-    backend: Backend = "eager",
+    backend: str = "eager",
     widest: int = 0,
 ) -> Cost:
     """Estimate the memory and the training time of one trial, in all folds together.
 
     For a user's module, ``widest`` is the number of values that one row has in the widest layer.
     """
-    config = population.configs[0]
-    folds = data.n_folds
-    item = data.dtype.itemsize
-    adapts = config["optimizer"] in ONLINE
-    averages = bool(config["ema"])
-    longest = max(data.train_lengths)
-    batch_sizes = np.array([min(c["batch_size"], longest) for c in population.configs])
-    steps = -(-longest // batch_sizes)  # rounded up: the last minibatch may be short
-    layers, size, units = _shape(population, data, parameters)
-    if class_of(config):
-        moments = _CLASS_MOMENTS
-    else:
-        moments = n_moments(config["optimizer"], (c["momentum"] for c in population.configs))
-    # A parameter that waits has: itself, its moments, the state of its adaptive rate, its average.
-    state_bytes = folds * item * size * (1 + moments + 3 * adapts + averages)
-    valid_rows = [len(fold.valid) for fold in data.folds]
-    longest_scored = max(valid_rows) * data.n_outputs
-    if backend in BY_MEMBER and population.kind != "module":
-        # Every member takes its own steps, and its working memory belongs to the thread.
-        row_seconds = 3 * _COMPILED_PRODUCT_SECONDS * size + _COMPILED_ACTIVATION_SECONDS * units
-        update_seconds = _COMPILED_STEP_SECONDS + _COMPILED_PARAMETER_SECONDS * size
-        trial_seconds = (steps * (update_seconds + batch_sizes * row_seconds)).mean()
-        # Outputs of all folds, and the terms of the scores of one fold.
-        scored = sum(valid_rows) * data.n_outputs + 4 * longest_scored
-        trial_bytes = item * ((3 + averages) * folds * size + scored)
-        return Cost(trial_bytes, state_bytes, folds * float(trial_seconds), 0.0)
-    most_steps = int(steps.max())
-    rows = int(batch_sizes.max())
-    units = max(units, _WIDE_LAYERS * widest)
-    input_numbers = (rows * data.row_numbers) // len(batch_sizes)
-    activations = rows * (4 * units + 3 * data.n_outputs) + input_numbers
-    if config["dropout"]:
-        activations += 2 * rows * units
-    # An optimizer that adapts its rate also keeps the last direction.
-    buffers = _BUFFERS + adapts + averages
-    # The outputs on the validation rows exist twice: in the working precision of the scores, and
-    # as their terms.
-    trial_bytes = item * (folds * (buffers * size + activations) + 5 * longest_scored)
-    member_seconds = (
-        _PARAMETER_SECONDS * size
-        + 3 * _PRODUCT_SECONDS * rows * size
-        + _ACTIVATION_SECONDS * rows * units
-    )
-    step_seconds = layers * _STEP_SECONDS
-    if backend == "loop":  # each member pays for its own operations
-        member_seconds += step_seconds
-        step_seconds = 0.0
-    return Cost(
-        trial_bytes, state_bytes, folds * most_steps * member_seconds, most_steps * step_seconds
-    )
-
-
-def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int, int, int]:
-    """Return the number of layers, parameters and hidden units of one member's network, with
-    padding."""
-    config = population.configs[0]
-    d = data.n_features
-    k = data.n_outputs
-    if population.kind == "linear":
-        return 1, (d + 1) * k, k
-    # The layers are unknown. The square root of the number of parameters is a fair width.
-    if population.kind == "module":
-        return 8, parameters, 4 * int(parameters**0.5)
-    depth = config["depth"]
-    width = padded_width(max(hidden_widths(config), default=1))
-    size = (d + 1) * width + (depth - 1) * (width + 1) * width + (width + 1) * k
-    return depth + 1, size, depth * width
+    sizes = TrialSizes(population, data, parameters, widest)
+    return backend_named(backend).cost(sizes)
 
 
 @dataclass(frozen=True)
@@ -190,7 +77,8 @@ class Plan:
         state_bytes: Size of the states of all trials between two epochs, in bytes.
         cache_bytes: Bytes of main memory for the states of trials that wait at rungs; None: trials
             do not wait.
-        ways: The backend of each chunk.
+        ways: The name of the backend of each chunk.
+        reasons: The reason for each chunk why a faster backend does not train it, or "".
         gpus: Whether each worker has a GPU.
         failures: Sentences that say why a faster backend does not train.
         seconds: Estimated seconds of training on one core.
@@ -204,7 +92,8 @@ class Plan:
     cluster: str = ""
     state_bytes: int = 0
     cache_bytes: int | None = None
-    ways: tuple[Backend, ...] = ()
+    ways: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
     gpus: bool = False
     failures: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -224,21 +113,19 @@ class Plan:
         Then a single worker takes the shortest chunk first. Several workers take the longest first,
         so that they end together.
         """
-        chunks = list(self.chunks)
-        ways = list(self.ways)
+        planned = list(zip(self.chunks, self.ways, self.reasons, strict=True))
         if self.workers == 1:
-            chunks.reverse()
-            ways.reverse()
-        place = next(place for place, chunk in enumerate(chunks) if 0 in chunk.index)
-        chunk = chunks.pop(place)
-        way = ways.pop(place)
+            planned.reverse()
+        place = next(place for place, (chunk, *_) in enumerate(planned) if 0 in chunk.index)
+        chunk, way, reason = planned.pop(place)
         # Each thread has two members or more.
         trials = max(_FIRST_TRIALS, -(-2 * self.threads // folds))
-        if way == "compiled" and chunk.kind != "module" and len(chunk.index) >= 2 * trials:
-            chunks.insert(place, chunk.part(trials, len(chunk.index)))
-            ways.insert(place, way)
+        cuts_freely = backend_named(way).cuts_freely(chunk.kind)
+        if cuts_freely and len(chunk.index) >= 2 * trials:
+            planned.insert(place, (chunk.part(trials, len(chunk.index)), way, reason))
             chunk = chunk.part(0, trials)
-        return replace(self, chunks=(chunk, *chunks), ways=(way, *ways))
+        chunks, ways, reasons = zip((chunk, way, reason), *planned)
+        return replace(self, chunks=chunks, ways=ways, reasons=reasons)
 
     def __str__(self) -> str:
         sizes = [len(chunk.index) for chunk in self.chunks]
@@ -255,10 +142,8 @@ class Plan:
             f"{size_words(self.chunk_bytes)} a chunk and {size_words(self.data_bytes)} of data, "
             f"{place}"
         )
-        for way, name in _BACKEND_NAMES.items():
-            chunks = self.ways.count(way)
-            if chunks:
-                text += f", {name}" if chunks == len(self.ways) else f", {chunks} {name}"
+        if self.ways:
+            text += f", {backends_text(self.ways, self.reasons)}"
         if self.cache_bytes is not None:
             in_memory = min(self.state_bytes, self.cache_bytes)
             in_files = self.state_bytes - in_memory
@@ -269,15 +154,33 @@ class Plan:
         return "; ".join([text, *self.failures])
 
 
+def backends_text(names: Sequence[str], reasons: Sequence[str]) -> str:
+    """Return a text with the backends of chunks, each with the reason why a faster one does not
+    train.
+
+    ``names`` and ``reasons`` have one entry per chunk. A reason is a clause or "". The numbers of
+    chunks are in the text if there are several backends or reasons.
+    """
+    numbers = Counter(zip(names, reasons, strict=True))
+    texts = []
+    for name in BACKENDS:
+        for (other, reason), number in numbers.items():
+            if other == name:
+                text = f"{name} ({reason})" if reason else name
+                texts.append(text if len(numbers) == 1 else f"{number} {text}")
+    return ", ".join(texts)
+
+
 @dataclass(frozen=True)
 class _Piece:
-    """A planned group of trials (``chunk``) with its estimated cost, its epochs and its backend
-    (``way``)."""
+    """A planned group of trials (``chunk``) with its estimated cost, its epochs, its backend
+    (``way``), and the ``reason`` why a faster backend does not train it."""
 
     chunk: Population
     cost: Cost
     epochs: int
-    way: Backend
+    way: str
+    reason: str
 
     @property
     def seconds(self) -> float:
@@ -319,7 +222,8 @@ class Planner:
             is on a GPU.
         gpus: Number of GPUs.
         free: Free bytes of a GPU that is not in this machine.
-        backend: The backend that was chosen for the search.
+        backend: The name of the backend that was chosen for the search.
+        reason: The reason why a faster backend was not chosen for the search, or "".
         traits: Traits of a user's module. The keys are ``Population.arguments``.
         parameters: Number of parameters of a user's module.
         cost_of: A function that converts the cost of a trial in plain training into the cost in
@@ -334,7 +238,8 @@ class Planner:
     workers: int | None
     gpus: int = 1
     free: int | None = None
-    backend: Backend = "eager"
+    backend: str = "eager"
+    reason: str = ""
     traits: Mapping[str, Traits] = field(default_factory=dict)
     parameters: int = 0
     cost_of: Callable[[Population, Cost], Cost] | None = None
@@ -345,9 +250,8 @@ class Planner:
         pieces: list[_Piece] = []
         for population in populations:
             pieces += self._pieces(population, epochs)
-        ways = {piece.way for piece in pieces}
-        if self.cost_of is None and self.workers in (None, 1) and ways <= {"compiled"}:
-            # Threads share the members of a chunk, and start at no cost.
+        share_threads = all(backend_named(piece.way).shares_threads for piece in pieces)
+        if self.cost_of is None and self.workers in (None, 1) and share_threads:
             workers = 1
             threads = cores()
         else:
@@ -360,6 +264,7 @@ class Planner:
             chunk_bytes=max(len(piece.chunk.index) * piece.cost.trial_bytes for piece in pieces),
             data_bytes=self.data.input_bytes,
             ways=tuple(piece.way for piece in pieces),
+            reasons=tuple(piece.reason for piece in pieces),
             gpus=self.data.device.type == "cuda",
             state_bytes=sum(len(piece.chunk.index) * piece.cost.state_bytes for piece in pieces),
             seconds=sum(piece.seconds for piece in pieces),
@@ -370,17 +275,19 @@ class Planner:
         costs."""
         config = population.configs[0]
         traits = self.traits.get(population.arguments)
-        way = trains_as(self.backend, population.kind, config, traits, data=self.data)
+        way = current_name(self.backend)
+        reasons = []
+        work = TrialWork(population.kind, config, traits, self.data)
+        for refusal in refusals(way, work):
+            way = refusal.instead
+            reasons.append(refusal.reason)
+        backend = backend_named(way)
         cost = trial_cost(
             population, self.data.of(config), self.parameters, way, traits.widest if traits else 0
         )
         if self.cost_of is not None:
             cost = self.cost_of(population, cost)
-        if way == "compiled":
-            useful = _CODED_BYTES if population.kind == "module" else _COMPILED_BYTES
-        else:
-            free = free_of_gpu(self.data.device) if self.data.device.type == "cuda" else self.free
-            useful = _CACHE_BYTES if free is None else int(_FREE_SHARE * free)
+        useful = backend.chunk_bytes(population.kind, self.data.device, self.free)
         limit = self.memory or useful
         if self.cost_of is None:
             limit = min(limit, useful)
@@ -390,9 +297,9 @@ class Planner:
             if need is not None:
                 cost = replace(cost, trial_bytes=need.trial)
                 limit = limit - need.once
-        piece = _Piece(population, cost, epochs, way)
+        piece = _Piece(population, cost, epochs, way, "; ".join(reasons) or self.reason)
         # Stacking gains nothing here, and single trials react to a stop request earlier.
-        if way == "loop" and self.cost_of is None:
+        if backend.takes_single_trials and self.cost_of is None:
             return piece.cut(len(population.index))
         # Chunks are not cut by time. Checkpoints keep the progress of a long chunk. They cost less
         # than the overhead of every step, which each piece would pay again.

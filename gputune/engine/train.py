@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -19,24 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import torch_threads, trains_as
+from gputune.engine.backend import torch_threads
+from gputune.engine.backends.selection import make_chunk
 from gputune.engine.chunk import Chunk
-from gputune.engine.compiled import CompiledChunk
-from gputune.engine.kernel import KernelChunk
-from gputune.engine.members import MemberChunk
 from gputune.engine.reuse import ChunkPool
-from gputune.errors import warn
-from gputune.fallback import words_unless_strict
-from gputune.memory import is_out_of_memory
 from gputune.modules.inspection import explain
-from gputune.modules.looped import LoopChunk, LoopedModule
-from gputune.modules.module import StackedModule
-from gputune.modules.trace import TraceError
-from gputune.native.library import NotBuiltError
 from gputune.population.population import ModelKind, Network, Population, hidden_widths
 from gputune.population.state import Selection, State
 from gputune.scoring.scoring import BestOutputs, Scoring, Validation, shape_of_scores
-from gputune.types import Backend, Config, Outputs, first_metric
+from gputune.types import Config, Outputs, first_metric
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ class Training:
     epochs: int
     horizon: int
     scoring: Scoring | None = None
-    backend: Backend = "eager"
+    backend: str = "eager"
     pool: ChunkPool = field(default_factory=ChunkPool)
 
 
@@ -203,7 +193,14 @@ def train(
     the known scores of the earlier epochs, or with NaN. If ``at_once`` is True, ``after_epoch``
     need not decide after every epoch, so a kernel launch may train several epochs.
     """
-    members = _make_chunk(network, data, training)
+    members = make_chunk(
+        training.backend,
+        network,
+        Validation(data, training.scoring),
+        training.pool,
+        seed=training.seed,
+        horizon=training.horizon,
+    )
     alive = _Alive(members, range(len(chunk.configs)))
     if chunk.alive is not None:
         alive.select(Selection(chunk.alive))
@@ -289,61 +286,6 @@ def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
     sizes = [data.n_features, *hidden, data.n_outputs]
     pairs = sum(3 * a * b for a, b in pairwise(sizes)) - sizes[0] * sizes[1]
     return float(2 * pairs * sum(data.train_lengths))
-
-
-def _make_chunk(network: Network, data: Dataset, training: Training) -> Chunk:
-    """Return the training object (chunk) of the fastest backend that can train a network."""
-    kwargs = {"seed": training.seed, "horizon": training.horizon}
-    pool = training.pool
-    validation = Validation(data, training.scoring)
-    if isinstance(network, LoopedModule):
-        return LoopChunk(network, validation, **kwargs)
-    backend = trains_as(training.backend, network.kind, network.configs[0], data=data)
-    faster: Callable[..., Chunk] | None = None
-    if backend == "compiled":
-        faster = CompiledChunk
-    elif backend == "kernel":
-        faster = KernelChunk
-    # ``trains_as`` received no traits, so its result for a module is the same if it is ``coded``.
-    elif isinstance(network, StackedModule) and network.traits.coded and backend == "graph":
-        timed = pool.take_timed(network, validation, **kwargs)
-        if timed is not None:
-            return timed
-        faster = MemberChunk
-    if faster is not None:
-        make = partial(faster, network, validation, **kwargs)
-        chunk = _try_to_make(make, backend, network, pool)
-        if chunk is not None:
-            return chunk
-    recorded = backend in ("compiled", "kernel", "graph")
-    return pool.take(network, validation, recorded=recorded, **kwargs)
-
-
-def _try_to_make(
-    make: Callable[[], Chunk], backend: Backend, network: Network, pool: ChunkPool
-) -> Chunk | None:
-    """Return the training object (chunk) of a faster backend. If making it fails, warn, note the
-    reason and return None."""
-    try:
-        return make()
-    except (NotBuiltError, TraceError) as error:
-        if backend == "kernel":  # the kernel has warned already
-            return None
-        reason = str(error)
-    except Exception as error:
-        if is_out_of_memory(error):  # the caller halves the chunk
-            raise
-        reason = words_unless_strict(error)
-        failed = "the kernel" if backend == "kernel" else "compiled code"
-        pool.faults[f"Trials train in recorded steps, because {failed} failed: {reason}."] = None
-    optimizer = network.configs[0]["optimizer"]
-    faster = "in a kernel" if backend == "kernel" else "in compiled code"
-    warn(
-        f"Trials with the optimizer {optimizer!r} train in recorded steps, which are slower than "
-        f"{faster}: {reason}",
-        RuntimeWarning,
-    )
-    return None
 
 
 def _train_epochs(

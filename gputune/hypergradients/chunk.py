@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
+from gputune.engine.backends.cost import Cost
 from gputune.engine.job import Job, Outcome, ProgressCallback
-from gputune.engine.plan import Cost, Plan, Planner
+from gputune.engine.plan import Plan, Planner
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import (
     ExactMode,

@@ -38,9 +38,9 @@ from gputune.modules.hidden_state import (
 from gputune.modules.module import ModuleNetwork, StackedModule
 from gputune.modules.module_trial import ModuleTrial, at_start, is_close
 from gputune.modules.probabilities import are_probabilities, check_probabilities
-from gputune.modules.traits import Traits
 from gputune.population.batches import Batch
 from gputune.population.population import Network, arguments_text, module_arguments
+from gputune.population.traits import FastestWay, Traits
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
 from gputune.text import count
@@ -158,22 +158,15 @@ def gain_of_code(builder: Builder, config: Config) -> float:
     return gains.get(arguments_text(config)) or gains.get(arguments_text(by_default), 0.0)
 
 
-def note_fastest(
-    builder: Builder, data: Dataset, arguments: str, *, slow: str, gain: float
-) -> bool:
+def note_fastest(builder: Builder, data: Dataset, arguments: str, way: FastestWay) -> bool:
     """Remember the fastest way to train a module's members with these arguments.
 
-    Args:
-        slow: Sentence that says by how much members train faster one by one, or "".
-        gain: Seconds by which a step is faster in compiled code, or 0.0.
-
-    Returns:
-        Whether this changes the known traits.
+    Returns whether this changes the known traits.
     """
     known = _known[data][builder]
     before = known[arguments]
-    known[arguments] = replace(known[arguments], slow=slow, coded=gain > 0)
-    _gains.setdefault(builder, {})[arguments] = gain
+    known[arguments] = replace(before, slow=way.slow, coded=way.gain > 0, uncoded=way.uncoded)
+    _gains.setdefault(builder, {})[arguments] = way.gain
     return before != known[arguments]
 
 

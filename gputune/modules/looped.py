@@ -50,6 +50,7 @@ class LoopedModule(ModuleNetwork):
     # show it only after the rows are lost. Copying a minibatch takes little of the time of a plain
     # module's step.
     copies_rows = True
+    one_by_one = True
 
     def _lay_out(self) -> None:
         reason = self.traits.unstackable or loop_reason(self.configs[0])

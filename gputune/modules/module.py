@@ -43,11 +43,11 @@ from gputune.modules.construction import (
 from gputune.modules.mapped import Mapped
 from gputune.modules.substitutes import Substitutes, differentiate_statistics, make_mappable
 from gputune.modules.trace import TraceError, clones
-from gputune.modules.traits import Traits
 from gputune.modules.write_watch import Writes
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches, for_members
 from gputune.population.population import ModelKind, Shape, module_arguments
+from gputune.population.traits import Traits
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
 from gputune.types import Config, EvaluationKey, Params, StepKey
@@ -66,6 +66,7 @@ class ModuleNetwork:
     values."""
 
     exact = True
+    one_by_one = False
     kind: ModelKind = "module"
     copies_rows = False
     """True if the user's code always receives copies of the rows, so that it may write into

@@ -31,6 +31,7 @@ from gputune.memory import CPU
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.classes import class_of, keys_with, optimizer_arguments, optimizer_defaults
 from gputune.population.batches import Batch, Batches
+from gputune.population.traits import Traits
 from gputune.types import (
     DECAY_FACTOR,
     DEFAULTS,
@@ -334,6 +335,7 @@ class Network(Protocol):
     blocks: Blocks
     # only the trained parameters, ``flat[:trained.size]``, which have gradients and moments
     trained: Blocks
+    one_by_one: bool  # whether the members are plain modules that train one after another
     exact: bool  # whether minibatches must come without padded rows
     least_rows: int  # least rows of a minibatch; a shorter last one is left out
     alone: bool  # whether an output in evaluation mode depends only on its own row
@@ -341,6 +343,10 @@ class Network(Protocol):
     widest: int  # most values that one row has in a layer of one member
     # names of buffers (F, C) with each member's dropout rate, written before every step
     scheduled: tuple[str, ...]
+
+    @property
+    def traits(self) -> Traits | None:
+        """The traits of a user's module, or None for a built-in model."""
 
     def start(self) -> Tensor:
         """Return the initial parameters and buffers of the members as a flat buffer."""

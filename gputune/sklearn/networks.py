@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import choose_backend
+from gputune.engine.backends.selection import choose_backend
 from gputune.engine.choice import Workload, device_for
 from gputune.engine.job import Failure, Job
 from gputune.engine.plan import Plan

@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gputune.engine.backends.table import backend_words, is_backend_word
 from gputune.errors import InputError, check_count
 from gputune.text import did_you_mean
 from gputune.wording import Verbatim, per_interface
@@ -36,6 +37,13 @@ def one_of(*allowed: str | bool) -> Callable[[str, object], object]:
         return value
 
     return check
+
+
+def backend(name: str, value: object) -> object:
+    """Raise InputError for a value that is not in the table of backends."""
+    if not is_backend_word(value):
+        one_of(*backend_words())(name, value)
+    return value
 
 
 def count(name: str, value: object, *, none: bool = False) -> object:

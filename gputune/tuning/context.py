@@ -17,6 +17,7 @@ from types import MappingProxyType
 import numpy as np
 
 from gputune.data.dataset import Dataset
+from gputune.engine.backends.table import backend_named
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
 from gputune.engine.choice import fastest_way
 from gputune.engine.job import Job, Need, cuda_peak, measure_need
@@ -26,6 +27,7 @@ from gputune.executors.executor import Claim
 from gputune.modules.inspection import check_rates, known_traits, note_fastest, traits_of
 from gputune.optimizers.classes import loop_reason
 from gputune.population.population import Population, arguments_text, shape_of
+from gputune.population.traits import FastestWay
 from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.text import count, size_words
@@ -87,7 +89,7 @@ class Context(Session):
     profile: Profile
     checkpoints: CheckpointFolder | None = None
     needs: dict[object, Need | None] = field(default_factory=dict)
-    timed: dict[str, tuple[str, float]] = field(default_factory=dict)
+    timed: dict[str, FastestWay] = field(default_factory=dict)
     faults: dict[str, None] = field(default_factory=dict)
 
     @property
@@ -179,7 +181,7 @@ class Context(Session):
             return False
         chunks_by_sizes: dict[str, list[Population]] = {}
         for chunk, way in zip(plan.chunks, plan.ways):
-            if way != "loop":
+            if not backend_named(way).takes_single_trials:
                 # A float, such as a standard deviation of the initial weights, is not a size.
                 # Trials that differ only in floats are timed once.
                 config = chunk.configs[0]
@@ -194,13 +196,12 @@ class Context(Session):
                 group = next(group for group in groups if chunks[0].index[0] in group.index)
                 job = self.trainer.job(Job, epochs=epochs)
                 self.timed[key] = fastest_way(job, data, group, member_steps=steps)
-                if slow := self.timed[key][0]:
+                if slow := self.timed[key].slow:
                     failed = slow in self.trainer.pool.failures
                     reason = f"since {slow}" if failed else f"which is faster here: {slow}"
                     self.progress.say(f"note: {self.choice.name} trains one by one, {reason}")
-            slow, gain = self.timed[key]
             for arguments in {chunk.arguments for chunk in chunks}:
-                is_changed |= note_fastest(builder, data, arguments, slow=slow, gain=gain)
+                is_changed |= note_fastest(builder, data, arguments, self.timed[key])
         return is_changed
 
     def recorded_plans(

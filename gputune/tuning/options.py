@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from gputune.engine.backends.table import backend_words
 from gputune.tuning import checks
 from gputune.tuning.rules import COMPUTE, DATA, MODEL, OUTPUT, SEARCH, STOPPING, OptionGroup, Rule
 from gputune.types import NUMBERS, SCHEDULES, BackendWord, MethodWord, Numbers, Precision
@@ -35,8 +36,6 @@ def _option(value: object, *rule: Any, **settings: Any) -> Any:
     text)."""
     return field(default=value, metadata={"rule": Rule(*rule, **settings)})
 
-
-_BACKENDS = get_args(BackendWord)
 
 _data = partial(_option, group=DATA)
 _model = partial(_option, group=MODEL)
@@ -323,12 +322,12 @@ class MachineOptions(OptionGroup):
         "auto",
         "--backend <NAME>",
         "Way to train the members",
-        "compiled: compiled code on a CPU. kernel: a kernel on a GPU. graph: a recorded step, "
-        "replayed. eager: operations on stacked tensors. stacked: the same for your module, or an "
-        "error if its members cannot be stacked. loop: one member after another.",
+        "kernel: a kernel on a GPU. compiled: compiled code on a CPU. recorded: a recorded step, "
+        "replayed. eager: operations on stacked tensors. loop: one member after another. stacked: "
+        "recorded or eager for your module, or an error if its members cannot be stacked.",
         "auto",
-        choices=_BACKENDS,
-        check=checks.one_of(*_BACKENDS),
+        values=backend_words(),
+        check=checks.backend,
         stored=True,
         resume=True,
     )

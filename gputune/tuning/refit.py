@@ -19,7 +19,8 @@ from gputune.data.folds import all_rows
 from gputune.data.source import Source, fingerprint, read_again, rows_difference
 from gputune.data.target import TaskWord
 from gputune.data.target_transform import is_known
-from gputune.engine.backend import choose_backend, choose_device, matrix_products
+from gputune.engine.backend import choose_device, matrix_products
+from gputune.engine.backends.selection import choose_backend
 from gputune.engine.job import ProgressCallback
 from gputune.errors import DivergedError, InputError
 from gputune.modules.inspection import known_traits
@@ -39,7 +40,7 @@ from gputune.tuning.options import Options, RowOptions
 from gputune.tuning.problem import Problem, make_problem
 from gputune.tuning.record import SearchCall, read_rows, recorded_options
 from gputune.tuning.trainer import Trainer, unseen
-from gputune.types import Backend, Config
+from gputune.types import Config
 from gputune.version import __version__
 
 
@@ -161,7 +162,7 @@ class ReopenedSearch:
         """Return a trainer for the data, with the options and the model of the search."""
         options = self.options
         choice = self.choice
-        backend: Backend = "eager"
+        backend = "eager"
         if not options.search.method.differentiates:
             backend, _ = choose_backend(
                 options.machine.backend, data.device, data.dtype, choice.kind

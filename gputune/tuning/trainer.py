@@ -6,9 +6,8 @@ yields their results.
 """
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -17,7 +16,10 @@ import torch
 from torch import nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import choose_backend, torch_threads, trains_as
+from gputune.engine.backend import torch_threads
+from gputune.engine.backends.base import TrialWork
+from gputune.engine.backends.selection import choose_for_search, refusals, trains_as
+from gputune.engine.backends.table import backend_named
 from gputune.engine.job import (
     Failure,
     Job,
@@ -27,7 +29,6 @@ from gputune.engine.job import (
     run_in_parts,
     train_chunk,
 )
-from gputune.engine.kernel import compiled, kernel_of, lacks
 from gputune.engine.plan import Plan, Planner, cores
 from gputune.engine.reuse import ChunkPool
 from gputune.engine.stop import Stop
@@ -40,12 +41,12 @@ from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_sc
 from gputune.hypergradients.first_step import free_bytes
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import gain_of_code, known_traits, note_fastest, traits_of
-from gputune.native.library import NotBuiltError
 from gputune.population.population import ModelKind, Population, arguments_text, populations
+from gputune.population.traits import FastestWay
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring
 from gputune.text import count
-from gputune.types import Backend, BackendWord, Config, Precision
+from gputune.types import BackendWord, Config, Precision
 from gputune.wording import option
 
 AnyJob = TypeVar("AnyJob", bound=Job)
@@ -72,7 +73,8 @@ class Trainer:
         horizon: The number of epochs of a full training run. Schedules run over this number of
             epochs.
         scoring: The scoring of validation rows, or None.
-        backend: The backend with which the trials train.
+        backend: The name of the backend that was chosen for the trials.
+        reason: The reason why a faster backend was not chosen, or "".
         precision: The precision of a module's computations.
         memory: The limit of memory in bytes that the user sets. None means the limit that the
             device suggests.
@@ -94,7 +96,8 @@ class Trainer:
     seed: int
     horizon: int
     scoring: Scoring | None = None
-    backend: Backend = "eager"
+    backend: str = "eager"
+    reason: str = ""
     precision: Precision = "full"
     memory: int | None = None
     workers: int | None = 1
@@ -127,79 +130,60 @@ class Trainer:
         The function ``say`` tells the user about slow training.
         """
         device = self.data.device if self.cluster is None else torch.device(self.cluster.device)
-        backend, reason = choose_backend(word, device, self.data.dtype, self.kind)
-        if backend == "kernel":
-            return replace(self, backend=self._kernel(word, configs, say))
-        module = self.kind == "module"
-        fast: Backend = "graph" if word == "graph" or (module and word == "auto") else "compiled"
-        ways = {trains_as(fast, self.kind, config) for config in configs}
-        some_fast = not ways or fast in ways
-        if reason and some_fast:
-            slow_way = "in recorded steps, slower than in compiled code"
-            if backend == "eager":
-                slow_way = "eagerly, slower than in recorded steps"
-            say(f"note: trials train {slow_way}: {reason}")
-        if word in ("compiled", "graph") and not some_fast and ways != {"loop"}:
-            slow_way = "in recorded steps" if module and word == "compiled" else "eagerly"
-            models = "MLPs and linear models with " if word == "compiled" else ""
-            say(
-                f"note: all trials train {slow_way}: {option('backend', word)} supports only "
-                f"{models}sgd, nesterov, adam and adamw"
-            )
-        return replace(self, backend=backend)
+        chosen = choose_for_search(word, device, self.data.dtype, self.kind)
+        backend = backend_named(chosen.name)
+        if chosen.told:
+            faster = backend_named(chosen.faster)
+            works = [TrialWork(self.kind, config) for config in configs]
+            if not works or not all(faster.refuses(work) for work in works):
+                say(
+                    f"note: trials train {backend.in_words}, slower than {faster.in_words}: "
+                    f"{chosen.told}"
+                )
+        name = backend.admit(
+            configs,
+            self.kind,
+            self.data,
+            is_requested=chosen.is_requested,
+            cluster="" if self.cluster is None else self.cluster.cluster.name,
+            say=say,
+        )
+        if chosen.is_requested and name == backend.name:
+            self._note_refusals(name, configs, say)
+        return replace(self, backend=name, reason=chosen.reason)
 
-    def _kernel(
-        self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object] = str
-    ) -> Backend:
-        """Return "kernel" if the GPU kernel supports some of the trials, otherwise "graph".
+    def _note_refusals(
+        self, name: str, configs: Sequence[Config], say: Callable[[str], object]
+    ) -> None:
+        """Tell the user if the requested backend trains none of the trials.
 
-        The function ``say`` tells the user about trials that the kernel does not support. If the
-        kernel supports no trial and the user requested it, raises InputError.
+        Other messages tell about members that train one by one.
         """
-        if self.cluster is not None:
-            workers = option("workers", self.cluster.cluster.name)
-            rule = f"is for a GPU of this machine, but {workers} trains on others"
-        elif self.kind == "module":
-            rule = "supports only the built-in MLP and linear models, but this is your own module"
-        else:
-            unsupported = [lacks(config, self.kind, self.data) for config in configs]
-            if not all(unsupported) or not unsupported:
-                for part, n_trials in Counter(filter(None, unsupported)).items():
-                    trials = f"{n_trials} of {count(len(configs), 'trial')}"
-                    say(
-                        f"note: {trials} train in recorded steps: the kernel does not support "
-                        f"{part}"
-                    )
-                return "kernel"
-            rule = f"does not support {unsupported[0]}"
-        if word == "kernel":
-            graph = option("backend", "graph")
-            remedy = f"Choose {graph}, which records steps, or {option('backend', 'auto')}."
-            raise InputError("backend='kernel'", rule, remedy=remedy)
-        return "graph"
+        reasons = []
+        slower = ""
+        for config in configs:
+            path = list(refusals(name, TrialWork(self.kind, config, data=self.data)))
+            if not path:
+                return
+            reasons.append(path[0].reason)
+            slower = slower or path[-1].instead
+        if reasons and slower != "loop":
+            in_words = backend_named(slower).in_words
+            say(f"note: all trials train {in_words}: {reasons[0]}")
 
     def compile(self, configs: Sequence[Config], say: Callable[[str], object]) -> None:
         """Compile the GPU kernels for configurations, and tell the user.
 
         A failed build is not an error here, because later plans use another backend instead.
         """
-        if self.backend == "kernel":
-            supported = [config for config in configs if not lacks(config, self.kind, self.data)]
-            with suppress(NotBuiltError):  # a warning was already shown
-                kernels = [kernel_of([config], self.kind, self.data) for config in supported]
-                for kernel in dict.fromkeys(kernels):
-                    compiled(kernel, self.data.device, say)
+        backend_named(self.backend).prepare(configs, self.kind, self.data, say)
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:
         """Split configurations into populations: trials that have tensors of the same shapes."""
 
         def own_steps(config: Config) -> Hashable:
-            way = trains_as(self.backend, self.kind, config, data=self.data)
-            # Members that train in the same kernel share the tile size, which decides the order of
-            # sums. So the other members of a chunk change no bits.
-            if way == "kernel":
-                return kernel_of([config], self.kind, self.data)
-            return way == "compiled"
+            name = trains_as(self.backend, self.kind, config, data=self.data)
+            return backend_named(name).separate_steps(TrialWork(self.kind, config, data=self.data))
 
         rows = max(self.data.train_lengths)
         own_loss = self.objective is not None and not self.objective.is_named
@@ -225,6 +209,7 @@ class Trainer:
             self.workers,
             gpus=1 + len(self.others),
             backend=self.backend,
+            reason=self.reason,
             free=None if self.cluster is None else self.cluster.free,
             parameters=parameters,
             traits=known_traits(self.module_class, self.data),
@@ -339,7 +324,7 @@ class Trainer:
             gain = gain_of_code(builder, config)
             if gain * n_epochs * rows / config["batch_size"] > _BUILT_SECONDS:
                 traits_of(builder, config, self.data, objective=self.objective)
-                note_fastest(builder, self.data, arguments_text(config), slow="", gain=gain)
+                note_fastest(builder, self.data, arguments_text(config), FastestWay(gain=gain))
 
     def train_members(
         self, configs: Sequence[Config], epochs: Sequence[int], progress: ProgressCallback = unseen

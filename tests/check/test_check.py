@@ -31,11 +31,11 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def two_laws(folder, monkeypatch):
     """One law that holds and one that fails, on a machine with a known speed."""
-    found = {"eager": 1e-13, "graph": 3e-7, "compiled": 0.0}
+    found = {"eager": 1e-13, "recorded": 3e-7, "compiled": 0.0}
     broken = Law("a law", lambda device, backend: found[backend])
     lost = Law("another", lambda device, backend: 1 / 0, backends=())
     monkeypatch.setattr(check, "LAWS", (broken, lost))
-    monkeypatch.setattr(check, "backends_of", lambda device: ("eager", "graph", "compiled"))
+    monkeypatch.setattr(check, "backends_of", lambda device: ("eager", "recorded", "compiled"))
     monkeypatch.setattr(check, "measure_speed", lambda device, backend: Speed(1e-4, 1e-5))
 
 
@@ -47,7 +47,7 @@ def on(device):
         pytest.param(
             law,
             b,
-            marks=[pytest.mark.long] * (b == "eager" and "graph" in law.backends),
+            marks=[pytest.mark.long] * (b == "eager" and "recorded" in law.backends),
             id=f"{law.name}, {b}",
         )
         for law, b in checks
@@ -148,9 +148,9 @@ def test_json_and_what_is_kept(two_laws):
         "member": 1e-5,
     }
     found = read_findings(CPU)
-    assert found.failed == {"graph": "a law", "eager": "another"}
+    assert found.failed == {"recorded": "a law", "eager": "another"}
     assert found.speeds["compiled"] == Speed(1e-4, 1e-5)
-    assert "'a law' does not hold" in found.why_not("graph") and not found.why_not("compiled")
+    assert "'a law' does not hold" in found.why_not("recorded") and not found.why_not("compiled")
 
 
 def test_what_another_device_fails_is_none_of_the_cpus(two_laws, monkeypatch):
@@ -162,7 +162,7 @@ def test_what_another_device_fails_is_none_of_the_cpus(two_laws, monkeypatch):
         monkeypatch.setattr(check, name, str)
     check.check(torch.device("meta"), print)
     assert (
-        kept["meta"].failed == {"graph": "a law", "eager": "another"}
+        kept["meta"].failed == {"recorded": "a law", "eager": "another"}
         and len(kept["meta"].speeds) == 3
     )
     assert kept["cpu"] == Findings(None, {"compiled": Speed(1e-4, 1e-5)})
@@ -170,9 +170,9 @@ def test_what_another_device_fails_is_none_of_the_cpus(two_laws, monkeypatch):
 
 def test_speeds_alone_forget_no_law(folder):
     keep_findings(CPU, Findings({"eager": "a law"}, {"eager": Speed(1, 2)}))
-    keep_findings(CPU, Findings(None, {"graph": Speed(3, 4)}))
+    keep_findings(CPU, Findings(None, {"recorded": Speed(3, 4)}))
     assert read_findings(CPU) == Findings(
-        {"eager": "a law"}, {"eager": Speed(1, 2), "graph": Speed(3, 4)}
+        {"eager": "a law"}, {"eager": Speed(1, 2), "recorded": Speed(3, 4)}
     )
 
 
@@ -199,10 +199,10 @@ def test_where_there_is_no_place_nothing_is_kept(folder, monkeypatch):
 
 
 def test_from_how_many_members_on_a_gpu_pays(two_laws):
-    speeds = {("cuda", "graph"): Speed(1e-3, 1e-7), ("cpu", "compiled"): Speed(0, 1.01e-5)}
+    speeds = {("cuda", "recorded"): Speed(1e-3, 1e-7), ("cpu", "compiled"): Speed(0, 1.01e-5)}
     report = check.CheckReport("a card", "", (), speeds)
     assert "faster on a card than compiled on the CPU from about 100 members on." in str(report)
-    never = check.CheckReport("a card", "", (), speeds | {("cuda", "graph"): Speed(1e-3, 2e-5)})
+    never = check.CheckReport("a card", "", (), speeds | {("cuda", "recorded"): Speed(1e-3, 2e-5)})
     assert "compiled on the CPU never." in str(never)
 
 

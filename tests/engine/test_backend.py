@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gputune
-from gputune.engine.backend import choose_backend, trains_as
+from gputune.engine.backends.selection import choose_backend, trains_as
 from gputune.types import OPTIMIZERS
 from problems import fill, needs_compiled_code
 from refused import refused
@@ -19,10 +19,10 @@ META = torch.device("meta")
     [
         pytest.param("auto", CPU, "mlp", "compiled", marks=[needs_compiled_code, pytest.mark.cpu]),
         ("eager", CPU, "mlp", "eager"),
-        ("auto", GPU, "mlp", "graph"),
-        ("graph", GPU, "mlp", "graph"),
+        ("auto", GPU, "mlp", "recorded"),
+        ("recorded", GPU, "mlp", "recorded"),
         ("eager", GPU, "mlp", "eager"),
-        ("stacked", GPU, "module", "graph"),
+        ("stacked", GPU, "module", "recorded"),
         ("auto", META, "mlp", "eager"),
     ],
 )
@@ -34,8 +34,8 @@ def test_what_cannot_be_had_is_refused():
     with refused("trains on the CPU, but the device is 'cuda:1'. Choose device='cpu'"):
         choose_backend("compiled", GPU, torch.float32)
     with refused("a CPU or a CUDA device, but the device is 'meta'. Choose one of these"):
-        choose_backend("graph", META, torch.float32)
-    words = "'auto', 'eager', 'compiled', 'graph', 'stacked', 'loop', 'kernel'"
+        choose_backend("recorded", META, torch.float32)
+    words = "'auto', 'kernel', 'compiled', 'recorded', 'eager', 'loop', 'stacked'"
     with refused(f"backend must be one of {words}, got 'fast'"):
         gputune.tune("mlp", [[0.0], [1.0]], [0, 1], backend="fast")
 
@@ -46,13 +46,13 @@ def test_what_cannot_be_had_is_refused():
         ("compiled", "mlp", {}, "compiled"),
         ("compiled", "linear", {}, "compiled"),
         ("compiled", "mlp", {"ema": 0.9}, "compiled"),
-        ("compiled", "mlp", {"clip_norm": 1.0}, "graph"),
+        ("compiled", "mlp", {"clip_norm": 1.0}, "recorded"),
         ("compiled", "mlp", {"optimizer": "adamhd"}, "eager"),
         ("compiled", "mlp", {"depth": 64}, "eager"),
-        ("compiled", "module", {}, "graph"),
+        ("compiled", "module", {}, "recorded"),
         ("compiled", "module", {"optimizer": "adamhd"}, "eager"),
-        ("graph", "module", {}, "graph"),
-        ("kernel", "module", {}, "graph"),
+        ("recorded", "module", {}, "recorded"),
+        ("kernel", "module", {}, "recorded"),
         ("eager", "module", {}, "eager"),
         ("eager", "mlp", {}, "eager"),
     ],
@@ -63,6 +63,8 @@ def test_how_a_trial_trains(backend, kind, config, way):
 
 def test_the_optimizers_whose_steps_are_recorded():
     taken = [
-        word for word in OPTIMIZERS if trains_as("graph", "mlp", {"optimizer": word}) == "graph"
+        word
+        for word in OPTIMIZERS
+        if trains_as("recorded", "mlp", {"optimizer": word}) == "recorded"
     ]
     assert taken == ["sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon", "schedulefree"]

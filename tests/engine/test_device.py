@@ -5,14 +5,8 @@ import torch
 
 import gputune
 from gputune.engine import backend, choice
-from gputune.engine.backend import (
-    Findings,
-    Speed,
-    choose_backend,
-    choose_device,
-    keep_findings,
-    read_findings,
-)
+from gputune.engine.backend import Findings, Speed, choose_device, keep_findings, read_findings
+from gputune.engine.backends.selection import choose_backend
 from gputune.engine.choice import (
     DeviceChoice,
     Workload,
@@ -77,7 +71,7 @@ def test_what_is_long_goes_where_it_is_done_first(machine):
     assert device_for("auto", long) == DeviceChoice(CPU, words)
     many = Workload(**WORK | {"epochs": 5000, "configs": CONFIGS * 50})
     assert device_for("auto", many) == DeviceChoice(GPU)
-    assert machine == [("cpu", "compiled"), ("cuda", "graph")]  # once on a machine
+    assert machine == [("cpu", "compiled"), ("cuda", "recorded")]  # once on a machine
 
 
 @pytest.mark.parametrize(("broken", "device"), [("cpu", GPU), ("cuda", CPU)])
@@ -118,7 +112,7 @@ def test_a_speed_that_is_known_is_not_measured_and_trials_that_a_sampler_will_as
     ("word", "given", "device"),
     [
         ("auto", {"kind": "module"}, GPU),  # which no compiled code trains
-        ("auto", {"backend": "graph"}, GPU),
+        ("auto", {"backend": "recorded"}, GPU),
         ("auto", {"differentiated": True}, GPU),
         ("auto", {"configs": fill({"optimizer": "adamhd"})}, GPU),
         ("auto", {"held_by": GPU}, GPU),
@@ -144,7 +138,7 @@ def test_what_is_solved_stays_on_the_cpu(machine):
 
 
 def test_a_gpu_that_failed_its_laws_is_not_taken():
-    keep_findings(GPU, Findings({"eager": "a law", "graph": "another"}, {}))
+    keep_findings(GPU, Findings({"eager": "a law", "recorded": "another"}, {}))
     found = device_for("auto", Workload(**WORK | {"configs": CONFIGS * 50, "epochs": 5000}))
     assert found == DeviceChoice(
         CPU, "gputune check found that 'a law' does not hold for this backend on this device"
@@ -154,17 +148,17 @@ def test_a_gpu_that_failed_its_laws_is_not_taken():
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        (Findings(), ("graph", "")),
-        (Findings({}, {"eager": Speed(2e-3, 0), "graph": Speed(1e-3, 0)}), ("graph", "")),
-        (Findings({}, {"eager": Speed(1e-3, 0), "graph": Speed(2e-3, 0)}), ("eager", "")),
+        (Findings(), ("recorded", "")),
+        (Findings({}, {"eager": Speed(2e-3, 0), "recorded": Speed(1e-3, 0)}), ("recorded", "")),
+        (Findings({}, {"eager": Speed(1e-3, 0), "recorded": Speed(2e-3, 0)}), ("eager", "")),
         (
-            Findings({"graph": "a law"}, {}),
-            ("eager", Findings({"graph": "a law"}).why_not("graph")),
+            Findings({"recorded": "a law"}, {}),
+            ("eager", Findings({"recorded": "a law"}).why_not("recorded")),
         ),
-        (Findings({}, {"graph": Speed(2e-3, 0), "kernel": Speed(1e-3, 0)}), ("kernel", "")),
-        (Findings({}, {"graph": Speed(1e-3, 0), "kernel": Speed(2e-3, 0)}), ("graph", "")),
-        (Findings(None, {"graph": Speed(2e-3, 0), "kernel": Speed(1e-3, 0)}), ("graph", "")),
-        (Findings({"kernel": "a law"}, {"kernel": Speed(1e-3, 0)}), ("graph", "")),
+        (Findings({}, {"recorded": Speed(2e-3, 0), "kernel": Speed(1e-3, 0)}), ("kernel", "")),
+        (Findings({}, {"recorded": Speed(1e-3, 0), "kernel": Speed(2e-3, 0)}), ("recorded", "")),
+        (Findings(None, {"recorded": Speed(2e-3, 0), "kernel": Speed(1e-3, 0)}), ("recorded", "")),
+        (Findings({"kernel": "a law"}, {"kernel": Speed(1e-3, 0)}), ("recorded", "")),
     ],
 )
 def test_what_the_check_found_says_how_a_gpu_trains(found, expected):

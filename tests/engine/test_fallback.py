@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
-from gputune.engine import choice, train
+from gputune.engine import choice
+from gputune.engine.backends import compiled
 from gputune.errors import InputError
 from gputune.modules import recorder
 from problems import make_data
@@ -76,7 +77,7 @@ def test_compiled_code_that_fails_is_in_the_plan(monkeypatch, capsys, all_tried,
 @pytest.mark.parametrize(
     ("way", "says"),
     [
-        ("graph", "note: Net trains one by one, since training stacked failed: IndexError"),
+        ("recorded", "note: Net trains one by one, since training stacked failed: IndexError"),
         ("loop", "one by one failed"),
     ],
 )
@@ -176,7 +177,7 @@ def test_steps_whose_recording_fails_are_taken_as_they_are(monkeypatch, lenient,
 
 def test_a_chunk_that_cannot_be_made_is_made_for_the_next_backend(monkeypatch, lenient):
     expected = search("mlp", backend="eager").curves
-    monkeypatch.setattr(train, "CompiledChunk", fail)
+    monkeypatch.setattr(compiled, "CompiledChunk", fail)
     with pytest.warns(
         RuntimeWarning, match="in recorded steps, which are slower than in compiled code: Index"
     ):
@@ -188,15 +189,15 @@ def test_a_chunk_that_cannot_be_made_is_made_for_the_next_backend(monkeypatch, l
 def test_memory_that_runs_out_is_none_of_these_errors(monkeypatch, lenient):
     """Chunks are halved then, as long as they have several trials."""
     made = []
-    compiled = train.CompiledChunk
+    compiled_chunk = compiled.CompiledChunk
 
     def make(network, *given, **options):
         made.append(len(network.configs))
         if len(network.configs) > 1:
             raise MemoryError("no more")
-        return compiled(network, *given, **options)
+        return compiled_chunk(network, *given, **options)
 
-    monkeypatch.setattr(train, "CompiledChunk", make)
+    monkeypatch.setattr(compiled, "CompiledChunk", make)
     with warnings.catch_warnings(action="error"):
         search("mlp", space={"lr": [1e-3, 1e-2], "width": [8]})
     assert made == [2, 1, 1]

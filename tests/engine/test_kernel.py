@@ -12,7 +12,7 @@ import torch
 from torch.cuda import _utils
 
 from gputune.engine import kernel
-from gputune.engine.backend import choose_backend, trains_as
+from gputune.engine.backends.selection import choose_backend, trains_as
 from gputune.engine.kernel import KernelChunk, lacks
 from problems import fill, make_data
 from refused import refused
@@ -91,7 +91,7 @@ def test_what_it_does_not_know_is_recorded(config, data, part, card):
     data = make_data(**{"dtype": torch.float32, **data})
     found = lacks(config, "mlp", data)
     assert part in found and bool(part) == bool(found)
-    assert trains_as("kernel", "mlp", config, data=data) == ("graph" if part else "kernel")
+    assert trains_as("kernel", "mlp", config, data=data) == ("recorded" if part else "kernel")
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from gputune.models import RealMLP
 from gputune.modules import calls
 from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule
-from gputune.modules.traits import Traits
 from gputune.native import library as built
+from gputune.population.traits import Traits
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Validation
 from gputune.threads import on_threads
@@ -191,7 +191,7 @@ def test_what_is_in_no_code_trains_in_another_way(given, says):
             epochs=1,
             horizon=1,
             scoring=scoring_of(data),
-            backend="graph",
+            backend="recorded",
         )
     assert np.isfinite(trained.curves).all()
 

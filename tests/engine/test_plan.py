@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gputune.engine import plan
-from gputune.engine.backend import choose_backend
+from gputune.engine.backends.selection import choose_backend
 from gputune.engine.job import Job, Need, measure_need, train_chunk
 from gputune.engine.plan import Planner, parse_memory, trial_cost
 from gputune.population.population import Population, is_plain, populations
@@ -169,9 +169,11 @@ def test_the_plan_says_how_its_chunks_train():
     data = make_data()
     found = groups(data, {"width": 8}, {"width": 20}, {"width": 40, "optimizer": "adamhd"})
     assert str(make_plan(found, data)).endswith(", in this process, eager")
-    for backend, word in (("compiled", "compiled"), ("graph", "recorded")):
+    for backend, word in (("compiled", "compiled"), ("recorded", "recorded")):
         assert str(make_plan(found[:2], data, backend=backend)).endswith(f", {word}")
-        assert str(make_plan(found, data, backend=backend)).endswith(f", 2 {word}, 1 eager")
+        text = str(make_plan(found, data, backend=backend))
+        assert f", 2 {word}, 1 eager (" in text
+        assert text.endswith("steps of the optimizer 'adamhd' cannot be recorded)")
 
 
 def test_compiled_members_share_threads_of_one_process_whatever_their_batch_sizes(monkeypatch):

@@ -196,7 +196,7 @@ def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
     monkeypatch.setitem(RECORDERS, "cpu", Watched)
     monkeypatch.setattr(Replays, "take", failing)
     configs = configs_of(4)
-    job = Job(seed=0, epochs=5, horizon=5, scoring=scoring_of(data), backend="graph")
+    job = Job(seed=0, epochs=5, horizon=5, scoring=scoring_of(data), backend="recorded")
     chunk = Population("mlp", (0, 1, 2, 3), tuple(configs))
     outcomes = run_in_parts(job, data, chunk)
     assert [outcome.index for outcome in outcomes] == [(0, 1), (2, 3)]
@@ -212,7 +212,7 @@ def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
 def both_searches(model, X, y, **options):
     """A search with eager steps and one with recorded steps; their curves agree."""
     options |= {"cv": 3, "scoring": "neg_log_loss", "dtype": "float64", "verbose": 0}
-    eager, found = (gputune.tune(model, X, y, backend=b, **options) for b in ("eager", "graph"))
+    eager, found = (gputune.tune(model, X, y, backend=b, **options) for b in ("eager", "recorded"))
     np.testing.assert_allclose(found.curves, eager.curves, rtol=1e-8)
     return eager, found
 

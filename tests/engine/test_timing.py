@@ -14,6 +14,7 @@ from gputune.engine.choice import fastest_way
 from gputune.engine.job import Job
 from gputune.native.library import build_kernels
 from gputune.population.population import Population
+from gputune.population.traits import FastestWay
 from problems import fill, make_data
 
 CONFIGS = fill(*({"lr": lr, "batch_size": 16} for lr in (1e-3, 1e-2)))
@@ -28,7 +29,7 @@ class Net(nn.Linear):
         super().__init__(n_features, n_outputs)
 
 
-JOB = Job(seed=0, epochs=3, horizon=3, module_class=Net, backend="graph")
+JOB = Job(seed=0, epochs=3, horizon=3, module_class=Net, backend="recorded")
 SEARCH = {"n_trials": 2, "cv": 2, "workers": 1, "verbose": 0}
 
 
@@ -55,12 +56,14 @@ def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, st
     monkeypatch.setattr(
         choice, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked)
     )
-    assert fastest_way(JOB, DATA, CHUNK, member_steps=steps) == (slow, pytest.approx(gain))
+    found = fastest_way(JOB, DATA, CHUNK, member_steps=steps)
+    assert (found.slow, found.gain) == (slow, pytest.approx(gain))
 
 
 def test_all_ways_are_timed():
-    assert fastest_way(JOB, DATA, CHUNK, member_steps=1) == ("", 0.0)
-    for backend in ("loop", "graph"):
+    found = fastest_way(JOB, DATA, CHUNK, member_steps=1)
+    assert found == FastestWay(uncoded="the training is too short for compiled code to pay off")
+    for backend in ("loop", "recorded"):
         assert 0 < choice._seconds(JOB, DATA, CHUNK, backend) < 1
     assert 0 < choice._compiled_seconds(JOB, DATA, CHUNK) < 1
     for unknown in ("adamwhd", "torch:Adagrad"):
@@ -73,9 +76,9 @@ def test_a_search_says_which_way_it_took(monkeypatch, capsys):
     scores = []
     note = "note: Net trains one by one, which is faster here: 2 ms so"
     for way, noted, plan in (
-        (("", 0.0), False, "recorded"),
-        (("2 ms so", 0.0), True, "one by one"),
-        (("", 1.0), False, "compiled"),
+        (FastestWay(uncoded="no gain"), False, "recorded (no gain)"),
+        (FastestWay("2 ms so"), True, "loop (2 ms so)"),
+        (FastestWay(gain=1.0), False, "on 2 threads, compiled"),
     ):
         monkeypatch.setattr(
             "gputune.tuning.context.fastest_way", lambda *args, way=way, **more: way
@@ -101,7 +104,7 @@ def test_what_is_built_to_be_timed_trains(monkeypatch):
     }.items():
         monkeypatch.setattr(choice, name, value)
     found, expected = (
-        gputune.tune(Net, X, Y, **SEARCH, backend=word).curves for word in ("auto", "graph")
+        gputune.tune(Net, X, Y, **SEARCH, backend=word).curves for word in ("auto", "recorded")
     )
     assert len(sources) == 1
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -110,8 +113,10 @@ def test_what_is_built_to_be_timed_trains(monkeypatch):
 @pytest.mark.cpu
 @pytest.mark.parametrize("pays, built", [(0.0, 1), (np.inf, 0)])
 def test_a_refit_is_compiled_where_its_search_was_and_it_pays(monkeypatch, pays, built):
-    expected = gputune.tune(Net, X, Y, **SEARCH, backend="graph").best_model()
-    monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, **more: ("", 1.0))
+    expected = gputune.tune(Net, X, Y, **SEARCH, backend="recorded").best_model()
+    monkeypatch.setattr(
+        "gputune.tuning.context.fastest_way", lambda *args, **more: FastestWay(gain=1.0)
+    )
     monkeypatch.setattr("gputune.tuning.trainer._BUILT_SECONDS", pays)
     study = gputune.tune(Net, X, Y, **SEARCH)
     sources = []
@@ -137,7 +142,7 @@ def test_trials_that_differ_in_fractions_alone_are_timed_once(monkeypatch, capsy
 
     def timing_of(job, data, chunk, *, member_steps):
         timed.append((chunk.configs[0].get("module__bias"), member_steps))
-        return "", 1.0
+        return FastestWay(gain=1.0)
 
     monkeypatch.setattr("gputune.tuning.context.fastest_way", timing_of)
     space = {

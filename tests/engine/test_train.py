@@ -56,7 +56,7 @@ def test_training_that_goes_on_is_training_that_never_stopped(optimizer, schedul
     np.testing.assert_array_equal(first.curves, whole.curves[:, :2])
 
 
-EACH_WAY = [("eager", "graph"), ("graph", "graph"), ("graph", "eager")]
+EACH_WAY = [("eager", "recorded"), ("recorded", "recorded"), ("recorded", "eager")]
 COMPILED = [("eager", "compiled"), ("compiled", "eager")]
 
 

@@ -262,7 +262,7 @@ def test_a_worker_records_the_steps_of_like_chunks_once(tmp_path, monkeypatch):
     path = str(tmp_path / "data")
     numbers = []
     scoring = make_scoring(None, data.task, np.arange(3))
-    job = Job(seed=0, epochs=2, horizon=2, scoring=scoring, module_class=Net, backend="graph")
+    job = Job(seed=0, epochs=2, horizon=2, scoring=scoring, module_class=Net, backend="recorded")
     joblib.dump(to_arrays(data), path)
     sent = processes.pickle_job(job)
     for rate in (1e-3, 1e-2):

@@ -120,9 +120,9 @@ def plain_score(module, fold):
 
 WAYS = {
     "stacked": {},
-    "recorded": {"backend": "graph"},
+    "recorded": {"backend": "recorded"},
     "one by one": {"kind": LoopedModule},
-    "compiled": {"backend": "graph", "coded": True},
+    "compiled": {"backend": "recorded", "coded": True},
 }
 SHORT = [
     ("Variational", "stacked"),

@@ -67,7 +67,7 @@ def plain(kind, epochs, p):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("backend", ["eager", "graph", "loop"])
+@pytest.mark.parametrize("backend", ["eager", "recorded", "loop"])
 def test_members_equal_a_plain_loop_under_autocast(backend, p=0.3):
     """One by one exactly; stacked to the rounding of their products, which their own kernels order
     otherwise."""

@@ -183,7 +183,7 @@ def test_scores_are_those_of_what_writes_nothing(all_tried, name):
     (writes, options), (plain, others) = CASES[name]
     rows = X.clone()
     expected = search(plain, others, backend="loop").curves
-    for backend in ("loop", "eager", "graph", "auto"):
+    for backend in ("loop", "eager", "recorded", "auto"):
         for trials in (1, 2):  # of one member the rows are its own, of several they are shared
             found = search(writes, options, trials, rows, backend=backend).curves
             np.testing.assert_allclose(
@@ -346,7 +346,7 @@ def search_many_rows(model, options, trials, **more):
 def test_writes_into_more_rows_than_were_tried_are_met(name):
     (writes, options), (plain, others) = CASES_ON_MANY_ROWS[name]
     expected = search_many_rows(plain, others, 3, backend="loop").curves
-    backends = ("eager", "loop") if name in SHORT_ON_MANY_ROWS else ("loop", "eager", "graph")
+    backends = ("eager", "loop") if name in SHORT_ON_MANY_ROWS else ("loop", "eager", "recorded")
     for backend in backends:
         for trials in (1, 3):  # members that share their rows, and one that has them alone
             found = search_many_rows(writes, options, trials, backend=backend).curves

@@ -303,7 +303,7 @@ def test_an_average_and_moments_go_on_from_a_state(optimizer):
         network = kind(problems.Linear, configs, shape_of(data), seed=0)
         return train(network, data, population.configs, **(words | more))
 
-    for kind, backend in ((LoopedModule, "eager"), (StackedModule, "graph"))[
+    for kind, backend in ((LoopedModule, "eager"), (StackedModule, "recorded"))[
         : 1 + (optimizer not in CLASSES)
     ]:
         whole = run(kind, epochs=6, backend=backend)

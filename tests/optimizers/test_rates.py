@@ -88,7 +88,7 @@ def plain_loop(x, y, config):
 
 
 @pytest.mark.parametrize("kind", [StackedModule, LoopedModule])
-@pytest.mark.parametrize("backend", ["eager", "graph"])
+@pytest.mark.parametrize("backend", ["eager", "recorded"])
 def test_members_equal_a_plain_loop(kind, backend):
     data = make_data()
     traits = traits_of(Scaled, CONFIGS[0], data)

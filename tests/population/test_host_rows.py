@@ -54,7 +54,7 @@ def rows(n_outputs):
     return nn.Sequential(nn.Flatten(), nn.Linear(6, n_outputs))
 
 
-@pytest.mark.parametrize("backend", ["graph", "loop"])
+@pytest.mark.parametrize("backend", ["recorded", "loop"])
 def test_a_search_gives_the_same_scores(backend, monkeypatch):
     X = torch.rand(60, 2, 3, generator=torch.Generator().manual_seed(0))
     y = [0, 1] * 30

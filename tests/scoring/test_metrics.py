@@ -26,7 +26,7 @@ def search(*, model="mlp", scoring=METRICS, y=Y, **options):
 WAYS = {
     "compiled": {},
     "eager": {"backend": "eager"},
-    "graph": {"backend": "graph"},
+    "recorded": {"backend": "recorded"},
     "halving": {"method": gputune.Halving(min_epochs=1), "n_trials": 6},
     "hypergradient": {
         "method": gputune.Hypergradient(outer_steps=1),

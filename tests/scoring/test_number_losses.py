@@ -30,7 +30,7 @@ Y = X @ [1.0, 2.0, 3.0] + RNG.exponential(2.0, 120)
 HOW = {"n_trials": 2, "max_epochs": 3, "cv": 2, "verbose": 0}
 
 
-@pytest.mark.parametrize("backend", ["eager", "graph", "compiled"])
+@pytest.mark.parametrize("backend", ["eager", "recorded", "compiled"])
 @pytest.mark.parametrize(("loss", "number"), PLAIN)
 def test_members_equal_a_plain_loop(loss, number, backend, monkeypatch):
     data = make_data(n=60, task="regression", weights=True)

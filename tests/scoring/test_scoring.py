@@ -45,14 +45,14 @@ def consistent(estimator, X, y):
     ("model", "options"),
     [
         ("mlp", {"max_epochs": 2}),
-        ("mlp", {"backend": "graph"}),
+        ("mlp", {"backend": "recorded"}),
         ("mlp", {"method": "halving", "max_epochs": 2, "numbers": "quantile"}),
         ("mlp", {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 1}),
         pytest.param("mlp", {"workers": 2, "memory": "1KB"}, marks=pytest.mark.cpu),
         ("logistic", {}),
         (Linear, {"dtype": "float64"}),
     ],
-    ids=["compiled", "graph", "halving", "hypergradient", "workers", "solved", "module"],
+    ids=["compiled", "recorded", "halving", "hypergradient", "workers", "solved", "module"],
 )
 @pytest.mark.usefixtures("recorded_on_cpu")
 def test_an_estimator_predicts_what_it_is_given(model, options):

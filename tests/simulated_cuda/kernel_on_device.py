@@ -230,7 +230,7 @@ def test_a_cluster_has_no_kernel():
     )
     with refused("backend='kernel' is for a GPU of this machine, but workers='ray'"):
         trainer.with_backend("kernel", [], print)
-    assert trainer._kernel("auto", []) == "graph"
+    assert trainer._kernel("auto", []) == "recorded"
 
 
 def test_a_kernel_that_cannot_be_compiled_leaves_recorded_steps(iris, monkeypatch, capsys):

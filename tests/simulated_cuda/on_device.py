@@ -98,7 +98,7 @@ def moved(data, device):
 CHECKS = checks_of(torch.device("cuda:1"))
 # A recorded step is warmed up and compared as it is: what the two ways to train share is asked of
 # the recorded one.
-TWICE = {law.name for law, backend in CHECKS if backend == "graph"}
+TWICE = {law.name for law, backend in CHECKS if backend == "recorded"}
 
 
 def as_case(law, backend):
@@ -109,7 +109,7 @@ def as_case(law, backend):
 @pytest.mark.parametrize(("law", "backend"), [as_case(*each) for each in CHECKS])
 def test_a_law_of_the_check_holds(law, backend):
     assert law.measure(torch.device("cuda:1"), backend) <= law.allowed
-    assert bool(cuda.counts("replay")) == (backend == "graph" and "fails" not in law.name)
+    assert bool(cuda.counts("replay")) == (backend == "recorded" and "fails" not in law.name)
 
 
 def test_the_check_of_a_gpu(tmp_path, monkeypatch):
@@ -123,24 +123,24 @@ def test_the_check_of_a_gpu(tmp_path, monkeypatch):
     )
     assert "a recording that fails falls back" in out and "cuda:1" in out
     found = read_findings(torch.device("cuda:1"))
-    assert found.failed == {} and set(found.speeds) == {"eager", "graph", "kernel"}
+    assert found.failed == {} and set(found.speeds) == {"eager", "recorded", "kernel"}
 
 
 SEARCHES = {
     "eager": ("mlp", {"backend": "eager"}),
-    "graph": ("mlp", {"backend": "graph"}),
+    "recorded": ("mlp", {"backend": "recorded"}),
     "halving": ("mlp", {"method": "halving", "n_trials": 9, "max_epochs": 9}),
-    "median": ("mlp", {"method": "median", "n_trials": 5, "max_epochs": 8, "backend": "graph"}),
+    "median": ("mlp", {"method": "median", "n_trials": 5, "max_epochs": 8, "backend": "recorded"}),
     "hypergradient": (
         "mlp",
         {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 2, "max_epochs": 2, "cv": 2},
     ),
     "solved": ("logistic", {}),
     "stacked module": (Net, {"backend": "stacked"}),
-    "recorded module": (Net, {"backend": "graph"}),
+    "recorded module": (Net, {"backend": "recorded"}),
     "module that draws": (
         Net,
-        {"backend": "graph", "space": {"lr": [0.01, 0.03], "module__dropout": [0.3]}},
+        {"backend": "recorded", "space": {"lr": [0.01, 0.03], "module__dropout": [0.3]}},
     ),
     "module one by one": (Reader, {}),
 }
@@ -157,7 +157,7 @@ def same_search(X, y, model, options, device):
 
 
 # What the searches below do too, of recordings, of errors and of a chunk that is halved.
-REPEATED = {"graph", "halving", "recorded module"}
+REPEATED = {"recorded", "halving", "recorded module"}
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_the_best_is_trained_again_on_all_rows(model, device, iris):
 
 
 def test_a_search_goes_on_where_it_ended(device, iris, tmp_path):
-    options = {**FAST, "device": device, "backend": "graph"}
+    options = {**FAST, "device": device, "backend": "recorded"}
     whole = gputune.tune("mlp", *iris, **options)
     gputune.tune("mlp", *iris, **options, timeout=1e-9, study=tmp_path / "study.db")
     study = gputune.tune("mlp", *iris, **options, study=tmp_path / "study.db")
@@ -230,7 +230,7 @@ def test_a_module_is_built_without_a_context_on_other_gpus(iris):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.long) for name in ("graph", "hypergradient")]
+    [pytest.param(name, marks=pytest.mark.long) for name in ("recorded", "hypergradient")]
     + ["module that draws"],
 )
 def test_the_default_device_of_torch_changes_nothing(name, iris):
@@ -316,7 +316,7 @@ def faster(patch, folder):
     patch.setattr(backend, "cache_folder", lambda: folder)
     patch.setattr(choice, "_SOON", 0.0)
     keep_findings(torch.device("cpu"), Findings(None, {"compiled": Speed(1.0, 1.0)}))
-    keep_findings(torch.device("cuda"), Findings(None, {"graph": Speed(1e-9, 0.0)}))
+    keep_findings(torch.device("cuda"), Findings(None, {"recorded": Speed(1e-9, 0.0)}))
 
 
 AUTO = {
@@ -513,7 +513,7 @@ def no_kernels(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.* cannot be compiled for:RuntimeWarning")
 def test_steps_are_recorded_without_kernels_too(iris, device, no_kernels):
-    same_search(*iris, "mlp", {"backend": "graph"}, device)
+    same_search(*iris, "mlp", {"backend": "recorded"}, device)
     assert cuda.counts("replay") and "kernel" not in cuda.counts("launch")
 
 
@@ -586,7 +586,7 @@ def test_a_replay_that_is_not_the_step_is_the_last_one(device, iris, monkeypatch
                 place.tensor()[12] += 1
 
     monkeypatch.setattr(cuda.Graph, "replay", wrong)
-    options = {"backend": "graph", "space": {"lr": [1e-3, 1e-2]}, "n_trials": 3}
+    options = {"backend": "recorded", "space": {"lr": [1e-3, 1e-2]}, "n_trials": 3}
     with pytest.warns(
         RuntimeWarning, match="a recorded step differs from the step itself by .* of its size. N"
     ):
@@ -598,7 +598,7 @@ def test_memory_that_runs_out_in_a_capture_halves_the_chunk(device, iris):
     """The allocator of torch < 2.13 then takes every later call for one inside a capture: halves
     are not recorded."""
     cuda.fail_next_capture = torch.OutOfMemoryError("CUDA out of memory.")
-    options = {"backend": "graph", "space": {"lr": [1e-3, 1e-2]}, "n_trials": 3}
+    options = {"backend": "recorded", "space": {"lr": [1e-3, 1e-2]}, "n_trials": 3}
     with pytest.warns(RuntimeWarning, match="recording a step on .* failed: captures_underway"):
         same_search(*iris, "mlp", options, device)
     assert torch.cuda.current_stream(device).default
@@ -613,7 +613,7 @@ def test_a_gpu_that_has_failed_is_said(device, iris, monkeypatch):
     with pytest.raises(
         RuntimeError, match=f"{device} has failed, and this process cannot use it any more: CUDA"
     ):
-        gputune.tune("mlp", *iris, **FAST, backend="graph", device=device)
+        gputune.tune("mlp", *iris, **FAST, backend="recorded", device=device)
 
 
 @pytest.mark.parametrize("model", ["mlp", Net])
@@ -626,7 +626,7 @@ def test_recordings_outlive_their_chunk(model, device, iris, monkeypatch):
     options = {
         "space": space,
         "n_trials": 9,
-        "backend": "graph",
+        "backend": "recorded",
         "method": gputune.Halving(min_epochs=3),
     }
     same_search(*iris, model, {**options, "max_epochs": 9, "include_default": False}, device)
@@ -742,7 +742,7 @@ def one_search(iris, device, seen={}):  # noqa: B006
     options = {**FAST, "space": space, "include_default": False}
     if "curves" not in seen:
         seen["curves"] = gputune.tune("mlp", *iris, **options, device="cpu", backend="eager").curves
-    curves = gputune.tune("mlp", *iris, **options, device=device, backend="graph").curves
+    curves = gputune.tune("mlp", *iris, **options, device=device, backend="recorded").curves
     np.testing.assert_allclose(curves, seen["curves"], rtol=1e-9, atol=1e-12)
 
 

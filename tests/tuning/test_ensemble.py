@@ -211,7 +211,7 @@ TWO = IRIS[0][50:], IRIS[1][50:]
         pytest.param("realmlp", TWO, {}, marks=pytest.mark.long),
         ("logistic", TWO, {}),
         (Net, IRIS, NET),
-        (Net, IRIS, {**NET, "backend": "graph", "method": gputune.Median(min_epochs=1)}),
+        (Net, IRIS, {**NET, "backend": "recorded", "method": gputune.Median(min_epochs=1)}),
         (OneLogit, TWO, {"space": {"lr": [0.01, 0.03]}, "backend": "loop"}),
     ],
 )

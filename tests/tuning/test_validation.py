@@ -323,13 +323,13 @@ def machine(monkeypatch, *devices, **kept):
         (["cpu"], {"device": "cpu", "backend": "eager", "workers": 4}, ("cpu", "eager", False, 1)),
         (
             ["cpu", "cuda"],
-            {"device": "cuda", "backend": "graph", "tf32": True},
-            ("cuda", "graph", True, 1),
+            {"device": "cuda", "backend": "recorded", "tf32": True},
+            ("cuda", "recorded", True, 1),
         ),
         (
             ["cpu"],
-            {"device": "cuda", "backend": "graph", "tf32": True},
-            ("auto", "graph", False, 1),
+            {"device": "cuda", "backend": "recorded", "tf32": True},
+            ("auto", "recorded", False, 1),
         ),
         (["cpu"], {"device": "cuda", "backend": "kernel"}, ("auto", "auto", False, 1)),
         (

@@ -1,0 +1,126 @@
+"""The backend "compiled": each core trains one member after another in compiled code on a CPU.
+
+The built-in models train in code that comes with gputune. A user's module trains in code that
+gputune generates for it, if a timing has shown that this is faster.
+"""
+
+import math
+from collections.abc import Hashable
+from typing import cast
+
+import torch
+
+from gputune.engine.backends.base import Backend, Machine, Refusal, TrialWork, Unfit
+from gputune.engine.backends.cost import Cost, TrialSizes, by_member_cost, stacked_cost
+from gputune.engine.backends.eager import one_by_one_reason
+from gputune.engine.chunk import Chunk
+from gputune.engine.compiled import CompiledChunk
+from gputune.engine.members import MemberChunk
+from gputune.engine.reuse import ChunkPool
+from gputune.errors import InputError
+from gputune.modules.module import StackedModule
+from gputune.native.library import OPTIMIZERS, NotBuiltError, library
+from gputune.optimizers.rules import RULES
+from gputune.population.population import ModelKind, Network, beyond_adam
+from gputune.scoring.scoring import Validation
+from gputune.wording import option
+
+_DEEPEST = 63  # most hidden layers that the compiled code can hold
+# An epoch of compiled members is long compared with the work between two epochs.
+_CHUNK_BYTES = 64 << 20
+# For a user's module, whose chunks each take some tenths of a second to begin.
+_MODULE_CHUNK_BYTES = 256 << 20
+
+_NOT_MEASURED = (
+    f"a module trains in compiled code only if {option('backend', 'auto')} has timed it on this "
+    "machine"
+)
+
+
+class Compiled(Backend):
+    """Members train one after another in compiled code on the cores of a CPU."""
+
+    name = "compiled"
+    noun = "compiled code"
+    in_words = "in compiled code"
+    slower = "recorded"
+    is_fallible = True
+    is_by_member = True
+    shares_threads = True
+
+    def check(self, machine: Machine) -> None:
+        if machine.device.type != "cpu":
+            raise InputError(
+                "backend='compiled'",
+                f"trains on the CPU, but the device is {str(machine.device)!r}",
+                remedy=f"Choose {option('device', 'cpu')} or {option('backend', 'auto')}.",
+            )
+        try:
+            library(machine.dtype)
+        except NotBuiltError as error:
+            raise InputError(
+                "backend='compiled'",
+                f"needs gputune's compiled code, but {error}",
+                remedy=f"Or choose {option('backend', 'auto')}, which records steps without it.",
+            ) from error
+
+    def unfit(self, machine: Machine) -> Unfit | None:
+        if machine.device.type != "cpu":
+            return Unfit()
+        if machine.kind == "module":
+            return None  # a timing decides for each trial
+        if reason := machine.findings.why_not(self.name):
+            return Unfit(reason, is_told=True)
+        try:
+            library(machine.dtype)
+        except NotBuiltError as error:
+            return Unfit(str(error), is_told=True)
+        return None
+
+    def refuses(self, work: TrialWork) -> Refusal | None:
+        config = work.config
+        if work.kind == "module":
+            if reason := one_by_one_reason(work):
+                return Refusal(reason, "loop")
+            if work.traits and work.traits.coded and config["optimizer"] in RULES:
+                return None
+            reason = work.traits.uncoded if work.traits else ""
+            return Refusal(reason or _NOT_MEASURED, "recorded")
+        if config["optimizer"] not in OPTIMIZERS:
+            optimizers = ", ".join(OPTIMIZERS)
+            return Refusal(f"compiled code supports only the optimizers {optimizers}", "recorded")
+        if config["clip_norm"] != math.inf:
+            return Refusal("compiled code does not support clip_norm", "recorded")
+        if keys := beyond_adam(config):
+            return Refusal(f"compiled code does not support {keys[0]}", "recorded")
+        if config["depth"] > _DEEPEST:
+            rule = f"compiled code supports at most {_DEEPEST} hidden layers"
+            return Refusal(rule, "eager")
+        return None
+
+    def separate_steps(self, work: TrialWork) -> Hashable:
+        return True
+
+    def cost(self, sizes: TrialSizes) -> Cost:
+        return stacked_cost(sizes) if sizes.kind == "module" else by_member_cost(sizes)
+
+    def chunk_bytes(self, kind: ModelKind, device: torch.device, free: int | None) -> int:
+        return _MODULE_CHUNK_BYTES if kind == "module" else _CHUNK_BYTES
+
+    def cuts_freely(self, kind: ModelKind) -> bool:
+        # Each chunk of a user's module traces the step again.
+        return kind != "module"
+
+    def make_chunk(
+        self, network: Network, validation: Validation, pool: ChunkPool, *, seed: int, horizon: int
+    ) -> Chunk:
+        if network.kind != "module":
+            return CompiledChunk(network, validation, seed=seed, horizon=horizon)
+        timed = pool.take_timed(network, validation, seed=seed, horizon=horizon)
+        if timed is not None:
+            return timed
+        module = cast(StackedModule, network)
+        return MemberChunk(module, validation, seed=seed, horizon=horizon)
+
+
+BACKEND = Compiled()

@@ -1,0 +1,172 @@
+"""Choose a backend from the table: for a search, for each trial, and for a chunk.
+
+A trial whose backend does not support it trains in the backend that the refusal names. The reasons
+of all refusals are in the plan.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from gputune.data.dataset import Dataset
+from gputune.engine.backend import read_findings
+from gputune.engine.backends.base import Backend, Machine, Refusal, TrialWork
+from gputune.engine.backends.table import BACKENDS, backend_named
+from gputune.engine.chunk import Chunk
+from gputune.engine.reuse import ChunkPool
+from gputune.errors import warn
+from gputune.fallback import words_unless_strict
+from gputune.memory import is_out_of_memory
+from gputune.modules.trace import TraceError
+from gputune.native.library import NotBuiltError
+from gputune.population.population import ModelKind, Network
+from gputune.population.traits import Traits
+from gputune.scoring.scoring import Validation
+from gputune.types import BackendWord, Config
+
+
+class BackendChoice(NamedTuple):
+    """The backend of a search.
+
+    ``reason`` says why no faster backend was chosen, for the plan. ``told`` is the reason why
+    "auto" did not choose the backend ``faster``, if the user can change this. Both may be "".
+    """
+
+    name: str
+    reason: str = ""
+    faster: str = ""
+    told: str = ""
+    is_requested: bool = False
+
+
+def choose_for_search(
+    word: BackendWord, device: torch.device, dtype: torch.dtype, kind: ModelKind = "mlp"
+) -> BackendChoice:
+    """Return the backend for the user's option ``word``.
+
+    "auto" becomes the fastest backend that fits the device and the model. Raises InputError if the
+    requested backend is not available.
+    """
+    machine = Machine(device, dtype, kind)
+    if word == "stacked" and kind != "module":
+        return BackendChoice("eager")
+    if word == "stacked":
+        # Compiled code trains members one by one.
+        fits = backend_named("recorded").unfit(machine) is None
+        return BackendChoice("recorded" if fits else "eager")
+    if word != "auto":
+        backend = backend_named(word)
+        backend.check(machine)
+        return BackendChoice(backend.name, "as requested", is_requested=True)
+    machine = Machine(device, dtype, kind, read_findings(device))
+    told = ""
+    faster = ""
+    reason = ""
+    for name in BACKENDS:
+        unfit = backend_named(name).unfit(machine)
+        if unfit is None:
+            return BackendChoice(name, reason, faster, told)
+        if unfit.is_told:
+            faster = name
+            told = unfit.reason
+        reason = unfit.reason or reason
+    raise AssertionError("eager steps fit every device")
+
+
+def choose_backend(
+    word: BackendWord, device: torch.device, dtype: torch.dtype, kind: ModelKind = "mlp"
+) -> tuple[str, str]:
+    """Return the backend for the user's option ``word``, and the reason if "auto" chose a slower
+    backend that the user should hear about, else "".
+
+    Raises InputError if the requested backend is not available.
+    """
+    choice = choose_for_search(word, device, dtype, kind)
+    return choice.name, choice.told
+
+
+def refusals(name: str, work: TrialWork) -> Iterator[Refusal]:
+    """Yield the refusals of a trial, from the chosen backend to the backend that trains it."""
+    while refusal := backend_named(name).refuses(work):
+        yield refusal
+        name = refusal.instead
+
+
+def trains_as(
+    name: str,
+    kind: ModelKind,
+    config: Config,
+    traits: Traits | None = None,
+    *,
+    data: Dataset | None = None,
+) -> str:
+    """Return the backend that trains one trial, if the search chose the backend ``name``."""
+    chosen = backend_named(name).name
+    for refusal in refusals(name, TrialWork(kind, config, traits, data)):
+        chosen = refusal.instead
+    return chosen
+
+
+def failures(name: str) -> list[str]:
+    """Return the sentences that say why a backend, or a slower one that replaces it, no longer
+    trains in this process."""
+    sentences = []
+    while name:
+        backend = backend_named(name)
+        sentences.append(backend.failure)
+        name = backend.slower
+    return [sentence for sentence in sentences if sentence]
+
+
+def make_chunk(
+    name: str,
+    network: Network,
+    validation: Validation,
+    pool: ChunkPool,
+    *,
+    seed: int,
+    horizon: int,
+) -> Chunk:
+    """Return the chunk of the fastest backend that can train a network, if the search chose the
+    backend ``name``.
+
+    If a fast backend fails, gputune warns, notes the reason in the pool, and makes the chunk in the
+    next slower backend.
+    """
+    config = network.configs[0]
+    if network.one_by_one:
+        name = "loop"
+    else:
+        name = trains_as(name, network.kind, config, network.traits, data=validation.data)
+    while True:
+        backend = backend_named(name)
+        try:
+            return backend.make_chunk(network, validation, pool, seed=seed, horizon=horizon)
+        except Exception as error:
+            if not backend.is_fallible:
+                raise
+            _note_failure(error, backend, network, pool)
+        name = backend.slower
+
+
+def _note_failure(error: Exception, backend: Backend, network: Network, pool: ChunkPool) -> None:
+    """Warn that a fast backend could not make a chunk. An unexpected error is also noted in the
+    pool."""
+    slower = backend_named(backend.slower)
+    if isinstance(error, NotBuiltError | TraceError):
+        if backend.failure:  # the backend has warned already
+            return
+        reason = str(error)
+    elif is_out_of_memory(error):  # the caller halves the chunk
+        raise error
+    else:
+        reason = words_unless_strict(error)
+        fault = f"Trials train {slower.in_words}, because {backend.noun} failed: {reason}."
+        pool.faults[fault] = None
+    optimizer = network.configs[0]["optimizer"]
+    warn(
+        f"Trials with the optimizer {optimizer!r} train {slower.in_words}, which are slower than "
+        f"{backend.in_words}: {reason}",
+        RuntimeWarning,
+    )
