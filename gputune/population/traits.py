@@ -38,11 +38,6 @@ class Traits:
     coded: bool = False  # whether members were measured to train fastest in compiled code
     uncoded: str = ""  # why members do not train in compiled code; "" if not known
 
-    @property
-    def loop_reason(self) -> str:
-        """Reason why members train one by one, or "" if they are stacked."""
-        return self.unstackable or self.slow
-
 
 class FastestWay(NamedTuple):
     """The result of timing the ways to train members.

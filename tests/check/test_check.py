@@ -129,7 +129,7 @@ def test_the_table(two_laws):
     code, out, err = run("check", "--device", "cpu")
     assert code == 1
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert "a law graph 3e-07 1e-10 0.0 s FAILED" in lines
+    assert "a law recorded 3e-07 1e-10 0.0 s FAILED" in lines
     assert "a law eager 1e-13 1e-10 0.0 s ok" in lines
     assert "FAILED another, -: ZeroDivisionError: division by zero" in lines
     assert "cpu compiled 3,333 99,010" in lines

@@ -191,7 +191,7 @@ def test_what_is_in_no_code_trains_in_another_way(given, says):
             epochs=1,
             horizon=1,
             scoring=scoring_of(data),
-            backend="recorded",
+            backend="compiled",
         )
     assert np.isfinite(trained.curves).all()
 

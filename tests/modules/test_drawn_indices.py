@@ -105,17 +105,17 @@ CASES = {
     "sorted draws": (
         variant(Net, sorted_draws),
         {},
-        "recorded; not in compiled code: aten.sort.default",
+        "recorded (compiled code cannot train this module); not in compiled code: aten.sort.default",
     ),
     "chosen by weight": (
         variant(Net, chosen_by_weight),
         {},
-        "recorded; not in compiled code: its random numbers depend",
+        "recorded (compiled code cannot train this module); not in compiled code: its random numbers depend",
     ),
     "written": (
         variant(Net, written),
         {},
-        "recorded; not in compiled code: aten.index_put_.default",
+        "recorded (compiled code cannot train this module); not in compiled code: aten.index_put_.default",
     ),
 }
 

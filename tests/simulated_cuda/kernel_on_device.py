@@ -3,6 +3,7 @@
 """
 
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ import gputune
 import problems
 from gputune.check.check import LAWS
 from gputune.engine import kernel
+from gputune.engine.backends.table import backend_named
 from gputune.native.library import NotBuiltError
 from gputune.scoring.scoring import BestOutputs
 from gputune.tuning.trainer import Trainer
@@ -195,7 +197,7 @@ def test_the_plan_says_what_the_kernel_trains(iris, capsys):
     why = (
         "2 of 4 trials train in recorded steps: the kernel does not support depth of 5 (at most 4)"
     )
-    assert "2 by the kernel, 2 recorded" in said and f"note: {why}" in said
+    assert "2 kernel, 2 recorded (the kernel does not support" in said and f"note: {why}" in said
     compiled = re.findall(
         "compiling the kernel for members of (.*): some seconds, once on this machine", said
     )
@@ -224,13 +226,15 @@ def test_what_the_kernel_does_not_know_is_said(model, options, words, iris):
     assert "kernel" not in cuda.counts("launch")
 
 
+CLUSTER = SimpleNamespace(device=DEVICE, cluster=SimpleNamespace(name="ray"))
+
+
 def test_a_cluster_has_no_kernel():
-    trainer = Trainer(
-        data=make_data(), kind="mlp", seed=0, horizon=1, cluster=SimpleNamespace(device=DEVICE)
-    )
+    trainer = Trainer(data=make_data(), kind="mlp", seed=0, horizon=1, cluster=CLUSTER)
     with refused("backend='kernel' is for a GPU of this machine, but workers='ray'"):
         trainer.with_backend("kernel", [], print)
-    assert trainer._kernel("auto", []) == "recorded"
+    choose = partial(backend_named("kernel").admit, [], "mlp", trainer.data, say=print)
+    assert choose(is_requested=False, cluster="ray") == "recorded"
 
 
 def test_a_kernel_that_cannot_be_compiled_leaves_recorded_steps(iris, monkeypatch, capsys):
@@ -245,7 +249,7 @@ def test_a_kernel_that_cannot_be_compiled_leaves_recorded_steps(iris, monkeypatc
     with pytest.warns(RuntimeWarning, match=f"{said} Training continues with PyTorch's kernels"):
         study = search(iris, verbose=1)
     shown = capsys.readouterr().err
-    assert cuda.counts("replay") and ", recorded" in shown and "by the kernel" not in shown
+    assert cuda.counts("replay") and ", recorded (" in shown and ", kernel" not in shown
     assert any(re.match(said, note) for note in study.record.notes)
     expected = search(iris, device="cpu", backend="compiled")
     np.testing.assert_allclose(study.curves, expected.curves, rtol=1e-5, atol=1e-5)

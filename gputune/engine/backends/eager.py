@@ -12,8 +12,10 @@ def one_by_one_reason(work: TrialWork) -> str:
     """Return the reason why the members of a trial cannot be stacked or should not be, or ""."""
     if work.kind != "module":
         return ""
-    of_module = work.traits.loop_reason if work.traits else ""
-    return of_module or loop_reason(work.config)
+    if work.traits and work.traits.unstackable:
+        return f"its members cannot be stacked: {work.traits.unstackable}"
+    slow = work.traits.slow if work.traits else ""
+    return slow or loop_reason(work.config)
 
 
 class Eager(Backend):
