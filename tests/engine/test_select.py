@@ -155,7 +155,7 @@ def _plain_mlp(data, fold, segments):
 
 @pytest.mark.usefixtures("recorded_on_cpu")
 @pytest.mark.parametrize(
-    "backend", ["eager", "graph", pytest.param("compiled", marks=needs_compiled_code)]
+    "backend", ["eager", "recorded", pytest.param("compiled", marks=needs_compiled_code)]
 )
 @pytest.mark.parametrize("case", CASES)
 def test_built_in_models_continue_from_a_slot_with_other_values(case, backend):
@@ -187,10 +187,6 @@ MODULE_CASES = {
         {"weight_decay": 0.2, "loss__label_smoothing": 0.1},
     ),
 }
-
-
-def _not_built(*_, **__):
-    raise library.NotBuiltError("no compiler")
 
 
 def trained_modules(kind, data, configs, selections, backend):
@@ -226,15 +222,14 @@ def quick_builds(monkeypatch):
 def test_modules_continue_from_a_slot_with_other_values(case, way, monkeypatch):
     if way == "coded" and library.find_compiler() is None:
         pytest.skip("no C compiler")
-    if way == "recorded":  # steps are recorded where no compiled code can be made
-        monkeypatch.setattr("gputune.engine.train.MemberChunk", _not_built)
+    if way == "recorded":
         monkeypatch.setattr(CpuRecorder, "repays", 1)
     values, change = MODULE_CASES[case]
     data = make_data(folds=2)
     configs = configs_of(values)
     selections = selections_of(configs, **change)
     kind = LoopedModule if way == "loop" else StackedModule
-    backend = {"stacked": "eager", "loop": "loop"}.get(way, "graph")
+    backend = {"stacked": "eager", "coded": "compiled"}.get(way, way)
     trained = trained_modules(kind, data, configs, selections, backend)
     segments = lineages(configs, selections)
     for fold, (trial, parts) in itertools.product(range(2), zip((1, 2), segments)):
