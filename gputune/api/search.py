@@ -22,7 +22,7 @@ def search(
     n_trials: int = 64,
     include: Sequence[Mapping[str, object]] = (),
     warm_start: str | Path | Study | Sequence[str | Path | Study] = (),
-    method: Method | Literal["random", "halving", "median"] = "random",
+    method: Method | Literal["random", "halving", "median", "tpe"] = "random",
     max_epochs: int | None = None,
     timeout: float | None = None,
     target_score: float | None = None,
@@ -63,8 +63,8 @@ def search(
               trial at a report. The trial is compared with the trials that have lower numbers. It
               waits until these trials have made as many reports, so that any number of workers
               prunes the same trials.
-            - ``gputune.OptunaSampler(...)`` lets an Optuna sampler propose the configurations in
-              batches.
+            - "tpe" or ``gputune.OptunaSampler(...)`` lets an Optuna sampler propose the
+              configurations in batches.
 
         max_epochs: number of times that a full training run calls ``report``. Halving and the
             median rule need it.

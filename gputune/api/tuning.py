@@ -143,8 +143,9 @@ def tune(
             - "hypergradient" or ``gputune.Hypergradient(...)`` takes each sampled configuration as
               a starting point and moves it by gradient descent on the mean validation loss after
               ``max_epochs``. Each point on the way is a trial, scored after its last epoch.
-            - ``gputune.OptunaSampler(...)`` lets an Optuna sampler propose the configurations in
-              batches.
+            - "tpe" or ``gputune.OptunaSampler(...)`` lets an Optuna sampler propose the
+              configurations in batches. With halving, new configurations take the places of pruned
+              trials.
 
         cv: the folds.
 

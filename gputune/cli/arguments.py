@@ -163,6 +163,12 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, rule: Rule) -> None:
     parser.add_argument(*names, dest=name, **settings)
 
 
+def _integers(text: str) -> list[int]:
+    """Return the integers of a text in which commas separate them."""
+    read = _reader(int, f"{_WHOLE} 1, or several separated by commas", 1)
+    return [int(read(part)) for part in text.split(",")]
+
+
 def _reader(
     read: Callable[[str], float], rule: str, least: float = -math.inf
 ) -> Callable[[str], float]:
@@ -186,6 +192,7 @@ READERS: dict[Takes, Callable[[str], object]] = {
     "number": _reader(float, "a number such as 0.5"),
     "0..": _reader(int, f"{_WHOLE} 0", 0),
     "1..": _reader(int, f"{_WHOLE} 1", 1),
+    "integers": _integers,
     "names": lambda text: text.split(","),
     "scorers": lambda text: [word.strip() for word in text.split(",")] if "," in text else text,
     "workers": lambda text: (

@@ -113,6 +113,8 @@ def _value(place: str, rule: Rule, value: object, *, is_opposite: bool) -> objec
         return _configurations(place, value)
     if rule.takes in ("names", "scorers"):
         return _names(place, rule, value)
+    if rule.takes == "integers" and isinstance(value, list):
+        value = ",".join(map(str, value))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if rule.takes in ("0..", "1..", "number") and not is_number:
         raise InputError(place, "must be a number", got=value)

@@ -147,10 +147,11 @@ def _method(arguments: Namespace) -> Method:
             remedy="Leave one out.",
         )
     samplers = import_extra("optuna.samplers", extra="optuna", used_by=sampler_flag)
+    if name == "halving":
+        return OptunaSampler("tpe", halving=Halving(**options))
     # Without constant_liar the proposals of one batch would be similar.
     sampler = samplers.TPESampler(seed=arguments.random_state or 0, constant_liar=True)
-    halving = Halving(**options) if name == "halving" else None
-    return OptunaSampler(sampler, halving=halving)
+    return OptunaSampler(sampler)
 
 
 _EXAMPLES = (

@@ -1,7 +1,7 @@
 """Successive halving: at several epochs, only the best share of the trials continues."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -11,6 +11,7 @@ import numpy as np
 from gputune.errors import InputError, check_count
 from gputune.methods.stopping import MIN_EPOCHS, Curves, StoppingRule, first_epoch
 from gputune.tuning.rules import STOPPING, Rule
+from gputune.types import Json
 from gputune.wording import option
 
 
@@ -35,6 +36,11 @@ class Halving(StoppingRule):
         brackets: The number of brackets, at least 1 [default: 1]. At most one more than the number
             of rungs. Bracket s has its first rung at min_epochs * factor**s, so that some trials
             are not compared early. Each bracket gets about the same number of epochs in total.
+        rungs: A list of epochs after which trials are compared, instead of ``min_epochs`` and its
+            multiples.
+        keep: With ``rungs``, the number of trials that continue after a rung, instead of the best
+            1/``factor``. ``Halving(rungs=[i], keep=k)`` trains all trials for i epochs and only the
+            best k to the end (i-Epoch, Egele et al., 2024, arXiv:2404.04111).
 
     Raises:
         InputError: An option is invalid. ``tune`` raises it if ``max_epochs`` is too small.
@@ -71,25 +77,86 @@ class Halving(StoppingRule):
             "1..",
             group=STOPPING,
         ),
+        "rungs": Rule(
+            "--rungs <INT,...>",
+            "Epochs after which trials are compared",
+            "For --method halving, instead of --min-epochs.",
+            "powers of --factor",
+            "integers",
+            group=STOPPING,
+        ),
+        "keep": Rule(
+            "--keep <INT>",
+            "Number of trials that continue after a rung",
+            "For --method halving with --rungs, instead of --factor.",
+            "1/--factor",
+            "1..",
+            group=STOPPING,
+        ),
     }
 
     factor: float = 3
     min_epochs: int | None = None
     brackets: int = 1
+    rungs: Sequence[int] | None = None
+    keep: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.factor, int | float) or not 1 < self.factor < math.inf:  # True is 1
             raise InputError("Halving(factor=...)", "must be a finite number > 1", got=self.factor)
         check_count(self.min_epochs, "Halving(min_epochs=...)", none=True)
         check_count(self.brackets, "Halving(brackets=...)")
+        check_count(self.keep, "Halving(keep=...)", none=True)
+        if self.rungs is not None:
+            self._check_rungs(self.rungs)
+            object.__setattr__(self, "rungs", tuple(self.rungs))
+        elif self.keep is not None:
+            raise InputError(
+                "Halving(keep=...)",
+                "needs the epochs after which trials are compared",
+                got=self.keep,
+                remedy=f"For example {option('rungs', [10])}.",
+            )
 
-    def rungs(self, max_epochs: int) -> list[list[int]]:
+    def _check_rungs(self, rungs: object) -> None:
+        """Raise InputError if the option ``rungs`` is not a list of rising epochs, or if another
+        option sets the rungs too."""
+        is_list = isinstance(rungs, list | tuple) and len(rungs) > 0
+        before = 0
+        for rung in rungs if isinstance(rungs, list | tuple) else ():
+            is_list = is_list and type(rung) is int and rung > before
+            before = rung if is_list else before
+        if not is_list:
+            raise InputError(
+                "Halving(rungs=...)",
+                "must be a list of rising epochs, each at least 1",
+                got=rungs,
+                remedy="For example [10].",
+            )
+        if self.min_epochs is not None or self.brackets != 1:
+            raise InputError(
+                "Halving(rungs=...)",
+                "sets all rungs, so min_epochs and brackets would have no effect",
+                got=rungs,
+                remedy="Leave them out.",
+            )
+
+    def bracket_rungs(self, max_epochs: int) -> list[list[int]]:
         """Return the epochs after which each bracket (group) of trials is compared, all below
         ``max_epochs``.
 
         These epochs are called rungs. The last bracket may have no rungs. Raises InputError if
         ``min_epochs`` is not below ``max_epochs``, or if there are too many brackets.
         """
+        if self.rungs is not None:
+            if self.rungs[-1] >= max_epochs:
+                raise InputError(
+                    "Halving(rungs=...)",
+                    f"must be below {option('max_epochs', max_epochs)}",
+                    got=self.rungs[-1],
+                    remedy="Leave the rung out, or train longer.",
+                )
+            return [list(self.rungs)]
         epochs: list[int] = []
         rung = float(first_epoch("Halving", self.min_epochs, max_epochs, 27))
         while rung < max_epochs:
@@ -110,7 +177,16 @@ class Halving(StoppingRule):
     def stops(self, max_epochs: int) -> list[int]:
         """Return all epochs after which successive halving compares trials of any bracket, in
         order."""
-        return sorted(set().union(*self.rungs(max_epochs)))
+        return sorted(set().union(*self.bracket_rungs(max_epochs)))
+
+    def to_json(self) -> Json:
+        """Return the options as plain JSON, without ``rungs`` and ``keep`` if they are not set, so
+        that older studies continue."""
+        options = {"name": self.name, "factor": self.factor}
+        options |= {"min_epochs": self.min_epochs, "brackets": self.brackets}
+        if self.rungs is not None:
+            options |= {"rungs": list(self.rungs), "keep": self.keep}
+        return options
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
         """Return the trial numbers of the trials that successive halving prunes after this epoch.
@@ -120,14 +196,14 @@ class Halving(StoppingRule):
         # By trial number, not by position: a repaired study may lack some trials.
         bracket_of = self.brackets_of(1 + max(curves, default=-1), max_epochs)
         stopped: set[int] = set()
-        for bracket, rungs in enumerate(self.rungs(max_epochs)):
+        for bracket, rungs in enumerate(self.bracket_rungs(max_epochs)):
             if epoch not in rungs:
                 continue
             means = {}
             for number in sorted(curves):
                 if bracket_of[number] == bracket and len(curves[number]) >= epoch:
                     means[number] = float(curves[number][epoch - 1].mean())
-            stays = survivors(np.array(list(means.values())), self.factor)
+            stays = survivors(np.array(list(means.values())), self.factor, self.keep)
             stopped.update(number for number, stay in zip(means, stays) if not stay)
         return stopped
 
@@ -138,7 +214,7 @@ class Halving(StoppingRule):
         Every bracket gets about the same number of epochs in total.
         """
         shares = []
-        for rungs in self.rungs(max_epochs):
+        for rungs in self.bracket_rungs(max_epochs):
             # Each stretch between two rungs trains 1/factor of the trials of the stretch before it.
             stretches = enumerate(pairwise([0, *rungs, max_epochs]))
             epochs_per_trial = sum((end - begin) / self.factor**i for i, (begin, end) in stretches)
@@ -151,16 +227,18 @@ class Halving(StoppingRule):
         return brackets
 
 
-def survivors(means: np.ndarray, factor: float) -> np.ndarray:
+def survivors(means: np.ndarray, factor: float, keep: int | None = None) -> np.ndarray:
     """Return a mask of the trials that continue after a comparison in successive halving, (C,) for
     C trials.
 
-    The best 1/``factor`` of the trials continue, by the mean validation scores ``means`` (C,). If
-    this share is less than one trial, only the best trial continues. A trial with NaN never
+    The best ``keep`` trials continue, or the best 1/``factor`` of the trials if ``keep`` is None, by
+    the mean validation scores ``means`` (C,). If this share is less than one trial, only the best
+    trial continues. A trial with NaN never
     continues. In a tie, the earlier trial wins.
     """
     finite = np.isfinite(means)
-    count = min(int(finite.sum()), max(1, int(len(means) / factor)))
+    count = keep or max(1, int(len(means) / factor))
+    count = min(int(finite.sum()), count)
     # The stable sort lets the earlier trial win a tie.
     best = np.argsort(np.where(finite, -means, np.inf), kind="stable")[:count]
     return np.isin(np.arange(len(means)), best)

@@ -5,7 +5,7 @@ configurations, and reports their scores to it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from gputune.methods.halving import Halving
 from gputune.methods.optuna_study import OptunaStudy, check_askable
 from gputune.methods.proposals import sample
 from gputune.methods.rungs import check_rungs
-from gputune.methods.slot_study import SlotStudy
+from gputune.methods.slot_study import SlotStudy, tpe_sampler
 from gputune.methods.slots import train_in_slots
 from gputune.methods.stopping import pruning_text
 from gputune.methods.training import train_batches
@@ -45,8 +45,10 @@ class OptunaSampler(Method):
     then adds a note.
 
     Args:
-        sampler: An Optuna sampler such as ``optuna.samplers.TPESampler(seed=0)``. gputune copies
-            the sampler for each search and never changes it. A TPESampler should have
+        sampler: "tpe" is Optuna's TPE in the settings that gputune measured, with the
+            ``random_state`` of the search [default: "tpe"]. Or an Optuna sampler such as
+            ``optuna.samplers.TPESampler(seed=0)``. gputune copies the sampler for each search and
+            never changes it. A TPESampler should have
             ``constant_liar=True``, which is Optuna's default since version 5. Otherwise the
             proposals of one batch are very similar.
         batch: The number of proposals that train together, at least 1 [default: 16]. The sampler
@@ -80,20 +82,33 @@ class OptunaSampler(Method):
 
     name = "optuna"
     samples_first = False
-    lacks = "method, with a sampler of Optuna's"
 
-    sampler: "optuna.samplers.BaseSampler"
+    sampler: "optuna.samplers.BaseSampler | str" = "tpe"
     _: KW_ONLY
     batch: int = 16
     halving: Halving | None = None
     refill: bool = True
 
     def __post_init__(self) -> None:
+        if self.sampler != "tpe":
+            self._check_sampler()
+        check_count(self.batch, "OptunaSampler(batch=...)")
+        if self.halving is not None and not isinstance(self.halving, Halving):
+            raise InputError(
+                "OptunaSampler(halving=...)",
+                "must be gputune.Halving(...) or None",
+                got=self.halving,
+            )
+        if not isinstance(self.refill, bool):
+            raise InputError("OptunaSampler(refill=...)", "must be True or False", got=self.refill)
+
+    def _check_sampler(self) -> None:
+        """Raise InputError if the sampler is not an Optuna sampler that can propose batches."""
         samplers = import_extra("optuna.samplers", extra="optuna", used_by="OptunaSampler")
         if not isinstance(self.sampler, samplers.BaseSampler):
             raise InputError(
                 "OptunaSampler(sampler=...)",
-                "must be an Optuna sampler",
+                "must be 'tpe' or an Optuna sampler",
                 got=self.sampler,
                 remedy="For example optuna.samplers.TPESampler(seed=0).",
             )
@@ -104,15 +119,14 @@ class OptunaSampler(Method):
                 f"cannot be a {type(self.sampler).__name__}, which ends Optuna's own optimization",
                 remedy=f"Use a space of lists with {random}, which runs every point.",
             )
-        check_count(self.batch, "OptunaSampler(batch=...)")
-        if self.halving is not None and not isinstance(self.halving, Halving):
-            raise InputError(
-                "OptunaSampler(halving=...)",
-                "must be gputune.Halving(...) or None",
-                got=self.halving,
-            )
-        if not isinstance(self.refill, bool):
-            raise InputError("OptunaSampler(refill=...)", "must be True or False", got=self.refill)
+
+    def seeded_sampler(self, seed: int | None) -> "optuna.samplers.BaseSampler":
+        """Return the user's sampler, or the TPE sampler with a random seed."""
+        return tpe_sampler(seed) if isinstance(self.sampler, str) else self.sampler
+
+    @property
+    def lacks(self) -> str:
+        return "" if self.sampler == "tpe" else "method, with a sampler of Optuna's"
 
     @property
     def refills(self) -> bool:
@@ -131,6 +145,7 @@ class OptunaSampler(Method):
     def check(self, context: Context, space: CheckedSpace, trials: Sequence[Candidate]) -> None:
         """Raise InputError if the sampler or the halving does not fit the search."""
         self.check_space(space)
+        self.seeded_sampler(None)  # raises MissingExtraError without Optuna
         if "penalty" in space[0]:
             raise InputError(
                 "space",
@@ -143,11 +158,18 @@ class OptunaSampler(Method):
     def run(self, context: Context, space: CheckedSpace) -> None:
         """Train the waiting trials, and then the proposals of the sampler."""
         if self.refill and self.halving is not None:
-            study = SlotStudy(self.sampler, space)
+            seed = context.options.search.random_state
+            study = SlotStudy(self.seeded_sampler(seed), space)
             train_in_slots(context, self.halving, study, n_slots=self.batch)
             return
         train = partial(train_batches, context, self.halving)
-        sample(context, train, self._make_study(space), batch=self.batch, epochs=context.epochs)
+        sample(
+            context,
+            train,
+            self._make_study(context, space),
+            batch=self.batch,
+            epochs=context.epochs,
+        )
 
     def run_loop(
         self,
@@ -157,29 +179,47 @@ class OptunaSampler(Method):
         check: ConfigCheck,
     ) -> None:
         """Train the waiting trials of a custom training loop, and then the sampler's proposals."""
-        sample(session, train, self._make_study(space, check), batch=self.batch, epochs=1)
+        sample(session, train, self._make_study(session, space, check), batch=self.batch, epochs=1)
 
     def _make_study(
-        self, space: CheckedSpace, check: ConfigCheck = check_config
+        self, session: Session, space: CheckedSpace, check: ConfigCheck = check_config
     ) -> Callable[..., OptunaStudy]:
         """Return a function that makes an Optuna study with a fresh copy of the sampler."""
-        return partial(OptunaStudy, self.sampler, space, check=check)
+        sampler = self.seeded_sampler(session.options.search.random_state)
+        return partial(OptunaStudy, sampler, space, check=check)
 
     def pruning_rule(self, max_epochs: int | None) -> "PruningRule | None":
         """Return the rule of the halving, or None."""
         return None if self.halving is None else self.halving.pruning_rule(max_epochs)
 
     def to_json(self) -> Json:
-        """Return the options as plain JSON. It has only the name of the sampler's class."""
-        halving = None if self.halving is None else asdict(self.halving)
+        """Return the options as plain JSON. It has only the name of a sampler's class."""
+        halving = None
+        if self.halving is not None:
+            halving = dict(self.halving.to_json())
+            del halving["name"]
+        if isinstance(self.sampler, str):
+            return {
+                "name": self.name,
+                "sampler": self.sampler,
+                "batch": self.batch,
+                "halving": halving,
+                "refill": self.refill,
+            }
         record = {"name": self.name, "sampler": type(self.sampler).__name__, "halving": halving}
         # Left out without refilled slots, so that older studies continue.
         return record | {"refill": True} if self.refills else record
 
     @classmethod
     def from_json(cls, options: Json) -> Method:
-        """Return random search, because a refit does not use the sampler."""
-        return method_class("random")()
+        """Return the method, or random search in place of a sampler that the file cannot store.
+
+        A refit does not use the sampler.
+        """
+        if options["sampler"] != "tpe":
+            return method_class("random")()
+        halving = options["halving"]
+        return cls(**{**options, "halving": None if halving is None else Halving(**halving)})
 
     @classmethod
     def summary(cls, study: Study) -> list[tuple[str, str]]:
@@ -190,7 +230,8 @@ class OptunaSampler(Method):
         n_batches = len(set(origins))
         batches = "1 batch" if n_batches == 1 else f"{n_batches} batches"
         trials = count(len(origins), "trial")
-        lines = [("Sampler", f"Optuna's {clean(method['sampler'])} proposed {trials} in {batches}")]
+        sampler = "TPESampler" if method["sampler"] == "tpe" else clean(method["sampler"])
+        lines = [("Sampler", f"Optuna's {sampler} proposed {trials} in {batches}")]
         if method["halving"]:
             lines.append(("Halving", pruning_text(study)))
         return lines

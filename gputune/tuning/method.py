@@ -59,7 +59,6 @@ class Method:
     samples_first: ClassVar[bool] = True
     differentiates: ClassVar[bool] = False
     shares_trials: ClassVar[bool] = False
-    lacks: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -69,6 +68,10 @@ class Method:
     @property
     def compares_trials(self) -> bool:
         return False
+
+    @property
+    def lacks(self) -> str:
+        return ""
 
     @property
     def decides_length(self) -> bool:

@@ -16,7 +16,17 @@ COMPUTE = "Compute"
 OUTPUT = "Output"
 
 Takes = Literal[
-    "text", "number", "0..", "1..", "names", "scorers", "specs", "config", "workers", "yes or no"
+    "text",
+    "number",
+    "0..",
+    "1..",
+    "integers",
+    "names",
+    "scorers",
+    "specs",
+    "config",
+    "workers",
+    "yes or no",
 ]
 
 

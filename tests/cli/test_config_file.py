@@ -55,6 +55,7 @@ def parsed(*words):
             'method = "halving"\nfactor = 2\nmin_epochs = 1',
             "--method halving --factor 2 --min-epochs 1",
         ),
+        ('method = "halving"\nrungs = [1, 3]\nkeep = 2', "--method halving --rungs 1,3 --keep 2"),
     ],
 )
 def test_a_file_means_the_same_as_flags(config, text, typed):

@@ -47,6 +47,8 @@ COMMANDS = {
     ),
     "median": "--target price --trials 2 --epochs 4 --method median --min-epochs 1 --every 2 --cv 2 "
     "--workers 1",
+    "fixed": "--target price --trials 2 --epochs 4 --method halving --rungs 1,2 --keep 1 --cv 2 "
+    "--workers 1",
     "descents": (
         "--target kind --trials 1 --epochs 2 --method hypergradient --descend-on lr,weight_decay "
         "--outer-steps 1 --segments 2 --per-layer --cv 2 --workers 1"
@@ -79,6 +81,8 @@ STORED = {
     "factor": ("numbers", as_option(lambda options: options.method.factor), 2),
     "min_epochs": ("numbers", as_option(lambda options: options.method.min_epochs), 1),
     "brackets": ("numbers", as_option(lambda options: options.method.brackets), 2),
+    "rungs": ("fixed", as_option(lambda options: list(options.method.rungs)), [1, 2]),
+    "keep": ("fixed", as_option(lambda options: options.method.keep), 1),
     "every": ("median", as_option(lambda options: options.method.every), 2),
     "hyperparameters": (
         "descents",

@@ -371,8 +371,6 @@ def test_a_sampler_by_its_name(tmp_path):
         "sklearn:iris",
         "--sampler",
         "tpe",
-        "--method",
-        "halving",
         "--out",
         tmp_path / "o",
         *FAST,

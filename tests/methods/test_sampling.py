@@ -304,12 +304,12 @@ def test_a_module_with_choices_that_optuna_cannot_hold(path):
     ("make", "message"),
     [
         (
-            lambda: gputune.OptunaSampler("tpe"),
-            "must be an Optuna sampler, got 'tpe'. For example",
+            lambda: gputune.OptunaSampler("gp"),
+            "must be 'tpe' or an Optuna sampler, got 'gp'. For example",
         ),
         (
             lambda: gputune.OptunaSampler(optuna.samplers.TPESampler),
-            "must be an Optuna sampler",
+            "must be 'tpe' or an Optuna sampler",
         ),
         (
             lambda: gputune.OptunaSampler(optuna.samplers.GridSampler({"lr": [0.1]}, seed=0)),
@@ -328,8 +328,8 @@ def test_a_module_with_choices_that_optuna_cannot_hold(path):
             "must be gputune.Halving(...) or None, got 3",
         ),
         (
-            lambda: gputune.tune("mlp", X, Y, method="tpe", **FAST),
-            "or gputune.OptunaSampler(...), got 'tpe'",
+            lambda: gputune.tune("mlp", X, Y, method="gp", **FAST),
+            "or gputune.OptunaSampler(...), got 'gp'",
         ),
     ],
 )

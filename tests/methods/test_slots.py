@@ -1,6 +1,7 @@
 """Searches with halving in which an Optuna sampler refills the free slots."""
 
 import math
+import sys
 from functools import partial
 from itertools import count
 from typing import ClassVar
@@ -12,8 +13,12 @@ from scipy.stats import loguniform
 from sklearn.datasets import load_iris
 
 import gputune
+from command_line import output, run
+from gputune.errors import MissingExtraError
 from gputune.methods import slots
+from gputune.methods.slot_study import tpe_sampler
 from gputune.methods.slots import fill_slots
+from gputune.tuning.method import check_method, method_from_json
 from moments import time_is_over
 from refused import refused
 
@@ -264,3 +269,42 @@ def test_a_target_score_ends_the_search(whole):
     study = search()
     assert study.best_score >= 0.5 and len(study.trials) <= len(whole.trials)
     assert_same(study, search())
+
+
+def test_tpe_by_its_name(tmp_path):
+    path = tmp_path / "study.db"
+    search = partial(gputune.tune, "mlp", X, Y, space=SPACE, max_epochs=2, cv=3, verbose=0)
+    study = search(method="tpe", n_trials=20, random_state=3, workers=1, study=path)
+    made = gputune.OptunaSampler(tpe_sampler(3))
+    other = search(method=made, n_trials=20, random_state=3, workers=1)
+    assert [t.params for t in study.trials] == [t.params for t in other.trials]
+    assert study.record.method == {
+        "name": "tpe",
+        "sampler": "tpe",
+        "batch": 16,
+        "halving": None,
+        "refill": True,
+    }
+    assert method_from_json(study.record.method) == check_method("tpe")
+    assert gputune.Study.open(path).best_model(X, Y).predict(X[:3]).shape == (3,)
+
+
+def test_tpe_with_halving_on_the_command_line_resumes_without_its_options(tmp_path):
+    words = ["--sampler", "tpe", "--method", "halving", "--rungs", "1", "--keep", "2"]
+    out = tmp_path / "out"
+    begin = ["tune", "sklearn:iris", *words, "--trials", "4", "--epochs", "3", "--out", out]
+    assert "Optuna's TPESampler proposed 3 trials" in output(*begin)
+    assert run("resume", out, "--trials", "6")[0] == 0
+    method = gputune.Study.open(out / "study.db").record.method
+    assert method["sampler"] == "tpe" and method["halving"]["keep"] == 2
+    method = method_from_json(method)
+    assert method == gputune.OptunaSampler("tpe", halving=gputune.Halving(rungs=[1], keep=2))
+    assert method.lacks == ""
+
+
+def test_tpe_without_optuna(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "optuna.samplers", None)
+    path = tmp_path / "study.db"
+    with pytest.raises(MissingExtraError, match=r'tpe.* needs optuna.*pip install "\.\[optuna\]"'):
+        gputune.tune("mlp", X, Y, method="tpe", study=path, **FAST)
+    assert not path.exists()

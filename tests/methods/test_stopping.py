@@ -7,9 +7,11 @@ import statistics
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_iris
 
 import gputune
 from gputune.methods.halving import Halving, survivors
+from gputune.tuning.method import method_from_json
 from refused import refused
 
 
@@ -22,10 +24,11 @@ from refused import refused
         ({"factor": 2, "min_epochs": 4}, 20, [[4, 8, 16]]),
         ({"factor": 1.5, "min_epochs": 1}, 6, [[1, 2, 3, 5]]),
         ({"brackets": 4}, 54, [[2, 6, 18], [6, 18], [18], []]),
+        ({"rungs": [5, 7]}, 8, [[5, 7]]),
     ],
 )
 def test_rungs_grow_by_the_factor_and_end_before_the_last_epoch(options, max_epochs, rungs):
-    assert Halving(**options).rungs(max_epochs) == rungs
+    assert Halving(**options).bracket_rungs(max_epochs) == rungs
 
 
 def test_brackets_get_about_the_same_number_of_epochs_and_more_trials_move_no_other_to_another_one():
@@ -73,6 +76,26 @@ def test_the_best_stay_and_nan_never_does(means, factor, stay):
             r"Halving\(brackets=...\) must be an integer of at least 1, got 0",
         ),
         (gputune.Halving, {"brackets": True}, "got True"),
+        *(
+            (
+                gputune.Halving,
+                {"rungs": rungs},
+                r"Halving\(rungs=...\) must be a list of rising epochs, each at least 1, got",
+            )
+            for rungs in (3, [], [0], [3, 3], [2.0], [True], "27")
+        ),
+        (
+            gputune.Halving,
+            {"rungs": [3], "min_epochs": 2},
+            r"Halving\(rungs=...\) sets all rungs, so min_epochs and brackets would have no effect",
+        ),
+        (gputune.Halving, {"rungs": [3], "brackets": 2}, "Leave them out"),
+        (
+            gputune.Halving,
+            {"keep": 3},
+            r"Halving\(keep=...\) needs the epochs after which trials are compared, got 3",
+        ),
+        (gputune.Halving, {"rungs": [1], "keep": 0}, r"Halving\(keep=...\) must be .* got 0"),
         (
             gputune.Median,
             {"min_epochs": 0},
@@ -106,6 +129,7 @@ def test_epochs_of_the_medians_decisions_and_options_that_do_not_fit_the_epochs(
             9,
             r"Median\(min_epochs=...\) must be below max_epochs=9, got 9. Lower it",
         ),
+        (Halving(rungs=[3, 9]), 9, r"Halving\(rungs=...\) must be below max_epochs=9, got 9"),
         (
             Halving(min_epochs=10),
             10,
@@ -158,3 +182,18 @@ def test_equal_trials_all_stay_and_half_of_unlike_ones_leave():
     assert leave(1, {n: [0.5] for n in range(8)}) == set()
     assert leave(1, {n: [n / 10] for n in range(8)}) == {0, 1, 2, 3}
     assert leave(2, {n: [n / 10, 0.0] for n in range(8)}) == set()  # the best so far
+
+
+def test_only_the_best_of_a_fixed_number_continue_after_a_rung():
+    X, y = load_iris(return_X_y=True)
+    search = {"cv": 3, "n_trials": 8, "max_epochs": 6, "verbose": 0, "workers": 1}
+    rule = gputune.Halving(rungs=[2], keep=3)
+    study = gputune.tune("mlp", X, y, method=rule, **search)
+    means = study.curves[:, 1].mean(1)
+    best = sorted(np.argsort(-means, kind="stable")[:3].tolist())
+    assert [t.number for t in study.trials if t.state == "complete"] == best
+    assert {t.detail.get("rung") for t in study.trials} == {None, 2}
+    assert study.spent == (8 * 2 + 3 * 4, 8 * 6)
+    assert study.record.method["rungs"] == [2] and study.record.method["keep"] == 3
+    assert method_from_json(study.record.method) == rule
+    assert Halving().to_json().keys() == {"name", "factor", "min_epochs", "brackets"}

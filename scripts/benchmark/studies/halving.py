@@ -118,7 +118,7 @@ def halved(curves: np.ndarray, method: gputune.Halving, epochs: int) -> tuple[np
     alive = np.arange(len(curves))
     spent = 0
     before = 0
-    (rungs,) = method.rungs(epochs)
+    (rungs,) = method.bracket_rungs(epochs)
     for rung in rungs:
         spent += len(alive) * (rung - before)
         means = curves[alive, rung - 1].mean(1)
