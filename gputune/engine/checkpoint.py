@@ -335,6 +335,13 @@ class StateCache:
             self.drop(trial)
         return State.stack(states)
 
+    def settle(self) -> None:
+        """Copy the states of trials that wait on their device to main memory, because other trials
+        are about to continue there."""
+        for trial, state in self.states.items():
+            if isinstance(state, State):
+                self.states[trial] = state.cpu()
+
     def drop(self, trial: int) -> None:
         """Delete the training state of a trial that does not continue."""
         state = self.states.pop(trial, None)

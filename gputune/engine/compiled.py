@@ -289,9 +289,9 @@ class CompiledChunk:
         """Replace the trials: the new trial i continues from the state of the trial ``slots[i]``,
         with a new configuration unless ``configs`` or its entry is None."""
         places = list(slots)
-        if configs is None and places == list(range(len(self.configs))):
-            return
         new_configs = selected_configs(self.network, places, configs)
+        if new_configs == self.configs and places == list(range(len(places))):
+            return
         taken = self.steps_taken[places].T  # (F, C)
         on_device = self.place(places)
         blocks = self.network.blocks

@@ -31,9 +31,10 @@ from gputune.engine.mlp import StackedMLP
 from gputune.engine.reuse import ChunkPool
 from gputune.engine.stop import Stop
 from gputune.engine.train import AfterEpoch, BegunChunk, Spent, Trained, Training, train
+from gputune.engine.waiting import WaitingChunk, WaitingState
 from gputune.errors import TOO_BIG, warn
 from gputune.fallback import is_strict, words_unless_strict
-from gputune.memory import empty_cache, is_out_of_memory, synchronize
+from gputune.memory import empty_cache, free_of_gpu, is_out_of_memory, synchronize
 from gputune.modules.construction import Builder, name_of
 from gputune.modules.inspection import StackedError, traits_of
 from gputune.population.population import Network, Population, Shape
@@ -202,9 +203,13 @@ class RungJob(Job):
 
     If ``until`` is not empty, it has the rung of each trial, by the trial's position in the search.
     All trials of a chunk then have the same rung, which replaces ``epochs``.
+
+    ``waiting`` has the positions in the search of the only trials that train in this process. They
+    wait for the next rung in the tensors in which they have trained.
     """
 
     until: tuple[int, ...] = ()
+    waiting: tuple[int, ...] = ()
 
     def run(
         self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
@@ -220,11 +225,24 @@ class RungJob(Job):
             trained.curves[:, start : trained.epochs],
             trained.epochs - start,
             time.monotonic() - begin,
-            trained.state.cpu(),
+            self._state(trained, chunk),
             trained.alive,
             spent=trained.spent,
             outputs=trained.outputs_of(chunk.index),
         )
+
+    def _state(self, trained: Trained, chunk: Population) -> State:
+        """Return the state of the trials that can still train, which waits on the device if nothing
+        else needs the memory there."""
+        if chunk.index != self.waiting or not trained.alive:
+            return trained.state.cpu()
+        state = WaitingState(WaitingChunk(trained.chunk), range(len(trained.alive)))
+        device = trained.flat.device
+        # The trials that continue are copied on the device, twice for a moment.
+        if device.type == "cuda" and 2 * state.nbytes > free_of_gpu(device):
+            return state.cpu()
+        self.pool.remove(trained.chunk)
+        return state
 
 
 class _Watch:

@@ -160,31 +160,25 @@ class OneMember:
 
     def fits(self) -> bool:
         """Return whether the compiled code fits the present configurations of the chunk: it reads
-        all values that differ between members from tables, and its constants are still right."""
+        the values that differ between members from tables, and its constants are still right."""
         chunk = self.chunk
         drops = any(config["dropout"] for config in chunk.configs)
-        if drops and not self.network.configs[0]["dropout"]:
+        if drops != bool(self.network.configs[0]["dropout"]):
             return False
-        if not chunk.module.loss_values.keys() <= self.network.loss_values.keys():
+        if chunk.module.loss_values.keys() != self.network.loss_values.keys():
             return False
+        tables: set[TablePath] = {("dropout",)}
         owners: dict[TablePath, object] = {("update",): self.single.update}
         owners["update", "clock"] = self.single.update.clock
-        tables = {path for path, _ in self.tables}
         for path, single in owners.items():
             for name, value in vars(value_at(chunk, path)).items():
                 if isinstance(value, dict):
-                    paths = list(paths_in(value, (*path, name)))
+                    tables.update(paths_in(value, (*path, name)))
                 elif isinstance(value, Tensor) and value.dim() == 2:
-                    paths = [(*path, name)]
-                elif isinstance(value, int | float):
-                    if (*path, name) not in tables and getattr(single, name) != value:
-                        return False
-                    continue
-                else:
-                    continue
-                if not tables.issuperset(paths):
+                    tables.add((*path, name))
+                elif isinstance(value, int | float) and getattr(single, name) != value:
                     return False
-        return True
+        return tables == {path for path, _ in self.tables}
 
     def tensors_of_fold(self, fold: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the pairs (source, target) of tensors to copy when a thread begins members of a

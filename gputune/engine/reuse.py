@@ -101,6 +101,12 @@ class ChunkPool:
             while sum(pooled.nbytes for pooled in self.chunks.values()) > _KEPT_BYTES:
                 del self.chunks[next(iter(self.chunks))]
 
+    def remove(self, chunk: object) -> None:
+        """Forget a chunk (group of trials) that waits for its next epochs."""
+        for key, pooled in list(self.chunks.items()):
+            if pooled is chunk:
+                del self.chunks[key]
+
     def trials_at_once(self, chunk: Population) -> int:
         """Return the number of trials of a chunk to train at once. The result is below the chunk's
         size after a chunk of the same tensor shape did not fit into memory."""

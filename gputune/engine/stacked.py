@@ -326,7 +326,8 @@ class StackedChunk:
         with a new configuration unless ``configs`` or its entry is None."""
         new_configs = selected_configs(self.network, slots, configs)
         places = [self.places[slot] for slot in slots]
-        only_drops = configs is None and all(a < b for a, b in pairwise(places))
+        is_new = new_configs != [self.configs[place] for place in places]
+        only_drops = not is_new and all(a < b for a, b in pairwise(places))
         if only_drops and places == self.places:
             return
         fits = self.steps.begun and self.holds(len(places))

@@ -22,6 +22,7 @@ from gputune.engine.backend import torch_threads
 from gputune.engine.backends.selection import make_chunk
 from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
+from gputune.engine.waiting import WaitingState
 from gputune.modules.inspection import explain
 from gputune.population.population import ModelKind, Network, Population, hidden_widths
 from gputune.population.state import Selection, State
@@ -60,6 +61,10 @@ class BegunChunk(Population):
         """Number of epochs that the trials have trained."""
         return 0 if self.state is None else self.state.epoch
 
+    def on_host(self) -> "BegunChunk":
+        """Return the same trials with their training state in main memory."""
+        return replace(self, state=self.state and self.state.cpu())
+
     def part(self, start: int, stop: int) -> "BegunChunk":
         """Return the trials ``start`` to ``stop - 1`` as a separate group, with their training
         states."""
@@ -69,7 +74,7 @@ class BegunChunk(Population):
             self,
             index=self.index[start:stop],
             configs=self.configs[start:stop],
-            state=self.state and self.state.select(rows),
+            state=self.state and self.state.cpu().select(rows),
             alive=None if self.alive is None else tuple(alive[row] - start for row in rows),
             before=None if self.before is None else self.before[start:stop],
             seconds=self.seconds * (stop - start) / len(self.index),
@@ -130,7 +135,7 @@ class Trained:
         scored: The part of ``flat`` that is scored and saved.
         moments: The flat buffers of the optimizer. ``moments`` and ``flat`` are not copies: the
             next chunk may train in these tensors.
-        steps: Number of optimizer steps that each member has taken, (C, F).
+        chunk: The trials in their tensors.
         spent: Time and operations of the training.
         best: The outputs that a scoring keeps.
     """
@@ -142,7 +147,7 @@ class Trained:
     flat: Tensor
     scored: Tensor
     moments: tuple[Tensor, ...]
-    steps: np.ndarray
+    chunk: Chunk
     spent: Spent = Spent()
     best: BestOutputs | None = None
 
@@ -150,7 +155,8 @@ class Trained:
     def state(self) -> State:
         """Training state of the trials that can still train, from which a ``BegunChunk``
         continues."""
-        state = State.of(self.network, self.flat, self.moments, self.epochs, self.steps)
+        steps = self.chunk.steps_taken
+        state = State.of(self.network, self.flat, self.moments, self.epochs, steps)
         # No row if all trials have ended: a chunk does not remove its last trials from the tensors.
         return state if self.alive else state.select([])
 
@@ -193,19 +199,8 @@ def train(
     the known scores of the earlier epochs, or with NaN. If ``at_once`` is True, ``after_epoch``
     need not decide after every epoch, so a kernel launch may train several epochs.
     """
-    members = make_chunk(
-        training.backend,
-        network,
-        Validation(data, training.scoring),
-        training.pool,
-        seed=training.seed,
-        horizon=training.horizon,
-    )
-    alive = _Alive(members, range(len(chunk.configs)))
-    if chunk.alive is not None:
-        alive.select(Selection(chunk.alive))
-    if chunk.state is not None and alive.trials:
-        members.resume(chunk.state)
+    alive = _begin(network, data, chunk, training)
+    members = alive.chunk
     epoch = chunk.epoch
     scoring = training.scoring
     is_over = False
@@ -233,7 +228,7 @@ def train(
             members.flat,
             members.scored,
             members.moments,
-            members.steps_taken,
+            members,
             spent,
             best,
         )
@@ -270,6 +265,27 @@ class _Alive:
         if self.trials:
             slots = selection.trials if selection.slots is None else selection.slots
             self.chunk.select(slots, selection.configs)
+
+
+def _begin(network: Network, data: Dataset, chunk: BegunChunk, training: Training) -> _Alive:
+    """Return the trials that still train, in the state from which they continue."""
+    trials = range(len(chunk.configs)) if chunk.alive is None else chunk.alive
+    if isinstance(chunk.state, WaitingState) and chunk.state.waiting.is_current:
+        return _Alive(chunk.state.continued([chunk.configs[i] for i in trials]), trials)
+    members = make_chunk(
+        training.backend,
+        network,
+        Validation(data, training.scoring),
+        training.pool,
+        seed=training.seed,
+        horizon=training.horizon,
+    )
+    alive = _Alive(members, range(len(chunk.configs)))
+    if chunk.alive is not None:
+        alive.select(Selection(chunk.alive))
+    if chunk.state is not None and alive.trials:
+        alive.chunk.resume(chunk.state)
+    return alive
 
 
 def operations(config: Config, kind: ModelKind, data: Dataset) -> float:

@@ -170,12 +170,19 @@ class PausedTraining(Generic[AnyTrial]):
             part for chunk in plan.chunks for part in self._begun_chunks(chunk, trials, until)
         )
         checkpointing = context.checkpointing([trial.number for trial in trials])
+        # A single group of trials stays on its device until the next stop.
+        stays = len(chunks) == 1 and context.trainer.cluster is None
+        if not stays:
+            chunks = tuple(chunk.on_host() for chunk in chunks)
+        self.states.settle()
+        last = max(until.values())
         job = context.trainer.job(
             RungJob,
-            epochs=max(until.values()),
+            epochs=last,
             until=tuple(until[trial.number] for trial in trials),
             checkpointing=checkpointing,
             keep_stopped=False,
+            waiting=chunks[0].index if stays and last < context.epochs else (),
         )
         trained: set[int] = set()
         plan = replace(plan, chunks=chunks, workers=min(plan.workers, len(chunks)))

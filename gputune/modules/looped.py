@@ -376,9 +376,9 @@ class LoopChunk:
         A trial with its old configuration keeps its modules. Only its repeats are built again.
         """
         places = list(slots)
-        if configs is None and places == list(range(len(self.network.configs))):
-            return
         new_configs = selected_configs(self.network, places, configs)
+        if new_configs == list(self.network.configs) and places == list(range(len(places))):
+            return
         stays = [self.network.configs[c] == config for c, config in zip(places, new_configs)]
         for i, c in enumerate(places):
             stays[i] = stays[i] and c not in places[:i]

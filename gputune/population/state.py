@@ -41,7 +41,12 @@ class State:
     ) -> "State":
         """Return the state of all members of a network as rows, from their flat buffers."""
         buffers = [network.blocks.to_rows(flat), *map(network.trained.to_rows, moments)]
-        return State(epoch, tuple(buffers), torch.from_numpy(steps))
+        return State(epoch, tuple(buffers), State.counts(steps))
+
+    @staticmethod
+    def counts(steps: np.ndarray) -> Tensor:
+        """Return step counts (C, F) in the form in which a state holds them."""
+        return torch.from_numpy(steps)
 
     @property
     def nbytes(self) -> int:
@@ -86,11 +91,18 @@ class State:
     def stack(states: "Sequence[State]") -> "State":
         """Join the states of several groups of trials into one state. The states must have the same
         epoch and tensor shape."""
+        if (joined := states[0].joined(states)) is not None:
+            return joined
         buffers = zip(*(state.buffers for state in states))
         steps = None
         if any(state.steps is not None for state in states):
             steps = torch.cat([state._known_steps() for state in states])
         return State(states[0].epoch, tuple(map(torch.cat, buffers)), steps)
+
+    def joined(self, states: "Sequence[State]") -> "State | None":
+        """Return the joint state of several groups of trials if it needs no copy, or None."""
+        del states
+        return None
 
     def _known_steps(self) -> Tensor:
         """Return the step counts (C, F), with a mark for each count that is not known."""

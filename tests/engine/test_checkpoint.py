@@ -3,6 +3,7 @@
 import os
 import shutil
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,6 +48,16 @@ def test_it_comes_back_bit_for_bit(folder):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     written(folder, checkpoint(epoch=3))  # takes its place
     assert [found.state.epoch for found in folder.read(CONFIGS)] == [3]
+
+
+def test_step_counts_come_back_if_there_are_any(folder):
+    one, _ = written(folder)
+    (found,) = folder.read(CONFIGS)
+    assert found.state.steps is None  # as in the files of older versions
+    counted = replace(one, state=replace(one.state, steps=torch.tensor([[5, 7]])))
+    written(folder, counted)
+    (found,) = folder.read(CONFIGS)
+    assert found.state.steps.tolist() == [[5, 7]] and len(found.state.buffers) == 2
 
 
 def test_every_changed_or_missing_byte_is_seen(folder):

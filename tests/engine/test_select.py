@@ -15,7 +15,7 @@ from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.modules.recorder import CpuRecorder
 from gputune.native import library
-from gputune.population.state import Selection
+from gputune.population.state import Selection, State
 from gputune.scoring.objective import Objective
 from gputune.seeding import stream, stream_seed
 from problems import (
@@ -235,3 +235,47 @@ def test_modules_continue_from_a_slot_with_other_values(case, way, monkeypatch):
     for fold, (trial, parts) in itertools.product(range(2), zip((1, 2), segments)):
         expected = plain_module(data, fold, parts)
         assert largest_difference(trained.member(fold, trial), expected) <= 1e-10
+
+
+@pytest.mark.usefixtures("recorded_on_cpu")
+@pytest.mark.parametrize(
+    "backend", ["eager", "graph", pytest.param("compiled", marks=needs_compiled_code)]
+)
+def test_a_stored_state_continues_with_another_batch_size(backend):
+    data = make_data(folds=2)
+    (config,) = configs_of({"schedule": "cosine", "optimizer": "adamw"}, width=7)[:1]
+    new = changed(config, batch_size=13, lr=0.02)
+    first = trained_mlps(data, [config, config], [], epochs=3)
+    assert first.state.steps.tolist() == [[3 * math.ceil(30 / 9), 3 * math.ceil(31 / 9)]] * 2
+    selections = [(3, Selection((0,), configs=(new,)))]
+    begun = {"begin": first.state.select([1]), "backend": backend}
+    rest = trained_mlps(data, [new], [], **begun)
+    assert (rest.state.steps - first.state.steps[:1]).tolist() == [[2 * 3, 2 * 3]]
+    (segments,) = lineages([config], selections)
+    for fold in range(2):
+        assert largest_difference(rest.member(fold, 0), plain_mlp(data, fold, segments)) <= 1e-10
+
+
+def test_states_without_counts_are_joined_with_others():
+    buffers = (torch.zeros(1, 2, 3),)
+    old = State(4, buffers)
+    new = State(4, buffers, torch.tensor([[10, 12]]))
+    assert State.stack([old, old]).steps is None
+    joined = State.stack([old, new])
+    np.testing.assert_array_equal(joined.lag(np.array([[3, 3], [3, 3]])), [[0, 2], [0, 0]])
+    assert State.stack([joined, old]).select([1, 1]).steps.tolist() == [[10, 12], [10, 12]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("mlp", {"width": 8}), ("mlp", {"ema": 0.5}), ("module", {"batch_size": 8})],
+)
+def test_a_configuration_of_other_tensors_is_refused(kind, change):
+    data = make_data()
+    configs = configs_of({}, width=7)
+    selections = selections_of(configs, **change)
+    with pytest.raises(ValueError, match="cannot continue from the state of the configuration"):
+        if kind == "mlp":
+            trained_mlps(data, configs, selections)
+        else:
+            trained_modules(StackedModule, data, configs, selections, "eager")

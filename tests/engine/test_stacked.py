@@ -114,6 +114,24 @@ def test_trials_that_leave_before_anything_is_recorded_are_gone_at_once():
     assert len(chunk.configs) == 7 and chunk.flat is chunk._flat
 
 
+def test_recorded_steps_serve_new_values_and_are_recorded_again_for_new_constants(counted):
+    configs = configs_of(3, optimizer="adam", weight_decay=0.1)
+    found, expected = (make_chunk(make_data(), configs, recorded=on) for on in (True, False))
+    values = {"lr": 0.5, "weight_decay": 0.1}, {"weight_decay": 0.0}, {"batch_size": 5}
+    captures = []
+    for epoch in range(16):
+        for chunk in (found, expected):
+            chunk.advance(epoch)
+        torch.testing.assert_close(found.flat, expected.flat, rtol=1e-10, atol=1e-12)
+        if epoch % 4 == 3 and epoch < 15:
+            captures.append(counted.captures)
+            new = {**found.network.configs[1], **values[epoch // 4]}
+            for chunk in (found, expected):
+                chunk.select([0, 2, 1], [None, None, new])
+    # The weight decay is a constant of adam's step while all trials have the same value.
+    assert captures == [2, 2, 4] and counted.captures > 4
+
+
 class NothingWaits(TorchDispatchMode):
     """Refuses every operation that reads a number of a tensor."""
 

@@ -1,0 +1,105 @@
+"""The state of trials that wait for their next epochs in the tensors in which they have trained.
+
+A chunk holds trials that train together. Between two rungs, a chunk can stay on its device. The
+trials then continue in place, and nothing is copied to main memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gputune.engine.chunk import Chunk
+from gputune.population.population import Network
+from gputune.population.state import State
+from gputune.types import Config
+
+
+@dataclass(eq=False)
+class WaitingChunk:
+    """A chunk that waits until its trials continue. All states of its trials share this object.
+
+    ``is_current`` is False after some of the trials have continued: the tensors then no longer hold
+    the state of the others.
+    """
+
+    chunk: Chunk
+    is_current: bool = True
+
+
+class WaitingState(State):
+    """The state of trials at some positions of a chunk that waits on its device.
+
+    Everything else can be done with it as with other states. ``buffers`` are then copies in main
+    memory.
+
+    When the trials continue, the tensors are overwritten. ``begun`` then has copies on the device,
+    from which smaller groups of trials continue if the memory is not enough for all of them.
+    """
+
+    def __init__(self, waiting: WaitingChunk, slots: Sequence[int]) -> None:
+        chunk = waiting.chunk
+        steps = State.counts(chunk.steps_taken)[list(slots)]
+        # The dataclass is frozen, and ``buffers`` is a property here.
+        object.__setattr__(self, "epoch", chunk.epoch)
+        object.__setattr__(self, "steps", steps)
+        object.__setattr__(self, "waiting", waiting)
+        object.__setattr__(self, "slots", tuple(slots))
+        object.__setattr__(self, "begun", None)
+
+    waiting: WaitingChunk
+    slots: tuple[int, ...]
+    begun: tuple[Network, list[Tensor]] | None
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Copies of the buffers (C, F, N) in main memory."""
+        if self.begun is not None:
+            network, (flat, *moments) = self.begun
+            rows = [network.blocks.to_rows(flat), *map(network.trained.to_rows, moments)]
+            return tuple(row.cpu() for row in rows)
+        if not self.waiting.is_current:
+            raise RuntimeError("the state of these trials was overwritten when others continued")
+        return self.waiting.chunk.state.select(self.slots).cpu().buffers
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of these trials in the tensors of the chunk, in bytes."""
+        chunk = self.waiting.chunk
+        total = chunk.flat.nbytes + sum(moment.nbytes for moment in chunk.moments)
+        return total * len(self.slots) // len(chunk.network.configs)
+
+    def cpu(self) -> State:
+        """Return the same state in main memory."""
+        return State(self.epoch, self.buffers, self.steps)
+
+    def clone(self) -> State:
+        """Return the same state: the tensors are not copied before they are overwritten."""
+        return self
+
+    def select(self, slots: Sequence[int]) -> State:
+        """Return the state of the trials at the positions ``slots``, which may repeat."""
+        return WaitingState(self.waiting, [self.slots[slot] for slot in slots])
+
+    def joined(self, states: Sequence[State]) -> State | None:
+        """Return the state of several groups of trials if all of them wait in this chunk."""
+        slots: list[int] = []
+        for state in states:
+            if not isinstance(state, WaitingState) or state.waiting is not self.waiting:
+                return None
+            slots += state.slots
+        return WaitingState(self.waiting, slots)
+
+    def continued(self, configs: Sequence[Config]) -> Chunk:
+        """Return the chunk, in which these trials continue with these configurations. Other trials
+        that waited in it have lost their state."""
+        self.waiting.is_current = False
+        chunk = self.waiting.chunk
+        chunk.select(self.slots, list(configs))
+        copies = [chunk.flat.clone(), *(moment.clone() for moment in chunk.moments)]
+        object.__setattr__(self, "begun", (chunk.network, copies))
+        return chunk
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Another process receives the copies.
+        return State, (self.epoch, self.buffers, self.steps)

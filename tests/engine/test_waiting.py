@@ -1,0 +1,78 @@
+"""Between two rungs, a single group of trials waits in the tensors in which it has trained."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_iris
+
+import gputune
+from gputune.engine.job import RungJob
+from gputune.engine.mlp import StackedMLP
+from gputune.engine.stacked import StackedChunk
+from gputune.engine.waiting import WaitingChunk, WaitingState
+from gputune.population.state import State
+from gputune.scoring.scoring import Validation
+from problems import Net, fill, make_data, scoring_of, shape_of
+
+IRIS = load_iris(return_X_y=True)
+HALVING = gputune.Halving(min_epochs=1, factor=2)
+
+
+def halved(model, **options):
+    space = {"lr": [1e-3, 3e-3, 1e-2, 3e-2], "batch_size": 40, "weight_decay": [0.0, 0.1]}
+    options = {"n_trials": 6, "max_epochs": 4, "cv": 2, "verbose": 0, **options}
+    return gputune.tune(model, *IRIS, space=space, method=HALVING, workers=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "backend"), [("mlp", "eager"), ("mlp", "auto"), (Net, "graph"), (Net, "loop")]
+)
+def test_rungs_in_place_give_the_same_bits_and_copy_nothing(model, backend, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(WaitingState, "buffers", property(lambda state: pytest.fail("copied")))
+        found = halved(model, backend=backend)
+    monkeypatch.setattr(RungJob, "_state", lambda job, trained, chunk: trained.state.cpu())
+    expected = halved(model, backend=backend)
+    for mine, other in zip(found.trials, expected.trials, strict=True):
+        np.testing.assert_array_equal(mine.curve, other.curve)
+        assert mine.state == other.state
+
+
+@pytest.fixture
+def chunk():
+    data = make_data()
+    configs = fill(*({"lr": lr, "batch_size": 9, "width": 4} for lr in (0.01, 0.02, 0.03)))
+    network = StackedMLP("mlp", configs, shape_of(data), seed=0)
+    validation = Validation(data, scoring_of(data))
+    chunk = StackedChunk(network, validation, seed=0, horizon=4)
+    with torch.no_grad():
+        chunk.advance(0)
+        yield chunk
+
+
+def test_a_waiting_state_is_a_state(chunk):
+    expected = chunk.state
+    waiting = WaitingState(WaitingChunk(chunk), range(3))
+    joined = State.stack([waiting.select([2]), waiting.select([0]), waiting.select([2])])
+    assert isinstance(joined, WaitingState) and joined.slots == (2, 0, 2)
+    assert joined.nbytes == joined.cpu().nbytes
+    for state in (joined.cpu(), pickle.loads(pickle.dumps(joined)), joined.clone()):
+        assert state.epoch == 1 and torch.equal(state.steps, expected.steps[[2, 0, 2]])
+        for mine, other in zip(state.buffers, expected.buffers, strict=True):
+            assert torch.equal(mine, other[[2, 0, 2]])
+    mixed = State.stack([waiting.select([1]), expected.select([0])])
+    assert not isinstance(mixed, WaitingState)
+    assert torch.equal(mixed.buffers[0], expected.buffers[0][[1, 0]])
+
+
+def test_a_state_outlives_the_training_in_its_tensors(chunk):
+    expected = chunk.state
+    whole = WaitingState(WaitingChunk(chunk), range(3))
+    continues = whole.select([2, 2])
+    assert continues.continued([chunk.configs[2]] * 2) is chunk
+    chunk.advance(1)
+    assert torch.equal(continues.buffers[1], expected.buffers[1][[2, 2]])
+    with pytest.raises(RuntimeError, match="was overwritten when others continued"):
+        _ = whole.buffers
