@@ -26,6 +26,13 @@ class WaitingChunk:
     chunk: Chunk
     is_current: bool = True
 
+    def __post_init__(self) -> None:
+        # Computed once, because each trial asks for its part.
+        chunk = self.chunk
+        total = chunk.flat.nbytes + sum(moment.nbytes for moment in chunk.moments)
+        self.trial_bytes = total // len(chunk.network.configs)
+        self.steps = State.counts(chunk.steps_taken)
+
 
 class WaitingState(State):
     """The state of trials at some positions of a chunk that waits on its device.
@@ -38,11 +45,9 @@ class WaitingState(State):
     """
 
     def __init__(self, waiting: WaitingChunk, slots: Sequence[int]) -> None:
-        chunk = waiting.chunk
-        steps = State.counts(chunk.steps_taken)[list(slots)]
         # The dataclass is frozen, and ``buffers`` is a property here.
-        object.__setattr__(self, "epoch", chunk.epoch)
-        object.__setattr__(self, "steps", steps)
+        object.__setattr__(self, "epoch", waiting.chunk.epoch)
+        object.__setattr__(self, "steps", waiting.steps[list(slots)])
         object.__setattr__(self, "waiting", waiting)
         object.__setattr__(self, "slots", tuple(slots))
         object.__setattr__(self, "begun", None)
@@ -65,9 +70,7 @@ class WaitingState(State):
     @property
     def nbytes(self) -> int:
         """Memory of these trials in the tensors of the chunk, in bytes."""
-        chunk = self.waiting.chunk
-        total = chunk.flat.nbytes + sum(moment.nbytes for moment in chunk.moments)
-        return total * len(self.slots) // len(chunk.network.configs)
+        return self.waiting.trial_bytes * len(self.slots)
 
     def cpu(self) -> State:
         """Return the same state in main memory."""
