@@ -430,7 +430,7 @@ def test_a_class_of_a_script_or_notebook_is_told_at_once(frame, folder, monkeypa
         with pytest.warns(UserWarning, match=r"Net was defined in the script '.*train\.py', so"):
             model.save(folder.with_name("of-script"))
     with refused(
-        r"Define the class here too, or continue in the program that .* Or pass the class: load_model\('.*', module="
+        r"define it here, or continue in the program that .* Or pass the class: load_model\('.*', module="
     ):
         load_model(folder)
     with pytest.raises(
