@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 SMALL_LOSS = 2**18
 """The largest count of numbers for which one thread computes losses or scores: a few ms."""
 SMALL_PRODUCT = 2**24
-"""The largest count of multiplications for which one thread computes a product: below 1 ms."""
+"""The largest count of multiplications for which one thread computes a product: about 1 ms."""
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def on_one_thread(*, if_small: bool) -> Iterator[None]:
 
     torch splits operations of a few microseconds between threads, and waits for all of them. If
     other programs use the cores, the wait takes 5 to 30 ms, as long as several turns of the
-    scheduler. Without other programs, the gain is smaller than 1 ms.
+    scheduler.
     """
     if not if_small:
         yield
