@@ -8,6 +8,7 @@ planned, a chunk is stored and never changes.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -422,4 +423,5 @@ def _check_same_search(store: Store, path: Path, record: SearchRecord) -> None:
         )
     arguments = stored.arguments.updated(record.arguments)
     if arguments != stored.arguments and "arguments" not in stored.absent:
-        store.replace_option("arguments", vars(arguments))
+        options = replace(stored, arguments=arguments).to_json()
+        store.replace_option("arguments", options["arguments"])

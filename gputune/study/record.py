@@ -60,7 +60,7 @@ ARGUMENTS = {
     "lacking": [str],
     "callbacks": [str],
     "final_model?": {"": bool},
-    "script?": str,
+    "script?": (str, None),
 }
 
 

@@ -282,7 +282,7 @@ def test_rows_that_chose_the_ensemble_are_not_called_untouched(tmp_path):
 @pytest.mark.parametrize(
     ("info", "words"),
     [
-        ({}, "the model on 36 rows that nothing was fitted on; the best of"),
+        ({}, "the model on 36 rows that nothing was fitted on; the best score is optimistic"),
         # as an earlier version saved it
         ({"ensemble": {"0": 1.0}}, "but these rows chose it over the best trial, so"),
         ({"held_out_chose": True}, "but these rows chose it over an ensemble, so"),
