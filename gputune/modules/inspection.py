@@ -116,8 +116,8 @@ def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
     """
     data = data.of(config)
     arguments = module_arguments(config)
-    sizes = {"n_features": data.n_features, "n_outputs": 2, "input_shape": ()}
-    added = call_arguments(builder, sizes, arguments).keys() - arguments.keys()
+    sizes = ("n_features", "n_outputs", "input_shape", "feature_groups")
+    added = call_arguments(builder, dict.fromkeys(sizes), arguments).keys() - arguments.keys()
     if data.task != "binary" or added & {"n_outputs", "num_classes"}:
         return False
     with suppress(InputError):

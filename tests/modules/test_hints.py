@@ -5,6 +5,7 @@ rows, numbers.
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -327,3 +328,23 @@ def test_a_module_without_an_init_of_its_own_gets_no_arguments():
         call_arguments(Bare, {}, {"size": 3})
     with pytest.raises(InputError, match=r"Did you mean 'module__width'\?"):
         call_arguments(lambda n_features, width: Bare(), {"n_features": 3}, {"widht": 3})
+
+
+def test_a_module_can_require_the_groups_of_its_features():
+    table = pd.DataFrame(
+        {
+            "size": ROWS[:, 0].numpy(),
+            "sunny": LABELS == 1,
+            "town": np.array(["north", "south", "west"])[np.arange(30) % 3],
+        }
+    )
+    received = set()
+
+    def net(n_features, n_outputs, feature_groups):
+        received.add(feature_groups)
+        return nn.Linear(n_features, n_outputs)
+
+    study = tune(net, table, n_trials=1, max_epochs=1)
+    assert [trial.state for trial in study.trials] == ["complete"]
+    # a number; a boolean; three levels of a category
+    assert received == {(0, 1, 2, 2, 2)}
