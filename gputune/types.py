@@ -117,8 +117,8 @@ def defaults_in_words() -> str:
     return (
         f"Default space of mlp: {lr}, {choices('batch_size')}, {choices('weight_decay')}, "
         f"{choices('width')}.\n"
-        "Default space of a module: the same without width. For optimizers with the suffix hd also "
-        f"{choices('hypergrad_lr')}.\n"
+        "Default space of a module: the same without width. For optimizers whose names end in hd, "
+        f"also {choices('hypergrad_lr')}.\n"
         f"Default space of logistic (solved directly, not trained): {choices('C')}, "
         f"{choices('l1_ratio')}.\n"
         f"Defaults of keys that are not in the space: lr {DEFAULT_LR:g}, {decay}, {momentum}, "

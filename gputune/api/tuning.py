@@ -262,7 +262,7 @@ def tune(
         timeout: seconds (above 0) after which training stops at the end of the running epoch.
             Trials that were cut short are scored at the epochs they have. A later call with the
             same ``study`` trains them further. None: no limit.
-        target_score: the search ends when a trial has this score. Greater is better: use -0.3 for a
+        target_score: the search ends when a trial reaches this score. Greater is better: use -0.3 for a
             neg_log_loss of -0.3. Trials are compared in order of number, after all trials with
             lower numbers have ended.
         patience_trials: the search ends when this number of trials in a row (at least 1) are no
@@ -285,8 +285,8 @@ def tune(
               called it "graph", which still works.
             - "eager": one step at a time, as operations on stacked tensors.
             - "loop": the members of your module train one by one.
-            - "stacked": the members of your module are stacked, in recorded or eager steps. This is
-              an error if they cannot be.
+            - "stacked": the members of your module are stacked, in recorded or eager steps. It is an
+              error if they cannot be stacked.
 
         dtype: "float32" or "float64".
         tf32: whether a GPU may round the factors of matrix products to TF32 (10 bits of mantissa)

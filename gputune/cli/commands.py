@@ -76,7 +76,7 @@ _CLASS = Flag(
     "--model <FILE.py:NAME>",
     "The model's class, if its file has moved",
     "This runs the file.",
-    "the file of the training",
+    "the file used in training",
 )
 
 
@@ -153,7 +153,7 @@ SHELLS = ("bash", "zsh", "fish")
 _ALL = (
     Command(
         "tune",
-        "Search hyperparameters on a table, and save the study and the model",
+        "Tune a model's hyperparameters on a table, and save the study and the model",
         {"file": _TABLE},
         _tuning(),
         _TUNE_EXAMPLES,
@@ -183,7 +183,7 @@ _ALL = (
                 "table",
                 "json",
                 "csv",
-                details="json and csv have scores in scikit-learn's sign (greater is better).",
+                details="In json and csv, scores have the sign of the scikit-learn scorer (greater is better).",
             ),
             _BY,
         ),
@@ -229,7 +229,7 @@ _ALL = (
     ),
     Command(
         "predict",
-        "Predict the rows of a file with a saved model, as CSV",
+        "Predict the targets of a file's rows with a saved model, and write them as CSV",
         {"folder": _FOLDER, "file": _ROWS},
         _flags(
             Flag("--proba", "Write a column of probabilities for each class"),
@@ -265,17 +265,17 @@ _ALL = (
             Flag(
                 "--target <NAME>",
                 "Column or array with the true targets; for a .npy file, another .npy file",
-                default="the target of the training",
+                default="the target used in training",
             ),
             Flag(
                 "--scoring <NAME,...>",
                 "scikit-learn scorer names",
-                default="the usual ones of the task",
+                default="the usual scorers for the task",
                 takes="names",
             ),
             Flag(
                 "--positive <CLASS>",
-                "Positive class of f1, precision, recall, average_precision, ...",
+                "Positive class for f1, precision, recall, average_precision, ...",
                 default="that of the search",
             ),
             Flag(
@@ -308,8 +308,8 @@ _ALL = (
     ),
     Command(
         "check",
-        "Check on a device that gputune equals a plain training loop, and measure its speed (one "
-        "minute)",
+        "Check that results on a device equal those of a plain training loop, and measure the speed "
+        "(one minute)",
         {},
         _flags(
             Flag(
@@ -324,7 +324,7 @@ _ALL = (
     ),
     Command(
         "repair",
-        "Save the intact part of a damaged study into a new file",
+        "Save the intact part of a damaged study to a new file",
         {"study": ("STUDY", f"{_STUDY[1]}; it is only read")},
         _flags(Flag("--out <FILE>", "The new file, in an existing folder", required=True)),
     ),

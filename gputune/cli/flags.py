@@ -43,7 +43,7 @@ _FIRST_RULES: dict[str, dict[str, Rule]] = {
     DATA: {
         "target": Rule("--target <NAME>", "Column to predict", default="target of sklearn:NAME"),
         "groups": Rule(
-            "--groups <NAME>", "Column with the group of each row; no fold splits a group"
+            "--groups <NAME>", "Column with the group of each row; no group is split between folds"
         ),
         "test_size": Rule(
             "--test-size <SHARE>",
@@ -75,7 +75,7 @@ _FIRST_RULES: dict[str, dict[str, Rule]] = {
             "--config <FILE>",
             "TOML file with options",
             "A key is a flag without its leading dashes, or a Python argument. [space] is a "
-            "table. Flags on the command line override the file.",
+            "TOML table. Flags on the command line override the file.",
         ),
     },
     STOPPING: _method_flags(STOPPING),
@@ -149,8 +149,8 @@ _LAST_RULES: dict[str, dict[str, Rule]] = {
         "profile": Rule(
             "--profile",
             "At the end, print how the time was spent",
-            "Also print how close the training came to the machine's speed for matrix products, as "
-            "a share.",
+            "Also print the speed of the training as a share of the machine's speed for matrix "
+            "products.",
             resume=True,
         ),
     },

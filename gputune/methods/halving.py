@@ -71,8 +71,9 @@ class Halving(StoppingRule):
         "min_epochs": MIN_EPOCHS,
         "brackets": Rule(
             "--brackets <INT>",
-            "Number of brackets, each with a later first rung",
-            "For --method halving.",
+            "Number of brackets",
+            "For --method halving. The first rung of each bracket is one rung later than that of "
+            "the bracket before it.",
             "1",
             "1..",
             group=STOPPING,

@@ -64,7 +64,8 @@ class SearchOptions(OptionGroup):
         (),
         "--include <KEY=VALUE>...",
         "A configuration to run in addition to the random configurations",
-        "Missing hyperparameters have their defaults. Repeat the flag for more configurations.",
+        "Hyperparameters that you leave out have their default values. Repeat the flag for more "
+        "configurations.",
         takes="config",
     )
     include_default: bool = _search(
@@ -132,8 +133,8 @@ class SearchOptions(OptionGroup):
     target_score: float | None = _stopping(
         None,
         "--target-score <NUMBER>",
-        "Stop when a trial has this score",
-        "The score has scikit-learn's sign, such as -0.3 for neg_log_loss.",
+        "Stop when a trial reaches this score",
+        "Scores have the sign of the scikit-learn scorer, such as -0.3 for neg_log_loss.",
         takes="number",
         check=checks.score,
         stored=True,
@@ -183,7 +184,7 @@ class RowOptions(OptionGroup):
         5,
         "--cv <FOLDS>",
         "Number of folds, or time:INT",
-        "time:5 makes five folds that keep the time order of the rows.",
+        "time:5 makes five folds of rows in chronological order.",
         "5",
         values=("an integer from 2", "time:INT"),
     )
@@ -209,8 +210,8 @@ class RowOptions(OptionGroup):
     max_levels: int = _data(
         32,
         "--max-levels <INT>",
-        "Largest number of levels per categorical column that get their own feature",
-        "These are the most frequent levels. The others share one feature.",
+        "Maximum number of levels of a categorical column that get their own feature",
+        "The most frequent levels do. The others share one feature.",
         "32",
         takes="1..",
         check=checks.count,
@@ -247,7 +248,7 @@ class TrainingOptions(OptionGroup):
     max_epochs: int = _search(
         50,
         "--epochs <INT>",
-        "Largest number of epochs",
+        "Maximum number of epochs",
         "With --method hypergradient the derivative spans all epochs, so a short training run "
         "favors small learning rates.",
         "50",
@@ -277,9 +278,9 @@ class TrainingOptions(OptionGroup):
         None,
         "--loss <NAME>",
         "Training loss",
-        "mse, mae, huber and quantile are for numbers, cross_entropy is for classes, and bce for "
-        "labels. mae and huber rank trials by absolute errors, quantile by the pinball loss.",
-        "the usual loss of the task",
+        "mse, mae, huber and quantile are for numeric targets, cross_entropy is for classes, and "
+        "bce is for labels. mae and huber rank trials by absolute errors, quantile by the pinball loss.",
+        "the usual loss for the task",
         values=(
             "mse",
             "mae",
@@ -311,7 +312,7 @@ class MachineOptions(OptionGroup):
     device: str = _compute(
         "auto",
         "--device <NAME>",
-        "Device that trains",
+        "Device to train on",
         "auto uses a GPU for long training, and cuda uses all GPUs of the machine.",
         "auto",
         values=("auto", "cpu", "cuda", "cuda:INDEX"),
@@ -321,10 +322,11 @@ class MachineOptions(OptionGroup):
     backend: BackendWord = _compute(
         "auto",
         "--backend <NAME>",
-        "Way to train the members",
-        "kernel: a kernel on a GPU. compiled: compiled code on a CPU. recorded: a recorded step, "
-        "replayed. eager: operations on stacked tensors. loop: one member after another. stacked: "
-        "recorded or eager for your module, or an error if its members cannot be stacked.",
+        "How the members are trained",
+        "kernel: a kernel on a GPU. compiled: compiled code on a CPU. recorded: record one step "
+        "and replay it. eager: operations on stacked tensors. loop: train one member after "
+        "another. stacked: stack the members of your module, recorded or eager, and raise an "
+        "error if they cannot be stacked.",
         "auto",
         values=backend_words(),
         check=checks.backend,
@@ -359,11 +361,11 @@ class MachineOptions(OptionGroup):
     memory: int | str | None = _compute(
         None,
         "--memory <SIZE>",
-        "Memory of the device for trials that train together, such as 8GB",
+        "Device memory that trials may use while they train together, such as 8GB",
         default="chosen for the device",
         check=checks.memory,
         stored=True,
-        resume="Memory of the device for new trials that train together",
+        resume="Device memory that new trials may use while they train together",
     )
     workers: "int | Literal['auto'] | Cluster" = _compute(
         "auto",
@@ -380,9 +382,9 @@ class MachineOptions(OptionGroup):
     checkpoint_seconds: float = _output(
         60,
         "--checkpoint-seconds <SECONDS>",
-        "Interval of the checkpoints",
-        "The checkpoints are in the folder study.db.state. After a kill, at most this much "
-        "training, and one epoch, is repeated.",
+        "Interval between checkpoints",
+        "The checkpoints are in the folder study.db.state. If the process is killed, at most this "
+        "much training plus one epoch is repeated.",
         "60",
         takes="number",
         check=checks.seconds,
