@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from gputune.methods.hypergradient import Hypergradient
     from gputune.methods.median import Median
     from gputune.methods.optuna import OptunaSampler
+    from gputune.methods.pbt import PopulationBased
     from gputune.spaces.distributions import log_int
     from gputune.study.loading import load_model
     from gputune.study.model import TunedModel
@@ -60,6 +61,7 @@ __all__ = [
     "Median",
     "MissingExtraError",
     "OptunaSampler",
+    "PopulationBased",
     "Ray",
     "Report",
     "SearchFailedError",
@@ -93,6 +95,7 @@ _HOMES = {
     "methods.median": ("Median",),
     "spaces.distributions": ("log_int",),
     "methods.optuna": ("OptunaSampler",),
+    "methods.pbt": ("PopulationBased",),
     "study.loading": ("load_model",),
     "study.model": ("TunedModel",),
     "study.study": ("Trial",),

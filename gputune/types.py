@@ -146,7 +146,7 @@ OPTIMIZERS = (
     "schedulefree",
     *ONLINE,
 )
-MethodWord = Literal["random", "halving", "median", "hypergradient", "tpe"]
+MethodWord = Literal["random", "halving", "median", "pbt", "hypergradient", "tpe"]
 """The names of the search methods. Each one is also the name of a file in ``gputune/methods/``."""
 
 HYPERPARAMETERS = ("lr", "momentum", "weight_decay", "beta1", "beta2")

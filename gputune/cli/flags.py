@@ -14,6 +14,7 @@ from gputune.tuning.rules import (
     HYPERGRADIENTS,
     MODEL,
     OUTPUT,
+    POPULATION,
     SEARCH,
     STOPPING,
     Rule,
@@ -79,6 +80,7 @@ _FIRST_RULES: dict[str, dict[str, Rule]] = {
         ),
     },
     STOPPING: _method_flags(STOPPING),
+    POPULATION: _method_flags(POPULATION),
     HYPERGRADIENTS: _method_flags(HYPERGRADIENTS),
     COMPUTE: {},
     OUTPUT: {

@@ -50,7 +50,7 @@ class Checkpoint:
     folds after each epoch.
 
     ``state`` has the parameters and the optimizer state of only the trials that still train
-    (``alive``).
+    (``alive``). ``note`` is a text of the search method about these trials.
     """
 
     trials: tuple[int, ...]
@@ -58,6 +58,7 @@ class Checkpoint:
     curves: np.ndarray
     state: State
     seconds: float  # time that the training has taken until now
+    note: str = ""
 
 
 class CheckpointFolder:
@@ -74,10 +75,13 @@ class CheckpointFolder:
         # path of each file that may exist -> its trials that have not ended
         self._trials: dict[Path, set[int]] = {}
 
-    def path(self, trials: Sequence[int]) -> Path:
-        """Return the path of the checkpoint file for these trials. ``drop`` removes the file when
-        all of the trials have ended."""
-        name = hashlib.sha256(json.dumps(list(trials)).encode()).hexdigest()[:16]
+    def path(self, trials: Sequence[int], note: str = "") -> Path:
+        """Return the path of the checkpoint file for these trials and the note of a search method.
+
+        ``drop`` removes the file when all of the trials have ended.
+        """
+        text = json.dumps(list(trials)) + note
+        name = hashlib.sha256(text.encode()).hexdigest()[:16]
         path = self.folder / f"{min(trials)}-{name}.safetensors"
         self._trials.setdefault(path, set(trials))
         return path
@@ -96,8 +100,10 @@ class CheckpointFolder:
             "configs": _digest_of_configs(configs),
             "epoch": checkpoint.state.epoch,
         }
+        if checkpoint.note:
+            facts["note"] = checkpoint.note
         text = json.dumps(facts)
-        path = self.path(checkpoint.trials)
+        path = self.path(checkpoint.trials, checkpoint.note)
         draft = path.with_suffix(".tmp")
         size = sum(tensor.nbytes for tensor in tensors.values())
         for _ in range(_TRIES):
@@ -138,7 +144,7 @@ class CheckpointFolder:
                 reason = error if type(error) is ValueError else "is damaged"
                 ignored.append(f"{path.name!r} {reason}")
                 continue
-            self.path(checkpoint.trials)
+            self.path(checkpoint.trials, checkpoint.note)
             checkpoints.append(checkpoint)
         if ignored:
             warn(
@@ -164,7 +170,8 @@ class CheckpointFolder:
             raise ValueError("belongs to different configurations")
         curves = tensors.pop("curves").numpy()
         state = _numbered_state(facts["epoch"], tensors)
-        return Checkpoint(trials, tuple(facts["alive"]), curves, state, facts["seconds"])
+        note = str(facts.get("note", ""))
+        return Checkpoint(trials, tuple(facts["alive"]), curves, state, facts["seconds"], note)
 
     def drop(self, ended: Iterable[int]) -> None:
         """Remove each checkpoint file when all of its trials have ended. Removes the folder with
@@ -176,6 +183,13 @@ class CheckpointFolder:
                 del self._trials[path]
                 self._remove(path, path.with_suffix(".tmp"))
         self._remove()
+
+    def drop_others(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Remove the files of all other checkpoints, which these checkpoints replace."""
+        latest = {self.path(checkpoint.trials, checkpoint.note) for checkpoint in checkpoints}
+        for path in self._trials.keys() - latest:
+            del self._trials[path]
+            self._remove(path, path.with_suffix(".tmp"))
 
     def clear(self) -> None:
         """Remove all checkpoint files, including unusable files, after every trial of the search
@@ -213,6 +227,23 @@ class Checkpointing:
         """Write a checkpoint file and return the seconds until the next checkpoint is due. Warns if
         writing fails."""
         begin = time.monotonic()
+        self._write(checkpoint, configs)
+        return max(self.seconds, pause_after(time.monotonic() - begin))
+
+    def keep_only(
+        self, checkpoints: Sequence[Checkpoint], configs: Sequence[Sequence[Config]]
+    ) -> None:
+        """Write several checkpoint files that are valid only together, then remove all others.
+
+        The older files stay if writing fails. ``configs`` has the configurations of each file.
+        """
+        for checkpoint, of_checkpoint in zip(checkpoints, configs):
+            if not self._write(checkpoint, of_checkpoint):
+                return
+        self.folder.drop_others(checkpoints)
+
+    def _write(self, checkpoint: Checkpoint, configs: Sequence[Config]) -> bool:
+        """Write a checkpoint file. Warn and return False if writing fails."""
         try:
             self.folder.write(checkpoint, configs)
         except OSError as error:
@@ -221,7 +252,8 @@ class Checkpointing:
                 "Training continues. If the search is stopped now, a resumed search repeats more "
                 "of its training. Free some space on the disk."
             )
-        return max(self.seconds, pause_after(time.monotonic() - begin))
+            return False
+        return True
 
 
 def pause_after(writing: float) -> float:

@@ -19,7 +19,7 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from gputune.engine.checkpoint import Checkpoint, StateCache, pause_after
+from gputune.engine.checkpoint import Checkpoint, Checkpointing, StateCache, pause_after
 from gputune.engine.job import Failure, RungJob, RungOutcome
 from gputune.engine.train import BegunChunk
 from gputune.errors import InputError
@@ -146,6 +146,10 @@ class PausedTraining(Generic[AnyTrial]):
                         number, checkpoint.state.select([checkpoint.alive.index(position)])
                     )
 
+    def in_chunks(self, trials: Sequence[AnyTrial]) -> Checkpointing | None:
+        """Return the settings for the checkpoints that a chunk writes before the next stop."""
+        return self.context.checkpointing([trial.number for trial in trials])
+
     def trainable(self) -> list[AnyTrial]:
         """Return the running trials that train up to the next stop."""
         return self.running
@@ -169,7 +173,6 @@ class PausedTraining(Generic[AnyTrial]):
         chunks = tuple(
             part for chunk in plan.chunks for part in self._begun_chunks(chunk, trials, until)
         )
-        checkpointing = context.checkpointing([trial.number for trial in trials])
         # A single group of trials stays on its device until the next stop.
         stays = len(chunks) == 1 and context.trainer.cluster is None
         if not stays:
@@ -180,7 +183,7 @@ class PausedTraining(Generic[AnyTrial]):
             RungJob,
             epochs=last,
             until=tuple(until[trial.number] for trial in trials),
-            checkpointing=checkpointing,
+            checkpointing=self.in_chunks(trials),
             keep_stopped=False,
             waiting=chunks[0].index if stays and last < context.epochs else (),
         )

@@ -49,6 +49,8 @@ _FLOAT = np.dtype("<f8")
 STATES = get_args(ResultState)
 _NUMBERS: list[object] = []  # nested lists of numbers
 _NUMBERS.append((float, _NUMBERS))
+LINEAGE = {"schedule": [{"epoch": int, "params": dict}], "lineage": [[int]], "copies": [[int]]}
+"""The form of a trial's history in population based training."""
 _DETAIL = {
     "loss?": float,
     "ratio?": float,
@@ -59,6 +61,7 @@ _DETAIL = {
     "error?": str,
     "slope?": {"": (float, _NUMBERS)},
     "slope_error?": {"": (float, _NUMBERS)},
+    **{f"{key}?": form for key, form in LINEAGE.items()},
 }
 
 # Each ``from_row`` receives a row with a valid checksum. It raises ValueError for a row that

@@ -81,9 +81,19 @@ class ReopenedSearch:
 
     def config(self, trial: Trial) -> Config:
         """Return the hyperparameters of a trial, with default values for missing keys and the
-        scaling of numeric columns."""
+        scaling of numeric columns.
+
+        With population based training, these are the hyperparameters at its best epoch.
+        """
+        return self._complete(trial.params)
+
+    def schedule(self, trial: Trial) -> dict[int, Config]:
+        """Return the complete configuration of a trial from each epoch on."""
+        return {epoch: self._complete(params) for epoch, params in trial.schedule.items()}
+
+    def _complete(self, params: Config) -> Config:
         return self.choice.complete(
-            {"numbers": self.problem.numbers, **trial.params}, self.options.training.schedule
+            {"numbers": self.problem.numbers, **params}, self.options.training.schedule
         )
 
     def evaluation_draws(self, data: Dataset, trial: Trial) -> EvaluationDraws | None:
@@ -149,7 +159,8 @@ class ReopenedSearch:
                 else:
                     if self.options.machine.backend == "auto":
                         trainer.take_code(configs, epochs)
-                    members = trainer.train_members(configs, epochs, progress)
+                    schedules = [self.schedule(trial) for trial in trials]
+                    members = trainer.train_members(schedules, epochs, progress)
         for trial, modules in zip(trials, members):
             if not all(bool(w.isfinite().all()) for module in modules for w in module.parameters()):
                 raise DivergedError(

@@ -12,6 +12,7 @@ MODEL = "Model"
 SEARCH = "Search"
 STOPPING = "Early stopping"
 HYPERGRADIENTS = "Hypergradients"
+POPULATION = "Population based training"
 COMPUTE = "Compute"
 OUTPUT = "Output"
 

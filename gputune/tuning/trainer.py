@@ -6,9 +6,10 @@ yields their results.
 """
 
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,7 +33,7 @@ from gputune.engine.job import (
 from gputune.engine.plan import Plan, Planner, cores
 from gputune.engine.reuse import ChunkPool
 from gputune.engine.stop import Stop
-from gputune.engine.train import Trained
+from gputune.engine.train import BegunChunk, Trained
 from gputune.errors import InputError
 from gputune.executors.cluster import Connection
 from gputune.executors.executor import Claim, Executor, Outcomes, Queue
@@ -42,6 +43,7 @@ from gputune.hypergradients.first_step import free_bytes
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import gain_of_code, known_traits, note_fastest, traits_of
 from gputune.population.population import ModelKind, Population, arguments_text, populations
+from gputune.population.state import State
 from gputune.population.traits import FastestWay
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring
@@ -327,29 +329,75 @@ class Trainer:
                 note_fastest(builder, self.data, arguments_text(config), FastestWay(gain=gain))
 
     def train_members(
-        self, configs: Sequence[Config], epochs: Sequence[int], progress: ProgressCallback = unseen
+        self,
+        schedules: Sequence[Mapping[int, Config]],
+        epochs: Sequence[int],
+        progress: ProgressCallback = unseen,
     ) -> list[list[nn.Module]]:
-        """Train each configuration for its own number of epochs, on all folds of the data.
+        """Train each trial for its own number of epochs, on all folds of the data.
 
-        Returns one list per configuration, with a trained module for every fold, on the CPU.
+        A schedule has the configuration of a trial from each epoch on. All trials pause together
+        where a configuration changes. Returns one list per trial, with a trained module for every
+        fold, on the CPU.
         """
         members: dict[int, list[nn.Module]] = {}
-        job = self.job(Job, epochs=max(epochs))
-        plan = self.plan(self.groups(configs), epochs=max(epochs))
-        with torch_threads(plan.threads):
-            for chunk in plan.chunks:
+        states: dict[int, State] = {}
+        last = max(epochs)
+        begins = set(chain.from_iterable(schedules))
+        stops = sorted(epoch for epoch in begins if 0 < epoch < last)
+        for begin, stop in pairwise([0, *stops, last]):
+            trials = [trial for trial in range(len(schedules)) if epochs[trial] > begin]
+            configs = []
+            for trial in trials:
+                epoch = max(epoch for epoch in schedules[trial] if epoch <= begin)
+                configs.append(schedules[trial][epoch])
+            job = self.job(Job, epochs=stop)
+            plan = self.plan(self.groups(configs), epochs=stop - begin)
+            with torch_threads(plan.threads):
+                for chunk in plan.chunks:
+                    numbers = [trials[place] for place in chunk.index]
+                    self._train_part(job, chunk, numbers, epochs, states, members, progress)
+        return [members[trial] for trial in range(len(schedules))]
 
-                def store(trained: Trained, index: Sequence[int] = chunk.index) -> bool:
-                    folds = range(self.data.n_folds)
-                    for trial, config in enumerate(index):
-                        if epochs[config] == trained.epochs:
-                            members[config] = [trained.member(fold, trial) for fold in folds]
-                    progress(len(index), trained.curves[:, trained.epochs - 1 : trained.epochs])
-                    # True ends the chunk: all its trials have reached their last epoch.
-                    return all(epochs[config] <= trained.epochs for config in index)
+    def _train_part(
+        self,
+        job: Job,
+        chunk: Population,
+        trials: Sequence[int],
+        epochs: Sequence[int],
+        states: dict[int, State],
+        members: dict[int, list[nn.Module]],
+        progress: ProgressCallback,
+    ) -> None:
+        """Train a chunk up to the last epoch of a job, and store its modules and states.
 
-                train_chunk(job, self.data, chunk, after_epoch=store)
-        return [members[config] for config in range(len(configs))]
+        Args:
+            job: The job, with the epoch at which the chunk ends.
+            chunk: The chunk.
+            trials: The numbers of the chunk's trials, for ``epochs``, ``states`` and ``members``.
+            epochs: The number of epochs of each trial.
+            states: The states of trials that have begun. Receives the states after the chunk.
+            members: Receives the modules of each trial after its last epoch.
+            progress: Receives the number of trained trial-epochs.
+        """
+        begun = BegunChunk.of(chunk)
+        if trials[0] in states:
+            begun = replace(begun, state=State.stack([states.pop(trial) for trial in trials]))
+
+        def store(trained: Trained) -> bool:
+            folds = range(self.data.n_folds)
+            for place, trial in enumerate(trials):
+                if epochs[trial] == trained.epochs:
+                    members[trial] = [trained.member(fold, place) for fold in folds]
+            progress(len(trials), trained.curves[:, trained.epochs - 1 : trained.epochs])
+            # True ends the chunk: all its trials have reached their last epoch.
+            return all(epochs[trial] <= trained.epochs for trial in trials)
+
+        trained = train_chunk(job, self.data, begun, after_epoch=store)
+        if any(epochs[trial] > job.epochs for trial in trials):
+            state = trained.state
+            for place, trial in enumerate(trials):
+                states[trial] = state.select([place])
 
     def train_scheduled(
         self,

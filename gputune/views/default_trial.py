@@ -56,6 +56,8 @@ def default_trial(study: Study) -> DefaultTrial | None:
     default = next((trial for trial in study.trials if trial.origin == "default"), None)
     if best is None or default is None or not math.isfinite(default.score):
         return None
+    if len(default.schedule) > 1 or len(default.lineage) > 1:
+        return None  # population based training has changed it
     values = {field.name: getattr(default, field.name) for field in fields(Trial)}
     compared = DefaultTrial(
         **values,

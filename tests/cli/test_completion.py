@@ -34,7 +34,7 @@ CASES = [
     (["st"], ["status"]),
     (["tune", "t.csv", "--epo"], ["--epochs"]),
     (["tune", "--compare"], ["--compare-default"]),
-    (["tune", "--method", ""], ["random", "halving", "median", "hypergradient"]),
+    (["tune", "--method", ""], ["random", "halving", "median", "pbt", "hypergradient", "tpe"]),
     (["tune", "--method", "ha"], ["halving"]),
     (["tune", "--model", ""], ["mlp", "logistic", "realmlp", "cnn", "gru"]),
     (["trials", "out", "--format", ""], ["table", "json", "csv"]),

@@ -49,6 +49,10 @@ COMMANDS = {
     "--workers 1",
     "fixed": "--target price --trials 2 --epochs 4 --method halving --rungs 1,2 --keep 1 --cv 2 "
     "--workers 1",
+    "population": (
+        "--target price --trials 2 --epochs 4 --method pbt --interval 2,3 --fraction 0.5 --resample 0.1 "
+        "--no-explore --burn-in 2 --cv 2 --workers 1"
+    ),
     "descents": (
         "--target kind --trials 1 --epochs 2 --method hypergradient --descend-on lr,weight_decay "
         "--outer-steps 1 --segments 2 --per-layer --cv 2 --workers 1"
@@ -121,6 +125,11 @@ STORED = {
     "keep_predictions": ("classes", as_option(lambda options: options.keep_predictions), False),
     "ensemble": ("classes", lambda search, record: search.final_model["ensemble"], True),
     "intervals": ("numbers", lambda search, record: search.final_model["intervals"], True),
+    "interval": ("population", as_option(lambda options: options.method.interval), (2, 3)),
+    "fraction": ("population", as_option(lambda options: options.method.fraction), 0.5),
+    "resample": ("population", as_option(lambda options: options.method.resample), 0.1),
+    "explore": ("population", as_option(lambda options: options.method.explore), False),
+    "burn_in": ("population", as_option(lambda options: options.method.burn_in), 2),
     "calibrate": ("classes", lambda search, record: search.final_model["calibrate"], True),
     "compare_default": (
         "classes",

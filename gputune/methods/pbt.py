@@ -1,25 +1,31 @@
-"""Population based training: its options, and the decision which trial copies which other trial.
+"""Population based training and its options.
 
 All trials train together. After some epochs, the worst trials copy the weights and hyperparameters
-of the best trials and perturb the hyperparameters. A subpopulation is a group of trials that are
-compared with each other after the same epochs.
+of the best trials and perturb the hyperparameters.
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar
 
 from gputune.errors import InputError, check_count
-from gputune.seeding import stream_seed
 from gputune.spaces.distributions import is_real
 from gputune.spaces.perturbation import Perturbation
+from gputune.study.study import best_trial
+from gputune.tuning.method import Method
+from gputune.tuning.rules import POPULATION, Rule
 from gputune.wording import option
+
+if TYPE_CHECKING:
+    from gputune.spaces.distributions import CheckedSpace
+    from gputune.study.store import Candidate
+    from gputune.study.study import Study
+    from gputune.tuning.context import Context
 
 
 @dataclass(frozen=True, kw_only=True)
-class PopulationBased:
+class PopulationBased(Method):
     """Options of population based training, for ``tune(method=...)``.
 
     Every ``interval`` epochs, the trials are ranked by their mean validation score. Each trial in
@@ -62,11 +68,59 @@ class PopulationBased:
         InputError: An option is invalid. ``tune`` raises it if ``max_epochs`` is too small.
 
     Example:
-        >>> from gputune.methods.population import PopulationBased
-        >>> method = PopulationBased(interval=2, fraction=0.5)
-        >>> method.exchange_epochs(max_epochs=7)
-        [2, 4, 6]
+        >>> import gputune
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> pbt = gputune.PopulationBased(interval=2)
+        >>> study = gputune.tune("mlp", X, y, method=pbt, n_trials=8, max_epochs=6, verbose=0)
+        >>> sorted(study.best_trial.schedule[0])  # the configuration from epoch 0 on
+        ['batch_size', 'lr', 'weight_decay', 'width']
     """
+
+    name = "pbt"
+    help = "every few epochs, the worst trials copy the best trials, with perturbed values"
+    flags: ClassVar[Mapping[str, Rule]] = {
+        "interval": Rule(
+            "--interval <INT,...>",
+            "Epochs between two comparisons of all trials",
+            "For --method pbt. Several numbers make as many subpopulations.",
+            "5",
+            "integers",
+            group=POPULATION,
+        ),
+        "fraction": Rule(
+            "--fraction <SHARE>",
+            "Share of the trials that copy a trial of the best share",
+            "For --method pbt. From 0 to 0.5.",
+            "0.25",
+            "number",
+            group=POPULATION,
+        ),
+        "resample": Rule(
+            "--resample <SHARE>",
+            "Probability that a copy draws a value from the space, instead of a small change",
+            "For --method pbt.",
+            "0.25",
+            "number",
+            group=POPULATION,
+        ),
+        "explore": Rule(
+            "--explore",
+            "Perturb the hyperparameters of a copy",
+            "For --method pbt. --no-explore copies only, as a control.",
+            "yes",
+            "yes or no",
+            group=POPULATION,
+        ),
+        "burn_in": Rule(
+            "--burn-in <INT>",
+            "Epochs before the first comparison",
+            "For --method pbt.",
+            "0",
+            "0..",
+            group=POPULATION,
+        ),
+    }
 
     interval: int | Sequence[int] = 5
     fraction: float = 0.25
@@ -88,6 +142,11 @@ class PopulationBased:
         if not isinstance(self.explore, bool):
             raise InputError(f"{name}(explore=...)", "must be True or False", got=self.explore)
         check_count(self.burn_in, f"{name}(burn_in=...)", least=0)
+        # Tuples, so that the method of a study file is equal to this one.
+        object.__setattr__(self, "factors", tuple(self.factors))
+        intervals = self.intervals
+        interval = intervals[0] if len(intervals) == 1 else intervals
+        object.__setattr__(self, "interval", interval)
 
     def _check_intervals(self, name: str) -> None:
         """Raise InputError for invalid intervals."""
@@ -129,7 +188,7 @@ class PopulationBased:
         """Return whether the trials of a subpopulation are compared after ``epoch`` epochs."""
         return epoch >= self.burn_in and epoch % self.intervals[subpopulation] == 0
 
-    def exchange_epochs(self, max_epochs: int) -> list[int]:
+    def stops(self, max_epochs: int) -> list[int]:
         """Return the epochs after which trials of any subpopulation are compared, in order, all
         below ``max_epochs``.
 
@@ -156,137 +215,53 @@ class PopulationBased:
         """Return the number of trials of a subpopulation that copy at a comparison."""
         return min(n_trials // 2, math.ceil(self.fraction * n_trials))
 
+    @property
+    def compares_trials(self) -> bool:
+        return True
 
-@dataclass(frozen=True)
-class Exchange:
-    """A change of one trial at a comparison.
+    def check(
+        self, context: "Context", space: "CheckedSpace", trials: "Sequence[Candidate]"
+    ) -> None:
+        """Raise InputError if trials cannot copy each other while they train."""
+        if context.choice.solved:
+            raise InputError(
+                "method='pbt'",
+                "copies trials while they train, but the solved logistic regression does not train",
+                remedy=f"Pass {option('optimizer', 'adamw')} or {option('method', 'random')}.",
+            )
+        self.stops(context.epochs)
 
-    Attributes:
-        number: the trial number.
-        weights: the trial number from which the weights and the optimizer's state come. It is equal
-            to ``number`` if the trial keeps its own.
-        values: the trial number from which the movable hyperparameters come.
-        is_perturbed: True if these hyperparameters are then perturbed.
-    """
+    def run(self, context: "Context", space: "CheckedSpace") -> None:
+        """Train all trials of the study from comparison to comparison."""
+        from gputune.methods.lineages import train_population
 
-    number: int
-    weights: int
-    values: int
-    is_perturbed: bool
+        train_population(context, self, space, context.ledger.candidates)
 
+    def pruning_rule(self, max_epochs: int | None) -> None:
+        """Raise InputError, because the state of a custom training loop cannot be copied."""
+        raise InputError(
+            "method='pbt'",
+            "is only for gputune.tune, because gputune.search cannot copy the weights of your own "
+            "training loop",
+            remedy="Choose 'random', 'halving', 'median' or gputune.OptunaSampler(...).",
+        )
 
-def exchanges(
-    method: PopulationBased,
-    epoch: int,
-    means: Mapping[int, float],
-    shapes: Mapping[int, Hashable],
-    seed: int,
-) -> list[Exchange]:
-    """Return the changes of trials after an epoch, in order of trial number.
-
-    All sources are the trials before the comparison. The random numbers depend only on the seed,
-    the epoch and the trial number.
-
-    Args:
-        method: The options.
-        epoch: The number of finished epochs.
-        means: The mean validation score after this epoch, by trial number. NaN is the worst score.
-        shapes: A key for the architecture of each trial, by trial number. Trials with equal keys
-            can copy each other.
-        seed: The random seed of the search.
-    """
-    comparison = _Comparison(method, epoch, means, shapes, seed)
-    changes = []
-    for subpopulation in range(len(method.intervals)):
-        if method.is_compared(subpopulation, epoch):
-            changes += comparison.copies(subpopulation)
-            changes += comparison.migrations(subpopulation)
-    return sorted(changes, key=lambda change: change.number)
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """The scores and architectures of all trials after an epoch. See ``exchanges``."""
-
-    method: PopulationBased
-    epoch: int
-    means: Mapping[int, float]
-    shapes: Mapping[int, Hashable]
-    seed: int
-
-    def copies(self, subpopulation: int) -> list[Exchange]:
-        """Return the changes of the worst trials of a subpopulation, which copy its best trials."""
-        ranking = self._ranking(subpopulation)
-        n_copies = self.method.n_exchanged(len(ranking))
-        explore = self.method.explore
-        changes = []
-        for number in ranking[len(ranking) - n_copies :]:
-            sources = [other for other in ranking[:n_copies] if self._can_copy(number, other)]
-            if sources:
-                rng = generator(self.seed, "source", self.epoch, number)
-                source = sources[rng.randint(len(sources))]
-                changes.append(Exchange(number, source, source, explore))
-            elif explore and math.isfinite(self.means[number]):
-                changes.append(Exchange(number, number, number, True))
-        return changes
-
-    def migrations(self, subpopulation: int) -> list[Exchange]:
-        """Return the changes of the trials just above the worst trials of a subpopulation.
-
-        Each copies the best trial of the other subpopulations, if that trial is better. No two
-        copy the same trial.
-        """
-        ranking = self._ranking(subpopulation)
-        n_copies = self.method.n_exchanged(len(ranking))
-        end = len(ranking) - n_copies
-        candidates = []
-        for number in self._ranking(None):
-            if self._subpopulation(number) != subpopulation:
-                candidates.append(number)
-        changes = []
-        for number in ranking[max(n_copies, end - n_copies) : end]:
-            sources = [other for other in candidates if self._can_copy(number, other)]
-            if not sources or not self._is_better(sources[0], number):
-                continue
-            source = sources[0]
-            candidates.remove(source)
-            intervals = self.method.intervals
-            values = source
-            if intervals[self._subpopulation(source)] < intervals[subpopulation]:
-                values = next(own for own in ranking if self._can_copy(number, own, itself=True))
-            changes.append(Exchange(number, source, values, False))
-        return changes
-
-    def _subpopulation(self, number: int) -> int:
-        return number % len(self.method.intervals)
-
-    def _ranking(self, subpopulation: int | None) -> list[int]:
-        """Return the trials of a subpopulation, or all trials, best first.
-
-        In a tie, the trial with the lower number comes first.
-        """
-        numbers = []
-        for number in sorted(self.means):
-            if subpopulation in (None, self._subpopulation(number)):
-                numbers.append(number)
-        return sorted(numbers, key=self._loss)
-
-    def _loss(self, number: int) -> float:
-        mean = self.means[number]
-        return -mean if math.isfinite(mean) else math.inf
-
-    def _is_better(self, number: int, other: int) -> bool:
-        return self._loss(number) < self._loss(other)
-
-    def _can_copy(self, number: int, source: int, *, itself: bool = False) -> bool:
-        """Return whether a trial can copy another trial, or with ``itself`` also its own values."""
-        if source == number:
-            return itself
-        return self.shapes[number] == self.shapes[source] and math.isfinite(self.means[source])
-
-
-def generator(seed: int, purpose: str, epoch: int, number: int) -> np.random.RandomState:
-    """Return the random generator of one trial at one comparison."""
-    key = stream_seed(seed, "population", purpose, epoch, number)
-    # NumPy takes 32-bit words
-    return np.random.RandomState([key >> 32, key & 0xFFFFFFFF])
+    @classmethod
+    def summary(cls, study: "Study") -> list[tuple[str, str]]:
+        """Return one line about the copies, and one about the schedule of the best trial."""
+        n_copies = 0
+        for trial in study.trials:
+            n_copies += len(trial.detail.get("copies", ()))
+        times = "once" if n_copies == 1 else f"{n_copies} times"
+        lines = [("Copies", f"a trial has copied a better trial {times}")]
+        best = best_trial(study)
+        if best is not None and len(best.schedule) > 1:
+            first, *later = best.schedule
+            start = best.schedule[first]
+            changed: set[str] = set()
+            for params in best.schedule.values():
+                changed.update(key for key, value in params.items() if value != start.get(key))
+            names = ", ".join(sorted(changed))
+            epochs = ", ".join(map(str, later))
+            lines.append(("Schedule", f"the best trial changes {names} after epoch {epochs}"))
+        return lines

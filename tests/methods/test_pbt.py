@@ -8,7 +8,8 @@ from scipy import stats
 from scipy.stats import loguniform
 
 import gputune
-from gputune.methods.population import Exchange, PopulationBased, exchanges, generator
+from gputune.methods.exchanges import Exchange, exchanges, generator
+from gputune.methods.pbt import PopulationBased
 from gputune.spaces.perturbation import Perturbation, movable_keys
 
 
@@ -76,9 +77,9 @@ def test_subpopulations_are_compared_at_their_own_intervals():
 
 
 def test_epochs_of_comparisons():
-    assert PopulationBased(interval=3).exchange_epochs(10) == [3, 6, 9]
-    assert PopulationBased(interval=3, burn_in=4).exchange_epochs(10) == [6, 9]
-    assert PopulationBased(interval=[2, 3]).exchange_epochs(7) == [2, 3, 4, 6]
+    assert PopulationBased(interval=3).stops(10) == [3, 6, 9]
+    assert PopulationBased(interval=3, burn_in=4).stops(10) == [6, 9]
+    assert PopulationBased(interval=[2, 3]).stops(7) == [2, 3, 4, 6]
 
 
 @pytest.mark.parametrize(
@@ -116,9 +117,9 @@ def test_too_few_epochs_are_refused():
         "Lower it, or train longer."
     )
     with pytest.raises(gputune.InputError, match=message):
-        PopulationBased().exchange_epochs(5)
+        PopulationBased().stops(5)
     with pytest.raises(gputune.InputError, match=r"burn_in=...\) must leave a comparison"):
-        PopulationBased(interval=2, burn_in=9).exchange_epochs(10)
+        PopulationBased(interval=2, burn_in=9).stops(10)
 
 
 SPACE = [

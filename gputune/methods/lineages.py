@@ -1,0 +1,287 @@
+"""The training of population based training: trials train to a comparison, and copy each other.
+
+A lineage is one training run with a schedule of hyperparameters. At a comparison, a trial may end
+its lineage and continue the lineage of another trial. Its learning curve then begins with the curve
+of that trial.
+
+A resumed search continues from the latest comparison of which all checkpoints exist.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gputune.engine.checkpoint import Checkpoint, Checkpointing, pause_after
+from gputune.methods.exchanges import Exchange, ExchangeRule, exchanges, generator
+from gputune.methods.rungs import PausedTraining, RunningTrial
+from gputune.population.population import ModelKind, hidden_widths, shape_of_tensors
+from gputune.population.state import State
+from gputune.spaces.distributions import CheckedSpace
+from gputune.spaces.perturbation import movable_keys
+from gputune.study.record import has_form
+from gputune.study.rows import LINEAGE
+from gputune.study.store import Candidate
+from gputune.study.values import from_json, to_json
+from gputune.tuning.context import Context
+from gputune.types import Config, Json, first_metric
+
+_NOTE = {"epoch": int, "lineages": [LINEAGE]}
+"""The form of the note in a checkpoint: the epoch of the latest comparison, and each lineage."""
+
+
+def train_population(
+    context: Context, method: ExchangeRule, space: CheckedSpace, trials: Sequence[Candidate]
+) -> None:
+    """Train trials from comparison to comparison, where bad trials copy good trials.
+
+    Trials that have ended in an earlier call are neither copied nor compared.
+    """
+    search = _PopulationTraining(context, method, space, trials)
+    try:
+        with context.progress.bar_over(len(search.running), context.epochs):
+            for stop in [*method.stops(context.epochs), context.epochs]:
+                if stop > search.compared_at and search.running and not context.is_over():
+                    search.train_to(stop)
+                    if stop < context.epochs and not context.is_over():
+                        search.compare(stop)
+            if context.is_over():
+                search.save()
+            search.finish([trial for trial in search.running if len(trial.curve)])
+    finally:
+        search.states.close()
+
+
+@dataclass(eq=False)
+class _Lineage(RunningTrial):
+    """A running trial and the history of its weights.
+
+    Attributes:
+        params: The hyperparameters that the space has, now.
+        first_config: The configuration with which the trial began.
+        schedule: The hyperparameters of the lineage from each epoch on: {"epoch": ..., "params":
+            ...}, in order.
+        path: The trials through which the weights have come: [epoch, trial number], in order.
+        copies: The copies that this trial has made: [epoch, trial number of the source].
+    """
+
+    params: Config = field(default_factory=dict)
+    first_config: Config = field(default_factory=dict)
+    schedule: list[Json] = field(default_factory=list)
+    path: list[list[int]] = field(default_factory=list)
+    copies: list[list[int]] = field(default_factory=list)
+
+    @property
+    def history(self) -> Json:
+        """The history of the trial as plain values."""
+        return {"schedule": self.schedule, "lineage": self.path, "copies": self.copies}
+
+    @property
+    def detail(self) -> Json:
+        """The history of the trial, or nothing if the trial trained as in random search."""
+        return self.history if len(self.schedule) > 1 or self.copies else {}
+
+
+class _PopulationTraining(PausedTraining[_Lineage]):
+    """The running trials of population based training, and their saved states.
+
+    ``compared_at`` is the epoch of the latest comparison, or 0.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        method: ExchangeRule,
+        space: CheckedSpace,
+        trials: Sequence[Candidate],
+    ) -> None:
+        self.method = method
+        self.space = space
+        self.compared_at = 0
+        super().__init__(context, trials)
+
+    def begin_trial(self, trial: Candidate, config: Config) -> _Lineage:
+        first = {"epoch": 0, "params": trial.params}
+        return _Lineage(
+            trial.number,
+            config,
+            self.context.no_curve,
+            params=trial.params,
+            first_config=config,
+            schedule=[first],
+            path=[[0, trial.number]],
+        )
+
+    def in_chunks(self, trials: Sequence[_Lineage]) -> Checkpointing | None:
+        """Return None: the checkpoints of all trials are valid only together, see ``save``."""
+        return None
+
+    def save_if_due(self, seconds: float) -> None:
+        """Do nothing: the states of all trials are written after a comparison."""
+
+    def trainable(self) -> list[_Lineage]:
+        """Return the running trials that have not diverged."""
+        return [trial for trial in self.running if not trial.has_diverged(len(trial.curve))]
+
+    def train_to(self, stop: int) -> None:
+        """Train the running trials from the latest comparison up to the epoch ``stop``."""
+        if self.trainable():
+            self.train(self.compared_at, stop)
+        if self.context.is_over():
+            return
+        for trial in self.running:
+            # Diverged trials do not train, but they may copy another trial.
+            missing = stop - len(trial.curve)
+            lost = np.full((missing, *trial.curve.shape[1:]), np.nan)
+            trial.curve = np.concatenate([trial.curve, lost])
+
+    def compare(self, epoch: int) -> None:
+        """Let bad trials copy good trials after an epoch, and perturb their hyperparameters."""
+        means = {}
+        shapes = {}
+        for trial in self.running:
+            means[trial.number] = float(first_metric(trial.curve, axes=2)[epoch - 1].mean())
+            shapes[trial.number] = architecture(trial.config, self.context.choice.kind)
+        seed = self.context.options.search.random_state
+        changes = exchanges(self.method, epoch, means, shapes, seed)
+        # A source may change at the same comparison, so all sources are read first.
+        before = {trial.number: copy(trial) for trial in self.running}
+        outputs = dict(self.outputs)
+        states = {}
+        for change in changes:
+            if change.weights != change.number:
+                states[change.number] = self.states.look(change.weights)
+        by_number = {trial.number: trial for trial in self.running}
+        for change in changes:
+            trial = by_number[change.number]
+            weights = before[change.weights]
+            if change.number in states:
+                self._copy(trial, weights, states[change.number], epoch)
+                self.outputs.pop(trial.number, None)
+                if weights.number in outputs:
+                    self.outputs[trial.number] = outputs[weights.number]
+            params = self._changed_params(change, weights, before[change.values], epoch)
+            trial.params = params
+            trial.config = self.context.complete(params)
+            if params != trial.schedule[-1]["params"]:
+                trial.schedule = [*trial.schedule, {"epoch": epoch, "params": params}]
+        self.compared_at = epoch
+        due = self.saved_at + self.context.options.machine.checkpoint_seconds
+        if time.monotonic() > max(due, self.earliest):
+            self.save()
+
+    def _copy(self, trial: _Lineage, source: _Lineage, state: State, epoch: int) -> None:
+        """Let a trial continue the training of another trial."""
+        self.states.drop(trial.number)
+        self.states.park(trial.number, state)
+        trial.curve = source.curve
+        trial.schedule = source.schedule
+        trial.path = [*source.path, [epoch, trial.number]]
+        trial.copies = [*trial.copies, [epoch, source.number]]
+
+    def _changed_params(
+        self, change: Exchange, weights: _Lineage, values: _Lineage, epoch: int
+    ) -> Config:
+        """Return the hyperparameters of a trial after a comparison."""
+        params = dict(weights.params)
+        for key in movable_keys(params, self.space):
+            # The optimizer keeps other tensors for a zero than for a positive number.
+            if bool(values.params.get(key)) == bool(params[key]):
+                params[key] = values.params.get(key, params[key])
+        if not change.is_perturbed:
+            return params
+        seed = self.context.options.search.random_state
+        rng = generator(seed, "values", epoch, change.number)
+        return self.method.perturbation.move(params, self.space, rng)
+
+    def save(self) -> None:
+        """Write checkpoints of all running trials, which replace all earlier checkpoints."""
+        begin = time.monotonic()
+        checkpointing = self.context.checkpointing([trial.number for trial in self.running])
+        groups: dict[object, list[_Lineage]] = defaultdict(list)
+        for trial in self.running:
+            shape = architecture(trial.config, self.context.choice.kind)
+            groups[shape, len(trial.curve)].append(trial)
+        if checkpointing is not None and self._has_states():
+            checkpoints = list(map(self._checkpoint, groups.values()))
+            configs = []
+            for trials in groups.values():
+                configs.append([trial.first_config for trial in trials])
+            checkpointing.keep_only(checkpoints, configs)
+        self.unsaved.clear()
+        self.saved_at = time.monotonic()
+        self.earliest = self.saved_at + pause_after(self.saved_at - begin)
+
+    def _has_states(self) -> bool:
+        """Return whether every trial that can still train has a state."""
+        numbers = {trial.number for trial in self.trainable()}
+        return numbers <= self.states.states.keys()
+
+    def _checkpoint(self, trials: Sequence[_Lineage]) -> Checkpoint:
+        """Return the checkpoint of trials with equal architectures and equally long curves."""
+        alive = []
+        for position, trial in enumerate(trials):
+            if trial.number in self.states.states:
+                alive.append(position)
+        state = State(len(trials[0].curve), ())
+        if alive:
+            state = State.stack([self.states.look(trials[i].number) for i in alive])
+        lineages = [trial.history for trial in trials]
+        note = to_json({"epoch": self.compared_at, "lineages": lineages}, name="lineages")
+        return Checkpoint(
+            tuple(trial.number for trial in trials),
+            tuple(alive),
+            np.stack([trial.curve for trial in trials]),
+            state,
+            sum(trial.seconds for trial in trials),
+            note,
+        )
+
+    def resume(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Continue all trials from the latest comparison whose checkpoints cover all trials."""
+        by_epoch = defaultdict(list)
+        for checkpoint in sorted(checkpoints, key=lambda checkpoint: checkpoint.state.epoch):
+            note: Json = from_json(checkpoint.note) if checkpoint.note else {}
+            if has_form(note, _NOTE) and len(note["lineages"]) == len(checkpoint.trials):
+                by_epoch[note["epoch"]].append((checkpoint, note["lineages"]))
+        running = {trial.number: trial for trial in self.running}
+        for epoch in sorted(by_epoch, reverse=True):
+            covered: set[int] = set()
+            for checkpoint, _ in by_epoch[epoch]:
+                covered.update(checkpoint.trials)
+            if running.keys() <= covered:
+                self.compared_at = epoch
+                for checkpoint, lineages in by_epoch[epoch]:
+                    for position, number in enumerate(checkpoint.trials):
+                        if number in running:
+                            trial = running[number]
+                            self._restore(trial, lineages[position], checkpoint, position)
+                return
+
+    def _restore(
+        self, trial: _Lineage, lineage: Json, checkpoint: Checkpoint, position: int
+    ) -> None:
+        """Continue one trial from its place in a checkpoint."""
+        trial.schedule = lineage["schedule"]
+        trial.path = lineage["lineage"]
+        trial.copies = lineage["copies"]
+        trial.params = trial.schedule[-1]["params"]
+        trial.config = self.context.complete(trial.params)
+        trial.curve = checkpoint.curves[position]
+        trial.seconds = checkpoint.seconds / len(checkpoint.trials)
+        self.states.drop(trial.number)
+        if position in checkpoint.alive:
+            row = checkpoint.alive.index(position)
+            self.states.park(trial.number, checkpoint.state.select([row]))
+
+
+def architecture(config: Config, kind: ModelKind) -> tuple[object, ...]:
+    """Return a lookup key for the tensor shapes of a configuration before padding.
+
+    Only trials with equal keys copy each other.
+    """
+    widths = hidden_widths(config) if kind == "mlp" else ()
+    return (*shape_of_tensors(config, kind), widths)
