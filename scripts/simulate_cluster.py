@@ -28,8 +28,8 @@ import ray
 from sklearn.datasets import load_digits
 
 import gputune
-from gputune.integrations.clusters import ray as ray_cluster
-from gputune.integrations.clusters.ray import RayTasks
+from gputune.integrations import ray_tasks
+from gputune.integrations.ray_tasks import RayTasks
 from gputune.study.store import Store
 
 SIZES = (1, 2, 10, 100, 1000)
@@ -79,7 +79,7 @@ class Watch:
         wait = ray.wait
         submit = RayTasks.submit
         result = RayTasks._result
-        to_arrays = ray_cluster.to_arrays
+        to_arrays = ray_tasks.to_arrays
 
         def timed_wait(*arguments: Any, **options: Any) -> Any:
             begin = time.perf_counter()
@@ -109,7 +109,7 @@ class Watch:
 
         with (
             patch.object(ray, "wait", timed_wait),
-            patch.object(ray_cluster, "to_arrays", counted),
+            patch.object(ray_tasks, "to_arrays", counted),
             patch.multiple(RayTasks, submit=timed_submit, _result=timed_result),
         ):
             yield

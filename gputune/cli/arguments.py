@@ -151,8 +151,8 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, rule: Rule) -> None:
         if is_negative:  # --include-default is the opposite of --no-default
             opposite = f"--{name.replace('_', '-')}"
             parser.add_argument(opposite, dest=name, action="store_true", default=None)
-    elif name == "ray":
-        settings |= {"nargs": "?", "const": "local"}
+    elif rule.metavar.startswith("["):
+        settings |= {"nargs": "?", "const": rule.values[0]}
     elif rule.takes in SEVERAL:
         settings |= {"nargs": "+", "action": "extend" if rule.takes == "specs" else "append"}
     settings["default"] = 1 if name == "verbose" else None

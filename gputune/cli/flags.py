@@ -6,6 +6,8 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+from gputune.entry_points import integrations
+from gputune.executors.cluster import cluster_class
 from gputune.tuning.method import method_classes
 from gputune.tuning.options import RULES
 from gputune.tuning.rules import (
@@ -103,15 +105,7 @@ _LAST_RULES: dict[str, dict[str, Rule]] = {
             choices=("tpe",),
         ),
     },
-    COMPUTE: {
-        "ray": Rule(
-            "--ray [<ADDRESS>]",
-            "Train on a Ray cluster",
-            "Without an address, the cluster is local.",
-            values=("local", "auto", "HOST:PORT", "ray://HOST:PORT"),
-            resume=True,
-        ),
-    },
+    COMPUTE: {},
     OUTPUT: {
         "ensemble": Rule(
             "--ensemble",
@@ -170,7 +164,23 @@ def option_groups() -> dict[str, dict[str, Rule]]:
     groups[SEARCH]["method"] = replace(method, details=_help_of_methods())
     for title, rules in _LAST_RULES.items():
         groups[title] |= rules
+    groups[COMPUTE] |= _cluster_rules()
     return groups
+
+
+def _cluster_rules() -> dict[str, Rule]:
+    """Return a flag for each cluster, such as ``--ray``."""
+    rules = {}
+    for name in integrations("clusters"):
+        cluster = cluster_class(name)
+        rules[name] = Rule(
+            f"--{name} [<ADDRESS>]",
+            f"Train on a {cluster.title} cluster",
+            f"Without an address, the cluster is {cluster.addresses[0]}.",
+            values=cluster.addresses,
+            resume=True,
+        )
+    return rules
 
 
 def flags() -> dict[str, str]:
@@ -189,7 +199,6 @@ _OF_CALLS = {
     ("repair", "out"): "--out",
     ("predict_interval", "level"): "--interval",
     ("load_model", "module"): "--model",
-    ("Ray", "address"): "--ray",
 }
 """The flags that messages show for arguments of functions other than ``gputune.tune``."""
 
@@ -209,6 +218,9 @@ class CommandLine(Interface):
         self.file = file
         self.known = {**flags(), "include": configuration}
         self.known["y"] = self.known["target"]
+        self.calls = dict(_OF_CALLS)
+        for name in integrations("clusters"):
+            self.calls[cluster_class(name).__name__, "address"] = self.known[name]
         if command not in ("tune", "train"):
             del self.known["study"]  # it is the command's FOLDER
 
@@ -217,7 +229,7 @@ class CommandLine(Interface):
         if reference.call in {kind.__name__ for kind in METHOD_CLASSES.values()}:
             flag = self.known.get(reference.name)
         elif reference.call:
-            flag = _OF_CALLS.get((reference.call, reference.name))
+            flag = self.calls.get((reference.call, reference.name))
         elif reference.name == "X":
             flag = self.file
         else:

@@ -10,8 +10,9 @@ from pathlib import Path
 from scipy import stats
 
 from gputune.data.folds import parse_cv
+from gputune.entry_points import integrations
 from gputune.errors import InputError, import_extra
-from gputune.executors.cluster import named_cluster
+from gputune.executors.cluster import Cluster, named_cluster
 from gputune.methods.halving import Halving
 from gputune.methods.optuna import OptunaSampler
 from gputune.spaces.config import RANGES, WORDS
@@ -57,18 +58,23 @@ def options_of(arguments: Namespace, study_file: Path) -> Options:
 def typed_options(arguments: Namespace) -> Config:
     """Return the search options that the user wrote on the command line, by name.
 
-    Raises InputError if both processes and a Ray cluster were given.
+    Raises InputError if both processes and a cluster were given.
     """
     typed = {}
     for name in RULES.keys() - {"study"}:
         value = getattr(arguments, name, None)
         if value is not None:
             typed[name] = value
-    if arguments.ray is not None:
-        if arguments.workers not in (None, "auto"):
-            rule = f"--workers {arguments.workers} and --ray exclude each other"
+    for name in integrations("clusters"):
+        address = getattr(arguments, name, None)
+        if address is None:
+            continue
+        chosen = typed.get("workers", "auto")
+        if chosen != "auto":
+            other = f"--{chosen.name}" if isinstance(chosen, Cluster) else f"--workers {chosen}"
+            rule = f"{other} and --{name} exclude each other"
             raise InputError(None, rule, remedy="Leave one out.")
-        typed["workers"] = named_cluster("ray", address=arguments.ray)
+        typed["workers"] = named_cluster(name, address=address)
     return typed
 
 

@@ -13,8 +13,9 @@ from gputune.tuning.rules import Rule, Takes
 SEVERAL: tuple[Takes, ...] = ("specs", "config")
 """The kinds of options that accept several values."""
 
-_CLUSTER = re.compile(r"local|auto|ray://.*|.*:\d+")
-"""A pattern for addresses of a Ray cluster. Any other word after ``--ray`` may be the data file."""
+_CLUSTER = re.compile(r"local|auto|.*:\d+")
+"""A pattern for addresses of a cluster, in addition to ``ray://`` for the flag ``--ray``. Any other
+word after the flag may be the data file."""
 
 
 def aliases(command: Command) -> dict[str, str]:
@@ -79,7 +80,7 @@ def _files_first(words: list[str], flags: Mapping[str, Rule], n_files: int) -> l
         elif rule.metavar.startswith("["):
             if n_values > 1:
                 n_typed += 1
-            elif not _CLUSTER.fullmatch(word):
+            elif not _is_address(word, rule):
                 movable.append(place)
         elif n_values > 1:
             n_typed += 1
@@ -89,3 +90,9 @@ def _files_first(words: list[str], flags: Mapping[str, Rule], n_files: int) -> l
     files = movable[-n_missing:]
     rest = [word for place, word in enumerate(words) if place not in files]
     return [*(words[place] for place in files), *rest]
+
+
+def _is_address(word: str, rule: Rule) -> bool:
+    """Return True if a word after the flag of a cluster can only be its address."""
+    protocol = f"{rule.name.removeprefix('--')}://"
+    return word.startswith(protocol) or _CLUSTER.fullmatch(word) is not None

@@ -64,11 +64,13 @@ class Cluster(ABC):
         name: The name of the module in ``gputune/integrations/clusters/`` that defines the class.
             ``tune(workers=...)`` accepts it as well.
         title: The name that messages show, such as "Ray".
+        addresses: The forms of an address, as the help shows them. The first one is the default.
         address: The place of the cluster. Messages show it.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    addresses: ClassVar[tuple[str, ...]]
     address: str
 
     @property
@@ -101,6 +103,12 @@ class Cluster(ABC):
         return fields if self.name == _UNNAMED else {"cluster": self.name, **fields}
 
 
+def cluster_class(name: str) -> type[Cluster]:
+    """Return the class of the cluster with a name of ``integrations("clusters")``."""
+    cluster: type[Cluster] = integration("clusters", name).CLUSTER
+    return cluster
+
+
 def cluster_from_json(stored: Mapping[str, object]) -> Cluster:
     """Return the cluster that a study file describes."""
     fields = dict(stored)
@@ -120,5 +128,4 @@ def named_cluster(name: str, **fields: object) -> Cluster:
             f"This gputune has no cluster {name!r}, only {', '.join(known)}",
             remedy="Add its module to gputune/integrations/clusters, or choose other workers.",
         )
-    cluster: Cluster = integration("clusters", name).CLUSTER(**fields)
-    return cluster
+    return cluster_class(name)(**fields)  # type: ignore[arg-type]

@@ -9,8 +9,11 @@ import pytest
 from scipy.stats import loguniform
 
 import gputune
+from gputune.cli.flags import CommandLine, option_groups
 from gputune.entry_points import integrations
 from gputune.tuning.record import recorded_search
+from gputune.tuning.rules import COMPUTE
+from gputune.wording import Reference
 
 TOYS = Path(__file__).parent / "toys"
 X = np.random.default_rng(0).normal(size=(60, 2))
@@ -76,6 +79,15 @@ def test_a_cluster_in_one_file_has_its_own_checks_and_messages():
     message = r"workers must be a number of processes, 'auto', 'ray', 'toy' or gputune.Ray\(...\)"
     with pytest.raises(gputune.InputError, match=message):
         search(workers="toys")
+
+
+def test_a_cluster_in_one_file_has_a_flag(table, tmp_path):
+    rule = option_groups()[COMPUTE]["toy"]
+    assert rule.help == "Train on a Toy cluster"
+    assert rule.details == "Without an address, the cluster is local."
+    interface = CommandLine()
+    assert interface.argument(Reference.parse("workers='toy'")) == "--toy"
+    assert interface.argument(Reference.parse("Toy(address='a')")) == "--toy a"
 
 
 def test_an_unknown_cluster_in_a_study_file(table, tmp_path):

@@ -21,7 +21,7 @@ import ray_searches
 from gputune.engine.job import Job
 from gputune.executors import executor
 from gputune.executors.processes import pickle_job
-from gputune.integrations.clusters import ray as ray_cluster
+from gputune.integrations import ray_tasks
 from problems import make_data
 from ray_searches import Net
 from refused import refused
@@ -106,15 +106,15 @@ def test_the_data_goes_to_the_store_once_and_threads_are_the_cpus(
 ):
     sent = []
     threads = []
-    put = ray_cluster.to_arrays
-    submit = ray_cluster.RayTasks.submit
-    monkeypatch.setattr(ray_cluster, "to_arrays", lambda data: sent.append(data) or put(data))
+    put = ray_tasks.to_arrays
+    submit = ray_tasks.RayTasks.submit
+    monkeypatch.setattr(ray_tasks, "to_arrays", lambda data: sent.append(data) or put(data))
 
     def submitted(tasks, *chunk):
         threads.append(tasks.threads)
         return submit(tasks, *chunk)
 
-    monkeypatch.setattr(ray_cluster.RayTasks, "submit", submitted)
+    monkeypatch.setattr(ray_tasks.RayTasks, "submit", submitted)
     workers = gputune.Ray("auto", cpus=2)
     # Few steps: two threads that wait for each other on cores that something else keeps busy take
     # long for many.
@@ -203,7 +203,7 @@ def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(
 ):
     sent = []
     monkeypatch.setattr(
-        ray_cluster, "pickle_job", lambda job, **how: sent.append(job) or pickle_job(job, **how)
+        ray_tasks, "pickle_job", lambda job, **how: sent.append(job) or pickle_job(job, **how)
     )
     path = tmp_path / "study.db"
     given = {**FAST, "space": LR, "n_trials": 12, "method": method}
@@ -270,7 +270,7 @@ def begun(iris, tmp_path):
 def test_a_worker_with_another_version_is_named(cluster, begun, monkeypatch):
     go_on, path = begun
     before = table(path)
-    monkeypatch.setattr(ray_cluster, "__version__", "9.9.9")
+    monkeypatch.setattr(ray_tasks, "__version__", "9.9.9")
     with refused(
         f"on .* has gputune {gputune.__version__}, but this process has gputune 9.9.9. Install"
     ):
@@ -289,7 +289,7 @@ def test_a_worker_without_the_package_is_named(cluster, begun, monkeypatch):
     """The sent code is read and run by a worker in which importing the package fails."""
     go_on, path = begun
     before = table(path)
-    make = ray_cluster.make_task
+    make = ray_tasks.make_task
 
     def make_bare(ray):
         sent = ray.cloudpickle.dumps(make(SimpleNamespace(remote=lambda task: task)))
@@ -305,7 +305,7 @@ def test_a_worker_without_the_package_is_named(cluster, begun, monkeypatch):
 
         return ray.remote(bare)
 
-    monkeypatch.setattr(ray_cluster, "make_task", make_bare)
+    monkeypatch.setattr(ray_tasks, "make_task", make_bare)
     with refused("has no gputune, but this process has gputune .*. Install gputune=="):
         go_on()
     assert table(path)[: len(before)] == before
@@ -313,16 +313,16 @@ def test_a_worker_without_the_package_is_named(cluster, begun, monkeypatch):
 
 def test_a_cluster_without_nodes_ends_the_search(cluster, begun, monkeypatch):
     go_on, _ = begun
-    nodes = ray_cluster.RayCluster._nodes
+    nodes = ray_tasks.RayCluster._nodes
     asked = []
     # at once, while its tasks are on their way
-    monkeypatch.setattr(ray_cluster, "_COUNT_SECONDS", -1)
+    monkeypatch.setattr(ray_tasks, "_COUNT_SECONDS", -1)
 
     def lost(cluster):
         asked.append(1)
         return nodes(cluster) if len(asked) < 5 else []
 
-    monkeypatch.setattr(ray_cluster.RayCluster, "_nodes", lost)
+    monkeypatch.setattr(ray_tasks.RayCluster, "_nodes", lost)
     message = "The cluster has lost its nodes. .* Finished results are kept"
     with pytest.raises(gputune.ClusterError, match=message):
         go_on()
@@ -378,14 +378,14 @@ def test_a_package_that_is_not_installed_travels_whole(tmp_path, monkeypatch):
 
 def test_tasks_on_nodes_with_gpus():
     node = {"CPU": 8.0, "GPU": 4.0}
-    of = ray_cluster._tasks_on
+    of = ray_tasks._tasks_on
     assert [of(node, cpus, "cuda") for cpus in (1, 3, 9)] == [4, 2, 0]
     assert [of(node, 1, "cpu"), of(node, 3, "cpu"), of({"CPU": 8.0}, 1, "cuda")] == [8, 2, 0]
 
 
 def test_all_of_a_dataset_moves():
     data = make_data(weights=True)
-    moved = ray_cluster.to_device(data, torch.device("meta"))
+    moved = ray_tasks.to_device(data, torch.device("meta"))
     tensors = [moved.x, moved.y, moved.weights, moved.center, moved.scale, moved.target]
     tensors += [rows for fold in moved.folds for rows in (fold.train, fold.valid)]
     assert {str(tensor.device) for tensor in tensors} == {"meta"} and moved.copies == data.copies

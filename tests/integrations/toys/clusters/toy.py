@@ -16,6 +16,7 @@ TRAINED = []  # the numbers of the trials of each chunk
 class Toy(Cluster):
     name: ClassVar[str] = "toy"
     title: ClassVar[str] = "Toy"
+    addresses: ClassVar[tuple[str, ...]] = ("local", "toy://HOST:PORT")
     address: str = "local"
     size: int = 1
 
