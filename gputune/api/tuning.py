@@ -88,7 +88,7 @@ def tune(
     callbacks: Sequence[Callback] = (),
     verbose: int = 1,
 ) -> Study:
-    """Search hyperparameters by training every configuration x fold at once, and return the Study.
+    """Tune hyperparameters by training every configuration x fold at once, and return the Study.
 
     Guides: ``docs/tune-a-table.md``, ``docs/tune-my-module.md``, ``docs/choose-space.md``,
     ``docs/choose-method.md`` and ``docs/stopping.md``.
