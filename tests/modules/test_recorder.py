@@ -65,7 +65,7 @@ def cuda(monkeypatch):
         "synchronize": lambda device: log.append("wait"),
         "device": lambda device: inside(str(device)),
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: log.append("replay")),
-        "recorded": graph,
+        "graph": graph,
     }
     for name, part in parts.items():
         monkeypatch.setattr(torch.cuda, name, part)

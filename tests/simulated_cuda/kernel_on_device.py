@@ -197,7 +197,7 @@ def test_the_plan_says_what_the_kernel_trains(iris, capsys):
     why = (
         "2 of 4 trials train in recorded steps: the kernel does not support depth of 5 (at most 4)"
     )
-    assert "2 kernel, 2 recorded (the kernel does not support" in said and f"note: {why}" in said
+    assert "2 kernel (as requested), 2 recorded (the kernel does not support" in said and f"note: {why}" in said
     compiled = re.findall(
         "compiling the kernel for members of (.*): some seconds, once on this machine", said
     )
@@ -210,7 +210,7 @@ def test_the_plan_says_what_the_kernel_trains(iris, capsys):
         (
             "mlp",
             {"optimizer": "rmsprop"},
-            "does not support .*rmsprop.*. Choose backend='graph', which records steps, or",
+            "does not support .*rmsprop.*. Choose backend='recorded', which records steps, or",
         ),
         ("mlp", {"dtype": "float64"}, "does not support .*float64.*. Choose"),
         (

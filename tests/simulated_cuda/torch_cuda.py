@@ -324,7 +324,7 @@ _FUNCTIONS: dict[str, Any] = {
     "_compile_kernel": Kernel,
     "is_current_stream_capturing": lambda: bool(_device.simulated_capturing()),
     "CUDAGraph": Graph,
-    "recorded": _graph,
+    "graph": _graph,
     "graph_pool_handle": lambda: (0, 1),
     "synchronize": _synchronize,
     "empty_cache": _empty_cache,
