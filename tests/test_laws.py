@@ -11,7 +11,8 @@ import torch
 
 import problems
 from gputune.engine.mlp import StackedMLP
-from gputune.population.population import hidden_widths, populations
+from gputune.population.kinds import hidden_widths
+from gputune.population.population import populations
 from gputune.types import ONLINE
 from problems import (
     assert_equals_plain_loop,

@@ -24,12 +24,16 @@ from torch.nn import functional
 from gputune.check import laws
 from gputune.check.laws import Case, difference
 from gputune.engine.backend import Findings, Speed, device_name, keep_findings
+from gputune.engine.backends.base import Machine, TrialWork
+from gputune.engine.backends.selection import choose_for_search, way_of
+from gputune.engine.backends.table import BACKENDS, backend_named
 from gputune.engine.choice import FEW, FOLDS, measure_speed
-from gputune.engine.kernel import obstacle
-from gputune.engine.plan import cores
+from gputune.engine.plan import backends_text, cores
+from gputune.errors import InputError
 from gputune.hypergradients.hypergradient import Mode, hypergradient
 from gputune.memory import CPU
-from gputune.native.library import NotBuiltError, library
+from gputune.population.kinds import ModelKind, is_module
+from gputune.population.population import complete
 from gputune.solver.solve import solve_all, solved_module
 from gputune.text import count, size_words, table
 from gputune.types import Say
@@ -222,13 +226,17 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The results of ``gputune check`` for one device. ``speeds`` maps device and backend to
-    training speed."""
+    """The results of ``gputune check`` for one device.
+
+    ``speeds`` maps device and backend to training speed. ``ways`` are sentences that say how "auto"
+    trains on the device.
+    """
 
     device: str
     facts: str
     rows: tuple[CheckRow, ...]
     speeds: Mapping[tuple[str, str], Speed]
+    ways: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -250,6 +258,7 @@ class CheckReport:
         header = ["check", "backend", "largest difference", "allowed", "time", ""]
         checks = table(header, cells, left=("check", "backend", ""))
         lines = [f"{self.device}; {self.facts}", "", checks, "", *failures, *self._speeds()]
+        lines += self.ways
         return "\n".join(lines)
 
     def _speeds(self) -> list[str]:
@@ -324,11 +333,31 @@ def checks_of(device: torch.device) -> list[tuple[Law, str]]:
 
 def backends_of(device: torch.device) -> tuple[str, ...]:
     """Return the names of the backends that can train the built-in MLP on a device."""
-    if device.type == "cpu":
-        with suppress(NotBuiltError):
-            library(torch.float64)
-            return "eager", "recorded", "compiled"
-    return ("eager", "recorded") if obstacle(device) else ("eager", "recorded", "kernel")
+    machine = Machine(device, torch.float64, "mlp")
+    names = []
+    for name in reversed(BACKENDS):
+        backend = backend_named(name)
+        with suppress(InputError):  # this device does not have it
+            backend.check(machine)
+            if backend.trains_built_in:
+                names.append(name)
+    return tuple(names)
+
+
+def ways_of(device: torch.device) -> list[str]:
+    """Return sentences that say how "auto" trains an MLP and a module on a device, in the format of
+    the plan of a search."""
+    sentences = []
+    config = complete({}, optimizer="adamw", schedule="constant")
+    kinds: dict[str, ModelKind] = {"An MLP": "mlp", "Your own module": "module"}
+    for name, kind in kinds.items():
+        chosen = choose_for_search("auto", device, torch.float32, kind)
+        reason = chosen.reason
+        way = chosen.name
+        if is_module(kind):
+            way, reason = way_of(way, TrialWork(kind, config), reason)
+        sentences.append(f"{name} trains here with: {backends_text([way], [reason])}")
+    return sentences
 
 
 def timed_of(device: torch.device) -> list[tuple[torch.device, str]]:
@@ -373,7 +402,8 @@ def check(device: torch.device, tell: Say) -> CheckReport:
             backend: speed for (name, backend), speed in speeds.items() if name == str(place)
         }
         keep_findings(place, Findings(failed if place == device else None, measured))
-    return CheckReport(device_name(device), _facts(device), tuple(rows), speeds)
+    ways = tuple(ways_of(device))
+    return CheckReport(device_name(device), _facts(device), tuple(rows), speeds, ways)
 
 
 def _facts(device: torch.device) -> str:

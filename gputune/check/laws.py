@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import cast
 
 import numpy as np
 import torch
@@ -34,19 +35,14 @@ from gputune.data.target import Target
 from gputune.data.weights import Weights
 from gputune.engine.job import Job, Outcome, ProgressCallback, run_in_parts, train_chunk
 from gputune.engine.kernel import KernelChunk
+from gputune.engine.mlp import StackedMLP
 from gputune.engine.train import Trained
 from gputune.memory import CPU
 from gputune.models import MLP
 from gputune.modules.construction import build_module
 from gputune.modules.recorder import RECORDERS, Replays
-from gputune.population.population import (
-    ModelKind,
-    Population,
-    Shape,
-    complete,
-    padded_width,
-    populations,
-)
+from gputune.population.kinds import ModelKind, padded_width
+from gputune.population.population import Population, Shape, complete, populations
 from gputune.scoring.estimators import fitted
 from gputune.scoring.metrics import make_scoring
 from gputune.scoring.scores import OF_TASK
@@ -324,7 +320,7 @@ def by_kernel(case: Case, device: torch.device, backend: str) -> float:
     job = case.job(backend)
     for chunk in case.chunks(data):
         network = job.network(data, chunk)
-        KernelChunk(network, Validation(data, None), seed=0, horizon=1)
+        KernelChunk(cast(StackedMLP, network), Validation(data, None), seed=0, horizon=1)
     return from_plain_loop(case, device, backend)
 
 

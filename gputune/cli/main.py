@@ -214,7 +214,7 @@ def check(arguments: argparse.Namespace) -> str:
             bar.update()
 
         report = check_device(device, show_progress)
-    text = report.json() if arguments.json else str(report)
+    text = report.json() if arguments.json else CommandLine().render(str(report))
     if not report.ok:
         failed = sum(not row.ok for row in report.rows)
         raise CheckFailedError(

@@ -44,13 +44,8 @@ from gputune.memory import CPU, synchronize
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
 from gputune.native.library import NotBuiltError
-from gputune.population.population import (
-    ModelKind,
-    Population,
-    complete,
-    hidden_widths,
-    populations,
-)
+from gputune.population.kinds import ModelKind, hidden_layers, is_module
+from gputune.population.population import Population, complete, populations
 from gputune.population.traits import FastestWay
 from gputune.scoring.scoring import Validation
 from gputune.types import BackendWord, Config
@@ -136,7 +131,7 @@ def device_for(word: str, work: Workload) -> DeviceChoice:
         return DeviceChoice(CPU)
     if work.solved:
         return _SOLVED
-    if work.kind == "module" or work.differentiated or work.backend != "auto":
+    if is_module(work.kind) or work.differentiated or work.backend != "auto":
         return DeviceChoice(gpu)
     backend, _ = choose_backend("auto", CPU, work.dtype)
     compiles = all(trains_as(backend, work.kind, config) == "compiled" for config in work.configs)
@@ -258,7 +253,7 @@ def work_of_a_step(
     def parameters(*sizes: int) -> int:
         return sum((a + 1) * b for a, b in pairwise(sizes))
 
-    hidden = hidden_widths(config) if kind == "mlp" else ()
+    hidden = hidden_layers(config, kind)
     batch = min(int(config["batch_size"]), rows)
     timed = parameters(FEATURES, WIDTH, WIDTH, CLASSES) * (10 + BATCH)
     return float(parameters(n_features, *hidden, n_outputs)) * (10 + batch) / timed

@@ -32,7 +32,7 @@ from gputune.native.library import (
 )
 from gputune.optimizers.rules import SCHEDULES, n_moments
 from gputune.population.batches import row_order
-from gputune.population.population import Network, hidden_widths
+from gputune.population.kinds import hidden_widths
 from gputune.population.state import State, selected_configs
 from gputune.scoring.scores import ROW_MEANS
 from gputune.scoring.scoring import Validation
@@ -58,10 +58,9 @@ class CompiledChunk:
     faults: Mapping[str, None] = {}
 
     def __init__(
-        self, network: Network, validation: Validation, *, seed: int, horizon: int
+        self, network: StackedMLP, validation: Validation, *, seed: int, horizon: int
     ) -> None:
-        assert isinstance(network, StackedMLP)
-        self.network: StackedMLP = network
+        self.network = network
         self.validation = validation
         self.seed = seed
         self.horizon = horizon

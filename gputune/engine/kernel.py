@@ -33,7 +33,8 @@ from gputune.native.cuda import (
 from gputune.native.library import ACTIVATIONS, OPTIMIZERS, NotBuiltError, make_work
 from gputune.optimizers.rules import n_moments
 from gputune.population.batches import row_order
-from gputune.population.population import ModelKind, hidden_widths, is_plain, padded_width
+from gputune.population.kinds import ModelKind, hidden_layers, padded_width
+from gputune.population.population import is_plain
 from gputune.types import Config, Say
 from gputune.wording import option
 
@@ -185,11 +186,12 @@ def kernel_of(configs: Sequence[Config], kind: ModelKind, data: Dataset) -> Memb
     """
     first = configs[0]
     data = data.of(configs[0])
-    depth = first["depth"] if kind == "mlp" else 0
+    hidden = hidden_layers(first, kind)
+    depth = len(hidden)
     batch = max(config["batch_size"] for config in configs)
     return MemberKernel(
         inputs=data.n_features,
-        width=padded_width(max(hidden_widths(first))) if depth else 0,
+        width=padded_width(max(hidden)) if hidden else 0,
         depth=depth,
         outputs=data.n_outputs,
         activation=ACTIVATIONS.index(first["activation"]),

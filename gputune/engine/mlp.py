@@ -10,7 +10,7 @@ Axes: F folds, C trials, P = F*C members (fold-major), B rows, H width, K output
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -21,7 +21,8 @@ from gputune.engine.dropout import MlpDraws, dropout_draw
 from gputune.models import MLP, LogisticRegression
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches
-from gputune.population.population import ModelKind, Shape, hidden_widths, padded_width
+from gputune.population.kinds import ModelKind, hidden_layers, hidden_widths, padded_width
+from gputune.population.population import Shape
 from gputune.population.traits import Traits
 from gputune.scoring.losses import LOSSES, cross_entropy_slope_, number_slope_, row_losses
 from gputune.seeding import stream
@@ -38,6 +39,13 @@ _SLOPES = {
 output of the activation if the flag is True, otherwise the input of the activation."""
 
 
+_MODULES: Mapping[ModelKind, tuple[Callable[..., MLP | LogisticRegression], tuple[str, ...]]] = {
+    "mlp": (MLP, ("width", "depth", "activation", "dropout")),
+    "linear": (LogisticRegression, ()),
+}
+"""Maps a kind of model to its plain module, and to the hyperparameters that are its arguments."""
+
+
 class StackedMLP:
     """The stacked networks of C trials on F folds: MLPs or linear models, with their gradient.
 
@@ -48,6 +56,7 @@ class StackedMLP:
     exact = False
     one_by_one = False
     traits: Traits | None = None
+    constants: object = None
     alone = True
     least_rows = 1
     evaluation_draws = False
@@ -71,7 +80,7 @@ class StackedMLP:
         self.loss = loss
         self.loss_number = loss_number
         first = configs[0]
-        self.depth = first["depth"] if kind == "mlp" else 0
+        self.depth = len(hidden_layers(first, kind))
         self.hidden = 0
         if self.depth:
             self.hidden = padded_width(max(hidden_widths(first)))
@@ -159,16 +168,14 @@ class StackedMLP:
             loss_number=self.loss_number,
         )
 
+    def differentiate_statistics(self) -> tuple[str, ...]:
+        return ()
+
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         config = self.configs[trial]
         sizes = (self.shape.n_features, self.shape.n_outputs)
-        module: MLP | LogisticRegression
-        if self.kind == "mlp":
-            keys = ("width", "depth", "activation", "dropout")
-            arguments = {key: config[key] for key in keys}
-            module = MLP(*sizes, **arguments)
-        else:
-            module = LogisticRegression(*sizes)
+        module_class, keys = _MODULES[self.kind]
+        module = module_class(*sizes, **{key: config[key] for key in keys})
         module = module.to(self.shape.dtype)
         with torch.no_grad():
             for layer, (n_in, n_out) in enumerate(self._true_sizes(config)):

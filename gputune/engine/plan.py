@@ -26,10 +26,11 @@ import numpy as np
 from gputune.data.dataset import Dataset
 from gputune.engine.backends.base import TrialWork
 from gputune.engine.backends.cost import Cost, TrialSizes
-from gputune.engine.backends.selection import refusals
-from gputune.engine.backends.table import BACKENDS, backend_named, current_name
+from gputune.engine.backends.selection import way_of
+from gputune.engine.backends.table import BACKENDS, backend_named
 from gputune.engine.job import Need
 from gputune.errors import InputError
+from gputune.population.kinds import is_module
 from gputune.population.population import Population
 from gputune.population.traits import Traits
 from gputune.text import count, size_words
@@ -275,12 +276,8 @@ class Planner:
         costs."""
         config = population.configs[0]
         traits = self.traits.get(population.arguments)
-        way = current_name(self.backend)
-        reasons = []
         work = TrialWork(population.kind, config, traits, self.data)
-        for refusal in refusals(way, work):
-            way = refusal.instead
-            reasons.append(refusal.reason)
+        way, reason = way_of(self.backend, work, self.reason)
         backend = backend_named(way)
         cost = trial_cost(
             population, self.data.of(config), self.parameters, way, traits.widest if traits else 0
@@ -292,12 +289,12 @@ class Planner:
         if self.cost_of is None:
             limit = min(limit, useful)
         is_near = len(population.index) * cost.trial_bytes > _MEASURED_SHARE * limit
-        if self.measure is not None and (is_near or population.kind == "module"):
+        if self.measure is not None and (is_near or is_module(population.kind)):
             need = self.measure(population, limit // cost.trial_bytes)
             if need is not None:
                 cost = replace(cost, trial_bytes=need.trial)
                 limit = limit - need.once
-        piece = _Piece(population, cost, epochs, way, "; ".join(reasons) or self.reason)
+        piece = _Piece(population, cost, epochs, way, reason)
         # Stacking gains nothing here, and single trials react to a stop request earlier.
         if backend.takes_single_trials and self.cost_of is None:
             return piece.cut(len(population.index))

@@ -7,13 +7,12 @@ that only values in tensors differ.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
 
-from gputune.modules.module import ModuleNetwork
-from gputune.population.population import arguments_of, arguments_text
+from gputune.population.population import Network
 
 _OF_HOST = frozenset(
     """StackedMLP.configs StackedModule.configs Batches.sizes Batches.steps Batches.host_taken Batches.shapes
@@ -45,7 +44,9 @@ def take_over(target: Sequence[object], source: Sequence[object]) -> bool:
     Both have the objects that the recorded steps read, first the network. Returns False, and
     changes nothing, if the recorded steps of the old trials do not fit the new trials.
     """
-    if _constants(target[0]) != _constants(source[0]):
+    old = cast(Network, target[0])
+    new = cast(Network, source[0])
+    if old.constants != new.constants:
         return False
     try:
         pairs = list(_pairs(list(target), list(source)))
@@ -58,17 +59,6 @@ def take_over(target: Sequence[object], source: Sequence[object]) -> bool:
             owner, name = place
             setattr(owner, name, value)
     return True
-
-
-def _constants(network: object) -> object:
-    """Return the arguments of a user's module and loss that all members share. A recorded step
-    contains these arguments as constants."""
-    if not isinstance(network, ModuleNetwork):
-        return None
-    config = network.configs[0]
-    if network.objective.is_named:
-        return arguments_text(config)
-    return arguments_text(config), repr(arguments_of(config, "loss__"))
 
 
 def _pairs(target: Any, source: Any) -> Iterator[tuple[Any, Any]]:

@@ -24,7 +24,8 @@ from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
 from gputune.engine.waiting import WaitingState
 from gputune.modules.inspection import explain
-from gputune.population.population import ModelKind, Network, Population, hidden_widths
+from gputune.population.kinds import ModelKind, hidden_layers, is_module
+from gputune.population.population import Network, Population
 from gputune.population.state import Selection, State
 from gputune.scoring.scoring import BestOutputs, Scoring, Validation, shape_of_scores
 from gputune.types import Config, Outputs, first_metric
@@ -296,9 +297,9 @@ def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
     operations. Each layer has one forward product and two backward products, but the first layer
     has one backward product. The result is NaN for a user's module, because its layers are unknown.
     """
-    if kind == "module":
+    if is_module(kind):
         return math.nan
-    hidden = hidden_widths(config) if kind == "mlp" else ()
+    hidden = hidden_layers(config, kind)
     sizes = [data.n_features, *hidden, data.n_outputs]
     pairs = sum(3 * a * b for a, b in pairwise(sizes)) - sizes[0] * sizes[1]
     return float(2 * pairs * sum(data.train_lengths))

@@ -38,7 +38,6 @@ from gputune.hypergradients.inner import (
     as_table,
 )
 from gputune.hypergradients.modes import differences, forward, reverse
-from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.optimizers.rules import BETA1, BETA2, schedule_factor
 from gputune.population.batches import Batch, Batches, for_members
@@ -343,17 +342,14 @@ def inner_problem(
     """
     data = data.of(chunk.configs[0])
     network = job.network(data, chunk)
-    if isinstance(network, LoopedModule):
-        raise network.refusal()
-    if isinstance(network, StackedModule):
-        buffers = network.differentiate_statistics()
-        if buffers:
-            raise InputError(
-                "model",
-                f"must keep no state except the running statistics of BatchNorm for {_METHOD}, but "
-                f"its {buffers[0]!r} changes in training",
-                remedy="Keep no other state, or choose another method.",
-            )
+    buffers = network.differentiate_statistics()
+    if buffers:
+        raise InputError(
+            "model",
+            f"must keep no state except the running statistics of BatchNorm for {_METHOD}, but "
+            f"its {buffers[0]!r} changes in training",
+            remedy="Keep no other state, or choose another method.",
+        )
     objective = job.objective
     if objective is not None and (not objective.is_named or objective.augment is not None):
         raise InputError(

@@ -130,7 +130,7 @@ class LoopedModule(ModuleNetwork):
         """Raise InputError, because the called method needs stacked members."""
         raise self.refusal()
 
-    gradient = differentiable = row_losses = _refuse
+    gradient = differentiable = row_losses = differentiate_statistics = _refuse
 
     def refusal(self) -> InputError:
         """Return the error of methods that need stacked members: these members train one by one."""

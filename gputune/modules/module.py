@@ -46,7 +46,8 @@ from gputune.modules.trace import TraceError, clones
 from gputune.modules.write_watch import Writes
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches, for_members
-from gputune.population.population import ModelKind, Shape, module_arguments
+from gputune.population.kinds import ModelKind
+from gputune.population.population import Shape, arguments_of, arguments_text, module_arguments
 from gputune.population.traits import Traits
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
@@ -129,6 +130,13 @@ class ModuleNetwork:
     def values(self, params: Params, fold: int, trial: int) -> Params:
         """Return the named tensors of one member, in their original shapes."""
         raise NotImplementedError
+
+    @property
+    def constants(self) -> object:
+        config = self.configs[0]
+        if self.objective.is_named:
+            return arguments_text(config)
+        return arguments_text(config), repr(arguments_of(config, "loss__"))
 
     def plain(self, device: torch.device) -> nn.Module:
         """Return a new, untrained module, built with the arguments that all trials share."""

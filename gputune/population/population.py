@@ -13,12 +13,11 @@ study into one.
 """
 
 import math
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from gputune.memory import CPU
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.classes import class_of, keys_with, optimizer_arguments, optimizer_defaults
 from gputune.population.batches import Batch, Batches
+from gputune.population.kinds import ModelKind, hidden_widths, is_module, padded_width
 from gputune.population.traits import Traits
 from gputune.types import (
     DECAY_FACTOR,
@@ -45,28 +45,7 @@ from gputune.types import (
     Task,
 )
 
-ModelKind = Literal["mlp", "linear", "module"]
-
-_WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _OWN_GROUP = 4  # trials of one batch size that make a separate group, with shared rows
-
-
-def padded_width(width: int) -> int:
-    """Return the padded width of a hidden layer: the next width in a fixed table. Above the
-    table, it is the next multiple of 512."""
-    if width > _WIDTHS[-1]:
-        return -(-width // 512) * 512
-    return _WIDTHS[bisect_left(_WIDTHS, width)]
-
-
-def hidden_widths(config: Config) -> tuple[int, ...]:
-    """Return the number of units of each hidden layer of a complete configuration.
-
-    The hyperparameter ``width`` is one width for all layers, or a tuple with the width of each
-    layer.
-    """
-    width = config["width"]
-    return width if isinstance(width, tuple) else (width,) * config["depth"]
 
 
 def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
@@ -180,7 +159,7 @@ def populations(
             by_size[min(configs[i]["batch_size"], rows)].append(i)
         buckets: dict[object, list[int]] = defaultdict(list)
         for size, group in by_size.items():
-            is_separate = kind == "module" or len(group) >= _OWN_GROUP
+            is_separate = is_module(kind) or len(group) >= _OWN_GROUP
             bucket = (size, "own") if is_separate else (size - 1).bit_length()
             buckets[bucket].extend(group)
         groups += buckets.values()
@@ -250,7 +229,7 @@ def shape_of_tensors(config: Config, kind: ModelKind) -> tuple[object, ...]:
     optimizer = (config["optimizer"], rule, *buffers, *options, config.get("numbers"))
     if kind == "linear":
         return (optimizer,)
-    if kind == "module":
+    if is_module(kind):
         return (optimizer, repr(sorted(module_arguments(config).items())))
     width = padded_width(max(hidden_widths(config), default=1))
     return optimizer, config["depth"], width, config["activation"], config["dropout"] > 0
@@ -345,6 +324,10 @@ class Network(Protocol):
     scheduled: tuple[str, ...]
 
     @property
+    def constants(self) -> object:
+        """Values that all members share and that a recorded step contains as constants."""
+
+    @property
     def traits(self) -> Traits | None:
         """The traits of a user's module, or None for a built-in model."""
 
@@ -391,6 +374,13 @@ class Network(Protocol):
         """Return the loss of each row, (F, C, B), from outputs (F, C, B, K), twice differentiable.
 
         The targets are (F, 1 or C, B, ...).
+        """
+
+    def differentiate_statistics(self) -> tuple[str, ...]:
+        """Make running statistics (of BatchNorm) differentiable functions of the parameters.
+
+        Returns the names of the other tensors that a step changes. Raises InputError if the members
+        cannot be differentiated.
         """
 
     def layers(self) -> dict[str, int]:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.population.population import Network, hidden_widths, shape_of_tensors
+from gputune.population.kinds import hidden_layers
+from gputune.population.population import Network, shape_of_tensors
 from gputune.types import Config
 
 _UNKNOWN = -1  # the step count of a state from a file that stores no counts
@@ -162,5 +163,5 @@ def _tensors_of(config: Config, network: Network, after: Config) -> object:
     Built-in models may change the batch size and the dropout rate, also from and to 0.
     """
     shape = shape_of_tensors({**config, "dropout": after["dropout"]}, network.kind)
-    widths = hidden_widths(config) if network.kind == "mlp" else ()
+    widths = hidden_layers(config, network.kind)
     return shape, widths, config["batch_size"] if network.exact else None

@@ -28,7 +28,8 @@ from gputune.engine.job import Job, Outcome, ProgressCallback, train_chunk
 from gputune.engine.train import Trained
 from gputune.errors import DivergedError
 from gputune.modules.construction import Builder
-from gputune.population.population import ModelKind, Population
+from gputune.population.kinds import ModelKind, is_module
+from gputune.population.population import Population
 from gputune.population.state import Selection, State
 from gputune.scoring import scoring
 from gputune.scoring.losses import row_losses
@@ -181,7 +182,7 @@ class Recipe:
 
         Raises InputError if the loss does not fit the task.
         """
-        if self.kind != "module":
+        if not is_module(self.kind):
             return None
         objective = make_objective(self.loss, self.step, self.augment, task)
         objective.check(self.config)

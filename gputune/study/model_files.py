@@ -59,6 +59,7 @@ DRAFTS = ".model"
 """Prefix of files that a killed process may have left in the folder."""
 
 BUILT_IN: dict[str, type[nn.Module]] = {"mlp": MLP, "logistic": LogisticRegression}
+_DEPTHS = {"mlp": 2, "logistic": 0}  # default number of hidden layers
 _PLAIN = ("task", "classes", "center", "scale", "target", "info", "residuals", "temperature")
 """The fields of a model that the JSON description holds unchanged."""
 
@@ -252,7 +253,7 @@ def _check_size(members: _Members, kind: str, tensors: dict[str, Tensor]) -> Non
     """Raise ValueError for networks that are larger than their tensors, before memory is
     allocated."""
     numbers = 0
-    standard = {"width": 128, "depth": 2 if kind == "mlp" else 0}
+    standard = {"width": 128, "depth": _DEPTHS[kind]}
     for sizes, others in members:
         arguments = {**standard, **sizes, **others}
         D = int(arguments["n_features"] or 0)

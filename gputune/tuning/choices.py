@@ -11,7 +11,8 @@ from gputune.errors import InputError
 from gputune.models import CNN, GRU, RealMLP
 from gputune.modules.construction import Builder, name_of, what_to_pass
 from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
-from gputune.population.population import ModelKind, complete
+from gputune.population.kinds import ModelKind
+from gputune.population.population import complete
 from gputune.scoring.objective import Objective
 from gputune.spaces.space import recipe_of
 from gputune.study.module_source import class_from_file, class_source, find_class, is_builder

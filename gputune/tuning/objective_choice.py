@@ -2,6 +2,7 @@
 
 from gputune.data.target import Target
 from gputune.errors import InputError
+from gputune.population.kinds import is_module
 from gputune.scoring.losses import LOSS_OF_TASK
 from gputune.scoring.objective import Objective, make_objective
 from gputune.tuning.choices import ModelChoice
@@ -16,7 +17,7 @@ _PASS_MODULE = per_interface(
 def check_machine(choice: ModelChoice, machine: MachineOptions) -> None:
     """Raise InputError if the model does not support the requested precision or backend."""
     model = option("model", choice.name)
-    if machine.precision == "bf16" and choice.kind != "module":
+    if machine.precision == "bf16" and not is_module(choice.kind):
         raise InputError(
             "precision='bf16'",
             f"is only for your own modules, but {model} trains in full precision",
@@ -29,7 +30,7 @@ def check_machine(choice: ModelChoice, machine: MachineOptions) -> None:
             f"{option('optimizer', 'exact')} uses double precision",
             remedy=f"Leave {option('tf32')} out.",
         )
-    if machine.backend == "loop" and choice.kind != "module":
+    if machine.backend == "loop" and not is_module(choice.kind):
         raise InputError(
             "backend='loop'",
             f"trains the members of your own module one by one, but this is {model}",
@@ -44,7 +45,7 @@ def choose_objective(
 
     Returns None for a built-in model that trains on the default loss of its task.
     """
-    if choice.kind == "module":
+    if is_module(choice.kind):
         return make_objective(training.loss, training.training_step, training.augment, target.task)
     if target.values.ndim > 1 or target.task == "custom":
         raise InputError(

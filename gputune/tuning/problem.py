@@ -32,6 +32,7 @@ from gputune.data.weights import check_weights
 from gputune.engine.choice import DeviceChoice, Workload, device_for
 from gputune.errors import InputError
 from gputune.modules.inspection import returns_one_logit
+from gputune.population.kinds import is_module
 from gputune.scoring.losses import takes_probabilities
 from gputune.scoring.metrics import loss_scoring, make_scoring
 from gputune.scoring.objective import Objective
@@ -419,7 +420,7 @@ def make_problem(
     objective = choose_objective(target, choice, options.training)
     X = source.X
     # A custom module may rely on the number and order of the columns.
-    is_own = choice.kind == "module" and not choice.recipe
+    is_own = is_module(choice.kind) and not choice.recipe
     keeps = rows.columns == "keep" or (rows.columns == "auto" and is_own)
     columns: Columns = "keep" if keeps else "drop-constant"
     # RealMLP uses robust scaling of tables, as in its paper.

@@ -24,6 +24,7 @@ from gputune.engine.backends.selection import choose_backend
 from gputune.engine.job import ProgressCallback
 from gputune.errors import DivergedError, InputError
 from gputune.modules.inspection import known_traits
+from gputune.population.kinds import is_module
 from gputune.population.population import arguments_text, by_numbers, module_arguments
 from gputune.scoring.evaluation_draws import EvaluationDraws, drawing_rows
 from gputune.scoring.objective import Objective
@@ -269,7 +270,7 @@ class ReopenedSearch:
 
         The result is an empty dict for built-in models.
         """
-        return {"seeds": list(seeds)} if self.choice.kind == "module" else {}
+        return {"seeds": list(seeds)} if is_module(self.choice.kind) else {}
 
     def score(self, score: float, std_error: float) -> Config:
         """Return a score and its standard error for the ``info`` of a model.

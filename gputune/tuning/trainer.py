@@ -42,7 +42,8 @@ from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_sc
 from gputune.hypergradients.first_step import free_bytes
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import gain_of_code, known_traits, note_fastest, traits_of
-from gputune.population.population import ModelKind, Population, arguments_text, populations
+from gputune.population.kinds import ModelKind
+from gputune.population.population import Population, arguments_text, populations
 from gputune.population.state import State
 from gputune.population.traits import FastestWay
 from gputune.scoring.objective import Objective

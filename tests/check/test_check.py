@@ -133,6 +133,8 @@ def test_the_table(two_laws):
     assert "a law eager 1e-13 1e-10 0.0 s ok" in lines
     assert "FAILED another, -: ZeroDivisionError: division by zero" in lines
     assert "cpu compiled 3,333 99,010" in lines
+    assert any(line.startswith("Your own module trains here with: recorded (") for line in lines)
+    assert "has timed it" in out and "⟦" not in out
     assert "2 of 4 checks failed on" in err and "do not trust results" in err
 
 

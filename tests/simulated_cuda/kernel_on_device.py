@@ -197,7 +197,10 @@ def test_the_plan_says_what_the_kernel_trains(iris, capsys):
     why = (
         "2 of 4 trials train in recorded steps: the kernel does not support depth of 5 (at most 4)"
     )
-    assert "2 kernel (as requested), 2 recorded (the kernel does not support" in said and f"note: {why}" in said
+    assert (
+        "2 kernel (as requested), 2 recorded (the kernel does not support" in said
+        and f"note: {why}" in said
+    )
     compiled = re.findall(
         "compiling the kernel for members of (.*): some seconds, once on this machine", said
     )

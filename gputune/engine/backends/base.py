@@ -19,7 +19,8 @@ from gputune.engine.reuse import ChunkPool
 from gputune.memory import free_of_gpu
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
-from gputune.population.population import ModelKind, Network
+from gputune.population.kinds import ModelKind
+from gputune.population.population import Network
 from gputune.population.traits import Traits
 from gputune.scoring.scoring import Validation
 from gputune.types import Config, Say
@@ -89,6 +90,7 @@ class Backend:
         is_by_member: Whether the members of a built-in model take their steps separately, so that
             batch sizes of other members do not matter.
         shares_threads: Whether the threads of a process share the members of a chunk at no cost.
+        trains_built_in: Whether the backend trains the built-in models.
         is_fallible: Whether ``slower`` makes a chunk if this backend fails to make it.
         takes_single_trials: Whether chunks of several trials gain nothing.
         module_class: The class of the network of a user's module.
@@ -99,6 +101,7 @@ class Backend:
     in_words: ClassVar[str]
     slower: ClassVar[str] = ""
     is_by_member: ClassVar[bool] = False
+    trains_built_in: ClassVar[bool] = True
     is_fallible: ClassVar[bool] = False
     shares_threads: ClassVar[bool] = False
     takes_single_trials: ClassVar[bool] = False

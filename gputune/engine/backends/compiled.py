@@ -16,12 +16,14 @@ from gputune.engine.backends.eager import one_by_one_reason
 from gputune.engine.chunk import Chunk
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.members import MemberChunk
+from gputune.engine.mlp import StackedMLP
 from gputune.engine.reuse import ChunkPool
 from gputune.errors import InputError
 from gputune.modules.module import StackedModule
 from gputune.native.library import OPTIMIZERS, NotBuiltError, library
 from gputune.optimizers.rules import RULES
-from gputune.population.population import ModelKind, Network, beyond_adam
+from gputune.population.kinds import ModelKind, is_module
+from gputune.population.population import Network, beyond_adam
 from gputune.scoring.scoring import Validation
 from gputune.wording import option
 
@@ -67,7 +69,7 @@ class Compiled(Backend):
     def unfit(self, machine: Machine) -> Unfit | None:
         if machine.device.type != "cpu":
             return Unfit()
-        if machine.kind == "module":
+        if is_module(machine.kind):
             return None  # a timing decides for each trial
         if reason := machine.findings.why_not(self.name):
             return Unfit(reason, is_told=True)
@@ -79,7 +81,7 @@ class Compiled(Backend):
 
     def refuses(self, work: TrialWork) -> Refusal | None:
         config = work.config
-        if work.kind == "module":
+        if is_module(work.kind):
             if reason := one_by_one_reason(work):
                 return Refusal(reason, "loop")
             if work.traits and work.traits.coded and config["optimizer"] in RULES:
@@ -102,20 +104,20 @@ class Compiled(Backend):
         return True
 
     def cost(self, sizes: TrialSizes) -> Cost:
-        return stacked_cost(sizes) if sizes.kind == "module" else by_member_cost(sizes)
+        return stacked_cost(sizes) if is_module(sizes.kind) else by_member_cost(sizes)
 
     def chunk_bytes(self, kind: ModelKind, device: torch.device, free: int | None) -> int:
-        return _MODULE_CHUNK_BYTES if kind == "module" else _CHUNK_BYTES
+        return _MODULE_CHUNK_BYTES if is_module(kind) else _CHUNK_BYTES
 
     def cuts_freely(self, kind: ModelKind) -> bool:
         # Each chunk of a user's module traces the step again.
-        return kind != "module"
+        return not is_module(kind)
 
     def make_chunk(
         self, network: Network, validation: Validation, pool: ChunkPool, *, seed: int, horizon: int
     ) -> Chunk:
-        if network.kind != "module":
-            return CompiledChunk(network, validation, seed=seed, horizon=horizon)
+        if not is_module(network.kind):
+            return CompiledChunk(cast(StackedMLP, network), validation, seed=seed, horizon=horizon)
         timed = pool.take_timed(network, validation, seed=seed, horizon=horizon)
         if timed is not None:
             return timed

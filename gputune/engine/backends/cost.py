@@ -4,13 +4,15 @@ The estimates only order chunks, size chunks and count workers. No result depend
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from gputune.data.dataset import Dataset
 from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import n_moments
-from gputune.population.population import Population, hidden_widths, padded_width
+from gputune.population.kinds import hidden_layers, is_module, padded_width
+from gputune.population.population import Population
 from gputune.types import ONLINE
 
 # Buffers of the size of the parameters: parameters, gradient, two moments, scratch. If trials
@@ -139,15 +141,11 @@ def one_by_one_cost(sizes: TrialSizes) -> Cost:
 def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int, int, int]:
     """Return the number of layers, parameters and hidden units of one member's network, with
     padding."""
-    config = population.configs[0]
-    d = data.n_features
-    k = data.n_outputs
-    if population.kind == "linear":
-        return 1, (d + 1) * k, k
     # The layers are unknown. The square root of the number of parameters is a fair width.
-    if population.kind == "module":
+    if is_module(population.kind):
         return 8, parameters, 4 * int(parameters**0.5)
-    depth = config["depth"]
-    width = padded_width(max(hidden_widths(config), default=1))
-    size = (d + 1) * width + (depth - 1) * (width + 1) * width + (width + 1) * k
-    return depth + 1, size, depth * width
+    hidden = hidden_layers(population.configs[0], population.kind)
+    width = padded_width(max(hidden, default=1))
+    sizes = [data.n_features, *[width] * len(hidden), data.n_outputs]
+    size = sum((a + 1) * b for a, b in pairwise(sizes))
+    return len(hidden) + 1, size, len(hidden) * width or data.n_outputs

@@ -4,13 +4,14 @@ from gputune.engine.backends.base import Backend, Refusal, TrialWork
 from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
 from gputune.optimizers.classes import loop_reason
+from gputune.population.kinds import is_module
 from gputune.population.population import Network
 from gputune.scoring.scoring import Validation
 
 
 def one_by_one_reason(work: TrialWork) -> str:
     """Return the reason why the members of a trial cannot be stacked or should not be, or ""."""
-    if work.kind != "module":
+    if not is_module(work.kind):
         return ""
     if work.traits and work.traits.unstackable:
         return f"its members cannot be stacked: {work.traits.unstackable}"

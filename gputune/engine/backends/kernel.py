@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
+from typing import cast
 
 import torch
 
@@ -11,10 +12,12 @@ from gputune.engine.backends.base import Backend, Machine, Refusal, TrialWork, U
 from gputune.engine.backends.cost import Cost, TrialSizes, by_member_cost
 from gputune.engine.chunk import Chunk
 from gputune.engine.kernel import KernelChunk, compiled, kernel_of, lacks, obstacle
+from gputune.engine.mlp import StackedMLP
 from gputune.engine.reuse import ChunkPool
 from gputune.errors import InputError
 from gputune.native.library import NotBuiltError
-from gputune.population.population import ModelKind, Network
+from gputune.population.kinds import ModelKind, is_module
+from gputune.population.population import Network
 from gputune.scoring.scoring import Validation
 from gputune.text import count
 from gputune.types import Config, Say
@@ -45,7 +48,7 @@ class KernelBackend(Backend):
     def unfit(self, machine: Machine) -> Unfit | None:
         if machine.device.type != "cuda":
             return Unfit()
-        if machine.kind == "module":
+        if is_module(machine.kind):
             return Unfit(f"{self.noun} {_BUILT_IN}")
         if machine.dtype != torch.float32:
             return Unfit("the kernel is chosen only for float32")
@@ -59,7 +62,7 @@ class KernelBackend(Backend):
         return None
 
     def refuses(self, work: TrialWork) -> Refusal | None:
-        if work.kind == "module":
+        if is_module(work.kind):
             return Refusal(f"{self.noun} {_BUILT_IN}", "recorded")
         assert work.data is not None
         if KernelChunk.failure:
@@ -81,7 +84,7 @@ class KernelBackend(Backend):
             rule = (
                 f"is for a GPU of this machine, but {option('workers', cluster)} trains on others"
             )
-        elif kind == "module":
+        elif is_module(kind):
             rule = f"{_BUILT_IN}, but this is your own module"
         else:
             unsupported = [lacks(config, kind, data) for config in configs]
@@ -119,7 +122,7 @@ class KernelBackend(Backend):
     def make_chunk(
         self, network: Network, validation: Validation, pool: ChunkPool, *, seed: int, horizon: int
     ) -> Chunk:
-        return KernelChunk(network, validation, seed=seed, horizon=horizon)
+        return KernelChunk(cast(StackedMLP, network), validation, seed=seed, horizon=horizon)
 
 
 BACKEND = KernelBackend()

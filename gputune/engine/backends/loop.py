@@ -7,6 +7,7 @@ from gputune.engine.backends.cost import Cost, TrialSizes, one_by_one_cost
 from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
 from gputune.modules.looped import LoopChunk, LoopedModule
+from gputune.population.kinds import is_module
 from gputune.population.population import Network
 from gputune.scoring.scoring import Validation
 
@@ -17,11 +18,12 @@ class Loop(Backend):
     name = "loop"
     noun = "a plain loop"
     in_words = "one by one"
+    trains_built_in = False
     takes_single_trials = True
     module_class = LoopedModule
 
     def refuses(self, work: TrialWork) -> Refusal | None:
-        if work.kind == "module":
+        if is_module(work.kind):
             return None
         return Refusal("a plain loop trains only your own modules", "eager")
 

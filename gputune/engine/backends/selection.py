@@ -12,7 +12,7 @@ import torch
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import read_findings
 from gputune.engine.backends.base import Backend, Machine, Refusal, TrialWork
-from gputune.engine.backends.table import BACKENDS, backend_named
+from gputune.engine.backends.table import BACKENDS, backend_named, current_name
 from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
 from gputune.errors import warn
@@ -20,10 +20,18 @@ from gputune.fallback import words_unless_strict
 from gputune.memory import is_out_of_memory
 from gputune.modules.trace import TraceError
 from gputune.native.library import NotBuiltError
-from gputune.population.population import ModelKind, Network
+from gputune.population.kinds import ModelKind, is_module
+from gputune.population.population import Network
 from gputune.population.traits import Traits
 from gputune.scoring.scoring import Validation
 from gputune.types import BackendWord, Config
+
+
+class Way(NamedTuple):
+    """The backend of a trial, and the reason why a faster backend does not train it, or ""."""
+
+    name: str
+    reason: str
 
 
 class BackendChoice(NamedTuple):
@@ -49,7 +57,7 @@ def choose_for_search(
     requested backend is not available.
     """
     machine = Machine(device, dtype, kind)
-    if word == "stacked" and kind != "module":
+    if word == "stacked" and not is_module(kind):
         return BackendChoice("eager")
     if word == "stacked":
         # Compiled code trains members one by one.
@@ -93,6 +101,17 @@ def refusals(name: str, work: TrialWork) -> Iterator[Refusal]:
         name = refusal.instead
 
 
+def way_of(name: str, work: TrialWork, reason: str = "") -> Way:
+    """Return the backend that trains a trial, if the search chose the backend ``name`` for a
+    ``reason``."""
+    reasons = []
+    name = current_name(name)
+    for refusal in refusals(name, work):
+        name = refusal.instead
+        reasons.append(refusal.reason)
+    return Way(name, "; ".join(reasons) or reason)
+
+
 def trains_as(
     name: str,
     kind: ModelKind,
@@ -102,10 +121,7 @@ def trains_as(
     data: Dataset | None = None,
 ) -> str:
     """Return the backend that trains one trial, if the search chose the backend ``name``."""
-    chosen = backend_named(name).name
-    for refusal in refusals(name, TrialWork(kind, config, traits, data)):
-        chosen = refusal.instead
-    return chosen
+    return way_of(name, TrialWork(kind, config, traits, data)).name
 
 
 def failures(name: str) -> list[str]:
@@ -135,10 +151,10 @@ def make_chunk(
     next slower backend.
     """
     config = network.configs[0]
-    if network.one_by_one:
+    name = trains_as(name, network.kind, config, network.traits, data=validation.data)
+    # The members of an earlier chunk may have failed to train stacked.
+    if network.one_by_one and not backend_named(name).module_class.one_by_one:
         name = "loop"
-    else:
-        name = trains_as(name, network.kind, config, network.traits, data=validation.data)
     while True:
         backend = backend_named(name)
         try:

@@ -1,0 +1,39 @@
+"""The kinds of models in the engine, and the hidden layers of their configurations."""
+
+from bisect import bisect_left
+from typing import Literal
+
+from gputune.types import Config
+
+ModelKind = Literal["mlp", "linear", "module"]
+
+_WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+def is_module(kind: ModelKind) -> bool:
+    """Return whether models of a kind are the user's own modules, whose layers are unknown."""
+    return kind == "module"
+
+
+def padded_width(width: int) -> int:
+    """Return the padded width of a hidden layer: the next width in a fixed table. Above the
+    table, it is the next multiple of 512."""
+    if width > _WIDTHS[-1]:
+        return -(-width // 512) * 512
+    return _WIDTHS[bisect_left(_WIDTHS, width)]
+
+
+def hidden_widths(config: Config) -> tuple[int, ...]:
+    """Return the number of units of each hidden layer of a complete configuration.
+
+    The hyperparameter ``width`` is one width for all layers, or a tuple with the width of each
+    layer.
+    """
+    width = config["width"]
+    return width if isinstance(width, tuple) else (width,) * config["depth"]
+
+
+def hidden_layers(config: Config, kind: ModelKind) -> tuple[int, ...]:
+    """Return the number of units of each hidden layer of a model, () for a model without known
+    hidden layers."""
+    return hidden_widths(config) if kind == "mlp" else ()
