@@ -18,7 +18,8 @@ import numpy as np
 from gputune.engine.checkpoint import Checkpoint, Checkpointing, pause_after
 from gputune.methods.exchanges import Exchange, ExchangeRule, exchanges, generator
 from gputune.methods.rungs import PausedTraining, RunningTrial
-from gputune.population.population import ModelKind, hidden_widths, shape_of_tensors
+from gputune.population.kinds import ModelKind, hidden_widths
+from gputune.population.population import shape_of_tensors
 from gputune.population.state import State
 from gputune.spaces.distributions import CheckedSpace
 from gputune.spaces.perturbation import movable_keys
