@@ -83,14 +83,14 @@ class PopulationBased(Method):
         "interval": Rule(
             "--interval <INT,...>",
             "Epochs between two comparisons of all trials",
-            "For --method pbt. Several numbers make as many subpopulations.",
+            "For --method pbt. Each number makes one subpopulation.",
             "5",
             "integers",
             group=POPULATION,
         ),
         "fraction": Rule(
             "--fraction <SHARE>",
-            "Share of the trials that copy a trial of the best share",
+            "Share of the trials that copy, and of the trials that are copied",
             "For --method pbt. From 0 to 0.5.",
             "0.25",
             "number",
@@ -107,7 +107,7 @@ class PopulationBased(Method):
         "explore": Rule(
             "--explore",
             "Perturb the hyperparameters of a copy",
-            "For --method pbt. --no-explore copies only, as a control.",
+            "For --method pbt. --no-explore only copies, for comparison.",
             "yes",
             "yes or no",
             group=POPULATION,
