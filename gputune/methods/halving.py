@@ -4,15 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar
 
 from gputune.errors import InputError, check_count
 from gputune.methods.stopping import MIN_EPOCHS, Curves, StoppingRule, first_epoch
 from gputune.tuning.rules import STOPPING, Rule
 from gputune.types import Json
 from gputune.wording import option
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +195,8 @@ class Halving(StoppingRule):
 
         These trials are not among the best trials of their bracket by mean validation score.
         """
+        import numpy as np
+
         # By trial number, not by position: a repaired study may lack some trials.
         bracket_of = self.brackets_of(1 + max(curves, default=-1), max_epochs)
         stopped: set[int] = set()
@@ -214,6 +217,8 @@ class Halving(StoppingRule):
 
         Every bracket gets about the same number of epochs in total.
         """
+        import numpy as np
+
         shares = []
         for rungs in self.bracket_rungs(max_epochs):
             # Each stretch between two rungs trains 1/factor of the trials of the stretch before it.
@@ -228,7 +233,7 @@ class Halving(StoppingRule):
         return brackets
 
 
-def survivors(means: np.ndarray, factor: float, keep: int | None = None) -> np.ndarray:
+def survivors(means: "np.ndarray", factor: float, keep: int | None = None) -> "np.ndarray":
     """Return a mask of the trials that continue after a comparison in successive halving, (C,) for
     C trials.
 
@@ -237,6 +242,8 @@ def survivors(means: np.ndarray, factor: float, keep: int | None = None) -> np.n
     trial continues. A trial with NaN never
     continues. In a tie, the earlier trial wins.
     """
+    import numpy as np
+
     finite = np.isfinite(means)
     count = keep or max(1, int(len(means) / factor))
     count = min(int(finite.sum()), count)

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from gputune.errors import check_count
 from gputune.methods.stopping import MIN_EPOCHS, Curves, StoppingRule, first_epoch
 from gputune.tuning.rules import STOPPING, Rule
@@ -84,6 +82,8 @@ class Median(StoppingRule):
         Trials that ended earlier stay ended. NaN, the score of a diverged trial, is worse than any
         finite score.
         """
+        import numpy as np
+
         if len(curves) < self.min_trials:
             return set()
         last = []

@@ -11,21 +11,9 @@ from typing import TYPE_CHECKING
 
 from gputune.errors import InputError, check_count, import_extra
 from gputune.methods.halving import Halving
-from gputune.methods.optuna_study import OptunaStudy, check_askable
-from gputune.methods.proposals import sample
-from gputune.methods.rungs import check_rungs
-from gputune.methods.slot_study import SlotStudy, tpe_sampler
-from gputune.methods.slots import train_in_slots
 from gputune.methods.stopping import pruning_text
-from gputune.methods.training import train_batches
-from gputune.spaces.config import ConfigCheck, check_config
-from gputune.spaces.distributions import CheckedSpace
-from gputune.study.store import Candidate
-from gputune.study.study import Study
 from gputune.text import clean, count
-from gputune.tuning.context import Context
 from gputune.tuning.method import Method, method_class
-from gputune.tuning.session import Session
 from gputune.types import Json
 from gputune.wording import option
 
@@ -33,6 +21,13 @@ if TYPE_CHECKING:
     import optuna
 
     from gputune.executors.worker import PruningRule
+    from gputune.methods.optuna_study import OptunaStudy
+    from gputune.spaces.config import ConfigCheck
+    from gputune.spaces.distributions import CheckedSpace
+    from gputune.study.store import Candidate
+    from gputune.study.study import Study
+    from gputune.tuning.context import Context
+    from gputune.tuning.session import Session
 
 
 @dataclass(frozen=True)
@@ -122,6 +117,8 @@ class OptunaSampler(Method):
 
     def seeded_sampler(self, seed: int | None) -> "optuna.samplers.BaseSampler":
         """Return the user's sampler, or the TPE sampler with a random seed."""
+        from gputune.methods.slot_study import tpe_sampler
+
         return tpe_sampler(seed) if isinstance(self.sampler, str) else self.sampler
 
     @property
@@ -138,12 +135,18 @@ class OptunaSampler(Method):
     def compares_trials(self) -> bool:
         return self.halving is not None
 
-    def check_space(self, space: CheckedSpace) -> None:
+    def check_space(self, space: "CheckedSpace") -> None:
         """Raise InputError if the sampler cannot propose configurations of the space."""
+        from gputune.methods.optuna_study import check_askable
+
         check_askable(space)
 
-    def check(self, context: Context, space: CheckedSpace, trials: Sequence[Candidate]) -> None:
+    def check(
+        self, context: "Context", space: "CheckedSpace", trials: "Sequence[Candidate]"
+    ) -> None:
         """Raise InputError if the sampler or the halving does not fit the search."""
+        from gputune.methods.rungs import check_rungs
+
         self.check_space(space)
         self.seeded_sampler(None)  # raises MissingExtraError without Optuna
         if "penalty" in space[0]:
@@ -155,8 +158,13 @@ class OptunaSampler(Method):
         if self.halving is not None:
             check_rungs(self.halving, context)
 
-    def run(self, context: Context, space: CheckedSpace) -> None:
+    def run(self, context: "Context", space: "CheckedSpace") -> None:
         """Train the waiting trials, and then the proposals of the sampler."""
+        from gputune.methods.proposals import sample
+        from gputune.methods.slot_study import SlotStudy
+        from gputune.methods.slots import train_in_slots
+        from gputune.methods.training import train_batches
+
         if self.refill and self.halving is not None:
             seed = context.options.search.random_state
             study = SlotStudy(self.seeded_sampler(seed), space)
@@ -173,20 +181,25 @@ class OptunaSampler(Method):
 
     def run_loop(
         self,
-        session: Session,
-        space: CheckedSpace,
+        session: "Session",
+        space: "CheckedSpace",
         train: Callable[[], bool],
-        check: ConfigCheck,
+        check: "ConfigCheck",
     ) -> None:
         """Train the waiting trials of a custom training loop, and then the sampler's proposals."""
+        from gputune.methods.proposals import sample
+
         sample(session, train, self._make_study(session, space, check), batch=self.batch, epochs=1)
 
     def _make_study(
-        self, session: Session, space: CheckedSpace, check: ConfigCheck = check_config
-    ) -> Callable[..., OptunaStudy]:
+        self, session: "Session", space: "CheckedSpace", check: "ConfigCheck | None" = None
+    ) -> "Callable[..., OptunaStudy]":
         """Return a function that makes an Optuna study with a fresh copy of the sampler."""
+        from gputune.methods.optuna_study import OptunaStudy
+        from gputune.spaces.config import check_config
+
         sampler = self.seeded_sampler(session.options.search.random_state)
-        return partial(OptunaStudy, sampler, space, check=check)
+        return partial(OptunaStudy, sampler, space, check=check or check_config)
 
     def pruning_rule(self, max_epochs: int | None) -> "PruningRule | None":
         """Return the rule of the halving, or None."""
@@ -222,7 +235,7 @@ class OptunaSampler(Method):
         return cls(**{**options, "halving": None if halving is None else Halving(**halving)})
 
     @classmethod
-    def summary(cls, study: Study) -> list[tuple[str, str]]:
+    def summary(cls, study: "Study") -> list[tuple[str, str]]:
         """Return a line about the proposals, and a line about the pruned trials."""
         method = study.record.method
         assert isinstance(method, dict)

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from gputune.errors import InputError, check_count
-from gputune.spaces.distributions import is_real
-from gputune.spaces.perturbation import Perturbation
-from gputune.study.study import best_trial
 from gputune.tuning.method import Method
 from gputune.tuning.rules import POPULATION, Rule
 from gputune.wording import option
 
 if TYPE_CHECKING:
     from gputune.spaces.distributions import CheckedSpace
+    from gputune.spaces.perturbation import Perturbation
     from gputune.study.store import Candidate
     from gputune.study.study import Study
     from gputune.tuning.context import Context
@@ -130,6 +128,8 @@ class PopulationBased(Method):
     burn_in: int = 0
 
     def __post_init__(self) -> None:
+        from gputune.spaces.distributions import is_real
+
         name = type(self).__name__
         self._check_intervals(f"{name}(interval=...)")
         if not is_real(self.fraction) or not 0 <= self.fraction <= 0.5:
@@ -165,6 +165,8 @@ class PopulationBased(Method):
 
     def _check_factors(self, name: str) -> None:
         """Raise InputError for invalid factors."""
+        from gputune.spaces.distributions import is_real
+
         are_numbers = isinstance(self.factors, list | tuple) and all(map(is_real, self.factors))
         if not are_numbers or not self.factors or not all(0 < f < math.inf for f in self.factors):
             raise InputError(
@@ -180,8 +182,10 @@ class PopulationBased(Method):
         return tuple(self.interval) if isinstance(self.interval, Sequence) else (self.interval,)
 
     @property
-    def perturbation(self) -> Perturbation:
+    def perturbation(self) -> "Perturbation":
         """The way in which a copy changes its hyperparameters."""
+        from gputune.spaces.perturbation import Perturbation
+
         return Perturbation(self.factors, self.resample)
 
     def is_compared(self, subpopulation: int, epoch: int) -> bool:
@@ -249,6 +253,8 @@ class PopulationBased(Method):
     @classmethod
     def summary(cls, study: "Study") -> list[tuple[str, str]]:
         """Return one line about the copies, and one about the schedule of the best trial."""
+        from gputune.study.study import best_trial
+
         n_copies = 0
         for trial in study.trials:
             n_copies += len(trial.detail.get("copies", ()))

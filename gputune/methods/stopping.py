@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from gputune.errors import InputError
 from gputune.text import count
 from gputune.tuning.method import Method
@@ -19,6 +17,8 @@ from gputune.tuning.rules import STOPPING, Rule
 from gputune.wording import option
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from gputune.executors.worker import PruningRule, Reports
     from gputune.spaces.distributions import CheckedSpace
     from gputune.study.store import Candidate
@@ -35,7 +35,7 @@ MIN_EPOCHS = Rule(
 )
 """The flag for the option ``min_epochs`` of the stopping rules."""
 
-Curves = Mapping[int, np.ndarray]
+Curves = Mapping[int, "np.ndarray"]
 """The scores of each trial so far, (epochs, F) with F folds, keyed by trial number. Ended trials
 are included."""
 
