@@ -284,6 +284,22 @@ class CompiledChunk:
         self.validation.outputs = outputs
         return scores
 
+    def _move(self, places: Sequence[int]) -> None:
+        """Give trial i the parameters and moments of the trial ``places[i]``."""
+        blocks = self.network.blocks
+        if len(places) == len(self.configs):
+            # Only a part of the trials changes: the others stay where they are.
+            moved = [i for i, place in enumerate(places) if i != place]
+            if moved:
+                to = self.place(moved)
+                source = self.place([places[i] for i in moved])
+                for buffer in (self.flat, *self.moments):
+                    blocks.copy_trials_(buffer, to, source)
+            return
+        on_device = self.place(places)
+        self.flat = blocks.select(self.flat, on_device)
+        self.moments = tuple(blocks.select(moment, on_device) for moment in self.moments)
+
     def select(self, slots: Sequence[int], configs: Sequence[Config | None] | None = None) -> None:
         """Replace the trials: the new trial i continues from the state of the trial ``slots[i]``,
         with a new configuration unless ``configs`` or its entry is None."""
@@ -292,10 +308,7 @@ class CompiledChunk:
         if new_configs == self.configs and places == list(range(len(places))):
             return
         taken = self.steps_taken[places].T  # (F, C)
-        on_device = self.place(places)
-        blocks = self.network.blocks
-        self.flat = blocks.select(self.flat, on_device)
-        self.moments = tuple(blocks.select(moment, on_device) for moment in self.moments)
+        self._move(places)
         self.network = self.network.with_configs(new_configs)
         self.configs = new_configs
         self._rebuild()

@@ -15,13 +15,14 @@ constant part plus a part for each trial.
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.backends.selection import failures, trains_as
@@ -236,7 +237,12 @@ class RungJob(Job):
         else needs the memory there."""
         if chunk.index != self.waiting or not trained.alive:
             return trained.state.cpu()
-        state = WaitingState(WaitingChunk(trained.chunk), range(len(trained.alive)))
+        spare: Sequence[Tensor] = ()
+        begun = BegunChunk.of(chunk).state
+        if isinstance(begun, WaitingState) and begun.begun is not None:
+            spare = begun.begun[1]
+        waiting = WaitingChunk(trained.chunk, spare=spare)
+        state = WaitingState(waiting, range(len(trained.alive)))
         device = trained.flat.device
         # The trials that continue are copied on the device, twice for a moment.
         if device.type == "cuda" and 2 * state.nbytes > free_of_gpu(device):

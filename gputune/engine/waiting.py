@@ -25,6 +25,8 @@ class WaitingChunk:
 
     chunk: Chunk
     is_current: bool = True
+    # tensors of an earlier rung, for the copies of the next one: new memory costs more than a copy
+    spare: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
         # Computed once, because each trial asks for its part.
@@ -99,7 +101,12 @@ class WaitingState(State):
         self.waiting.is_current = False
         chunk = self.waiting.chunk
         chunk.select(self.slots, list(configs))
-        copies = [chunk.flat.clone(), *(moment.clone() for moment in chunk.moments)]
+        copies = []
+        spare = list(self.waiting.spare)
+        for buffer in (chunk.flat, *chunk.moments):
+            copy = spare.pop(0) if spare and spare[0].shape == buffer.shape else None
+            copies.append(buffer.clone() if copy is None else copy.copy_(buffer))
+        self.waiting.spare = ()
         object.__setattr__(self, "begun", (chunk.network, copies))
         return chunk
 

@@ -161,6 +161,14 @@ class Blocks:
             parts.append(views[block.name].index_select(block.trial_axis, keep).flatten())
         return torch.cat(parts)
 
+    def copy_trials_(self, flat: Tensor, to: Tensor, source: Tensor) -> None:
+        """Overwrite the trials at the positions ``to`` with the trials at the positions ``source``,
+        in place in a flat buffer. All values are read before any is overwritten."""
+        views = self.views(flat)
+        for block in self.blocks:
+            view = views[block.name]
+            view.index_copy_(block.trial_axis, to, view.index_select(block.trial_axis, source))
+
     def put(self, flat: Tensor, keep: Tensor, part: Tensor) -> None:
         """Write the flat buffer ``part`` of the trials ``keep`` into the flat buffer of all trials,
         in place.
