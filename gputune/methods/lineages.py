@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -187,8 +187,11 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         self, change: Exchange, weights: _Lineage, values: _Lineage, epoch: int
     ) -> Config:
         """Return the hyperparameters of a trial after a comparison."""
+        perturbation = self.method.perturbation
+        if self.context.choice.kind != "module":
+            perturbation = replace(perturbation, batch_size=True)
         params = dict(weights.params)
-        for key in movable_keys(params, self.space):
+        for key in movable_keys(params, self.space, batch_size=perturbation.batch_size):
             # The optimizer keeps other tensors for a zero than for a positive number.
             if bool(values.params.get(key)) == bool(params[key]):
                 params[key] = values.params.get(key, params[key])
@@ -196,7 +199,7 @@ class _PopulationTraining(PausedTraining[_Lineage]):
             return params
         seed = self.context.options.search.random_state
         rng = generator(seed, "values", epoch, change.number)
-        return self.method.perturbation.move(params, self.space, rng)
+        return perturbation.move(params, self.space, rng)
 
     def save(self) -> None:
         """Write checkpoints of all running trials, which replace all earlier checkpoints."""

@@ -30,7 +30,8 @@ class PopulationBased(Method):
     the worst quarter copies a randomly drawn trial in the best quarter: its parameters, the state
     of its optimizer, and its hyperparameters. Fold k copies fold k, so no member has seen its own
     validation rows. Then the copy perturbs the learning rate, weight decay, momentum, dropout,
-    label smoothing and rate factors that the space has. Values stay within the bounds of the space.
+    label smoothing and rate factors that the space has, and the batch size of the built-in models.
+    Values stay within the bounds of the space.
 
     A trial copies only a trial with the same architecture: equal shapes of all tensors, and equal
     ``module__*`` values. If the best quarter has no such trial, the trial only perturbs its values.

@@ -16,7 +16,10 @@ from gputune.spaces.distributions import CheckedSpace, Choices, can_draw, is_fix
 from gputune.types import DECAY_FACTOR, LR_FACTOR, ONLINE, Config
 
 MOVABLE = ("lr", "weight_decay", "momentum", "dropout", "loss__label_smoothing")
-"""The hyperparameters that can change during training, in addition to the rate factors."""
+"""The hyperparameters that can change during training, in addition to the rate factors.
+
+The batch size of a built-in model can change too. The minibatches of a module keep their size.
+"""
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,12 @@ class Perturbation:
     Attributes:
         factors: a number is multiplied by one of these factors, which is drawn.
         resample: the probability that a value is drawn again from the space instead.
+        batch_size: True if the batch size moves too, as for built-in models.
     """
 
     factors: Sequence[float]
     resample: float
+    batch_size: bool = False
 
     def move(self, params: Config, space: CheckedSpace, rng: np.random.RandomState) -> Config:
         """Return a configuration in which all movable hyperparameters of the space are perturbed.
@@ -43,7 +48,7 @@ class Perturbation:
             rng: The random generator. Each value takes its random numbers in the order of the keys.
         """
         moved = dict(params)
-        for key in sorted(movable_keys(params, space)):
+        for key in sorted(movable_keys(params, space, batch_size=self.batch_size)):
             choices = choices_for(key, params, space)
             value = self._moved(params[key], choices, rng)
             if is_legal(key, value) and bool(value) == bool(params[key]):
@@ -65,10 +70,11 @@ class Perturbation:
         low, high = -math.inf, math.inf
         if hasattr(choices, "support"):
             low, high = choices.support()
-        return min(max(value * factor, float(low)), float(high))
+        moved = min(max(value * factor, float(low)), float(high))
+        return round(moved) if isinstance(value, int) else moved
 
 
-def movable_keys(params: Config, space: CheckedSpace) -> list[str]:
+def movable_keys(params: Config, space: CheckedSpace, *, batch_size: bool = False) -> list[str]:
     """Return the hyperparameters of a configuration that population based training may change.
 
     They have several possible values in the space. The optimizers that adapt their learning rate
@@ -77,6 +83,7 @@ def movable_keys(params: Config, space: CheckedSpace) -> list[str]:
     keys = []
     for key in params:
         is_movable = key in MOVABLE or key.startswith((LR_FACTOR, DECAY_FACTOR))
+        is_movable = is_movable or (batch_size and key == "batch_size")
         is_initial = key == "lr" and params.get("optimizer") in ONLINE
         choices = choices_for(key, params, space)
         if is_movable and not is_initial and choices is not None and not is_fixed(choices):

@@ -91,7 +91,7 @@ def test_a_lineage_is_one_training_with_a_schedule(whole):
         assert [epoch for epoch, _ in trial.lineage] == sorted({e for e, _ in trial.lineage})
         for params in trial.schedule.values():
             assert 1e-4 <= params["lr"] <= 1 and 1e-5 <= params["weight_decay"] <= 1e-1
-            assert 0.05 <= params["dropout"] <= 0.35
+            assert 0.05 <= params["dropout"] <= 0.35 and params["batch_size"] in (8, 16)
         # the configuration at the best epoch
         latest = max(epoch for epoch in trial.schedule if epoch < trial.best_epoch)
         assert trial.params == trial.schedule[latest]
@@ -101,6 +101,8 @@ def test_a_lineage_is_one_training_with_a_schedule(whole):
             founder = many_random().curves[before[0][1]]
             end = trial.lineage[1][0]
             np.testing.assert_array_equal(whole.curves[trial.number][:end], founder[:end])
+    sizes = [{p["batch_size"] for p in trial.schedule.values()} for trial in whole.trials]
+    assert {8, 16} in sizes
     assert n_copies == 3 * 3  # a quarter of 10 trials, rounded up, at epochs 2, 4 and 6
 
 

@@ -169,6 +169,15 @@ def test_factors_multiply_and_lists_move_to_a_neighbor():
     assert move({**PARAMS, "lr": 3.0}, SPACE, np.random.RandomState(0))["lr"] == 0.1
 
 
+def test_the_batch_size_of_a_built_in_model_moves():
+    space = [{"batch_size": gputune.log_int(4, 64)}]
+    params = {"batch_size": 9}
+    rng = np.random.RandomState(0)
+    assert Perturbation((1.25,), 0).move(params, space, rng) == params
+    assert Perturbation((1.25,), 0, batch_size=True).move(params, space, rng) == {"batch_size": 11}
+    assert Perturbation((0.1,), 0, batch_size=True).move(params, space, rng) == {"batch_size": 4}
+
+
 def test_an_open_end_is_not_a_value():
     space = [{"dropout": stats.uniform(0, 1)}]
     params = {"dropout": 0.9}
