@@ -221,7 +221,10 @@ class _PopulationTraining(PausedTraining[_Lineage]):
 
     def _has_states(self) -> bool:
         """Return whether every trial that can still train has a state."""
-        numbers = {trial.number for trial in self.trainable()}
+        numbers = set()
+        for trial in self.trainable():
+            if len(trial.curve) < self.context.epochs:
+                numbers.add(trial.number)
         return numbers <= self.states.states.keys()
 
     def _checkpoint(self, trials: Sequence[_Lineage]) -> Checkpoint:

@@ -254,7 +254,9 @@ class PausedTraining(Generic[AnyTrial]):
             self.outputs, {number: float(np.nanmax(mean)) for number, mean in means.items()}
         )
         for row, position in enumerate(outcome.alive):
-            self.states.park(trials[outcome.index[position]].number, outcome.state.select([row]))
+            trial = trials[outcome.index[position]]
+            if len(trial.curve) < self.context.epochs:  # else it does not train again
+                self.states.park(trial.number, outcome.state.select([row]))
         self.unsaved.append(tuple(trials[i].number for i in outcome.index))
         self.save_if_due(outcome.seconds)
 

@@ -48,9 +48,9 @@ class Perturbation:
             rng: The random generator. Each value takes its random numbers in the order of the keys.
         """
         moved = dict(params)
+        part = part_of(params, space)
         for key in sorted(movable_keys(params, space, batch_size=self.batch_size)):
-            choices = choices_for(key, params, space)
-            value = self._moved(params[key], choices, rng)
+            value = self._moved(params[key], part[key], rng)
             if is_legal(key, value) and bool(value) == bool(params[key]):
                 moved[key] = check_value(key, value, key)
         return moved
@@ -80,33 +80,30 @@ def movable_keys(params: Config, space: CheckedSpace, *, batch_size: bool = Fals
     They have several possible values in the space. The optimizers that adapt their learning rate
     use ``lr`` only at the start, so their ``lr`` does not move.
     """
+    part = part_of(params, space)
     keys = []
     for key in params:
         is_movable = key in MOVABLE or key.startswith((LR_FACTOR, DECAY_FACTOR))
         is_movable = is_movable or (batch_size and key == "batch_size")
         is_initial = key == "lr" and params.get("optimizer") in ONLINE
-        choices = choices_for(key, params, space)
-        if is_movable and not is_initial and choices is not None and not is_fixed(choices):
+        if is_movable and not is_initial and key in part and not is_fixed(part[key]):
             keys.append(key)
     return keys
 
 
-def choices_for(key: str, params: Config, space: CheckedSpace) -> Any:
-    """Return the list or distribution of a hyperparameter in the part of the space that can draw a
-    configuration.
+def part_of(params: Config, space: CheckedSpace) -> dict[str, Choices]:
+    """Return the part of a space that can draw a configuration.
 
-    A configuration of the user may lie outside the space. Then the first part with the key counts.
-    Returns None if no part has the key.
+    A configuration of the user may lie outside the space. Then the result is the first part with
+    the same keys, or else the first part.
     """
-    parts = [part for part in space if key in part]
+    parts = [part for part in space if part.keys() == params.keys()] or space
+    if len(parts) == 1:
+        return parts[0]
     for part in parts:
-        if part.keys() == params.keys() and _draws(part, params):
-            return part[key]
-    return parts[0][key] if parts else None
-
-
-def _draws(part: dict[str, Choices], params: Config) -> bool:
-    return all(can_draw(part[key], value) for key, value in params.items())
+        if all(can_draw(part[key], value) for key, value in params.items() if key in part):
+            return part
+    return parts[0]
 
 
 def is_legal(key: str, value: Any) -> bool:
