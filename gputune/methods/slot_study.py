@@ -55,9 +55,9 @@ class SlotStudy(OptunaStudy):
 
     Optuna's samplers count a running trial as a bad one, so that they do not propose similar
     trials. But a trial that survived a rung is better than most trials. Therefore the sampler gets
-    a new Optuna study before each round of proposals. In this study, a running trial that has
-    reached a rung is a pruned trial with its scores at the rungs. Only trials that have not reached
-    a rung are running.
+    a new Optuna study before each round of proposals. In this study, a trial that survived a rung
+    is a complete trial with its score at that rung. Only trials that have not reached a rung are
+    running.
     """
 
     def __init__(
@@ -126,10 +126,11 @@ class SlotStudy(OptunaStudy):
             if number in self.outside:
                 continue
             seen = self.ended.get(number)
-            if seen is None:
-                is_survivor = trial.state == "running" and len(trial.rung_means) > 0
-                state = states.PRUNED if is_survivor else states.RUNNING
-                seen = self._frozen(number, trial, state)
+            if seen is None and trial.state == "running" and trial.rung_means:
+                last_rung = max(trial.rung_means)
+                seen = self._frozen(number, trial, states.COMPLETE, trial.rung_means[last_rung])
+            elif seen is None:
+                seen = self._frozen(number, trial, states.RUNNING)
             if seen is None:
                 self.outside.add(number)
                 continue
@@ -146,7 +147,7 @@ class SlotStudy(OptunaStudy):
             self.ended[number] = self.study.get_trials(deepcopy=False)[position]
 
     def _frozen(
-        self, number: int, trial: AskedTrial, state: object
+        self, number: int, trial: AskedTrial, state: object, value: float | None = None
     ) -> "optuna.trial.FrozenTrial | None":
         """Return a trial for an Optuna study, or None if the space does not contain the trial."""
         if trial.params.keys() != self.distributions.keys():
@@ -154,6 +155,7 @@ class SlotStudy(OptunaStudy):
         try:
             frozen: optuna.trial.FrozenTrial = self.optuna.trial.create_trial(
                 state=state,
+                value=value,
                 params=self.label_choices(trial.params),
                 distributions=self.distributions,
                 system_attrs=dict(self.attributes.get(number, {})),

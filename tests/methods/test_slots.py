@@ -160,12 +160,15 @@ class Listening(optuna.samplers.RandomSampler):
         self.told.append((trial.params["lr"], state.name, values))
 
 
-def test_the_sampler_sees_a_survivor_as_pruned_and_a_new_trial_as_running():
+def test_the_sampler_sees_a_survivor_as_complete_and_a_new_trial_as_running():
     study = tune(Listening(seed=0), n_trials=9, include_default=False)
     assert Listening.seen[5] == [("RUNNING", {})] * 5
     first = Listening.seen[6]
-    expected = [("PRUNED", {1: curve[0].mean()}) for curve in study.curves[:6]]
-    assert first == expected
+    expected = []
+    for curve, length in zip(study.curves[:6], lengths(study)):
+        state = "COMPLETE" if length > 1 else "PRUNED"
+        expected.append((state, {1: curve[0].mean()}))
+    assert first == expected and [state for state, _ in first].count("COMPLETE") == 2
     assert Listening.seen[7] == [*expected, ("RUNNING", {})]
     told = {lr: state for lr, state, _ in Listening.told}
     assert len(told) == len(Listening.told)  # each result once
