@@ -18,7 +18,7 @@ import numpy as np
 from gputune.engine.checkpoint import Checkpoint, Checkpointing, pause_after
 from gputune.methods.exchanges import Exchange, ExchangeRule, exchanges, generator
 from gputune.methods.rungs import PausedTraining, RunningTrial
-from gputune.population.kinds import ModelKind, hidden_widths
+from gputune.population.kinds import ModelKind, hidden_layers
 from gputune.population.population import shape_of_tensors
 from gputune.population.state import State
 from gputune.spaces.distributions import CheckedSpace
@@ -290,5 +290,4 @@ def architecture(config: Config, kind: ModelKind) -> tuple[object, ...]:
 
     Only trials with equal keys copy each other.
     """
-    widths = hidden_widths(config) if kind == "mlp" else ()
-    return (*shape_of_tensors(config, kind), widths)
+    return (*shape_of_tensors(config, kind), hidden_layers(config, kind))

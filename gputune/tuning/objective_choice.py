@@ -1,6 +1,7 @@
 """The choice of a model's training loss, and checks of options that not every model supports."""
 
 from gputune.data.target import Target
+from gputune.engine.backends.table import BACKENDS, backend_named
 from gputune.errors import InputError
 from gputune.population.kinds import is_module
 from gputune.scoring.losses import LOSS_OF_TASK
@@ -30,9 +31,11 @@ def check_machine(choice: ModelChoice, machine: MachineOptions) -> None:
             f"{option('optimizer', 'exact')} uses double precision",
             remedy=f"Leave {option('tf32')} out.",
         )
-    if machine.backend == "loop" and not is_module(choice.kind):
+    is_named = machine.backend in BACKENDS
+    trains_built_in = not is_named or backend_named(machine.backend).trains_built_in
+    if not trains_built_in and not is_module(choice.kind):
         raise InputError(
-            "backend='loop'",
+            f"backend={machine.backend!r}",
             f"trains the members of your own module one by one, but this is {model}",
             remedy=f"Choose {option('backend', 'auto')} or {option('backend', 'eager')}.",
         )
