@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,14 @@ def test_the_core_imports_no_integration():
     assert not wrong, "\n".join(wrong)
     named = {name for name in core if "gputune.integrations" in FILES[name].read_text()}
     assert named == {"entry_points"}
+    # an import of a library of theirs, or its name for import_extra()
+    library = re.compile(
+        r"^ *(import|from) (ray|mlflow|wandb|tensorboard|onnx|onnxscript)\b"
+        r"|import_extra\(\"(ray|mlflow|wandb|tensorboard|onnx|onnxscript)\b",
+        re.MULTILINE,
+    )
+    assert not [name for name in core if library.search(FILES[name].read_text())]
+    assert library.search(FILES["integrations.ray_tasks"].read_text())
 
 
 def test_no_files_import_each_other_in_a_circle():
