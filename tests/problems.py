@@ -178,9 +178,10 @@ def module_loop(build, data, fold, config, epochs):
     return reference.train_module(build, x, y, config, epochs=epochs, weights=weights)
 
 
-def train_modules(kind, build, configs, data, epochs, *, objective=None, **words):
-    """Members of a user's module, trained stacked or one by one: ``kind``."""
-    traits = traits_of(build, configs[0], data, objective=objective)
+def train_modules(kind, build, configs, data, epochs, *, objective=None, coded=False, **words):
+    """Members of a user's module, trained stacked or one by one: ``kind``. ``coded`` says that
+    compiled code is faster."""
+    traits = replace(traits_of(build, configs[0], data, objective=objective), coded=coded)
     network = kind(build, configs, shape_of(data), seed=0, traits=traits, objective=objective)
     return train(
         network, data, configs, **{"seed": 0, "epochs": epochs, "horizon": epochs, **words}
