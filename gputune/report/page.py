@@ -46,6 +46,7 @@ from gputune.report.importance import (
     importance_chart,
     parallel_chart,
 )
+from gputune.report.lineages import tree_chart
 from gputune.report.snippet import snippet
 from gputune.spaces.distributions import is_real
 from gputune.spaces.edges import edge_remarks
@@ -297,6 +298,7 @@ def page(
         weak=WEAK,
         why_not=why_not,
         paths=path_charts(study),
+        family=tree_chart(study),
         columns=[(column["label"], "levels" in column) for column in columns],
         first=list(zip(*map(_cells, columns))),
         rows=rows,

@@ -328,3 +328,17 @@ def test_the_solved_regression_is_refused():
 def test_too_few_epochs_are_refused():
     with refused(r"interval=...\) must leave a comparison below max_epochs=2, got 2. Lower it"):
         many(max_epochs=2)
+
+
+def test_the_report_draws_the_family_tree(whole, tmp_path):
+    def html(study):
+        study.report(tmp_path / "report.html")
+        return (tmp_path / "report.html").read_text()
+
+    page = html(whole)
+    best = whole.best_trial
+    line = " -&gt; ".join(str(number) for _, number in best.lineage)
+    assert 'id="family"' in page and f"trial {best.number}: {line}" in page
+    # The code at the end reads the study, because tune() cannot repeat a schedule.
+    assert ("from epoch" in page) == (len(best.schedule) > 1)
+    assert 'id="family"' not in html(many_random())
