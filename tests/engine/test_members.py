@@ -149,6 +149,15 @@ def test_trials_leave_and_draws_are_made_a_few_steps_ahead(monkeypatch):
         assert_alike(chunk, other, [epoch])
 
 
+def test_a_loss_parameter_that_only_some_trials_set():
+    rates = ({"lr": 0.01, "batch_size": 9, "loss__label_smoothing": x} for x in (0.0, 0.1))
+    chunk, other = both(make_data(), fill(*rates), Objective("cross_entropy"))
+    assert_alike(chunk, other)
+    for one in (chunk, other):
+        one.select([0])  # without smoothing
+    assert_alike(chunk, other, [2])
+
+
 def test_threads_change_nothing_and_an_error_of_one_is_heard(monkeypatch):
     states = []
     configs = fill(*({"lr": lr, "batch_size": 9} for lr in (0.01, 0.02, 0.03)))
