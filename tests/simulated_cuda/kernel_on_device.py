@@ -138,7 +138,10 @@ def test_a_search_goes_on_where_it_ended_and_launches_change_no_bit(iris, tmp_pa
         ({"scoring": "accuracy", "dropout": 0.2}, 2 + 2),  # and their draws
         ({"keep_predictions": False}, 2),  # of the log loss, which is scored where the outputs are
         ({"scoring": ["neg_log_loss", "accuracy"]}, 2),
-        ({"method": gputune.Halving(factor=2, min_epochs=2)}, 2 + 2),  # from rung to rung
+        (
+            {"method": gputune.Halving(factor=2, min_epochs=2)},
+            2 + 1,
+        ),  # the chunk waits on the device between two rungs
         # which may ask it for other rows
         ({"scoring": lambda model, X, y: (model.predict(X) == y).mean()}, 4),
         ({"patience": 3}, 4),
