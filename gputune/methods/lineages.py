@@ -18,7 +18,7 @@ import numpy as np
 from gputune.engine.checkpoint import Checkpoint, Checkpointing, pause_after
 from gputune.methods.exchanges import Exchange, ExchangeRule, exchanges, generator
 from gputune.methods.rungs import PausedTraining, RunningTrial
-from gputune.population.kinds import ModelKind, hidden_layers
+from gputune.population.kinds import ModelKind, hidden_layers, is_module
 from gputune.population.population import shape_of_tensors
 from gputune.population.state import State
 from gputune.spaces.distributions import CheckedSpace
@@ -188,7 +188,7 @@ class _PopulationTraining(PausedTraining[_Lineage]):
     ) -> Config:
         """Return the hyperparameters of a trial after a comparison."""
         perturbation = self.method.perturbation
-        if self.context.choice.kind != "module":
+        if not is_module(self.context.choice.kind):
             perturbation = replace(perturbation, batch_size=True)
         params = dict(weights.params)
         for key in movable_keys(params, self.space, batch_size=perturbation.batch_size):
