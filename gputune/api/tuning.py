@@ -140,6 +140,8 @@ def tune(
               the trials with the best mean validation scores continue.
             - "median" or ``gputune.Median(...)`` stops trials that are below the median of the mean
               validation scores.
+            - "pbt" or ``gputune.PopulationBased(...)`` trains all trials together. Every few epochs
+              the worst trials copy the best trials and change their hyperparameters.
             - "hypergradient" or ``gputune.Hypergradient(...)`` takes each sampled configuration as
               a starting point and moves it by gradient descent on the mean validation loss after
               ``max_epochs``. Each point on the way is a trial, scored after its last epoch.
