@@ -115,12 +115,16 @@ def test_what_a_module_says_is_not_written_in_flags(bugs):
         ("--timeout 1h", ["--timeout", "a number such as", "'1h'"]),
         ("--test-size 'a fifth'", ["--test-size", "a number such as", "'a fifth'"]),
         ("--method halvng", ["--method", "'halvng'", ". Did you mean 'halving'?"]),
-        ("--backend eagr", ["--backend", "'eagr'", ". Did you mean 'eager'?"]),
         ("--epoch 3", ["--epoch 3", ". Did you mean '--epochs'?"]),
     ],
 )
 def test_what_the_parser_refuses(bugs, options, words):
     refused_tune(bugs, *shlex.split(options), words=[*words, "gputune tune --help"], lines=2)
+
+
+def test_an_unknown_backend_is_refused_with_all_names(bugs):
+    words = ["--backend must be one of", "'recorded'", "'eagr'", ". Did you mean 'eager'?"]
+    refused_tune(bugs, "--backend", "eagr", words=words)
 
 
 @pytest.mark.parametrize(

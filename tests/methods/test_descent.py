@@ -297,7 +297,8 @@ def test_little_memory_cuts_chunks_and_changes_nothing(iris):
         (
             "halfing",
             {},
-            "method must be 'random', 'halving', 'median', 'hypergradient', gputune.Halving",
+            "method must be 'random', 'halving', 'median', 'pbt', 'hypergradient', 'tpe', "
+            "gputune.Halving",
         ),
         ({"hyperparameters": "C"}, {}, "can have 'C' only for the logistic regression solved with"),
         ({"hyperparameters": "momentum"}, {}, "for adam, which trial 0 uses, got 'momentum'"),

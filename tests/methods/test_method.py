@@ -101,7 +101,7 @@ def test_an_unknown_method_lists_all():
     with pytest.raises(gputune.InputError) as caught:
         check_method("halvin")
     message = str(caught.value)
-    assert "'random', 'halving', 'median', 'hypergradient'" in message
+    assert "'random', 'halving', 'median', 'pbt', 'hypergradient', 'tpe'" in message
     assert "gputune.Halving(...)" in message and "halving" in message.rpartition("?")[0]
 
 
