@@ -77,6 +77,7 @@ class PopulationBased(Method):
     """
 
     name = "pbt"
+    about_length = "compares trials that have trained equally long"
     help = "every few epochs, the worst trials copy the best trials, with perturbed values"
     flags: ClassVar[Mapping[str, Rule]] = {
         "interval": Rule(

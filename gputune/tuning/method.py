@@ -50,6 +50,8 @@ class Method:
         compares_trials: True if the method compares trials while they train. Such trials train
             together from one comparison to the next.
         shares_trials: True if several processes can train trials of one study at the same time.
+        about_length: Why trials of a method with ``decides_length`` cannot end by themselves, for
+            messages that begin with the name of the method.
         lacks: The part of the method that a study file cannot store, in words, or "".
     """
 
@@ -59,6 +61,7 @@ class Method:
     samples_first: ClassVar[bool] = True
     differentiates: ClassVar[bool] = False
     shares_trials: ClassVar[bool] = False
+    about_length: ClassVar[str] = "decides how long a trial trains"
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -209,7 +212,7 @@ def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
     elif epoch == "last":
         reason = f"{option('epoch', 'last')} scores the last epoch"
     elif method.decides_length:
-        reason = f"{option('method', method.name)} decides how long a trial trains"
+        reason = f"{option('method', method.name)} {method.about_length}"
     else:
         return
     raise InputError(

@@ -718,6 +718,10 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ),
         ({"patience": 3, "method": "hypergradient"}, "but method='hypergradient' decides how"),
         ({"patience": 3, "method": "median"}, "but method='median' decides how"),
+        (
+            {"patience": 3, "method": "pbt"},
+            "but method='pbt' compares trials that have trained equ",
+        ),
         ({"patience": 3, "method": OPTUNA}, "but method='optuna' decides how"),
         (
             {"patience": 3, "epoch": "last"},
