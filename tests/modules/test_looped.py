@@ -388,7 +388,7 @@ def test_of_a_compiled_module_the_module_itself_trains():
         return torch.compile(Gated(n_features, n_outputs))
 
     with pytest.warns(
-        gputune.InputWarning, match=r"compiled returns torch\.compile\(module\): .*Leave torch"
+        gputune.InputWarning, match=r"compiled returns torch\.compile\(module\)\. .*Leave torch"
     ):
         found = search(compiled)
     assert [t.fold_scores for t in found.trials] == [t.fold_scores for t in search(Gated).trials]

@@ -84,7 +84,7 @@ def written(numbers: dict[str, int], arrays: dict[str, bytes]) -> bytes:
     """
     parts = []
     for name, _ in MemberWork._fields_:
-        first = [-1, numbers[name]] if name in numbers else [len(arrays[name])]
+        first = [-1, numbers[name]] if name in numbers else [len(arrays.get(name, b""))]
         parts += [np.array(first).tobytes(), arrays.get(name, b"")]
     return b"".join(parts)
 
