@@ -33,6 +33,7 @@ def value(text, label):
     return re.search(rf"^{label} +(.*)$", text, re.M)[1]
 
 
+@pytest.mark.cpu  # the device and the time
 def test_a_dry_run_says_what_a_search_would_do(bugs):
     text = dry(bugs, *FAST)
     assert value(text, "Data") == "bugs.csv: 32 rows to search on and 8 held out"
@@ -59,6 +60,7 @@ def test_the_plan_is_that_of_the_search(bugs, options):
     assert said.partition("; the states")[0] == planned
 
 
+@pytest.mark.cpu  # the time
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -156,6 +156,7 @@ def difference(members, others):
     return worst
 
 
+@pytest.mark.cpu  # equal bits
 @pytest.mark.parametrize("optimizer", ["adamw", "nesterov"])
 def test_a_replay_is_the_member(monkeypatch, optimizer):
     found = members_of_search(monkeypatch)
@@ -203,6 +204,7 @@ def test_the_best_model_repeats_the_schedule(whole):
     assert model.info["params"] == whole.best_params
 
 
+@pytest.mark.cpu  # the checkpoints that compiled code writes
 @pytest.mark.parametrize("seconds", [1e-9, 60])
 def test_a_killed_search_resumes_to_the_same_table(whole, tmp_path, monkeypatch, seconds):
     search = partial(many, study=tmp_path / "s.db", checkpoint_seconds=seconds)

@@ -216,10 +216,12 @@ def _graph(
 
 _CARD = SimpleNamespace(
     multi_processor_count=2,
+    total_memory=1 << 30,
     shared_memory_per_block_optin=232_448,
     shared_memory_per_multiprocessor=233_472,
 )
-"""What of its properties gputune asks for: those of an H100, with fewer multiprocessors."""
+"""The properties that gputune and torch ask for: those of an H100, with fewer multiprocessors and
+less memory."""
 
 _WITHOUT_ASKING = (48 << 10) - 1  # bytes of shared memory
 
