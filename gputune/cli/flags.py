@@ -251,7 +251,7 @@ class CommandLine(Interface):
         if value in (None, "", "...", "True", "False"):
             return flag
         text = _unquoted(value)
-        if value.startswith("("):
+        if value.startswith(("(", "[")):
             text = ",".join(re.findall(r"\w+", value))
         if reference.name == "workers" and text in self.known:
             return str(self.known[text])  # a cluster has a flag, such as --ray

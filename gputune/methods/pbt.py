@@ -59,8 +59,8 @@ class PopulationBased(Method):
             1.25)]. In a sorted list of numbers, the value moves to the next higher or lower number.
         resample: The probability that a value is drawn from the space instead, from 0 to 1
             [default: 0.25].
-        explore: False copies without perturbing, as a control: the gain is then due only to the
-            selection of lucky trials [default: True].
+        explore: False copies without perturbing, as a control [default: True]. All trials share
+            their random numbers, so such a copy repeats the trial that it has copied.
         burn_in: The number of epochs before the first comparison, at least 0 [default: 0].
 
     Raises:
