@@ -73,8 +73,8 @@ class Halving(StoppingRule):
         "brackets": Rule(
             "--brackets <INT>",
             "Number of brackets",
-            "For --method halving. The first rung of each bracket is one rung later than that of "
-            "the bracket before it.",
+            "For --method halving. Each bracket starts to prune one rung later than the bracket "
+            "before it.",
             "1",
             "1..",
             group=STOPPING,
@@ -91,7 +91,7 @@ class Halving(StoppingRule):
             "--keep <INT>",
             "Number of trials that continue after a rung",
             "For --method halving with --rungs, instead of --factor.",
-            "1/--factor",
+            "the number of trials divided by --factor",
             "1..",
             group=STOPPING,
         ),

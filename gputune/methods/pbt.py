@@ -90,15 +90,15 @@ class PopulationBased(Method):
         ),
         "fraction": Rule(
             "--fraction <SHARE>",
-            "Share of the trials that copy, and of the trials that are copied",
-            "For --method pbt. From 0 to 0.5.",
+            "Share of all trials that copy another trial",
+            "For --method pbt. From 0 to 0.5. The same share of trials is copied.",
             "0.25",
             "number",
             group=POPULATION,
         ),
         "resample": Rule(
             "--resample <SHARE>",
-            "Probability that a copy draws a value from the space, instead of a small change",
+            "Probability that a copy draws a new value from the space, instead of changing it slightly",
             "For --method pbt.",
             "0.25",
             "number",

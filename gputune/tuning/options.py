@@ -211,7 +211,7 @@ class RowOptions(OptionGroup):
         32,
         "--max-levels <INT>",
         "Maximum number of levels of a categorical column that get their own feature",
-        "The most frequent levels do. The others share one feature.",
+        "The most frequent levels get one each. The others share one feature.",
         "32",
         takes="1..",
         check=checks.count,
