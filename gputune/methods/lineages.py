@@ -248,7 +248,7 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         )
 
     def resume(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Continue all trials from the latest comparison whose checkpoints cover all trials."""
+        """Continue all trials from the latest comparison that has a checkpoint of every trial."""
         by_epoch = defaultdict(list)
         for checkpoint in sorted(checkpoints, key=lambda checkpoint: checkpoint.state.epoch):
             note: Json = from_json(checkpoint.note) if checkpoint.note else {}

@@ -1,4 +1,4 @@
-"""The median stopping rule: trials whose best score is below the median stop."""
+"""The median stopping rule: a trial stops if its best score is below the median."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

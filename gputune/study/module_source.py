@@ -210,13 +210,19 @@ def find_class(source: Json, *, trust_code: bool = False, or_changed: bool = Fal
         module_class = _of_main(source, trust_code=trust_code, or_changed=or_changed)
     else:
         module_class = _import_builder(place, source.get("file"), trust_code)
-    if not or_changed and is_changed(module_class, source):
+    if not or_changed:
+        _check_unchanged(module_class, source, repr(place))
+    return module_class
+
+
+def _check_unchanged(builder: Builder, source: Json, name: str) -> None:
+    """Raise InputError if a class or function has another source than when the search began."""
+    if is_changed(builder, source):
         raise InputError(
             None,
-            f"the module class {place!r} has changed since the search began",
+            f"the module class {name} has changed since the search began",
             remedy="Restore its source.",
         )
-    return module_class
 
 
 def class_from_file(path: StrPath, name: str) -> Builder:
@@ -316,12 +322,8 @@ def _of_main(source: Json, *, trust_code: bool, or_changed: bool) -> Builder:
             'script again, except the code under `if __name__ == "__main__":`.'
         )
     found = class_from_file(path, name)
-    if not or_changed and is_changed(found, source):
-        raise InputError(
-            None,
-            f"the module class {name!r} of {str(path)!r} has changed since the search began",
-            remedy="Restore its source.",
-        )
+    if not or_changed:
+        _check_unchanged(found, source, f"{name!r} of {str(path)!r}")
     return found
 
 

@@ -56,9 +56,9 @@ class Unfit(NamedTuple):
 
 @dataclass(frozen=True)
 class TrialWork:
-    """A trial for which gputune looks for a backend, with the known facts about its model and data.
+    """A trial that needs a backend, with the known facts about its model and data.
 
-    ``traits`` are those of a user's module. Both ``traits`` and ``data`` may be unknown.
+    ``traits`` describes a user's module. ``traits`` and ``data`` are None if they are not known.
     """
 
     kind: ModelKind
