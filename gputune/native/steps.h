@@ -1,4 +1,4 @@
-/* The functions that the generated kernels of a member's step call (modules/member_kernels.py):
+/* The functions that the generated kernels of a member's step call (modules/kernels/writer.py):
    products of matrices with any strides, and norms. Also the function that runs the steps. The
    kernels follow after this header. */
 

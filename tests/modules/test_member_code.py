@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gputune.modules.kernels.writer import Line, Span
 from gputune.modules.member_code import MemberCode, _go_together
-from gputune.modules.member_kernels import Line, Span
 from gputune.modules.trace import TraceError, trace
 from gputune.native import library as built
 

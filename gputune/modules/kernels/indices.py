@@ -8,30 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from gputune.modules.member_kernels import (
-    Line,
-    Loops,
-    Writer,
-    broadcast_strides,
-    named,
-    over,
-    with_entry,
-)
-from gputune.modules.trace import Kwargs, Operation, Place, TraceError
-
-
-def require(is_supported: bool, op: Operation, arguments: str = "these arguments") -> None:
-    """Raise TraceError, which names an operation and its unsupported arguments, unless
-    ``is_supported``."""
-    if not is_supported:
-        raise TraceError(f"{op.function} with {arguments} is not supported")
-
-
-def loops_over(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[Loops, list[int]]:
-    """Return C loops over a tensor shape with named sizes, and the values of these sizes."""
-    sizes = list[int]()
-    loops = over(shape, strides)
-    return loops.named(sizes), sizes
+from gputune.modules.kernels.places import broadcast_strides, require, with_entry
+from gputune.modules.kernels.writer import Line, Writer, loops_over, named
+from gputune.modules.trace import Kwargs, Operation, Place
 
 
 def _only_index(op: Operation, indices: Sequence[Place | None]) -> tuple[int, Place]:

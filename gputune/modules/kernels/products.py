@@ -1,0 +1,52 @@
+"""Writes C code for matrix products."""
+
+from collections.abc import Iterator
+
+from gputune.modules.kernels.places import require
+from gputune.modules.kernels.writer import Line, Writer
+from gputune.modules.trace import Kwargs, Operation, Place, TraceError
+
+# columns of the widest tile of a product; it needs working memory for the inner rows and one tile
+_TILE = 96
+
+
+def product(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the C kernel calls for a matrix product with an added matrix or bias."""
+    names = ("self", "mat2")
+    added = None
+    for pair in (("batch1", "batch2"), ("mat1", "mat2")):
+        if pair[0] in kwargs:
+            names = pair
+            added = kwargs["self"]
+    a = kwargs[names[0]]
+    b = kwargs[names[1]]
+    is_plain = kwargs.get("beta", 1) == kwargs.get("alpha", 1) == 1 and out.stride[-1] == 1
+    require(is_plain and a.dtype == b.dtype == out.dtype, op, "other factors")
+    if out.dtype != writer.dtype:
+        raise TraceError(f"a product of {out.dtype} is not supported")
+    # A bias: one row that is added to all rows of the product.
+    is_bias = (
+        added is not None
+        and (len(added.shape) == 1 or added.shape[-2] == 1 or added.stride[-2] == 0)
+        and (added.stride[-1], added.shape[-1]) == (1, out.shape[-1])
+        and added.memory != out.memory
+    )
+    factors = [out, a, b, added] if is_bias else [out, a, b]
+    begins = [p.stride[0] if len(p.shape) > 2 and p.shape[0] > 1 else 0 for p in factors]
+    sizes = [
+        out.shape[0] if len(out.shape) > 2 else 1,
+        *out.shape[-2:],
+        a.shape[-1],
+        *a.stride[-2:],
+        *b.stride[-2:],
+        *begins,
+        out.stride[-2],
+    ]
+    body = (
+        "for (long i = 0; i < n0; i++) matrix_product(n1, n2, n3, p1 + i * n9, n4, n5, p2 + i * "
+        f"n10, n6, n7, {'p3 + i * n11' if is_bias else '0'}, p0 + i * n8, n{len(sizes) - 1}, w);"
+    )
+    workspace = _TILE * (a.shape[-1] + _TILE)
+    yield writer.call(factors, body, sizes=sizes, workspace=workspace)
+    if added is not None and not is_bias:
+        yield writer.pointwise("add", {"self": out, "other": added, "alpha": 1}, out)

@@ -1,0 +1,72 @@
+"""Writes C code for sums and means over axes, and for softmax along an axis."""
+
+import math
+from collections.abc import Iterator
+
+from gputune.modules.kernels.places import pick, require
+from gputune.modules.kernels.writer import Line, Loops, Writer, c_type, loops_over, named, over
+from gputune.modules.trace import Kwargs, Operation, Place
+
+
+def reduced(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the C kernel call for a sum or mean over some axes."""
+    x: Place = kwargs["self"]
+    require(kwargs.get("dtype") in (None, out.dtype), op, "another type")
+    axes = kwargs.get("dim")
+    if isinstance(axes, int):
+        axes = [axes]
+    every = range(len(x.shape))
+    reduced_axes = sorted({axis % len(x.shape) for axis in axes or every})
+    remaining = [axis for axis in every if axis not in reduced_axes]
+    out_strides = pick(out.stride, remaining) if kwargs.get("keepdim") else out.stride
+    sizes = [math.prod(pick(x.shape, reduced_axes))]
+    strides = [pick(x.stride, remaining), out_strides]
+    outer = over(pick(x.shape, remaining), strides).named(sizes)
+    inner = over(pick(x.shape, reduced_axes), [pick(x.stride, reduced_axes)], "j").named(sizes)
+    number = f"p1[{outer.index(0)} + {inner.index(0)}]"
+    target = f"p0[{outer.index(1)}]"
+    mean = op.name == "mean"
+    if outer.sizes and outer.strides[0][-1] == 1:  # whole rows are added to each other
+        front = Loops(outer.sizes[:-1], tuple(steps[:-1] for steps in outer.strides))
+        last = f"i{len(outer.sizes) - 1}"
+        row = f"#pragma GCC ivdep\nfor (long {last} = 0; {last} < {outer.sizes[-1]}; {last}++)"
+        code = [f"{row} {target} = 0;", inner.nest(f"{row} {target} += {number};", "")]
+        if mean:
+            code.append(f"{row} {target} /= n0;")
+        body = front.nest("\n".join(code), "")
+    else:
+        loop = inner.nest(f"s += {number};", "omp simd reduction(+ : s)")
+        result = "s / n0" if mean else "s"
+        body = outer.nest(f"{c_type(out.dtype)} s = 0;\n{loop}\n{target} = {result};", "")
+    yield writer.call([out, x], body, sizes=sizes)
+
+
+_TOP = "T top = -INFINITY, s = 0;\nEACH top = p1[X] > top ? p1[X] : top;\n"
+ALONG = {
+    "_softmax": _TOP
+    + "SUM(s) { T e = exponential(p1[X] - top); p0[O] = e; s += e; }\nEACH p0[O] /= s;",
+    "_log_softmax": _TOP
+    + "SUM(s) s += exponential(p1[X] - top);\ns = log(s);\nEACH p0[O] = p1[X] - top - s;",
+    "_softmax_backward_data": "T s = 0;\nSUM(s) s += p1[X] * p2[Y];\nEACH p0[O] = (p1[X] - s) * p2[Y];",
+    "_log_softmax_backward_data": "T s = 0;\nSUM(s) s += p1[X];\nEACH p0[O] = p1[X] - exponential(p2[Y]) * s;",
+}
+"""C code of operations along one axis. Loops repeat the code for all other axes."""
+
+
+def along_axis(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the C kernel call that computes a softmax or its gradient along one axis."""
+    body = ALONG[op.name]
+    places: list[Place] = [out]
+    for name in ("grad_output", "output") if "output" in kwargs else ("self",):
+        places.append(kwargs[name])
+    require(all(place.dtype == writer.dtype for place in places), op, str(out.dtype))
+    axis = kwargs["dim"] % len(out.shape)
+    others = [i for i in range(len(out.shape)) if i != axis]
+    loops, sizes = loops_over(pick(out.shape, others), [pick(p.stride, others) for p in places])
+    loop = f"for (long j = 0; j < {named(out.shape[axis], sizes)}; j++)"
+    for k, place in enumerate(places):
+        number = f"[{loops.index(k)} + j * {named(place.stride[axis], sizes)}]"
+        body = body.replace(f"[{'OXY'[k]}]", number)
+    body = body.replace("SUM(s)", f"#pragma omp simd reduction(+ : s)\n{loop}")
+    body = body.replace("EACH", loop).replace("T ", f"{c_type(out.dtype)} ")
+    yield writer.call(places, loops.nest(body, ""), sizes=sizes)
