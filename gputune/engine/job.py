@@ -37,7 +37,8 @@ from gputune.errors import TOO_BIG, warn
 from gputune.fallback import is_strict, words_unless_strict
 from gputune.memory import empty_cache, free_of_gpu, is_out_of_memory, synchronize
 from gputune.modules.construction import Builder, name_of
-from gputune.modules.inspection import StackedError, traits_of
+from gputune.modules.failures import StackedError
+from gputune.modules.inspection import traits_of
 from gputune.population.population import Network, Population, Shape
 from gputune.population.state import Selection, State
 from gputune.population.traits import Traits

@@ -30,6 +30,7 @@ from gputune.engine.backends.selection import way_of
 from gputune.engine.backends.table import BACKENDS, backend_named
 from gputune.engine.job import Need
 from gputune.errors import InputError
+from gputune.main_memory import free_memory
 from gputune.population.kinds import is_module
 from gputune.population.population import Population
 from gputune.population.traits import Traits
@@ -38,6 +39,10 @@ from gputune.text import count, size_words
 _FIRST_TRIALS = 3  # trials of the first chunk, which gives an early answer
 # Share of the limit beyond which memory is measured, because an estimate is not accurate enough.
 _MEASURED_SHARE = 0.5
+# Bytes of a chunk whose members share a large frozen part, which has no room in a cache in any case.
+# The estimate does not count all activations (up to 5 times as many were measured).
+_FROZEN_CHUNK_BYTES = 1 << 30
+_FROZEN_FREE_SHARE = 0.1  # of the free main memory
 # Estimated seconds of work from which a second process repays its start.
 _WORKERS_PAY = 3.0
 # The same for a second GPU: its process takes about 10 s to start, and a core is far slower than a
@@ -285,6 +290,8 @@ class Planner:
         if self.cost_of is not None:
             cost = self.cost_of(population, cost)
         useful = backend.chunk_bytes(population.kind, self.data.device, self.free)
+        if traits is not None and self.data.device.type == "cpu":
+            useful = max(useful, _useful_bytes(traits))
         limit = self.memory or useful
         if self.cost_of is None:
             limit = min(limit, useful)
@@ -328,6 +335,19 @@ class Planner:
         # Products this small lose time to a second thread. Only a long run that cannot be cut has a
         # use for one.
         return cut, workers, cores() if workers == 1 and total > _THREADS_PAY else 1
+
+
+def _useful_bytes(traits: Traits) -> int:
+    """Return the useful size of a chunk (a group of trials) on a CPU, as far as the traits of a
+    user's module decide it.
+
+    Members that read the same rows compute the frozen layers in front of the trained ones only
+    once. The more of them train together, the less each one costs. The result is 0 for other
+    modules.
+    """
+    if not traits.common_rows or traits.frozen < traits.parameters:
+        return 0
+    return min(_FROZEN_CHUNK_BYTES, int(_FROZEN_FREE_SHARE * free_memory()))
 
 
 def parse_memory(memory: object) -> int | None:

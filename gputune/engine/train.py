@@ -23,7 +23,7 @@ from gputune.engine.backends.selection import make_chunk
 from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
 from gputune.engine.waiting import WaitingState
-from gputune.modules.inspection import explain
+from gputune.modules.failures import explain
 from gputune.population.kinds import ModelKind, hidden_layers, is_module
 from gputune.population.population import Network, Population
 from gputune.population.state import Selection, State

@@ -2,13 +2,10 @@
 
 A member is one trial on one fold. Two members train on two minibatches: stacked with
 torch.func.vmap, and separately as plain modules. Their gradients, buffers and outputs must agree.
-Otherwise the module trains member by member. If a training fails later, members are tried again to
-find the row that causes the error.
+Otherwise the module trains member by member.
 """
 
-import re
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from weakref import WeakKeyDictionary
@@ -18,16 +15,9 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
-from gputune.memory import CPU, is_out_of_memory
+from gputune.memory import CPU
 from gputune.modules.calls import named_tensors, not_trained, state_of
-from gputune.modules.construction import (
-    Builder,
-    call_arguments,
-    call_text,
-    dropout_rates,
-    has_gradient_hook,
-    name_of,
-)
+from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook
 from gputune.modules.draw_watch import Trail
 from gputune.modules.hidden_state import (
     KeptState,
@@ -35,15 +25,14 @@ from gputune.modules.hidden_state import (
     check_evaluation,
     check_hidden_state,
 )
-from gputune.modules.module import ModuleNetwork, StackedModule
+from gputune.modules.module import StackedModule
 from gputune.modules.module_trial import ModuleTrial, at_start, is_close
 from gputune.modules.probabilities import are_probabilities, check_probabilities
 from gputune.population.batches import Batch
-from gputune.population.population import Network, arguments_text, module_arguments
+from gputune.population.population import arguments_text, module_arguments
 from gputune.population.traits import FastestWay, Traits
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
-from gputune.text import count
 from gputune.threads import is_small_pass, on_one_thread
 from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
 from gputune.wording import option
@@ -213,6 +202,7 @@ def inspect_module(trial: ModuleTrial) -> Traits:
         alone=is_alone,
         widest=trial.widest,
         parameters=sum(w.numel() for w in trainable.values()),
+        frozen=sum(w.numel() for w in module.parameters() if not w.requires_grad),
         writes=trial.writes.has_written,
         draws=trial.watch.draws or bool(outside),
         host_draws=bool(outside),
@@ -226,7 +216,7 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     reason = outside or trial.draws_in_augment() or _module_reason(module, counted, changing)
     unused = tuple[str, ...]()
     if not reason:
-        reason, unused = _stacking_traits(trial, traits)
+        traits, reason, unused = _best_stacking(trial, traits)
     if trial.watch.decides and not reason:
         reason = "it draws random numbers and branches on a tensor's value"
     return replace(traits, unstackable=reason, unused=() if reason else unused)
@@ -255,6 +245,21 @@ def _advice(message: str) -> str:
         if any(part in message for part in parts):
             return f"{_VMAP}, {advice}"
     return f"{_VMAP}, which does not support this operation"
+
+
+def _best_stacking(trial: ModuleTrial, traits: Traits) -> tuple[Traits, str, tuple[str, ...]]:
+    """Return the traits with the better way to stack members, the reason why members cannot be
+    stacked, and the parameters that a step does not use.
+
+    Members of a module with frozen parameters share the rows of a fold if possible. Everything
+    before the first trained parameter is then computed once.
+    """
+    if traits.frozen:
+        common = replace(traits, common_rows=True)
+        reason, unused = _stacking_traits(trial, common)
+        if not reason:
+            return common, reason, unused
+    return traits, *_stacking_traits(trial, traits)
 
 
 _DIFFERS = "for stacked members than for single members"
@@ -388,106 +393,3 @@ def _all_close(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
         if not torch.allclose(a, b.double(), rtol=1e-3, atol=1e-4 * largest, equal_nan=True):
             return False
     return True
-
-
-class StackedError(InputError):
-    """Raised if a forward pass fails with stacked members, but not with a single member on any
-    row."""
-
-
-_ROWS = 256  # rows that are tried at a time
-# words in torch's errors that are not caused by a forward pass
-_DEVICE = re.compile("memory|CUDA|CUBLAS|CUDNN|cuDNN")
-
-
-def explain(
-    error: Exception, network: Network, flat: Tensor, data: Dataset, epoch: int
-) -> Exception:
-    """Find the member and row that cause an error, and return an InputError that names them.
-
-    The InputError names the fold and the row on which a single member raises the same error. If a
-    forward pass raised, but a member fails on no row or on every row, the InputError names the
-    configuration. In other cases the result is ``error`` itself. ``flat`` has the members'
-    parameters after ``epoch`` epochs. Members run in evaluation mode.
-    """
-    cause = error.__cause__ if isinstance(error, InputError) else error
-    if not isinstance(network, ModuleNetwork) or not isinstance(cause, Exception):
-        return error
-    if is_out_of_memory(cause) or _DEVICE.search(str(cause)):
-        return error
-    name = name_of(network.builder)
-    raised = f"raised {type(cause).__name__}"
-    says = str(cause) or "without a message"
-    epochs = count(epoch, "epoch")
-    arguments = {f"module__{key}": v for key, v in module_arguments(network.configs[0]).items()}
-    call = f"{call_text(name, arguments)} {raised} after {epochs}: {says}"
-    values = ", or leave these values out of the space" if arguments else ""
-    remedy = f"Correct its forward pass{values}."
-    params = network.blocks.views(flat)
-    for f, fold in enumerate(data.folds):
-        fails = _attempt(network, network.member(params, f, 0), data, f, type(cause))
-        kind = "training"
-        rows = _failing_part(torch.split(fold.train, _ROWS), fails)
-        if rows is None:
-            kind = "validation"
-            rows = _failing_part(torch.split(fold.valid, _ROWS), fails)
-        if rows is None:
-            continue
-        place = f"some of rows {int(rows.min())} to {int(rows.max())}"
-        if len(rows) == 1:
-            place = f"row {int(rows[0])}"
-            others = fold.train[fold.train != rows.to(fold.train.device)]
-            few = torch.split(others[:: max(1, len(others) // 8)], 1)  # enough of them to decide
-            if len(others) and all(map(fails, few)):
-                rule = f"{_sentence(call)} No single row of X is the cause, because others fail too"
-                return InputError(None, rule, remedy=remedy)
-        return InputError(
-            None,
-            f"{_sentence(f'{name} {raised} in fold {f}, after {epochs}: {says}')} It fails on "
-            f"{place} of X, which belongs to the {kind} rows of that fold",
-            remedy="Correct the forward pass or the loss, or remove these rows from X.",
-        )
-    for frame, _ in traceback.walk_tb(cause.__traceback__):
-        is_forward = frame.f_code.co_name == "forward"
-        if is_forward and isinstance(frame.f_locals.get("self"), nn.Module):
-            rule = f"{_sentence(call)} In evaluation mode it fails on no row of X"
-            return StackedError(None, rule, remedy=remedy)
-    return error
-
-
-def _sentence(text: str) -> str:
-    """Return a text with a full stop added if it has none."""
-    return f"{text.rstrip('.')}."
-
-
-def _failing_part(parts: Sequence[Tensor], fails: Callable[[Tensor], bool]) -> Tensor | None:
-    """Return the smallest part of some rows on which ``fails`` is True, or None if all parts pass.
-
-    Halves of the failing rows are tried until one row is left, or until both halves pass.
-    """
-    for rows in parts:
-        if fails(rows):
-            half = _failing_part(rows.chunk(2), fails) if len(rows) > 1 else None
-            return rows if half is None else half
-    return None
-
-
-def _attempt(
-    network: ModuleNetwork, module: nn.Module, data: Dataset, fold: int, kind: type[Exception]
-) -> Callable[[Tensor], bool]:
-    """Return a function that tells if the module fails on some rows with an error of ``kind``."""
-    targets = network.targets(data.y)
-
-    def fails(rows: Tensor) -> bool:
-        inputs = [x.cpu() for x in data.rows(fold, rows)]
-        y = targets[fold % len(targets)][rows].cpu()
-        try:
-            with torch.no_grad(), keyed_draws(CPU, 0, "check", host=True):
-                network.objective.losses(
-                    module, inputs, y, network.configs[0], names=network.shape.names
-                )
-        except Exception as error:
-            return type(error) is kind
-        return False
-
-    return fails

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gputune.errors import InputError
 from gputune.modules.calls import named_tensors, not_trained, put_numbers, state_of
 from gputune.modules.construction import hidden_sides, name_of
-from gputune.modules.module import ModuleNetwork
+from gputune.modules.network import ModuleNetwork
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.classes import RowUpdate, class_of, class_of_rule, loop_reason
 from gputune.optimizers.optimizer import Optimizer

@@ -11,47 +11,25 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Self, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
 from gputune.errors import InputError
-from gputune.memory import CPU
 from gputune.models import Dropout
-from gputune.modules.calls import (
-    ModuleDraws,
-    Rounded,
-    Stateless,
-    convert,
-    draws_of,
-    named_tensors,
-    put_numbers,
-    replay_draws,
-    state_of,
-)
-from gputune.modules.construction import (
-    Builder,
-    build_module,
-    dropout_rates,
-    hidden_sides,
-    layers_of,
-    name_of,
-    start_from,
-)
+from gputune.modules.calls import ModuleDraws, Rounded, Stateless, draws_of, replay_draws
+from gputune.modules.construction import hidden_sides, name_of
 from gputune.modules.mapped import Mapped
+from gputune.modules.network import ModuleNetwork
 from gputune.modules.substitutes import Substitutes, differentiate_statistics, make_mappable
 from gputune.modules.trace import TraceError, clones
 from gputune.modules.write_watch import Writes
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches, for_members
-from gputune.population.kinds import ModelKind
-from gputune.population.population import Shape, arguments_of, arguments_text, module_arguments
-from gputune.population.traits import Traits
-from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
-from gputune.types import Config, EvaluationKey, Params, StepKey
+from gputune.types import EvaluationKey, Params, StepKey
 
 _REFUSED_WRITE = "written-to tensor"
 """Part of PyTorch's error for a write into rows that several members share."""
@@ -61,137 +39,8 @@ Result = TypeVar("Result")
 WithBuffers: TypeAlias = tuple[Tensor, Params]
 """The results of all members, and the members' buffers (P, ...) after the call."""
 
-
-class ModuleNetwork:
-    """Base class for the members of a user's module: C trials on F folds with equal ``module__*``
-    values."""
-
-    exact = True
-    one_by_one = False
-    kind: ModelKind = "module"
-    copies_rows = False
-    """True if the user's code always receives copies of the rows, so that it may write into
-    them."""
-
-    def __init__(
-        self,
-        builder: Builder,
-        configs: Sequence[Config],
-        shape: Shape,
-        *,
-        seed: int,
-        traits: Traits | None = None,
-        objective: Objective | None = None,
-    ) -> None:
-        traits = traits or Traits()
-        objective = objective or Objective("mse" if shape.n_outputs == 1 else "cross_entropy")
-        self.objective = objective.like(shape.dtype, shape.device)
-        self.builder = builder
-        self.configs = tuple(configs)
-        self.shape = shape
-        self.seed = seed
-        # ``unstackable`` alone never decides: such members form a ``LoopedModule``, which always
-        # copies rows.
-        if traits.writes or traits.unstackable or self.copies_rows:
-            self.objective = replace(self.objective, copies=True)
-        self.traits = traits
-        self.least_rows = traits.least_rows
-        self.alone = traits.alone
-        self.evaluation_draws = traits.evaluation_draws
-        self.template = self.plain(shape.device)
-        self.scheduled = dropout_rates(self.template)
-        parameters = dict(self.template.named_parameters())
-        buffers = dict(self.template.named_buffers())
-        changing = dict.fromkeys(traits.changing)
-        if hasattr(self.template, "start_from"):  # start_from may set any buffer
-            saved = self.template.state_dict()
-            changing |= dict.fromkeys(name for name in buffers if name in saved)
-        self.mutable = state_of(self.template, changing)
-        self.trainable: Params = {}
-        self.frozen: Params = {}
-        for name, w in (parameters | buffers).items():
-            if w.requires_grad and name in parameters and name not in traits.unused:
-                self.trainable[name] = w.detach()
-            elif name not in self.mutable:
-                self.frozen[name] = w.detach()
-        self.members = (shape.folds, len(configs))
-        self.loss_values = self.objective.values(
-            self.configs, torch.empty(0, dtype=shape.dtype, device=shape.device)
-        )
-        self.widest = max(traits.widest, shape.n_features)
-        self._lay_out()
-        self.stateless = Stateless(self.template)
-
-    def _lay_out(self) -> None:
-        """Set the layout of the members' flat buffers: ``trained`` for the parameters, and
-        ``blocks`` for the complete state."""
-        raise NotImplementedError
-
-    def values(self, params: Params, fold: int, trial: int) -> Params:
-        """Return the named tensors of one member, in their original shapes."""
-        raise NotImplementedError
-
-    @property
-    def constants(self) -> object:
-        config = self.configs[0]
-        if self.objective.is_named:
-            return arguments_text(config)
-        return arguments_text(config), repr(arguments_of(config, "loss__"))
-
-    def plain(self, device: torch.device) -> nn.Module:
-        """Return a new, untrained module, built with the arguments that all trials share."""
-        module = build_module(
-            self.builder, module_arguments(self.configs[0]), self.shape, seed=self.seed
-        )
-        return convert(module, self.shape.dtype).to(device)
-
-    def starts(self) -> list[Params]:
-        """Return the initial tensors for each fold. All members of a fold start from the same
-        tensors.
-
-        The tensors are fitted to the fold's rows if the module has a ``start_from``.
-        """
-        common = self.trainable | self.mutable
-        if self.shape.rows is None or not hasattr(self.template, "start_from"):
-            return [common] * self.shape.folds
-        starts = []
-        for fold in range(self.shape.folds):
-            module = self.plain(self.shape.device)
-            start_from(module, *self.shape.rows(fold), seed=self.seed)
-            fitted = named_tensors(module).items()
-            starts.append(common | {name: w.detach() for name, w in fitted if name in common})
-        return starts
-
-    def targets(self, y: Tensor) -> Tensor:
-        y = y.to(self.shape.dtype) if y.is_floating_point() else y
-        return y if y.dim() > 1 else y[None]
-
-    def with_configs(self, configs: Sequence[Config]) -> Self:
-        return type(self)(
-            self.builder,
-            configs,
-            self.shape,
-            seed=self.seed,
-            traits=self.traits,
-            objective=self.objective,
-        )
-
-    def layers(self) -> dict[str, int]:
-        owners = layers_of(self.template)
-        return {name: owners.index(name.rpartition(".")[0]) for name in self.trainable}
-
-    def member(self, params: Params, fold: int, trial: int) -> nn.Module:
-        """Return one member as a plain module in evaluation mode, on the CPU."""
-        # The template is not copied, because attributes other than parameters and buffers cannot
-        # always be copied.
-        module = self.plain(CPU)
-        values = self.values(params, fold, trial) | self.frozen
-        with torch.no_grad():
-            for name, tensor in named_tensors(module).items():
-                if not torch.equal(tensor, values[name].cpu()):
-                    tensor.copy_(values[name])
-            put_numbers(module, {name: values[name] for name in self.mutable})
-        return module.eval()
+DrawsOfCall: TypeAlias = Callable[[], AbstractContextManager[object]]
+"""Makes a context with the random numbers of one call of the members of a fold."""
 
 
 class StackedModule(ModuleNetwork):
@@ -266,7 +115,6 @@ class StackedModule(ModuleNetwork):
             return self.objective.losses(module.train(), inputs, y, self.configs[0], names=names)
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
-        trials = len(self.configs)
         # (F, C, ...) -> (P, ...). ``batch.folds`` is a slice, so these tensors, and the parts of
         # ``grads`` below, are views. A copy into them writes into ``params`` or ``grads``.
         members = {name: w[batch.folds].flatten(0, 1) for name, w in params.items()}
@@ -279,9 +127,7 @@ class StackedModule(ModuleNetwork):
                 # Copies, because the members' own tensors share a counter of writes with the
                 # leaves, and autograd requires unwritten leaves.
                 tensors[name] = members[name].to(start.dtype, copy=True)
-            rows = [for_members(x, trials) for x in inputs]
-            with self._draws(batch):
-                return self._losses(tensors, rows, batch)
+            return self._losses(tensors, inputs, batch)
 
         with torch.enable_grad():
             loss, after = self._with_copies_if_refused(losses)
@@ -297,26 +143,31 @@ class StackedModule(ModuleNetwork):
         for name, buffer in after.items():
             members[name].copy_(buffer.detach())
 
-    def _draws(self, batch: Batch) -> AbstractContextManager[object]:
-        """Inside the context, random operations use the minibatch's random numbers. These were made
-        in advance, or come from the minibatch's random stream."""
+    def _draws(self, batch: Batch) -> DrawsOfCall:
+        """Return a context in which random operations use the minibatch's random numbers.
+
+        These were made in advance, or come from the minibatch's random stream.
+        """
         if isinstance(batch.draws, tuple):
-            return replay_draws(batch.draws)
+            return partial(self._replay, batch.draws)
         if not self.traits.draws:
-            return nullcontext()
+            return nullcontext
         return self._draws_of(partial(self.plain_losses, batch), "dropout", *batch.key)
 
-    def _draws_of(
-        self, forward: Callable[[], object], *key: object
-    ) -> AbstractContextManager[object]:
-        """Inside the context, all members use the random numbers that one plain member makes in
-        ``forward``. They come from the random stream of ``key``."""
+    def _replay(self, draws: Sequence[Tensor]) -> AbstractContextManager[object]:
+        """Inside the context, random operations return the tensors ``draws``."""
+        # The operations after a draw may write into it, and every fold reads the same draws.
+        return replay_draws(clones(draws) if self.traits.common_rows else draws)
+
+    def _draws_of(self, forward: Callable[[], object], *key: object) -> DrawsOfCall:
+        """Return a context in which all members use the random numbers that one plain member makes
+        in ``forward``. They come from the random stream of ``key``."""
         keyed = partial(keyed_draws, self.shape.device, self.seed, *key)
         try:
             with keyed():
-                return replay_draws(draws_of(forward))
+                return partial(self._replay, draws_of(forward))
         except TraceError:
-            return keyed()
+            return keyed
 
     def _losses(self, members: Params, inputs: Sequence[Tensor], batch: Batch) -> WithBuffers:
         """Return the loss of each row of a minibatch, (F, C, B), and the buffers after the
@@ -332,10 +183,14 @@ class StackedModule(ModuleNetwork):
                 config = self.configs[0]
                 return self.objective.losses(module, rows, y, config, names=self.shape.names)
 
-            tensors = [*inputs, for_members(batch.y, trials)]
-            losses, after = self._mapped(member_losses, members, tensors, True)
+            tensors = [*inputs, batch.y]
+            losses, after = self._on_folds(
+                member_losses, members, tensors, training=True, draws=self._draws(batch)
+            )
             return losses.view(-1, trials, *losses.shape[1:]), after
-        outputs, after = self._forward(members, inputs, training=True)
+        outputs, after = self._on_folds(
+            self._member_outputs, members, inputs, training=True, draws=self._draws(batch)
+        )
         outputs = _with_columns(outputs).to(self.shape.dtype)
         outputs = outputs.view(-1, trials, *outputs.shape[1:])  # (F, C, B, K)
         if self.shape.present is not None:
@@ -345,16 +200,16 @@ class StackedModule(ModuleNetwork):
     def outputs(
         self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None
     ) -> Tensor:
-        trials = len(self.configs)
         members = {name: w[fold] for name, w in params.items()}
-        rows = [x.expand(trials, *x.shape) for x in inputs]
+        rows = [x[None] for x in inputs]  # one fold
 
         def outputs() -> Tensor:
-            draws: AbstractContextManager[object] = nullcontext()
+            draws: DrawsOfCall = nullcontext
             if self.evaluation_draws and key is not None:
                 draws = self._draws_of(partial(self._plain_outputs, inputs), "evaluation", *key)
-            with draws:
-                return self._forward(members, rows, training=False)[0]
+            return self._on_folds(self._member_outputs, members, rows, training=False, draws=draws)[
+                0
+            ]
 
         return self._with_copies_if_refused(outputs)
 
@@ -376,15 +231,19 @@ class StackedModule(ModuleNetwork):
         """Return the members' outputs like ``differentiable``, and the members' buffers (P, ...)
         afterwards."""
 
+        # ``inputs`` repeat the rows of a fold for each of its members.
+        rows = [x[:: len(self.configs)] for x in inputs]
+
         def outputs() -> WithBuffers:
-            draws: AbstractContextManager[object] = nullcontext()
+            draws: DrawsOfCall = nullcontext
             if key is not None:
-                draws = keyed_draws(self.shape.device, self.seed, "dropout", *key)
+                draws = partial(keyed_draws, self.shape.device, self.seed, "dropout", *key)
             # the same draws in all evaluations, because a derivative compares them
             elif self.evaluation_draws:
-                draws = keyed_draws(self.shape.device, self.seed, "evaluation")
-            with draws:
-                return self._forward(params, inputs, training=key is not None)
+                draws = partial(keyed_draws, self.shape.device, self.seed, "evaluation")
+            return self._on_folds(
+                self._member_outputs, params, rows, training=key is not None, draws=draws
+            )
 
         return self._with_copies_if_refused(outputs)
 
@@ -401,12 +260,45 @@ class StackedModule(ModuleNetwork):
     def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
         return self.objective.rows(outputs, y, self.loss_values)
 
-    def _forward(self, members: Params, inputs: Sequence[Tensor], *, training: bool) -> WithBuffers:
-        """Return outputs (P, B, ...) of members (P, ...) on rows (P, B, ...), and the buffers
-        afterwards."""
-        return self._mapped(
-            partial(self.objective.outputs, names=self.shape.names), members, inputs, training
-        )
+    def _member_outputs(self, module: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the predictions of one member."""
+        return self.objective.outputs(module, inputs, self.shape.names)
+
+    def _on_folds(
+        self,
+        function: Callable[..., Tensor],
+        members: Params,
+        tensors: Sequence[Tensor],
+        *,
+        training: bool,
+        draws: DrawsOfCall,
+    ) -> WithBuffers:
+        """Call a function for the members (P, ...) of F folds and the rows (F, B, ...) of their
+        folds, and return the results (P, ...).
+
+        Also returns the members' buffers afterwards.
+        """
+        trials = len(self.configs)
+        if not self.traits.common_rows:
+            rows = [for_members(x, trials) for x in tensors]
+            with draws():
+                return self._mapped(function, members, rows, training)
+        # One call for each fold, because the members of a fold share their rows. vmap computes
+        # everything before the first trained tensor only once.
+        parts: dict[str, tuple[Tensor, ...]] = {}
+        for name, w in members.items():
+            parts[name] = w.view(-1, trials, *w.shape[1:]).unbind()
+        results = []
+        buffers: dict[str, list[Tensor]] = {name: [] for name in self.mutable}
+        for fold, rows_of_fold in enumerate(zip(*tensors, strict=True)):
+            of_fold = {name: part[fold] for name, part in parts.items()}
+            with draws():
+                result, after = self._mapped(function, of_fold, rows_of_fold, training)
+            results.append(result)
+            for name, buffer in after.items():
+                buffers[name].append(buffer)
+        joined = {name: torch.cat(of_folds) for name, of_folds in buffers.items()}
+        return torch.cat(results), joined
 
     def _mapped(
         self,
@@ -418,13 +310,14 @@ class StackedModule(ModuleNetwork):
         """Call a function for each member with the member's part of tensors (P, ...), and return
         the results.
 
-        Also returns the members' buffers afterwards. The tensors are copied if the module may write
-        into rows that members share.
+        If rows are common, the tensors have no axis of members. Also returns the members' buffers
+        afterwards. The tensors are copied if the module may write into rows that members share.
         """
         call = training, torch.is_grad_enabled(), *(x.shape for x in tensors)
         # In training, members of several folds have separate rows, which no other step reads,
         # because ``for_members`` copies the rows of several folds.
-        shared = not training or any(len(x) > 1 and x.stride(0) == 0 for x in tensors)
+        shared = not training or self.traits.common_rows
+        shared = shared or any(len(x) > 1 and x.stride(0) == 0 for x in tensors)
         if self.objective.copies or not shared or call in self.harmless_calls:
             return self._map(function, members, tensors, training)
         # A module was tried on few rows, and it may write only if there are more. Therefore the
@@ -476,7 +369,9 @@ class StackedModule(ModuleNetwork):
         warns(False)
         try:
             with Mapped(), Rounded() if rounded else nullcontext(), Substitutes():
-                mapped = vmap(call_member, randomness="same")
+                row_axis = None if self.traits.common_rows else 0
+                axes = (0, *[row_axis] * len(tensors))
+                mapped = vmap(call_member, axes, randomness="same")
                 result: WithBuffers = mapped(members, *tensors)
                 return result
         except IndexError as error:

@@ -31,6 +31,9 @@ class Traits:
     # names of the buffers with a rate of gputune.models.Dropout
     scheduled: tuple[str, ...] = ()
     unstackable: str = ""  # why its members cannot be stacked, or ""
+    # whether stacked members read the rows of a fold without copies for each member
+    common_rows: bool = False
+    frozen: int = 0  # number of frozen parameters
     # whether a row's outputs are positive with the sum 1, as after a softmax
     probabilities: bool = False
     # by how much members were measured to train faster one by one; "" if not, or not known

@@ -13,7 +13,7 @@ from torch import nn
 import gputune
 from gputune.errors import InputError
 from gputune.modules.construction import call_arguments, hint
-from gputune.modules.inspection import explain
+from gputune.modules.failures import explain
 from gputune.modules.module import StackedModule
 from problems import Linear, fill, make_data, shape_of, variant
 

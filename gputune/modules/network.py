@@ -1,0 +1,152 @@
+"""The base class of the members of a user's module, which are stacked or train one by one.
+
+A member is one trial on one fold. All members of one network have equal ``module__*`` values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from gputune.memory import CPU
+from gputune.modules.calls import Stateless, convert, named_tensors, put_numbers, state_of
+from gputune.modules.construction import Builder, build_module, dropout_rates, layers_of, start_from
+from gputune.population.kinds import ModelKind
+from gputune.population.population import Shape, arguments_of, arguments_text, module_arguments
+from gputune.population.traits import Traits
+from gputune.scoring.objective import Objective
+from gputune.types import Config, Params
+
+
+class ModuleNetwork:
+    """Base class for the members of a user's module: C trials on F folds with equal ``module__*``
+    values."""
+
+    exact = True
+    one_by_one = False
+    kind: ModelKind = "module"
+    copies_rows = False
+    """True if the user's code always receives copies of the rows, so that it may write into
+    them."""
+
+    def __init__(
+        self,
+        builder: Builder,
+        configs: Sequence[Config],
+        shape: Shape,
+        *,
+        seed: int,
+        traits: Traits | None = None,
+        objective: Objective | None = None,
+    ) -> None:
+        traits = traits or Traits()
+        objective = objective or Objective("mse" if shape.n_outputs == 1 else "cross_entropy")
+        self.objective = objective.like(shape.dtype, shape.device)
+        self.builder = builder
+        self.configs = tuple(configs)
+        self.shape = shape
+        self.seed = seed
+        # ``unstackable`` alone never decides: such members form a ``LoopedModule``, which always
+        # copies rows.
+        if traits.writes or traits.unstackable or self.copies_rows:
+            self.objective = replace(self.objective, copies=True)
+        self.traits = traits
+        self.least_rows = traits.least_rows
+        self.alone = traits.alone
+        self.evaluation_draws = traits.evaluation_draws
+        self.template = self.plain(shape.device)
+        self.scheduled = dropout_rates(self.template)
+        parameters = dict(self.template.named_parameters())
+        buffers = dict(self.template.named_buffers())
+        changing = dict.fromkeys(traits.changing)
+        if hasattr(self.template, "start_from"):  # start_from may set any buffer
+            saved = self.template.state_dict()
+            changing |= dict.fromkeys(name for name in buffers if name in saved)
+        self.mutable = state_of(self.template, changing)
+        self.trainable: Params = {}
+        self.frozen: Params = {}
+        for name, w in (parameters | buffers).items():
+            if w.requires_grad and name in parameters and name not in traits.unused:
+                self.trainable[name] = w.detach()
+            elif name not in self.mutable:
+                self.frozen[name] = w.detach()
+        self.members = (shape.folds, len(configs))
+        self.loss_values = self.objective.values(
+            self.configs, torch.empty(0, dtype=shape.dtype, device=shape.device)
+        )
+        self.widest = max(traits.widest, shape.n_features)
+        self._lay_out()
+        self.stateless = Stateless(self.template)
+
+    def _lay_out(self) -> None:
+        """Set the layout of the members' flat buffers: ``trained`` for the parameters, and
+        ``blocks`` for the complete state."""
+        raise NotImplementedError
+
+    def values(self, params: Params, fold: int, trial: int) -> Params:
+        """Return the named tensors of one member, in their original shapes."""
+        raise NotImplementedError
+
+    @property
+    def constants(self) -> object:
+        config = self.configs[0]
+        if self.objective.is_named:
+            return arguments_text(config)
+        return arguments_text(config), repr(arguments_of(config, "loss__"))
+
+    def plain(self, device: torch.device) -> nn.Module:
+        """Return a new, untrained module, built with the arguments that all trials share."""
+        module = build_module(
+            self.builder, module_arguments(self.configs[0]), self.shape, seed=self.seed
+        )
+        return convert(module, self.shape.dtype).to(device)
+
+    def starts(self) -> list[Params]:
+        """Return the initial tensors for each fold. All members of a fold start from the same
+        tensors.
+
+        The tensors are fitted to the fold's rows if the module has a ``start_from``.
+        """
+        common = self.trainable | self.mutable
+        if self.shape.rows is None or not hasattr(self.template, "start_from"):
+            return [common] * self.shape.folds
+        starts = []
+        for fold in range(self.shape.folds):
+            module = self.plain(self.shape.device)
+            start_from(module, *self.shape.rows(fold), seed=self.seed)
+            fitted = named_tensors(module).items()
+            starts.append(common | {name: w.detach() for name, w in fitted if name in common})
+        return starts
+
+    def targets(self, y: Tensor) -> Tensor:
+        y = y.to(self.shape.dtype) if y.is_floating_point() else y
+        return y if y.dim() > 1 else y[None]
+
+    def with_configs(self, configs: Sequence[Config]) -> Self:
+        return type(self)(
+            self.builder,
+            configs,
+            self.shape,
+            seed=self.seed,
+            traits=self.traits,
+            objective=self.objective,
+        )
+
+    def layers(self) -> dict[str, int]:
+        owners = layers_of(self.template)
+        return {name: owners.index(name.rpartition(".")[0]) for name in self.trainable}
+
+    def member(self, params: Params, fold: int, trial: int) -> nn.Module:
+        """Return one member as a plain module in evaluation mode, on the CPU."""
+        # The template is not copied, because attributes other than parameters and buffers cannot
+        # always be copied.
+        module = self.plain(CPU)
+        values = self.values(params, fold, trial) | self.frozen
+        with torch.no_grad():
+            for name, tensor in named_tensors(module).items():
+                if not torch.equal(tensor, values[name].cpu()):
+                    tensor.copy_(values[name])
+            put_numbers(module, {name: values[name] for name in self.mutable})
+        return module.eval()
