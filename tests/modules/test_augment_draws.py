@@ -20,12 +20,18 @@ OPTIONS = {
 }
 
 AUGMENTATIONS = {
-    "rand": lambda x, generator: x + torch.rand(x.shape, generator=generator),
-    "randn": lambda x, generator: x + torch.randn(x.shape, generator=generator),
-    "randint": lambda x, generator: x + torch.randint(0, 5, x.shape, generator=generator),
-    "randperm": lambda x, generator: (x + x[torch.randperm(len(x), generator=generator)]) / 2,
+    "rand": lambda x, generator: x + torch.rand(x.shape, generator=generator, device=x.device),
+    "randn": lambda x, generator: x + torch.randn(x.shape, generator=generator, device=x.device),
+    "randint": lambda x, generator: (
+        x + torch.randint(0, 5, x.shape, generator=generator, device=x.device)
+    ),
+    "randperm": lambda x, generator: (
+        (x + x[torch.randperm(len(x), generator=generator, device=x.device)]) / 2
+    ),
     "normal_": lambda x, generator: x + torch.empty_like(x).normal_(generator=generator),
-    "normal": lambda x, generator: x + torch.normal(0.0, 1.0, x.shape, generator=generator),
+    "normal": lambda x, generator: (
+        x + torch.normal(0.0, 1.0, x.shape, generator=generator, device=x.device)
+    ),
     "bernoulli": lambda x, generator: x * torch.bernoulli(x.sigmoid(), generator=generator),
     "exponential_": lambda x, generator: x + torch.empty_like(x).exponential_(generator=generator),
 }
@@ -43,6 +49,6 @@ def test_an_augmentation_that_draws_from_its_generator_is_stacked(name):
 
 
 def test_an_augmentation_that_draws_from_another_generator_is_named(capsys):
-    tune(lambda x, generator: x + torch.randn(x.shape), verbose=1)
+    tune(lambda x, generator: x + torch.randn_like(x), verbose=1)
     said = " ".join(capsys.readouterr().err.split())
     assert "<lambda> draws random numbers without its argument generator; pass g" in said

@@ -103,7 +103,7 @@ def centres(module, batch):
     them."""
     x, y = batch
     outputs = module(x)
-    distances = (outputs - torch.linspace(-1, 1, 30)).square()
+    distances = (outputs - torch.linspace(-1, 1, 30, device=x.device)).square()
     return (outputs[:, 0] - y).square() + 0 * distances.mean(1)
 
 
@@ -147,6 +147,7 @@ def test_the_class_weights_of_a_loss_follow_the_dtype(dtype, backend):
     assert np.isfinite(study.best_score)
 
 
+@pytest.mark.cpu  # a GPU trains tables in single precision
 def test_the_class_weights_of_an_estimators_criterion_follow_the_dtype_of_the_rows():
     for weights in (WEIGHTS, WEIGHTS.double()):
         criterion = nn.CrossEntropyLoss(weight=weights)
@@ -271,7 +272,7 @@ def focal(outputs, y):
 
 
 def policy_gradient(outputs, y):
-    gain = torch.where(torch.arange(len(y)) % 2 == 0, 1.0, -0.1)
+    gain = torch.where(torch.arange(len(y), device=y.device) % 2 == 0, 1.0, -0.1)
     return functional.nll_loss(outputs.log_softmax(1) * gain[:, None], y)
 
 
@@ -298,7 +299,7 @@ def test_a_likelihood_of_other_numbers_than_log_probabilities_is_refused(place):
 
 def test_several_outputs_for_one_number_are_told_the_custom_target():
     def quantiles(outputs, y):
-        levels = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
+        levels = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], device=y.device)
         gap = y[:, None] - outputs
         return torch.maximum(levels * gap, (levels - 1) * gap).mean(1)
 

@@ -144,11 +144,9 @@ class Caching(Net):
 
     def forward(self, x):
         if self.table is None:
-            self.table = torch.ones(x.shape[1], dtype=x.dtype)
+            self.table = x.new_ones(x.shape[1])
         if not hasattr(self, "scale"):
-            self.register_buffer(
-                "scale", torch.full((x.shape[1],), 2.0, dtype=x.dtype), persistent=False
-            )
+            self.register_buffer("scale", x.new_full((x.shape[1],), 2.0), persistent=False)
         self.last = x
         self.calls = self.calls + 1
         self.log.append(len(x))

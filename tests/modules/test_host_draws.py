@@ -267,6 +267,7 @@ def search(model, **more):
     return gputune.tune(model, X, (X.sum(1) > 0).long(), **{**options, **more})
 
 
+@pytest.mark.cpu  # on a GPU, gputune also measures the memory of a few steps
 @pytest.mark.parametrize("seed", range(12))
 def test_a_layer_that_is_left_out_by_a_rare_draw_is_left_out_in_each_step(seed):
     random.seed(seed)

@@ -363,4 +363,16 @@ _utils._cuda_load_module = lambda binary, names: {
     name: Kernel(binary.decode(), name) for name in names
 }
 torch._C._cuda_getCurrentRawStream = lambda device: 0  # what torch.compile imports
+_clone_storage = torch.UntypedStorage.clone
+
+
+def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """Return a copy of a storage: torch makes those of its own devices only."""
+    if storage.device.type == "cpu":
+        return _clone_storage(storage)
+    values = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return values.clone().untyped_storage()
+
+
+torch.UntypedStorage.clone = _clone  # type: ignore[method-assign]
 torch.cuda.random.manual_seed_all = _FUNCTIONS["manual_seed_all"]
