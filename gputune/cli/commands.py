@@ -135,7 +135,7 @@ def _for_resume(rule: Rule) -> Rule:
     return replace(rule, help=str(rule.resume), details="", default=default)
 
 
-def _flags(*flags: Flag) -> dict[str, dict[str, Rule]]:
+def _flags(*flags: Rule) -> dict[str, dict[str, Rule]]:
     """Return a command's flags as one group, keyed by their names as Python arguments."""
     return {"Options": {flag.name[2:].replace("-", "_"): flag for flag in flags}}
 
@@ -309,9 +309,24 @@ _ALL = (
     Command(
         "check",
         "Check that results on a device equal those of a plain training loop, and measure the speed "
-        "(one minute)",
-        {},
+        "(one minute); or measure how your own module trains",
+        {
+            "file": (
+                f"[{_TABLE[0]}]",
+                f"{_TABLE[1]}, for --module; without a file, gputune uses a random table of 8 "
+                "columns and 3 classes",
+            )
+        },
         _flags(
+            Flag(
+                "--module <FILE.py:NAME>",
+                "Your own module, instead of the check of the device",
+                "gputune prints the backend in which a long search trains the module, the reason "
+                "why a faster backend does not train it, and the time of a step in each backend "
+                "and in a plain PyTorch loop.",
+            ),
+            Flag("--target <NAME>", "Column to predict, for a FILE"),
+            _SET,
             Flag(
                 "--device <NAME>",
                 "Device to check",
@@ -321,6 +336,7 @@ _ALL = (
             ),
             Flag("--json", "Print the table as JSON"),
         ),
+        ("gputune check --device cuda", "gputune check --module net.py:Net data.csv --target y"),
     ),
     Command(
         "repair",

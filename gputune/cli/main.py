@@ -32,7 +32,7 @@ from gputune.errors import (
     Terminated,
 )
 from gputune.garbage import without_collector
-from gputune.text import clean, count, did_you_mean
+from gputune.text import clean, did_you_mean
 from gputune.tuning.interrupt import end_command, end_process, take_signals
 from gputune.wording import Interface
 
@@ -40,7 +40,8 @@ _MODULES = {
     **dict.fromkeys(("tune", "train", "resume"), "tune"),
     **dict.fromkeys(("trials", "best", "status", "report", "repair"), "study"),
     **dict.fromkeys(("predict", "evaluate", "export"), "model"),
-    **dict.fromkeys(("check", "help"), "main"),
+    "check": "check",
+    "help": "main",
     "completion": "completion",
 }
 """Maps each command to the module of its function. The function returns the text for standard
@@ -191,39 +192,6 @@ def help(arguments: argparse.Namespace) -> str:
             "COMMAND", "must be a command of gputune", got=arguments.topic, remedy=remedy.strip()
         )
     return command_help(COMMANDS[arguments.topic], full=True, width=width, style=style)
-
-
-def check(arguments: argparse.Namespace) -> str:
-    """Return the table of ``gputune check``, or JSON.
-
-    Raises CheckFailedError with the same text if a guarantee does not hold.
-    """
-    with without_collector():
-        from tqdm.auto import tqdm
-
-        from gputune.check.check import check as check_device
-        from gputune.check.check import checks_of, timed_of
-        from gputune.engine.backend import choose_device
-
-    device = choose_device(arguments.device)
-    total = len(timed_of(device)) + len(checks_of(device))
-    with tqdm(total=total, unit="check", disable=None, leave=False, dynamic_ncols=True) as bar:
-
-        def show_progress(name: str) -> None:
-            bar.set_postfix_str(name)
-            bar.update()
-
-        report = check_device(device, show_progress)
-    text = report.json() if arguments.json else CommandLine().render(str(report))
-    if not report.ok:
-        failed = sum(not row.ok for row in report.rows)
-        raise CheckFailedError(
-            f"{failed} of {count(len(report.rows), 'check')} failed on {report.device}, so do not "
-            "trust results from this device. Please report the table, with the versions in its "
-            "first line.",
-            report=text,
-        )
-    return text
 
 
 def _write(text: str, *, command: str) -> int:

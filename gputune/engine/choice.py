@@ -32,7 +32,8 @@ from gputune.engine.backend import (
     read_findings,
     torch_threads,
 )
-from gputune.engine.backends.selection import choose_backend, trains_as
+from gputune.engine.backends.base import TrialWork
+from gputune.engine.backends.selection import choose_backend, refusals, trains_as
 from gputune.engine.backends.table import backend_named
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.members import MemberChunk
@@ -48,7 +49,7 @@ from gputune.population.kinds import ModelKind, hidden_layers, is_module
 from gputune.population.population import Population, complete, populations
 from gputune.population.traits import FastestWay
 from gputune.scoring.scoring import Validation
-from gputune.types import BackendWord, Config
+from gputune.types import BackendWord, Config, Say
 
 # Seconds on the CPU. A GPU needs some of this time only to make a context and load libraries.
 _SOON = 5.0
@@ -188,11 +189,15 @@ WIDTH = 64
 BATCH = 32
 FEW = 4
 MANY = {"cpu": 40, "cuda": 200}
-"""The number of trials that train on each type of device. A trial trains one network per fold."""
+"""The largest number of trials that train on each type of device. A trial trains one network per
+fold."""
 
 # 640 rows make 16 steps an epoch. First-use work and the recording fall into the first two epochs.
 _ROWS = 640
 _EPOCHS = 6
+# A slow device trains fewer trials than ``MANY``, so that an epoch takes about 4 seconds.
+_FEWEST_EPOCHS = 3
+_LONGEST_EPOCH = 4.0
 _LONG = 10**6  # epochs of a horizon over which a recording pays off, as in the search
 
 
@@ -218,23 +223,28 @@ def measure_speed(device: torch.device, backend: str) -> Speed:
         task="multiclass",
         target=y,
     )
-    job = Job(seed=0, epochs=_EPOCHS, horizon=_LONG, backend=backend)
     config = {"width": WIDTH, "batch_size": BATCH}
 
-    def seconds_of_a_step(trials: int) -> float:
+    def seconds_of_an_epoch(trials: int, epochs: int) -> float:
         rates = np.geomspace(1e-4, 1e-2, trials).tolist()
         configs = tuple(
             complete({"lr": lr, **config}, optimizer="adamw", schedule="constant") for lr in rates
         )
+        job = Job(seed=0, epochs=epochs, horizon=_LONG, backend=backend)
         with torch_threads(cores() if backend_named(backend).shares_threads else 1):
-            seconds = _fastest_epoch(
+            return _fastest_epoch(
                 job, data, Population("mlp", tuple(range(trials)), configs), time.perf_counter
             )
-        return seconds / math.ceil(max(data.train_lengths) / BATCH)
 
+    steps = math.ceil(max(data.train_lengths) / BATCH)
+    few_epoch = seconds_of_an_epoch(FEW, _EPOCHS)
     many = MANY[device.type]
-    few_seconds = seconds_of_a_step(FEW)
-    many_seconds = seconds_of_a_step(many)
+    epochs = _EPOCHS
+    if few_epoch * many > _LONGEST_EPOCH * FEW:  # a slow device
+        many = max(2 * FEW, int(_LONGEST_EPOCH / few_epoch * FEW))
+        epochs = _FEWEST_EPOCHS
+    few_seconds = few_epoch / steps
+    many_seconds = seconds_of_an_epoch(many, epochs) / steps
     # Two measurements give both unknowns of: seconds = step + member * (number of members).
     member = max(0.0, many_seconds - few_seconds) / (FOLDS * (many - FEW))
     return Speed(max(0.0, few_seconds - FOLDS * FEW * member), member)
@@ -281,51 +291,71 @@ class _Enough(Exception):
 _TOO_SHORT = "the training is too short for compiled code to pay off"
 
 
-def fastest_way(job: Job, data: Dataset, group: Population, *, member_steps: float) -> FastestWay:
+def fastest_way(
+    job: Job, data: Dataset, group: Population, *, member_steps: float, tell: Say | None = None
+) -> FastestWay:
     """Time three ways to train trials of one tensor shape: one by one, stacked, and in compiled
     code.
 
     Args:
         member_steps: Total number of steps of all members of the search that train like this group.
+        tell: A function to call with a description before each timing.
     """
+    tell = tell or _say_nothing
     data = data.of(group.configs[0])
-    rows = _STEPS * group.configs[0]["batch_size"]
-    short_data = replace(
-        data, folds=tuple(Fold(fold.train[:rows], fold.valid) for fold in data.folds)
-    )
+    short_data = _few_steps(data, group)
+    tell("one by one")
     loop = _try_way(
         "training one by one", job, lambda: _seconds(job, short_data, group.part(0, 1), "loop")
     )
+    seconds = {"loop": loop.seconds}
     if loop.seconds * member_steps < _WORTH_SECONDS:
-        return FastestWay(uncoded=_TOO_SHORT)
+        return FastestWay(uncoded=_TOO_SHORT, seconds=seconds)
+    tell("recorded")
     timed = group.part(0, min(_TRIALS, len(group.index)))
     stacked = _try_way(
         "training stacked", job, lambda: _seconds(job, short_data, timed, "recorded")
     )
+    seconds["recorded"] = stacked.seconds
     if loop.error is not None and stacked.error is not None:
         raise loop.error  # of the module itself, which no backend can train
     fastest = min(loop.seconds, stacked.seconds)
     uncoded = _TOO_SHORT
     if fastest * member_steps > _CODE_SECONDS:
-        coded = _try_way("compiled code", job, lambda: _compiled_seconds(job, data, group)).seconds
+        tell("compiled")
+        code = _try_way("compiled code", job, lambda: _compiled_seconds(job, data, group))
+        coded = seconds["compiled"] = code.seconds
         if _MARGIN * coded < fastest:
-            return FastestWay(gain=fastest - coded)
+            return FastestWay(gain=fastest - coded, seconds=seconds)
         job.pool.drop_timed(group.configs)
-        uncoded = "compiled code cannot train this module"
-        if coded < math.inf:
+        if code.error is None:
             uncoded = (
                 f"a training step of one trial on one fold takes {1e3 * coded:.3g} ms in compiled "
                 f"code, and {1e3 * fastest:.3g} ms without"
             )
+        else:  # the plan also has the sentence about a failure
+            has_failed = code.sentence in job.pool.failures
+            uncoded = "compiled code failed" if has_failed else code.sentence
     if stacked.error is not None:
-        return FastestWay(stacked.sentence)
+        return FastestWay(stacked.sentence, seconds=seconds)
     if stacked.seconds < _MARGIN * loop.seconds:
-        return FastestWay(uncoded=uncoded)
+        return FastestWay(uncoded=uncoded, seconds=seconds)
     slow = (
         f"a training step of one trial on one fold takes {1e3 * loop.seconds:.3g} ms one by one, "
         f"and {1e3 * stacked.seconds:.3g} ms in stacked training"
     )
-    return FastestWay(slow)
+    return FastestWay(slow, seconds=seconds)
+
+
+def _few_steps(data: Dataset, group: Population) -> Dataset:
+    """Return the data with few training rows in each fold, so that an epoch has few steps."""
+    rows = _STEPS * group.configs[0]["batch_size"]
+    folds = [Fold(fold.train[:rows], fold.valid) for fold in data.folds]
+    return replace(data, folds=tuple(folds))
+
+
+def _say_nothing(_text: str) -> None:
+    """Do nothing, if nobody is told."""
 
 
 @dataclass(frozen=True)
@@ -345,10 +375,13 @@ class _Tried:
 def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
     """Time one way to train. If the timing fails, the search continues without this way.
 
-    ``ChunkPool.failures`` then has a sentence that the plan shows to the user.
+    ``ChunkPool.failures`` then has a sentence that the plan shows to the user, unless compiled code
+    does not exist for the module, which is no failure.
     """
     try:
         return _Tried(seconds())
+    except (TraceError, NotBuiltError) as error:
+        return _Tried(math.inf, error, f"{name} cannot train this module: {error}")
     except Exception as error:
         sentence = f"{name} failed: {words_unless_strict(error)}"
         job.pool.failures[sentence] = None
@@ -358,30 +391,34 @@ def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
 def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
     """Build compiled code for a module, and return the seconds of one training step of one member.
 
-    The result is infinity if there is no compiled code for the module. The timed chunk has all
-    trials, unless they are large. The training later uses this chunk.
+    Raises TraceError or NotBuiltError if there is no compiled code for the module. The timed chunk
+    has all trials, unless they are large. The training later uses this chunk.
     """
     network = job.network(data, group)
     chunk = group
     if network.blocks.size > _TIMED_NUMBERS:
         chunk = group.part(0, _TRIALS)
         network = job.network(data, chunk)
-    way = trains_as(job.backend, chunk.kind, chunk.configs[0])
-    if way != "recorded" or network.one_by_one:
-        return math.inf
-    try:
-        with torch_threads(1), torch.no_grad():
-            timed = MemberChunk(
-                cast(StackedModule, network),
-                Validation(data, job.scoring),
-                seed=job.seed,
-                horizon=job.horizon,
-            )
-            job.pool.keep_timed(timed)
-            return timed.seconds_of_a_step()
-    except (TraceError, NotBuiltError) as error:
-        job.pool.failures[f"not in compiled code: {error}"] = None
-        return math.inf
+    # Compiled code is written from recorded steps of stacked members.
+    for refusal in refusals("recorded", TrialWork(chunk.kind, chunk.configs[0])):
+        raise TraceError(refusal.reason)
+    if network.one_by_one:
+        raise TraceError("its members train one by one")
+    with torch_threads(1), torch.no_grad():
+        timed = MemberChunk(
+            cast(StackedModule, network),
+            Validation(data, job.scoring),
+            seed=job.seed,
+            horizon=job.horizon,
+        )
+        job.pool.keep_timed(timed)
+        return timed.seconds_of_a_step()
+
+
+def seconds_of_backend(job: Job, data: Dataset, group: Population, backend: str) -> float:
+    """Measure the seconds of one training step of one member in a backend, without the one-time
+    work of the first steps."""
+    return _seconds(job, _few_steps(data, group), group, backend)
 
 
 def _seconds(job: Job, data: Dataset, chunk: Population, backend: str) -> float:
@@ -396,8 +433,10 @@ def _seconds(job: Job, data: Dataset, chunk: Population, backend: str) -> float:
         pool=ChunkPool(),
         checkpointing=None,
     )
-    with torch_threads(1):  # the CPU time of this thread, whatever else the machine does
-        seconds = _fastest_epoch(short, data, chunk, time.process_time, patience=_PATIENCE_SECONDS)
+    # On a CPU the time of this process, whatever else the machine does.
+    clock = time.process_time if data.device.type == "cpu" else time.perf_counter
+    with torch_threads(1):
+        seconds = _fastest_epoch(short, data, chunk, clock, patience=_PATIENCE_SECONDS)
     size = int(chunk.configs[0]["batch_size"])
     return seconds / (sum(-(-len(fold.train) // size) for fold in data.folds) * len(chunk.index))
 

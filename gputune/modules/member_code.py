@@ -82,7 +82,8 @@ def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
     elif name == "zero" or base in ("zeros", "ones", "full"):
         yield writer.filled(out, kwargs.get("fill_value", float(base == "ones")))
     elif not base.startswith("empty"):
-        raise TraceError(f"{op.function} is not supported")
+        operation = str(op.function).removesuffix(".default")
+        raise TraceError(f"{operation} has no C code")
 
 
 def _small_first(operations: Sequence[Operation]) -> list[Operation]:

@@ -1,6 +1,8 @@
 """The traits of a user's module: properties that decide how its members are stacked and trained."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 
@@ -50,8 +52,11 @@ class FastestWay(NamedTuple):
             slower, or failed), or "".
         gain: The seconds that compiled code saves in a step of a member, or 0.0.
         uncoded: A clause that says why compiled code does not train, or "".
+        seconds: The seconds of a step of a member, by the name of each backend that was timed.
+            Infinity means that the backend cannot train the module.
     """
 
     slow: str = ""
     gain: float = 0.0
     uncoded: str = ""
+    seconds: Mapping[str, float] = MappingProxyType({})

@@ -1,7 +1,7 @@
 """The steps of a search on rows of data, from reading the rows to the finished study."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ from gputune.wording import PYTHON, Interface, option
 
 
 @dataclass(frozen=True, eq=False)
-class _Setup:
+class Setup:
     """A search that is ready to train: model, space, rows, trials and scoring."""
 
     problem: Problem
@@ -193,13 +193,8 @@ def preview(
     times some of their steps, as in a search. Raises the errors of a search for invalid options.
     """
     progress = Progress(verbose, interface=interface)
-    setup = _prepare(call, progress, None)
-    options = setup.problem.options
-    with _cluster(setup.problem) as cluster:
-        stop = Stop()
-        trainer = _trainer(setup, stop, cluster, progress)
-        context = Context(Ledger(None), options, progress, stop, trainer, setup.problem, Profile())
-        context.check_module(setup.first, first=True)
+    with prepared(call, progress) as (setup, context):
+        options = setup.problem.options
         context.method.check(context, setup.space, setup.trials)
         record = _record(setup, context)
         candidates = list(setup.trials)
@@ -216,6 +211,23 @@ def preview(
     return Preview(study, plan, setup.data.device, setup.problem.layout, stand_ins)
 
 
+@contextmanager
+def prepared(call: SearchCall, progress: Progress) -> Iterator[tuple[Setup, Context]]:
+    """Prepare a search that trains and writes nothing, during a ``with`` block.
+
+    The user's module has run on a few rows. Raises the errors of a search for invalid options.
+    """
+    setup = _prepare(call, progress, None)
+    with _cluster(setup.problem) as cluster:
+        stop = Stop()
+        trainer = _trainer(setup, stop, cluster, progress)
+        context = Context(
+            Ledger(None), setup.problem.options, progress, stop, trainer, setup.problem, Profile()
+        )
+        context.check_module(setup.first, first=True)
+        yield setup, context
+
+
 def _open_store(study: Path | None) -> AbstractContextManager[Store | None]:
     """Open the study file of a search that continues.
 
@@ -228,7 +240,7 @@ def _open_store(study: Path | None) -> AbstractContextManager[Store | None]:
     return nullcontext()
 
 
-def _prepare(call: SearchCall, progress: Progress, store: Store | None) -> _Setup:
+def _prepare(call: SearchCall, progress: Progress, store: Store | None) -> Setup:
     """Check the arguments of a search, and prepare its rows, folds and trials.
 
     Raises InputError.
@@ -247,7 +259,7 @@ def _prepare(call: SearchCall, progress: Progress, store: Store | None) -> _Setu
     scoring = _scoring(trained_problem, data, store)
     check_folds(scoring, data)
     _check_configs(trained_problem, trials, configs)
-    return _Setup(trained_problem, space, folds, trials, configs, data, scoring, first)
+    return Setup(trained_problem, space, folds, trials, configs, data, scoring, first)
 
 
 def _problem_and_space(call: SearchCall) -> tuple[Problem, CheckedSpace]:
@@ -341,7 +353,7 @@ def _earlier_scoring(store: Store | None) -> str | None:
     return "r2" if store is not None and store.meta.get("scoring") == "r2" else None
 
 
-def _record(setup: _Setup, context: Context) -> SearchRecord:
+def _record(setup: Setup, context: Context) -> SearchRecord:
     """Return the description of the search for the study file, with notes for the user."""
     problem = setup.problem
     data = setup.data
@@ -403,7 +415,7 @@ def _cluster(problem: Problem) -> AbstractContextManager[Connection | None]:
     return cluster.connect(machine.device)
 
 
-def _trainer(setup: _Setup, stop: Stop, cluster: Connection | None, progress: Progress) -> Trainer:
+def _trainer(setup: Setup, stop: Stop, cluster: Connection | None, progress: Progress) -> Trainer:
     """Return the trainer of the search, with the chosen backend.
 
     A message tells the user about a slow backend.
