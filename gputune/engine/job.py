@@ -242,9 +242,11 @@ class RungJob(Job):
         begun = BegunChunk.of(chunk).state
         if isinstance(begun, WaitingState) and begun.begun is not None:
             spare = begun.begun[1]
-        waiting = WaitingChunk(trained.chunk, spare=spare)
-        state = WaitingState(waiting, range(len(trained.alive)))
         device = trained.flat.device
+        # The main memory was enough for these trials before. A GPU's memory may be short, because a
+        # recording takes more at times.
+        waiting = WaitingChunk(trained.chunk, device.type == "cuda", spare=spare)
+        state = WaitingState(waiting, range(len(trained.alive)))
         # The trials that continue are copied on the device, twice for a moment.
         if device.type == "cuda" and 2 * state.nbytes > free_of_gpu(device):
             return state.cpu()

@@ -208,7 +208,7 @@ def train(
     scores_shape = shape_of_scores(scoring, data.n_folds)
     # (C, epochs, F), and (C, epochs, F, M) with several metrics.
     curves = np.full((len(chunk.configs), training.epochs, *scores_shape), np.nan)
-    each_epoch = np.array([operations(config, network.kind, data) for config in chunk.configs])
+    each_epoch = _operations_of(chunk, network.kind, data)
     spent = Spent()
     best = None
     if chunk.before is not None:
@@ -303,6 +303,18 @@ def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
     sizes = [data.n_features, *hidden, data.n_outputs]
     pairs = sum(3 * a * b for a, b in pairwise(sizes)) - sizes[0] * sizes[1]
     return float(2 * pairs * sum(data.train_lengths))
+
+
+def _operations_of(chunk: Population, kind: ModelKind, data: Dataset) -> np.ndarray:
+    """Return the number of floating-point operations of an epoch of each trial, (C,)."""
+    by_layers: dict[tuple[int, ...], float] = {}
+    counts = []
+    for config in chunk.configs:
+        layers = hidden_layers(config, kind)
+        if layers not in by_layers:
+            by_layers[layers] = operations(config, kind, data)
+        counts.append(by_layers[layers])
+    return np.array(counts)
 
 
 def _train_epochs(

@@ -20,10 +20,12 @@ class WaitingChunk:
     """A chunk that waits until its trials continue. All states of its trials share this object.
 
     ``is_current`` is False after some of the trials have continued: the tensors then no longer hold
-    the state of the others.
+    the state of the others. If ``is_copied`` is True, trials that continue can begin again from a
+    copy of their state.
     """
 
     chunk: Chunk
+    is_copied: bool
     is_current: bool = True
     # tensors of an earlier rung, for the copies of the next one: new memory costs more than a copy
     spare: Sequence[Tensor] = ()
@@ -42,21 +44,30 @@ class WaitingState(State):
     Everything else can be done with it as with other states. ``buffers`` are then copies in main
     memory.
 
-    When the trials continue, the tensors are overwritten. ``begun`` then has copies on the device,
-    from which smaller groups of trials continue if the memory is not enough for all of them.
+    When the trials continue, the tensors are overwritten. If the chunk is copied, ``begun`` then has
+    copies on the device, from which smaller groups of trials continue if the memory is not enough
+    for all of them.
     """
 
     def __init__(self, waiting: WaitingChunk, slots: Sequence[int]) -> None:
         # The dataclass is frozen, and ``buffers`` is a property here.
-        object.__setattr__(self, "epoch", waiting.chunk.epoch)
-        object.__setattr__(self, "steps", waiting.steps[list(slots)])
-        object.__setattr__(self, "waiting", waiting)
-        object.__setattr__(self, "slots", tuple(slots))
-        object.__setattr__(self, "begun", None)
+        vars(self).update(
+            epoch=waiting.chunk.epoch,
+            waiting=waiting,
+            slots=tuple(slots),
+            begun=None,
+            has_begun=False,
+        )
 
     waiting: WaitingChunk
     slots: tuple[int, ...]
     begun: tuple[Network, list[Tensor]] | None
+    has_begun: bool  # whether these trials have continued
+
+    @property
+    def steps(self) -> Tensor:
+        """Step counts (C, F) of the trials."""
+        return self.waiting.steps[list(self.slots)]
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -65,6 +76,12 @@ class WaitingState(State):
             network, (flat, *moments) = self.begun
             rows = [network.blocks.to_rows(flat), *map(network.trained.to_rows, moments)]
             return tuple(row.cpu() for row in rows)
+        if self.has_begun:
+            # Main memory had enough space for the same trials before.
+            raise MemoryError(
+                f"not enough main memory to continue after epoch {self.epoch}. Free memory, and run "
+                "the search again: with a study file it resumes from its latest checkpoint"
+            )
         if not self.waiting.is_current:
             raise RuntimeError("the state of these trials was overwritten when others continued")
         return self.waiting.chunk.state.select(self.slots).cpu().buffers
@@ -101,6 +118,9 @@ class WaitingState(State):
         self.waiting.is_current = False
         chunk = self.waiting.chunk
         chunk.select(self.slots, list(configs))
+        object.__setattr__(self, "has_begun", True)
+        if not self.waiting.is_copied:
+            return chunk
         copies = []
         spare = list(self.waiting.spare)
         for buffer in (chunk.flat, *chunk.moments):

@@ -10,6 +10,7 @@ give bit-identical results with any other members in their chunk. Eager members,
 GPU, agree up to rounding.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import torch
 
 from gputune.engine.checkpoint import Checkpoint, Checkpointing, StateCache, pause_after
 from gputune.engine.job import Failure, RungJob, RungOutcome
+from gputune.engine.plan import Plan
 from gputune.engine.train import BegunChunk
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes
@@ -28,7 +30,7 @@ from gputune.population.population import Population
 from gputune.population.state import State
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, failed_result
-from gputune.types import Config, Json, Outputs, drop_beyond_limit, first_metric
+from gputune.types import KEPT_BYTES, Config, Json, Outputs, drop_beyond_limit, first_metric
 from gputune.wording import option
 
 
@@ -90,7 +92,9 @@ class RunningTrial:
 
     def has_diverged(self, epoch: int) -> bool:
         """Return True if the trial's score is NaN in one of the first ``epoch`` epochs."""
-        return bool(np.isnan(first_metric(self.curve, axes=2)[:epoch]).any())
+        scores = first_metric(self.curve[:epoch], axes=2)
+        # All scores after the first NaN are NaN, and the minimum with a NaN is NaN.
+        return len(scores) > 0 and math.isnan(scores[-1].min())
 
     @property
     def detail(self) -> Json:
@@ -154,6 +158,10 @@ class PausedTraining(Generic[AnyTrial]):
         """Return the running trials that train up to the next stop."""
         return self.running
 
+    def plan(self, trials: Sequence[AnyTrial], epochs: int) -> Plan:
+        """Return the plan for training trials for a number of epochs."""
+        return self.context.plan([trial.config for trial in trials], epochs=epochs)
+
     def train(self, begin: int, stop: int) -> None:
         """Train the running trials from epoch ``begin`` to epoch ``stop``."""
         trials = self.trainable()
@@ -168,7 +176,7 @@ class PausedTraining(Generic[AnyTrial]):
         ``epochs`` is the number of epochs for the plan. If ``show`` is True, show the plan.
         """
         context = self.context
-        plan = context.plan([trial.config for trial in trials], epochs=epochs)
+        plan = self.plan(trials, epochs)
         context.progress.plan(replace(plan, cache_bytes=self.states.limit), show=show)
         chunks = tuple(
             part for chunk in plan.chunks for part in self._begun_chunks(chunk, trials, until)
@@ -239,26 +247,31 @@ class PausedTraining(Generic[AnyTrial]):
         """Store the curves, outputs and states of trials that have trained up to a stop."""
         self.context.note_fault(outcome.fault)
         self.context.profile.spent += outcome.spent
+        seconds = outcome.seconds / len(outcome.index)
         for i, curve in zip(outcome.index, outcome.curves):
             trials[i].curve = np.concatenate([trials[i].curve, curve])
-            trials[i].seconds += outcome.seconds / len(outcome.index)
-        # The outputs of better epochs. If all outputs need too much memory, those of the worst
-        # trials are dropped.
+            trials[i].seconds += seconds
+        # The outputs of better epochs.
         self.outputs |= {trials[i].number: values for i, values in outcome.outputs.items()}
-        means = {
-            t.number: first_metric(t.curve, axes=2).mean(1)
-            for t in self.running
-            if t.number in self.outputs
-        }
-        drop_beyond_limit(
-            self.outputs, {number: float(np.nanmax(mean)) for number, mean in means.items()}
-        )
+        self._limit_outputs()
         for row, position in enumerate(outcome.alive):
             trial = trials[outcome.index[position]]
             if len(trial.curve) < self.context.epochs:  # else it does not train again
                 self.states.park(trial.number, outcome.state.select([row]))
         self.unsaved.append(tuple(trials[i].number for i in outcome.index))
         self.save_if_due(outcome.seconds)
+
+    def _limit_outputs(self) -> None:
+        """Drop the outputs of the worst trials if all outputs need too much memory."""
+        size = sum(outputs.values.nbytes for outputs in self.outputs.values())
+        if size <= KEPT_BYTES:
+            return
+        scores = {}
+        for trial in self.running:
+            if trial.number in self.outputs:
+                means = first_metric(trial.curve, axes=2).mean(1)
+                scores[trial.number] = float(np.nanmax(means))
+        drop_beyond_limit(self.outputs, scores)
 
     def save_if_due(self, seconds: float) -> None:
         """Write checkpoints if it is time. ``seconds`` is the training time of the last chunk."""

@@ -223,8 +223,12 @@ def shape_of_tensors(config: Config, kind: ModelKind) -> tuple[object, ...]:
     rule = config["hypergrad_rule"] if config["optimizer"] in ONLINE else None
     # The buffers of a trial depend only on the trial, so that its state can continue in any chunk.
     # A hypergradient search may have a list of momenta, one for each segment.
-    momentum = bool(np.any(np.asarray(config["momentum"]) > 0))
-    buffers = (momentum, config["clip_norm"] < math.inf, config["ema"] > 0)
+    momentum = config["momentum"]
+    if isinstance(momentum, int | float):  # NumPy takes ten times as long
+        has_momentum = momentum > 0
+    else:
+        has_momentum = bool(np.any(np.asarray(momentum) > 0))
+    buffers = (has_momentum, config["clip_norm"] < math.inf, config["ema"] > 0)
     options = sorted((key, bool(value)) for key, value in optimizer_arguments(config).items())
     optimizer = (config["optimizer"], rule, *buffers, *options, config.get("numbers"))
     if kind == "linear":

@@ -146,7 +146,7 @@ def selected_configs(
     """
     selected = [network.configs[slot] for slot in slots]
     for position, (before, after) in enumerate(zip(selected, configs or [])):
-        if after is None:
+        if after is None or after is before or after == before:
             continue
         if _tensors_of(before, network, after) != _tensors_of(after, network, after):
             raise ValueError(

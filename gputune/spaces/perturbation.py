@@ -5,14 +5,22 @@ A moved value stays within the bounds of the search space.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from gputune.spaces.config import RANGES, check_value
-from gputune.spaces.distributions import CheckedSpace, Choices, can_draw, is_fixed, is_real
+from gputune.spaces.distributions import (
+    CheckedSpace,
+    Choices,
+    Distribution,
+    can_draw,
+    describe,
+    is_fixed,
+    is_real,
+)
 from gputune.types import DECAY_FACTOR, LR_FACTOR, ONLINE, Config
 
 MOVABLE = ("lr", "weight_decay", "momentum", "dropout", "loss__label_smoothing")
@@ -35,6 +43,8 @@ class Perturbation:
     factors: Sequence[float]
     resample: float
     batch_size: bool = False
+    # by the identity of a distribution, which the entry keeps alive
+    _known_ranges: "dict[int, _Range]" = field(default_factory=dict, compare=False, repr=False)
 
     def move(self, params: Config, space: CheckedSpace, rng: np.random.RandomState) -> Config:
         """Return a configuration in which all movable hyperparameters of the space are perturbed.
@@ -49,7 +59,7 @@ class Perturbation:
         """
         moved = dict(params)
         part = part_of(params, space)
-        for key in sorted(movable_keys(params, space, batch_size=self.batch_size)):
+        for key in sorted(_movable_keys(params, part, batch_size=self.batch_size)):
             value = self._moved(params[key], part[key], rng)
             if is_legal(key, value) and bool(value) == bool(params[key]):
                 moved[key] = check_value(key, value, key)
@@ -58,20 +68,61 @@ class Perturbation:
     def _moved(self, value: Any, choices: Choices, rng: np.random.RandomState) -> Any:
         """Return a perturbed or newly drawn value of one hyperparameter."""
         is_drawn = rng.random_sample() < self.resample
-        factor = self.factors[rng.randint(len(self.factors))]
+        factor = self.factors[int(rng.random_sample() * len(self.factors))]
         if isinstance(choices, list):
             # A neighbor needs an order, so values of unsorted lists are drawn again.
             if is_drawn or value not in choices or not _is_sorted(choices):
                 return choices[rng.randint(len(choices))]
             place = choices.index(value) + (1 if factor > 1 else -1)
             return choices[min(max(place, 0), len(choices) - 1)]
+        if id(choices) not in self._known_ranges:
+            self._known_ranges[id(choices)] = _Range.of(choices)
+        limits = self._known_ranges[id(choices)]
         if is_drawn or not is_real(value):
-            return choices.rvs(random_state=rng)
-        low, high = -math.inf, math.inf
-        if hasattr(choices, "support"):
-            low, high = choices.support()
-        moved = min(max(value * factor, float(low)), float(high))
+            return limits.draw(rng)
+        moved = limits.clip(value * factor)
         return round(moved) if isinstance(value, int) else moved
+
+
+@dataclass(frozen=True)
+class _Range:
+    """The range of a distribution. scipy takes longer to compute it than a member to train a step.
+
+    Attributes:
+        choices: the distribution.
+        low: its smallest value.
+        high: its largest value.
+        scale: "log" or "linear" for a log-uniform or uniform distribution of floats, else "".
+    """
+
+    choices: Distribution
+    low: float = -math.inf
+    high: float = math.inf
+    scale: str = ""
+
+    @classmethod
+    def of(cls, choices: Distribution) -> "_Range":
+        """Return the range of a distribution."""
+        if not hasattr(choices, "support"):
+            return cls(choices)
+        low, high = map(float, choices.support())
+        description = describe(choices)
+        if description is None or description["kind"] != "float" or "step" in description:
+            return cls(choices, low, high)
+        return cls(choices, low, high, "log" if description.get("log") else "linear")
+
+    def clip(self, value: float) -> float:
+        """Return the nearest value within the range."""
+        return min(max(value, self.low), self.high)
+
+    def draw(self, rng: np.random.RandomState) -> Any:
+        """Return a random value of the distribution."""
+        if not self.scale:
+            return self.choices.rvs(random_state=rng)
+        share = rng.random_sample()
+        if self.scale == "log":
+            return self.clip(self.low * (self.high / self.low) ** share)
+        return self.clip(self.low + (self.high - self.low) * share)
 
 
 def movable_keys(params: Config, space: CheckedSpace, *, batch_size: bool = False) -> list[str]:
@@ -80,7 +131,12 @@ def movable_keys(params: Config, space: CheckedSpace, *, batch_size: bool = Fals
     They have several possible values in the space. The optimizers that adapt their learning rate
     use ``lr`` only at the start, so their ``lr`` does not move.
     """
-    part = part_of(params, space)
+    return _movable_keys(params, part_of(params, space), batch_size=batch_size)
+
+
+def _movable_keys(params: Config, part: Mapping[str, Choices], *, batch_size: bool) -> list[str]:
+    """Return the hyperparameters of a configuration that may change. ``part`` is its part of the
+    space."""
     keys = []
     for key in params:
         is_movable = key in MOVABLE or key.startswith((LR_FACTOR, DECAY_FACTOR))

@@ -54,7 +54,7 @@ def chunk():
 
 def test_a_waiting_state_is_a_state(chunk):
     expected = chunk.state
-    waiting = WaitingState(WaitingChunk(chunk), range(3))
+    waiting = WaitingState(WaitingChunk(chunk, is_copied=True), range(3))
     joined = State.stack([waiting.select([2]), waiting.select([0]), waiting.select([2])])
     assert isinstance(joined, WaitingState) and joined.slots == (2, 0, 2)
     assert joined.nbytes == joined.cpu().nbytes
@@ -69,10 +69,17 @@ def test_a_waiting_state_is_a_state(chunk):
 
 def test_a_state_outlives_the_training_in_its_tensors(chunk):
     expected = chunk.state
-    whole = WaitingState(WaitingChunk(chunk), range(3))
+    whole = WaitingState(WaitingChunk(chunk, is_copied=True), range(3))
     continues = whole.select([2, 2])
     assert continues.continued([chunk.configs[2]] * 2) is chunk
     chunk.advance(1)
     assert torch.equal(continues.buffers[1], expected.buffers[1][[2, 2]])
     with pytest.raises(RuntimeError, match="was overwritten when others continued"):
         _ = whole.buffers
+
+
+def test_without_a_copy_a_state_ends_with_the_training_in_its_tensors(chunk):
+    state = WaitingState(WaitingChunk(chunk, is_copied=False), range(3))
+    state.continued(chunk.configs)
+    with pytest.raises(MemoryError, match="not enough main memory to continue after epoch 1. Free"):
+        _ = state.buffers
