@@ -4,8 +4,10 @@ A subpopulation is a group of trials that are compared with each other after the
 """
 
 import math
-from collections.abc import Hashable, Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -57,6 +59,7 @@ def exchanges(
     means: Mapping[int, float],
     shapes: Mapping[int, Hashable],
     seed: int,
+    protected: int | None = None,
 ) -> list[Exchange]:
     """Return the changes of trials after an epoch, in order of trial number.
 
@@ -70,10 +73,12 @@ def exchanges(
         shapes: A key for the architecture of each trial, by trial number. Trials with equal keys
             can copy each other.
         seed: The random seed of the search.
+        protected: The number of a trial that does not change, or None. If it is among the worst
+            trials, the next worse trial changes instead.
     """
-    comparison = _Comparison(method, epoch, means, shapes, seed)
+    comparison = _Comparison(method, epoch, means, shapes, seed, protected, method.intervals)
     changes = []
-    for subpopulation in range(len(method.intervals)):
+    for subpopulation in range(len(comparison.intervals)):
         if method.is_compared(subpopulation, epoch):
             changes += comparison.copies(subpopulation)
             changes += comparison.migrations(subpopulation)
@@ -89,18 +94,24 @@ class _Comparison:
     means: Mapping[int, float]
     shapes: Mapping[int, Hashable]
     seed: int
+    protected: int | None
+    intervals: tuple[int, ...]
 
     def copies(self, subpopulation: int) -> list[Exchange]:
         """Return the changes of the worst trials of a subpopulation, which copy its best trials."""
         ranking = self._ranking(subpopulation)
         n_copies = self.method.n_exchanged(len(ranking))
         explore = self.method.explore
+        sources_by_shape = defaultdict(list)
+        for number in ranking[:n_copies]:
+            if math.isfinite(self.means[number]):
+                sources_by_shape[self.shapes[number]].append(number)
         changes = []
-        for number in ranking[len(ranking) - n_copies :]:
-            sources = [other for other in ranking[:n_copies] if self._can_copy(number, other)]
+        for number in self._replaceable(ranking, n_copies)[:n_copies]:
+            sources = sources_by_shape[self.shapes[number]]
             if sources:
-                rng = generator(self.seed, "source", self.epoch, number)
-                source = sources[rng.randint(len(sources))]
+                draw = stream_seed(self.seed, "population", "source", self.epoch, number)
+                source = sources[draw % len(sources)]
                 changes.append(Exchange(number, source, source, explore))
             elif explore and math.isfinite(self.means[number]):
                 changes.append(Exchange(number, number, number, True))
@@ -114,38 +125,52 @@ class _Comparison:
         """
         ranking = self._ranking(subpopulation)
         n_copies = self.method.n_exchanged(len(ranking))
-        end = len(ranking) - n_copies
         candidates = []
-        for number in self._ranking(None):
+        for number in self._whole_ranking:
             if self._subpopulation(number) != subpopulation:
                 candidates.append(number)
-        changes = []
-        for number in ranking[max(n_copies, end - n_copies) : end]:
+        changes: list[Exchange] = []
+        if not candidates:
+            return changes
+        # best first, so that the best trial of the group copies the best source
+        for number in reversed(self._replaceable(ranking, n_copies)[n_copies : 2 * n_copies]):
             sources = [other for other in candidates if self._can_copy(number, other)]
             if not sources or not self._is_better(sources[0], number):
                 continue
             source = sources[0]
             candidates.remove(source)
-            intervals = self.method.intervals
             values = source
-            if intervals[self._subpopulation(source)] < intervals[subpopulation]:
+            if self.intervals[self._subpopulation(source)] < self.intervals[subpopulation]:
                 values = next(own for own in ranking if self._can_copy(number, own, itself=True))
-            changes.append(Exchange(number, source, values, False))
+            changes.append(Exchange(number, source, values, self.method.explore))
         return changes
 
-    def _subpopulation(self, number: int) -> int:
-        return number % len(self.method.intervals)
+    def _replaceable(self, ranking: Sequence[int], n_copies: int) -> list[int]:
+        """Return the trials of a subpopulation that may be replaced, worst first.
 
-    def _ranking(self, subpopulation: int | None) -> list[int]:
-        """Return the trials of a subpopulation, or all trials, best first.
+        The best ``n_copies`` trials stay, because others copy them.
+        """
+        worst_first = list(reversed(ranking[n_copies:]))
+        return [number for number in worst_first if number != self.protected]
+
+    def _subpopulation(self, number: int) -> int:
+        return number % len(self.intervals)
+
+    @cached_property
+    def _whole_ranking(self) -> list[int]:
+        """The trials of all subpopulations, best first.
 
         In a tie, the trial with the lower number comes first.
         """
-        numbers = []
-        for number in sorted(self.means):
-            if subpopulation in (None, self._subpopulation(number)):
-                numbers.append(number)
-        return sorted(numbers, key=self._loss)
+        return sorted(sorted(self.means), key=self._loss)
+
+    def _ranking(self, subpopulation: int) -> list[int]:
+        """Return the trials of a subpopulation, best first."""
+        ranking = []
+        for number in self._whole_ranking:
+            if self._subpopulation(number) == subpopulation:
+                ranking.append(number)
+        return ranking
 
     def _loss(self, number: int) -> float:
         mean = self.means[number]
@@ -161,8 +186,21 @@ class _Comparison:
         return self.shapes[number] == self.shapes[source] and math.isfinite(self.means[source])
 
 
-def generator(seed: int, purpose: str, epoch: int, number: int) -> np.random.RandomState:
-    """Return the random generator of one trial at one comparison."""
+def generator(
+    seed: int, purpose: str, epoch: int, number: int, bits: np.random.PCG64 | None = None
+) -> np.random.RandomState:
+    """Return the random generator of one trial at one comparison.
+
+    The generator draws from ``bits``, which then belongs to this trial. A new PCG64 takes ten times
+    as long.
+    """
     key = stream_seed(seed, "population", purpose, epoch, number)
+    bits = np.random.PCG64(0) if bits is None else bits
+    bits.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": key << 64 | key, "inc": key << 1 | 1},  # an increment is odd
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
     # The default generator of RandomState takes ten times as long to make.
-    return np.random.RandomState(np.random.PCG64(key))
+    return np.random.RandomState(bits)

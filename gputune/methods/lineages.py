@@ -7,6 +7,7 @@ of that trial.
 A resumed search continues from the latest comparison of which all checkpoints exist.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gputune.engine.checkpoint import Checkpoint, Checkpointing, pause_after
+from gputune.engine.plan import Plan
 from gputune.methods.exchanges import Exchange, ExchangeRule, exchanges, generator
 from gputune.methods.rungs import PausedTraining, RunningTrial
 from gputune.population.kinds import ModelKind, hidden_layers, is_module
@@ -67,6 +69,7 @@ class _Lineage(RunningTrial):
             ...}, in order.
         path: The trials through which the weights have come: [epoch, trial number], in order.
         copies: The copies that this trial has made: [epoch, trial number of the source].
+        architecture: A lookup key for its tensor shapes, which never change.
     """
 
     params: Config = field(default_factory=dict)
@@ -74,6 +77,7 @@ class _Lineage(RunningTrial):
     schedule: list[Json] = field(default_factory=list)
     path: list[list[int]] = field(default_factory=list)
     copies: list[list[int]] = field(default_factory=list)
+    architecture: tuple[object, ...] = ()
 
     @property
     def history(self) -> Json:
@@ -102,6 +106,12 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         self.method = method
         self.space = space
         self.compared_at = 0
+        self.perturbation = method.perturbation
+        if not is_module(context.choice.kind):
+            self.perturbation = replace(self.perturbation, batch_size=True)
+        self.bits = np.random.PCG64(0)
+        # the latest plan, and the values on which it depends
+        self.latest_plan: tuple[object, Plan] | None = None
         super().__init__(context, trials)
 
     def begin_trial(self, trial: Candidate, config: Config) -> _Lineage:
@@ -114,6 +124,7 @@ class _PopulationTraining(PausedTraining[_Lineage]):
             first_config=config,
             schedule=[first],
             path=[[0, trial.number]],
+            architecture=architecture(config, self.context.choice.kind),
         )
 
     def in_chunks(self, trials: Sequence[_Lineage]) -> Checkpointing | None:
@@ -127,10 +138,30 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         """Return the running trials that have not diverged."""
         return [trial for trial in self.running if not trial.has_diverged(len(trial.curve))]
 
+    def plan(self, trials: Sequence[_Lineage], epochs: int) -> Plan:
+        """Return the plan for training trials, which is the latest plan if only rates have
+        changed."""
+        key: list[object] = [epochs]
+        for trial in trials:
+            config = trial.config
+            loss = config.get("loss__label_smoothing")
+            key.append((trial.number, config["batch_size"], loss))
+        if self.latest_plan is None or self.latest_plan[0] != key:
+            self.latest_plan = (key, super().plan(trials, epochs))
+        plan = self.latest_plan[1]
+        chunks = []
+        for chunk in plan.chunks:
+            configs = tuple(trials[i].config for i in chunk.index)
+            chunks.append(replace(chunk, configs=configs))
+        return replace(plan, chunks=tuple(chunks))
+
     def train_to(self, stop: int) -> None:
         """Train the running trials from the latest comparison up to the epoch ``stop``."""
-        if self.trainable():
-            self.train(self.compared_at, stop)
+        begin = self.compared_at
+        trials = self.trainable()
+        if trials:
+            until = {trial.number: stop for trial in trials}
+            self.train_until(trials, until, epochs=stop - begin, show=begin == 0)
         if self.context.is_over():
             return
         for trial in self.running:
@@ -141,21 +172,23 @@ class _PopulationTraining(PausedTraining[_Lineage]):
 
     def compare(self, epoch: int) -> None:
         """Let bad trials copy good trials after an epoch, and perturb their hyperparameters."""
-        means = {}
-        shapes = {}
-        for trial in self.running:
-            means[trial.number] = float(first_metric(trial.curve, axes=2)[epoch - 1].mean())
-            shapes[trial.number] = architecture(trial.config, self.context.choice.kind)
+        numbers = [trial.number for trial in self.running]
+        # (C, epochs)
+        curves = first_metric(np.stack([trial.curve for trial in self.running]), axes=3).mean(2)
+        means = dict(zip(numbers, curves[:, -1].tolist()))
+        shapes = {trial.number: trial.architecture for trial in self.running}
         seed = self.context.options.search.random_state
-        changes = exchanges(self.method, epoch, means, shapes, seed)
+        leader = self._leader(curves)
+        changes = exchanges(self.method, epoch, means, shapes, seed, leader)
         # A source may change at the same comparison, so all sources are read first.
-        before = {trial.number: copy(trial) for trial in self.running}
+        by_number = {trial.number: trial for trial in self.running}
+        before = dict(by_number)
         outputs = dict(self.outputs)
         states = {}
         for change in changes:
+            before[change.number] = copy(by_number[change.number])
             if change.weights != change.number:
                 states[change.number] = self.states.look(change.weights)
-        by_number = {trial.number: trial for trial in self.running}
         for change in changes:
             trial = by_number[change.number]
             weights = before[change.weights]
@@ -174,6 +207,26 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         if time.monotonic() > max(due, self.earliest):
             self.save()
 
+    def _leader(self, curves: np.ndarray) -> int | None:
+        """Return the number of the trial with the best score of all epochs, which is not replaced.
+
+        ``curves`` (C, epochs) are the mean validation scores. Returns None if only the scores of
+        the last epoch count, or if all trials have diverged. In a tie, the trial with the best
+        latest score leads.
+        """
+        if self.context.options.training.epoch != "best":
+            return None
+        leader = None
+        best = (-math.inf, -math.inf)
+        for trial, peak, latest in zip(
+            self.running, curves.max(1).tolist(), curves[:, -1].tolist()
+        ):
+            # The maximum with a NaN is NaN: the score of a trial that has diverged does not count.
+            if (peak, latest) > best and math.isfinite(peak):
+                leader = trial.number
+                best = (peak, latest)
+        return leader
+
     def _copy(self, trial: _Lineage, source: _Lineage, state: State, epoch: int) -> None:
         """Let a trial continue the training of another trial."""
         self.states.drop(trial.number)
@@ -187,19 +240,18 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         self, change: Exchange, weights: _Lineage, values: _Lineage, epoch: int
     ) -> Config:
         """Return the hyperparameters of a trial after a comparison."""
-        perturbation = self.method.perturbation
-        if not is_module(self.context.choice.kind):
-            perturbation = replace(perturbation, batch_size=True)
         params = dict(weights.params)
-        for key in movable_keys(params, self.space, batch_size=perturbation.batch_size):
-            # The optimizer keeps other tensors for a zero than for a positive number.
-            if bool(values.params.get(key)) == bool(params[key]):
-                params[key] = values.params.get(key, params[key])
+        if values is not weights:
+            keys = movable_keys(params, self.space, batch_size=self.perturbation.batch_size)
+            for key in keys:
+                # The optimizer keeps other tensors for a zero than for a positive number.
+                if bool(values.params.get(key)) == bool(params[key]):
+                    params[key] = values.params.get(key, params[key])
         if not change.is_perturbed:
             return params
         seed = self.context.options.search.random_state
-        rng = generator(seed, "values", epoch, change.number)
-        return perturbation.move(params, self.space, rng)
+        rng = generator(seed, "values", epoch, change.number, self.bits)
+        return self.perturbation.move(params, self.space, rng)
 
     def save(self) -> None:
         """Write checkpoints of all running trials, which replace all earlier checkpoints."""
@@ -207,8 +259,7 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         checkpointing = self.context.checkpointing([trial.number for trial in self.running])
         groups: dict[object, list[_Lineage]] = defaultdict(list)
         for trial in self.running:
-            shape = architecture(trial.config, self.context.choice.kind)
-            groups[shape, len(trial.curve)].append(trial)
+            groups[trial.architecture, len(trial.curve)].append(trial)
         if checkpointing is not None and self._has_states():
             checkpoints = list(map(self._checkpoint, groups.values()))
             configs = []

@@ -35,6 +35,7 @@ class PopulationBased(Method):
 
     A trial copies only a trial with the same architecture: equal shapes of all tensors, and equal
     ``module__*`` values. If the best quarter has no such trial, the trial only perturbs its values.
+    The trial with the best score of all epochs is not replaced, so the best score never falls.
 
     The result of a trial is one training run with a schedule of hyperparameters,
     ``trial.schedule``. The learning curve of a trial begins with the curve of the trials that it
@@ -51,7 +52,7 @@ class PopulationBased(Method):
             subpopulations. From a subpopulation with a longer interval they copy the weights and
             the hyperparameters. From a subpopulation with a shorter interval they copy only the
             weights, because a short interval favors hyperparameters that help only for a few
-            epochs.
+            epochs. These copies are perturbed, too.
         fraction: The share of trials that copy, and the share that they copy from, from 0 to 0.5
             [default: 0.25]. The number of trials is rounded up. With 0, the search is a random
             search.

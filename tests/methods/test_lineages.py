@@ -10,6 +10,7 @@ from scipy.stats import loguniform, uniform
 from sklearn.datasets import load_diabetes, load_iris
 
 import gputune
+from gputune.methods.lineages import _PopulationTraining
 from gputune.tuning.context import Context
 from gputune.tuning.predictions import members_of
 from gputune.tuning.progress import Progress
@@ -253,6 +254,31 @@ def test_a_stopped_search_resumes_where_it_was(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "train", seen)
     assert_same_table(whole, search())
     assert starts[0] > 0
+
+
+def peak_of(trials):
+    """The best mean validation score of all epochs of trials that have not diverged."""
+    curves = np.stack([trial.curve.mean(1) for trial in trials])
+    return float(curves.max(1)[np.isfinite(curves).all(1)].max())
+
+
+@pytest.mark.parametrize("method", [METHOD, gputune.PopulationBased(interval=[1, 2])])
+def test_the_best_score_never_falls(monkeypatch, method):
+    peaks = []
+    compare = _PopulationTraining.compare
+
+    def recording(self, epoch):
+        peaks.append(peak_of(self.running))
+        compare(self, epoch)
+        peaks.append(peak_of(self.running))
+
+    monkeypatch.setattr(_PopulationTraining, "compare", recording)
+    # With these rates, good weights are lost again. The seed was chosen so that the best score fell
+    # before gputune protected its trial.
+    space = {"lr": loguniform(0.03, 3), "width": [8], "batch_size": [8]}
+    study = many(space=space, method=method, optimizer="sgd", random_state=6)
+    assert peaks == sorted(peaks)
+    assert study.best_score >= peaks[-1]
 
 
 def test_without_exploring_trials_only_copy(whole):

@@ -13,10 +13,10 @@ from gputune.methods.pbt import PopulationBased
 from gputune.spaces.perturbation import Perturbation, movable_keys
 
 
-def decide(means, *, epoch=5, shapes=None, seed=0, **options):
+def decide(means, *, epoch=5, shapes=None, seed=0, protected=None, **options):
     means = dict(enumerate(means)) if isinstance(means, list) else means
     shapes = dict.fromkeys(means) if shapes is None else shapes
-    return exchanges(PopulationBased(**options), epoch, means, shapes, seed)
+    return exchanges(PopulationBased(**options), epoch, means, shapes, seed, protected)
 
 
 def test_the_worst_quarter_copies_the_best_quarter():
@@ -53,6 +53,18 @@ def test_a_diverged_trial_copies_and_is_never_copied():
     assert alone == []
 
 
+def test_a_protected_trial_is_not_replaced():
+    means = [0.5, 0.9, 0.1, 0.8, 0.2, 0.6, 0.7, 0.4]
+    assert [change.number for change in decide(means, protected=2)] == [4, 7]
+    assert [change.number for change in decide(means, protected=1)] == [2, 4]
+    # Only the source is left, which no trial replaces.
+    assert decide([0.1, 0.9], protected=0) == []
+    assert decide([0.1, 0.9], shapes={0: "a", 1: "b"}, protected=0) == []
+    fast = {0: 0.5, 2: 0.4, 4: 0.3, 6: 0.1, 1: 0.9, 3: 0.8, 5: 0.2, 7: 0.0}
+    changes = decide(fast, epoch=2, interval=[2, 6], protected=4)
+    assert changes == [Exchange(2, 1, 1, True), Exchange(6, 0, 0, True)]
+
+
 def test_another_architecture_is_not_copied():
     shapes = {0: "a", 1: "b", 2: "a", 3: "b"}
     assert decide([0.1, 0.9, 0.8, 0.7], shapes=shapes) == [Exchange(0, 0, 0, True)]
@@ -65,10 +77,12 @@ def test_subpopulations_are_compared_at_their_own_intervals():
     means = {0: 0.5, 2: 0.4, 4: 0.3, 6: 0.1, 1: 0.9, 3: 0.8, 5: 0.2, 7: 0.0}
     fast = decide(means, epoch=2, interval=[2, 6])
     # Trial 4 is just above the worst trial, and copies weights and values of the best slow trial.
-    assert fast == [Exchange(4, 1, 1, False), Exchange(6, 0, 0, True)]
+    assert fast == [Exchange(4, 1, 1, True), Exchange(6, 0, 0, True)]
+    only_copied = decide(means, epoch=2, interval=[2, 6], explore=False)
+    assert only_copied == [Exchange(4, 1, 1, False), Exchange(6, 0, 0, False)]
     both = decide(means, epoch=6, interval=[2, 6])
     # A slow trial copies only the weights of a fast trial. The values are of the best slow trial.
-    slow = [Exchange(5, 0, 1, False), Exchange(7, 1, 1, True)]
+    slow = [Exchange(5, 0, 1, True), Exchange(7, 1, 1, True)]
     assert both == [fast[0], slow[0], fast[1], slow[1]]
     assert decide(means, epoch=3, interval=[2, 6]) == []
     # No worse trial is copied.
