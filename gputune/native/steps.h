@@ -29,6 +29,9 @@ OF_VECTORS(log)
 
 #include "product.h"
 #include "functions.h"
+#include "convolution.h"
+#include "images.h"
+#include "norms.h"
 
 /* Copies b (inner, wanted) to ``room`` with ``width`` columns, a whole number of vectors; the rest
    is filled with zeros. */
@@ -85,51 +88,6 @@ static void layer_norm_slope(long rows, long n, const real *gradient, const real
 #pragma GCC ivdep
         for (long j = 0; j < n; j++) below[j] = (gradient[j] - total - (x[j] - m) * along) * s;
     }
-}
-
-/* Outputs (rows, n) of a batch norm of x (rows, n) in training. The running statistics are updated,
-   unless NULL. */
-static void batch_norm(long rows, long n, real momentum, real epsilon, const real *x, const real *weight,
-                       const real *bias, real *running_mean, real *running_var, real *outputs, real *mean,
-                       real *scale) {
-    memset(mean, 0, n * sizeof(real));
-    memset(scale, 0, n * sizeof(real));
-    for (long i = 0; i < rows; i++)
-#pragma GCC ivdep
-        for (long j = 0; j < n; j++) mean[j] += x[i * n + j];
-    for (long j = 0; j < n; j++) mean[j] /= rows;
-    for (long i = 0; i < rows; i++)
-#pragma GCC ivdep
-        for (long j = 0; j < n; j++) scale[j] += (x[i * n + j] - mean[j]) * (x[i * n + j] - mean[j]);
-    for (long j = 0; j < n && running_mean; j++) {
-        running_mean[j] = momentum * mean[j] + (1 - momentum) * running_mean[j];
-        running_var[j] = momentum * scale[j] / (rows - 1) + (1 - momentum) * running_var[j];
-    }
-#pragma GCC ivdep
-    for (long j = 0; j < n; j++) scale[j] = 1 / sqrt(scale[j] / rows + epsilon);
-    for (long i = 0; i < rows; i++)
-#pragma GCC ivdep
-        for (long j = 0; j < n; j++)
-            outputs[i * n + j] = (x[i * n + j] - mean[j]) * scale[j] * (weight ? weight[j] : 1) + (bias ? bias[j] : 0);
-}
-
-/* The gradients in x (rows, n), weight (n) and bias (n) of a batch norm in training. */
-static void batch_norm_slope(long rows, long n, const real *gradient, const real *x, const real *weight, const real *mean,
-                             const real *scale, real *below, real *in_weight, real *in_bias) {
-    memset(in_weight, 0, n * sizeof(real));
-    memset(in_bias, 0, n * sizeof(real));
-    for (long i = 0; i < rows; i++)
-#pragma GCC ivdep
-        for (long j = 0; j < n; j++) {
-            in_bias[j] += gradient[i * n + j];
-            in_weight[j] += gradient[i * n + j] * (x[i * n + j] - mean[j]) * scale[j];
-        }
-    for (long i = 0; i < rows; i++)
-#pragma GCC ivdep
-        for (long j = 0; j < n; j++)
-            below[i * n + j] = (gradient[i * n + j] - in_bias[j] / rows -
-                                (x[i * n + j] - mean[j]) * scale[j] * in_weight[j] / rows) *
-                               scale[j] * (weight ? weight[j] : 1);
 }
 
 /* The interpreter of a member's steps (modules/member_code.py). A step is a list of numbers: the

@@ -166,7 +166,15 @@ def test_a_step_is_the_step(dtype, monkeypatch):
 
 
 REFUSED = {
-    "aten.convolution": lambda t, x: t.copy_(F.conv1d(x[None], x[:, None, :1].expand(2, 2, 1))[0]),
+    "aten.convolution.default with three axes": lambda t, x: t.copy_(
+        F.conv3d(x.view(1, 1, 2, 4, 1), x[:1, :1].view(1, 1, 1, 1, 1)).view(2, 4)
+    ),
+    "aten.convolution.default with numbers other than torch.float32": lambda t, x: t.copy_(
+        F.conv1d(x[None].double(), x[:, None, :1].expand(2, 2, 1).double())[0]
+    ),
+    "aten.convolution.default with a bias with gaps": lambda t, x: t.copy_(
+        F.conv1d(x[None], x[:, None, :1].expand(2, 2, 1), x[0, ::2])[0]
+    ),
     "gelu with approximate='tanh' is not supported": lambda t, x: t.copy_(
         F.gelu(x, approximate="tanh")
     ),
@@ -183,11 +191,11 @@ REFUSED = {
     "nll_loss_forward.default with these": lambda t, x: t.copy_(
         F.cross_entropy(x, IDS[0, :2], x[0])
     ),
-    "native_batch_norm.default with these": lambda t, x: t.copy_(
-        F.batch_norm(x[None], None, None, training=True)[0]
-    ),
-    "native_batch_norm.default with these arguments is": lambda t, x: t.copy_(
-        F.batch_norm(x, t[0], x[0])
+    "native_batch_norm.default with pixels with gaps": lambda t, x: t[:, :2].copy_(
+        F.batch_norm(x.view(2, 2, 2)[:, None, :, :1], None, None, training=True).view(2, 2)
+        + F.batch_norm(x.view(2, 1, 2, 2).transpose(2, 3), None, None, training=True).view(2, 4)[
+            :, :2
+        ]
     ),
     "native_layer_norm_backward.default with these": lambda t, x: t[:, :2].copy_(
         torch.ops.aten.native_layer_norm_backward(

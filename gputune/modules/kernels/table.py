@@ -8,10 +8,18 @@ support.
 
 from collections.abc import Callable, Iterator
 
+from gputune.modules.kernels.convolutions import convolution, convolution_gradient
 from gputune.modules.kernels.indices import added_at_places, chosen_rows, embedding_gradient
 from gputune.modules.kernels.losses import class_loss
 from gputune.modules.kernels.movement import joined, part_gradient
-from gputune.modules.kernels.norms import batch_norm, layer_norm_gradient
+from gputune.modules.kernels.norms import (
+    batch_norm,
+    batch_norm_gradient,
+    group_norm,
+    group_norm_gradient,
+    layer_norm_gradient,
+)
+from gputune.modules.kernels.pooling import max_pool, max_pool_gradient
 from gputune.modules.kernels.products import product
 from gputune.modules.kernels.reductions import ALONG, along_axis, reduced
 from gputune.modules.kernels.writer import Line
@@ -26,7 +34,14 @@ LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
     **dict.fromkeys(("cat", "stack"), joined),
     **dict.fromkeys(("select_backward", "slice_backward"), part_gradient),
     "native_layer_norm_backward": layer_norm_gradient,
-    **dict.fromkeys(("native_batch_norm", "native_batch_norm_backward"), batch_norm),
+    "native_batch_norm": batch_norm,
+    "native_batch_norm_backward": batch_norm_gradient,
+    "native_group_norm": group_norm,
+    "native_group_norm_backward": group_norm_gradient,
     **dict.fromkeys(("nll_loss_forward", "nll_loss_backward"), class_loss),
+    "convolution": convolution,
+    "convolution_backward": convolution_gradient,
+    "max_pool2d_with_indices": max_pool,
+    "max_pool2d_with_indices_backward": max_pool_gradient,
 }
 """Functions that yield the kernel calls of an operation, by the operation's name in torch."""

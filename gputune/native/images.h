@@ -1,0 +1,89 @@
+/* Pooling of images in a member's step (modules/kernels/pooling.py). Images have any strides. Loops
+   over channels use vectors if the channels of a pixel lie next to each other. */
+
+/* The sizes of a pooling of x (B, C, H, W) to y (B, C, OH, OW). A kernel of height or width 0 means
+   adaptive windows. */
+typedef struct {
+    int64_t B, C, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW;
+    int64_t xb, xc, xh, xw, yb, yc, yh, yw, ab, ac, ah, aw; /* strides of x, y and the positions */
+} Pooling;
+
+/* The first entry of window ``i`` on an axis, and the entry after its last one. Padding is left out. */
+static void window(long i, long size, long outputs, long kernel, long stride, long padding, long dilation, long *first,
+                   long *end) {
+    if (kernel == 0) {
+        *first = i * size / outputs, *end = ((i + 1) * size + outputs - 1) / outputs;
+        return;
+    }
+    long begin = i * stride - padding, last = begin + (kernel - 1) * dilation + 1;
+    if (begin < 0) begin += (-begin + dilation - 1) / dilation * dilation;
+    *first = begin, *end = last < size ? last : size;
+}
+
+/* The largest number of each window, and its position in the plane of x. As in torch, the first of
+   equal numbers is taken, and NaN is larger than every number. */
+static void max_pool(const int64_t *N, const real *x, real *y, int64_t *at) {
+    const Pooling *p = (const Pooling *)N;
+    long in_vectors = p->xc == 1 && p->yc == 1 ? p->C / LANES * LANES : 0;
+    for (long b = 0; b < p->B; b++)
+        for (long h = 0; h < p->OH; h++) {
+            long top, bottom;
+            window(h, p->H, p->OH, p->KH, p->SH, p->PH, p->DH, &top, &bottom);
+            for (long w = 0; w < p->OW; w++) {
+                long left, right;
+                window(w, p->W, p->OW, p->KW, p->SW, p->PW, p->DW, &left, &right);
+                const real *image = x + b * p->xb;
+                real *out = y + b * p->yb + h * p->yh + w * p->yw;
+                int64_t *to = at + b * p->ab + h * p->ah + w * p->aw;
+                for (long k = 0; k < in_vectors; k += LANES) {
+                    union { vector numbers; places bits; } best, line;
+                    union { places bits; whole place[LANES]; } where;
+                    best.numbers = (vector){0} - (real)INFINITY;
+                    where.bits = (places){0} + (whole)(top * p->W + left);
+                    for (long i = top; i < bottom; i += p->DH)
+                        for (long j = left; j < right; j += p->DW) {
+                            line.numbers = *(const vector *)(image + i * p->xh + j * p->xw + k);
+                            places is_better = (line.numbers > best.numbers) | (line.numbers != line.numbers);
+                            best.bits = (is_better & line.bits) | (~is_better & best.bits);
+                            where.bits = (is_better & (whole)(i * p->W + j)) | (~is_better & where.bits);
+                        }
+                    *(vector *)(out + k) = best.numbers;
+                    for (long l = 0; l < LANES; l++) to[(k + l) * p->ac] = where.place[l];
+                }
+                for (long k = in_vectors; k < p->C; k++) {
+                    real best = -(real)INFINITY;
+                    int64_t where = top * p->W + left;
+                    for (long i = top; i < bottom; i += p->DH)
+                        for (long j = left; j < right; j += p->DW) {
+                            real number = image[i * p->xh + j * p->xw + k * p->xc];
+                            int is_better = number > best || number != number;
+                            best = is_better ? number : best;
+                            where = is_better ? i * p->W + j : where;
+                        }
+                    out[k * p->yc] = best, to[k * p->ac] = where;
+                }
+            }
+        }
+}
+
+/* The gradient in x of a max pooling, from the gradient in y and the positions. */
+static void max_pool_below(const int64_t *N, const real *y, const int64_t *at, real *x) {
+    const Pooling *p = (const Pooling *)N;
+    int is_dense = p->xh == p->W * p->xw;
+    for (long b = 0; b < p->B; b++)
+        for (long k = 0; k < p->C; k++)
+            for (long h = 0; h < p->H; h++)
+                for (long w = 0; w < p->W; w++) x[b * p->xb + k * p->xc + h * p->xh + w * p->xw] = 0;
+    for (long b = 0; b < p->B; b++)
+        for (long h = 0; h < p->OH; h++)
+            for (long w = 0; w < p->OW; w++) {
+                const real *from = y + b * p->yb + h * p->yh + w * p->yw;
+                const int64_t *place = at + b * p->ab + h * p->ah + w * p->aw;
+                real *image = x + b * p->xb;
+                for (long k = 0; k < p->C; k++) {
+                    int64_t i = place[k * p->ac];
+                    long step = is_dense ? i * p->xw : i / p->W * p->xh + i % p->W * p->xw;
+                    image[k * p->xc + step] += from[k * p->yc];
+                }
+            }
+}
