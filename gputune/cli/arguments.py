@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -96,7 +97,23 @@ class _Parser(argparse.ArgumentParser):
                 hints += f" {typed.command} has no --{flag}, a flag of {', '.join(commands)}."
             elif near:
                 hints += f" Did you mean '--{near}'?"
+        hints += _value_hint(typed.command, words, unknown)
         self.commands[typed.command].error(f"unrecognized arguments: {' '.join(unknown)}", hints)
+
+
+def _value_hint(command: str, words: Sequence[str], unknown: Sequence[str]) -> str:
+    """Return a hint for a value after a flag without a value, if a similar flag takes a value."""
+    rules = {}
+    for group in COMMANDS[command].groups.values():
+        rules.update({rule.name: rule for rule in group.values()})
+    for flag, value in pairwise(words):
+        rule = rules.get(flag)
+        if rule is None or rule.metavar or value not in unknown:
+            continue
+        others = [name for name, other in rules.items() if other.metavar]
+        hint = did_you_mean(flag, others)
+        return f" {flag} takes no value.{hint}"
+    return ""
 
 
 class _Help(argparse.Action):
@@ -169,6 +186,12 @@ def _integers(text: str) -> list[int]:
     return [int(read(part)) for part in text.split(",")]
 
 
+def _numbers(text: str) -> list[float]:
+    """Return the numbers of a text in which commas separate them."""
+    read = _reader(float, "a number such as 0.5, or several separated by commas")
+    return [read(part) for part in text.split(",")]
+
+
 def _reader(
     read: Callable[[str], float], rule: str, least: float = -math.inf
 ) -> Callable[[str], float]:
@@ -193,6 +216,7 @@ READERS: dict[Takes, Callable[[str], object]] = {
     "0..": _reader(int, f"{_WHOLE} 0", 0),
     "1..": _reader(int, f"{_WHOLE} 1", 1),
     "integers": _integers,
+    "numbers": _numbers,
     "names": lambda text: text.split(","),
     "scorers": lambda text: [word.strip() for word in text.split(",")] if "," in text else text,
     "workers": lambda text: (

@@ -113,7 +113,7 @@ def _value(place: str, rule: Rule, value: object, *, is_opposite: bool) -> objec
         return _configurations(place, value)
     if rule.takes in ("names", "scorers"):
         return _names(place, rule, value)
-    if rule.takes == "integers" and isinstance(value, list):
+    if rule.takes in ("integers", "numbers") and isinstance(value, list):
         value = ",".join(map(str, value))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if rule.takes in ("0..", "1..", "number") and not is_number:

@@ -23,6 +23,7 @@ from gputune.methods.rungs import PausedTraining, RunningTrial
 from gputune.population.kinds import ModelKind, hidden_layers, is_module
 from gputune.population.population import shape_of_tensors
 from gputune.population.state import State
+from gputune.spaces.config import MODULE_PREFIX
 from gputune.spaces.distributions import CheckedSpace
 from gputune.spaces.perturbation import movable_keys
 from gputune.study.record import has_form
@@ -31,6 +32,9 @@ from gputune.study.store import Candidate
 from gputune.study.values import from_json, to_json
 from gputune.tuning.context import Context
 from gputune.types import Config, Json, first_metric
+
+_OF_SHAPES = ("width", "depth", "activation", "optimizer", "numbers")
+"""Hyperparameters on which the tensors of a trial depend, in addition to ``module__*``."""
 
 _NOTE = {"epoch": int, "lineages": [LINEAGE]}
 """The form of the note in a checkpoint: the epoch of the latest comparison, and each lineage."""
@@ -44,8 +48,10 @@ def train_population(
     Trials that have ended in an earlier call are neither copied nor compared.
     """
     search = _PopulationTraining(context, method, space, trials)
+    search.explain()
+    n_trained = search.epochs_trained
     try:
-        with context.progress.bar_over(len(search.running), context.epochs):
+        with context.progress.bar_over(len(search.running), context.epochs, trained=n_trained):
             for stop in [*method.stops(context.epochs), context.epochs]:
                 if stop > search.compared_at and search.running and not context.is_over():
                     search.train_to(stop)
@@ -127,6 +133,18 @@ class _PopulationTraining(PausedTraining[_Lineage]):
             architecture=architecture(config, self.context.choice.kind),
         )
 
+    def explain(self) -> None:
+        """Tell the user if no trial can copy another trial."""
+        shapes = {trial.architecture for trial in self.running}
+        n_running = len(self.running)
+        # Without a fraction, no trial would copy one of many trials either.
+        is_control = not self.method.n_exchanged(n_running + 2)
+        if len(shapes) < n_running or not n_running or is_control:
+            return
+        reason = no_copy_reason([trial.first_config for trial in self.running])
+        reason = reason or "each trial has a different architecture"
+        self.context.progress.say(f"note: no trial copies another trial, because {reason}")
+
     def in_chunks(self, trials: Sequence[_Lineage]) -> Checkpointing | None:
         """Return None: the checkpoints of all trials are valid only together, see ``save``."""
         return None
@@ -167,6 +185,7 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         for trial in self.running:
             # Diverged trials do not train, but they may copy another trial.
             missing = stop - len(trial.curve)
+            self.context.progress.skip(missing)
             lost = np.full((missing, *trial.curve.shape[1:]), np.nan)
             trial.curve = np.concatenate([trial.curve, lost])
 
@@ -342,3 +361,22 @@ def architecture(config: Config, kind: ModelKind) -> tuple[object, ...]:
     Only trials with equal keys copy each other.
     """
     return (*shape_of_tensors(config, kind), hidden_layers(config, kind))
+
+
+def no_copy_reason(configs: Sequence[Config]) -> str:
+    """Return the reason why none of some trials can copy another trial, as a clause, or ""."""
+    if len(configs) == 1:
+        return "the search has only one trial"
+    shapes = set()
+    values = defaultdict(set)
+    for config in configs:
+        shape = []
+        for key, value in sorted(config.items()):
+            if key in _OF_SHAPES or key.startswith(MODULE_PREFIX):
+                shape.append((key, repr(value)))
+                values[key].add(repr(value))
+        shapes.add(tuple(shape))
+    if len(shapes) < len(configs):
+        return ""
+    names = ", ".join(key for key in sorted(values) if len(values[key]) > 1)
+    return f"each trial has a different architecture ({names})"

@@ -97,6 +97,15 @@ class PopulationBased(Method):
             "number",
             group=POPULATION,
         ),
+        "factors": Rule(
+            "--factors <NUM,...>",
+            "Factors of which a copy multiplies each number by one",
+            "For --method pbt. In a sorted list of numbers, a factor above 1 chooses the next higher "
+            "number, and any other factor the next lower number.",
+            "0.8,1.25",
+            "numbers",
+            group=POPULATION,
+        ),
         "resample": Rule(
             "--resample <SHARE>",
             "Probability that a copy draws a new value from the space, instead of changing it slightly",
@@ -204,13 +213,14 @@ class PopulationBased(Method):
         for interval in self.intervals:
             # the first multiple of the interval that burn_in allows
             first = interval * max(1, math.ceil(self.burn_in / interval))
-            if first >= max_epochs > 1:
+            if first >= max_epochs:
                 name = "interval" if interval >= max_epochs else "burn_in"
+                is_lowest = getattr(self, name) == 1
                 raise InputError(
                     f"PopulationBased({name}=...)",
                     f"must leave a comparison below {option('max_epochs', max_epochs)}",
                     got=getattr(self, name),
-                    remedy="Lower it, or train longer.",
+                    remedy="Train longer." if is_lowest else "Lower it, or train longer.",
                 )
         epochs = []
         for epoch in range(1, max_epochs):
@@ -256,19 +266,26 @@ class PopulationBased(Method):
     @classmethod
     def summary(cls, study: "Study") -> list[tuple[str, str]]:
         """Return one line about the copies, and one about the schedule of the best trial."""
+        from gputune.methods.lineages import no_copy_reason
         from gputune.study.study import best_trial
 
         n_copies = 0
         for trial in study.trials:
             n_copies += len(trial.detail.get("copies", ()))
         times = "once" if n_copies == 1 else f"{n_copies} times"
-        lines = [("Copies", f"a trial has copied a better trial {times}")]
+        copies = f"a trial has copied a better trial {times}"
+        if not n_copies:
+            copies = "no trial has copied another trial"
+            reason = no_copy_reason([trial.params for trial in study.trials])
+            copies += f", because {reason}" if reason else ""
+        lines = [("Copies", copies)]
         best = best_trial(study)
-        if best is not None and len(best.schedule) > 1:
-            first, *later = best.schedule
-            start = best.schedule[first]
+        schedule = {} if best is None else best.schedule_to_best
+        if len(schedule) > 1:
+            first, *later = schedule
+            start = schedule[first]
             changed: set[str] = set()
-            for params in best.schedule.values():
+            for params in schedule.values():
                 changed.update(key for key, value in params.items() if value != start.get(key))
             names = ", ".join(sorted(changed))
             epochs = ", ".join(map(str, later))

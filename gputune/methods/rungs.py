@@ -65,7 +65,8 @@ def train_in_rungs(context: Context, rule: ComparingRule, trials: Sequence[Candi
     search = _RungTraining(context, rule, trials)
     begin = 0
     try:
-        with context.progress.bar_over(len(search.running), context.epochs):
+        n_trained = search.epochs_trained
+        with context.progress.bar_over(len(search.running), context.epochs, trained=n_trained):
             for stop in sorted({*search.stops, context.epochs}):
                 if search.running and not context.is_over():
                     search.train(begin, stop)
@@ -149,6 +150,11 @@ class PausedTraining(Generic[AnyTrial]):
                     self.states.park(
                         number, checkpoint.state.select([checkpoint.alive.index(position)])
                     )
+
+    @property
+    def epochs_trained(self) -> int:
+        """The number of epochs that the running trials have trained, summed over the trials."""
+        return sum(len(trial.curve) for trial in self.running)
 
     def in_chunks(self, trials: Sequence[AnyTrial]) -> Checkpointing | None:
         """Return the settings for the checkpoints that a chunk writes before the next stop."""

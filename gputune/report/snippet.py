@@ -116,14 +116,15 @@ def snippet(study: Study) -> str:
     holds_rows_out = "test_size" in (record.source or {})
     needs_study = best.state == "stopped" or (record.is_hypergradient and is_scheduled)
     # Population based training has changed the configuration during the training.
+    schedule = best.schedule_to_best
     needs_study = needs_study or len(best.schedule) > 1
     if not needs_study and not holds_rows_out:
         return _tune(script, study, best, ranked)
     # One call of ``tune`` cannot express this. The code reads the study, and its trial trains
     # again.
     rows = script.argument("X, y", "the rows of the search") if record.source is None else ""
-    for epoch, config in best.schedule.items():
-        begin = f", from epoch {epoch} on" if len(best.schedule) > 1 else ""
+    for epoch, config in schedule.items():
+        begin = f", from epoch {epoch} on" if len(schedule) > 1 else ""
         script.remarks.append(_comment(f"trial {best.number}{begin}: {config!r}"))
     if study.file is None:
         script.argument("study", "the result of gputune.tune, which is not saved in a file")

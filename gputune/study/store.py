@@ -446,3 +446,13 @@ class Store(AbstractContextManager["Store"]):
 
 def _by_number(rows: Iterable[CachedRow]) -> dict[int, CachedRow]:
     return {row.number: row for row in rows}
+
+
+def state_folder(study: Path) -> Path:
+    """Return the folder with the checkpoints of a study: ``study.db.state`` next to ``study.db``."""
+    return Path(f"{study}.state")
+
+
+def has_checkpoints(study: Path) -> bool:
+    """Return whether a study has checkpoints, from which its trials can continue."""
+    return any(state_folder(study).glob("*.safetensors"))

@@ -21,7 +21,7 @@ from gputune.garbage import without_collector
 from gputune.study.frames import pandas_frame, polars_frame
 from gputune.study.record import SearchRecord
 from gputune.study.rows import Lazy, ranked, stack_curves
-from gputune.study.store import Candidate, Curve, Result, Store
+from gputune.study.store import Candidate, Curve, Result, Store, has_checkpoints
 from gputune.study.trial import Trial as Trial
 from gputune.study.trial import params_of
 from gputune.text import count, did_you_mean, of_class
@@ -301,6 +301,12 @@ class Study:
         states = Counter(trial.state for trial in trials)
         n_trials = count(len(trials), "trial")
         waiting = states["waiting"]
+        if waiting == len(trials) and self.file is not None and has_checkpoints(self.file):
+            return (
+                f"the study has {n_trials}, and none has ended yet. Their training waits in "
+                "checkpoints. Run the search again, or on the command line 'gputune resume', to "
+                "continue it."
+            )
         if waiting == len(trials):
             return f"the study has {n_trials}, but none has been trained yet. Run the search."
         failure = "no trial has a finite score"

@@ -105,6 +105,12 @@ class Trial:
         return {change["epoch"]: change["params"] for change in changes} or {0: self.params}
 
     @property
+    def schedule_to_best(self) -> dict[int, Config]:
+        """The part of ``schedule`` up to ``best_epoch``, which ``best_model()`` repeats."""
+        first, *later = self.schedule.items()
+        return dict([first, *(change for change in later if change[0] < self.best_epoch)])
+
+    @property
     def lineage(self) -> tuple[tuple[int, int], ...]:
         """The trials through which the weights have come: (number of finished epochs, trial number).
 

@@ -100,6 +100,7 @@ class Progress:
         self.pruned = 0
         self.said: set[str] = set()
         self.epochs_done = 0
+        self.epochs_before = 0  # of epochs_done, those that an earlier call has trained
         self.epochs = 0
         self.unit = "trial-epochs"
         self.members = 0
@@ -135,12 +136,16 @@ class Progress:
         )
 
     @contextmanager
-    def bar_over(self, trials: int, epochs: int) -> Iterator[None]:
+    def bar_over(self, trials: int, epochs: int, *, trained: int = 0) -> Iterator[None]:
         """Show the progress bar for ``trials`` more trials during a ``with`` block.
 
-        If a bar is already shown, the trials are a batch of that bar, and no new bar appears.
+        If a bar is already shown, the trials are a batch of that bar, and no new bar appears. An
+        earlier call has already trained ``trained`` trial-epochs of the trials.
         """
+        self.epochs_done += trained
+        self.epochs_before += trained
         if self.bar is not None:
+            self.bar.update(trained)
             yield
             self.batches += 1
             return
@@ -148,7 +153,7 @@ class Progress:
             self.begin = time.monotonic()
         self.unit = "trials" if epochs == 1 else "trial-epochs"
         self.trials = self.trials_done + trials
-        self.epochs = self.epochs_done + trials * epochs
+        self.epochs = self.epochs_done - trained + trials * epochs
         self.bar = self.new_bar(
             total=self.epochs, initial=self.epochs_done, bar_format=_FORMAT, unit=self.unit
         )
@@ -216,9 +221,10 @@ class Progress:
 
         None before there is an estimate.
         """
-        if self.epochs_done < max(1.0, _SHARE * self.epochs):
+        n_trained = self.epochs_done - self.epochs_before
+        if n_trained < max(1.0, _SHARE * self.epochs):
             return None
-        pace = (time.monotonic() - self.begin) / self.epochs_done
+        pace = (time.monotonic() - self.begin) / n_trained
         return pace * max(0, self.epochs - self.epochs_done)
 
     def _show(self) -> None:

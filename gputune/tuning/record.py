@@ -40,6 +40,7 @@ from gputune.spaces.distributions import (
 from gputune.study.code import digest_of_code, is_remembered
 from gputune.study.module_source import script_of
 from gputune.study.record import RECORD_FIELDS, Arguments, SearchRecord
+from gputune.study.store import state_folder
 from gputune.study.values import sha256, to_json
 from gputune.tuning.choices import ModelChoice, recorded_model
 from gputune.tuning.context import Context
@@ -242,7 +243,7 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
     for name, value in later.items():
         if value and value != SearchRecord.max_levels:
             values[name] = value
-    return CheckpointFolder(Path(f"{study}.state"), sha256(to_json(values, name="checkpoint")))
+    return CheckpointFolder(state_folder(study), sha256(to_json(values, name="checkpoint")))
 
 
 @dataclass(frozen=True)

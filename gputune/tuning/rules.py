@@ -22,6 +22,7 @@ Takes = Literal[
     "0..",
     "1..",
     "integers",
+    "numbers",
     "names",
     "scorers",
     "specs",

@@ -276,7 +276,13 @@ def importance(study: Study, *, seed: int = 0) -> Importance:
     if len(done) < FEWEST or not columns:
         rule = f"needs {FEWEST} finished trials and a hyperparameter that varies"
         got = f"{count(len(done), 'trial')} and {count(len(columns), 'hyperparameter')}"
-        raise InputError("importance", rule, got=Verbatim(got), remedy="Search further.")
+        remedy = "Search further."
+        if len(done) >= FEWEST:
+            got = f"{count(len(done), 'trial')} with equal hyperparameters"
+            remedy = "Search a space with several values."
+            if any(trial.detail.get("copies") for trial in study.trials):
+                remedy = "Population based training has copied one trial to all other trials."
+        raise InputError("importance", rule, got=Verbatim(got), remedy=remedy)
     from scipy.stats import rankdata
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance

@@ -111,6 +111,10 @@ def test_set_may_precede_the_file():
         ("train FILE --trials 3", "--trials 3. train has no --trials, a flag of tune, resume."),
         ("train FILE --ensemble", "--ensemble. train has no --ensemble, a flag of tune, resume."),
         ("trials STUDY --ra", "--ra"),
+        (
+            "tune FILE --intervals 2,4",
+            "2,4. --intervals takes no value. Did you mean '--interval'?",
+        ),
         ("train FILE --metric f1", "--metric f1. Did you mean '--scoring'?"),
     ],
 )

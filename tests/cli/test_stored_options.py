@@ -51,6 +51,7 @@ COMMANDS = {
     "--workers 1",
     "population": (
         "--target price --trials 2 --epochs 4 --method pbt --interval 2,3 --fraction 0.5 --resample 0.1 "
+        "--factors 0.5,2 "
         "--no-explore --burn-in 2 --cv 2 --workers 1"
     ),
     "descents": (
@@ -127,6 +128,7 @@ STORED = {
     "intervals": ("numbers", lambda search, record: search.final_model["intervals"], True),
     "interval": ("population", as_option(lambda options: options.method.interval), (2, 3)),
     "fraction": ("population", as_option(lambda options: options.method.fraction), 0.5),
+    "factors": ("population", as_option(lambda options: options.method.factors), (0.5, 2.0)),
     "resample": ("population", as_option(lambda options: options.method.resample), 0.1),
     "explore": ("population", as_option(lambda options: options.method.explore), False),
     "burn_in": ("population", as_option(lambda options: options.method.burn_in), 2),

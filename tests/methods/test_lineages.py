@@ -348,6 +348,46 @@ def test_a_finished_study_grows_by_another_population(tmp_path):
     assert [t.schedule for t in opened.trials] == [t.schedule for t in more.trials]
 
 
+def test_the_schedule_up_to_the_best_epoch(whole):
+    trial = max(whole.trials, key=lambda trial: len(trial.schedule))
+    last = max(trial.schedule)
+    before = replace(trial, best_epoch=last)
+    assert list(before.schedule_to_best) == list(trial.schedule)[:-1]
+    assert list(replace(trial, best_epoch=last + 1).schedule_to_best) == list(trial.schedule)
+    assert list(replace(trial, best_epoch=0).schedule_to_best) == [0]
+
+
+def test_a_search_without_copies_says_why(capsys):
+    def notes(**options):
+        many(verbose=1, max_epochs=3, **options)
+        return capsys.readouterr().err
+
+    start = "note: no trial copies another trial, because"
+    assert f"{start} the search has only one trial\n" in notes(n_trials=1)
+    space = {"width": [5, 6], "batch_size": [16]}
+    found = notes(n_trials=2, space=space, include_default=False)
+    assert f"{start} each trial has a different architecture (width)\n" in found
+    assert start not in notes(n_trials=1, method=gputune.PopulationBased(interval=2, fraction=0))
+
+
+def test_a_resumed_search_counts_its_epochs(whole, tmp_path, monkeypatch):
+    search = partial(many, study=tmp_path / "s.db")
+    with pytest.MonkeyPatch.context() as patch:
+        time_is_over(patch, 5)
+        search(timeout=600)
+    counted = []
+    bar_over = Progress.bar_over
+
+    def seen(self, trials, epochs, *, trained=0):
+        counted.append((trials, epochs, trained))
+        return bar_over(self, trials, epochs, trained=trained)
+
+    monkeypatch.setattr(Progress, "bar_over", seen)
+    search()
+    (trials, epochs, trained) = counted[0]
+    assert (trials, epochs) == (10, EPOCHS) and trained in (2 * 10, 4 * 10)
+
+
 def test_the_solved_regression_is_refused():
     with refused("method='pbt' copies trials while they train, but the solved"):
         tune("logistic", *load_iris(return_X_y=True), method=METHOD)
@@ -368,5 +408,5 @@ def test_the_report_draws_the_family_tree(whole, tmp_path):
     line = " -&gt; ".join(str(number) for _, number in best.lineage)
     assert 'id="family"' in page and f"trial {best.number}: {line}" in page
     # The code at the end reads the study, because tune() cannot repeat a schedule.
-    assert ("from epoch" in page) == (len(best.schedule) > 1)
+    assert ("from epoch" in page) == (len(best.schedule_to_best) > 1)
     assert 'id="family"' not in html(many_random())

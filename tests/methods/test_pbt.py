@@ -11,6 +11,7 @@ import gputune
 from gputune.methods.exchanges import Exchange, exchanges, generator
 from gputune.methods.pbt import PopulationBased
 from gputune.spaces.perturbation import Perturbation, movable_keys
+from made_studies import study_of
 
 
 def decide(means, *, epoch=5, shapes=None, seed=0, protected=None, **options):
@@ -132,6 +133,9 @@ def test_too_few_epochs_are_refused():
     )
     with pytest.raises(gputune.InputError, match=message):
         PopulationBased().stops(5)
+    alone = r"interval=...\) must leave a comparison below max_epochs=1, got 1. Train longer."
+    with pytest.raises(gputune.InputError, match=alone):
+        PopulationBased(interval=1).stops(1)
     with pytest.raises(gputune.InputError, match=r"burn_in=...\) must leave a comparison"):
         PopulationBased(interval=2, burn_in=9).stops(10)
 
@@ -209,6 +213,18 @@ def test_values_stay_within_their_part_of_the_space():
     assert moved["lr"] == 1e-2
     adapted = {"optimizer": "adamwhd", "lr": 5e-3}
     assert move(adapted, space, np.random.RandomState(0)) == adapted
+
+
+def test_the_closing_text_has_the_reason_without_copies():
+    def copies(*params):
+        return dict(PopulationBased.summary(study_of(params)))["Copies"]
+
+    none = "no trial has copied another trial"
+    assert copies({"lr": 1}) == f"{none}, because the search has only one trial"
+    differing = {"lr": 1, "width": 8, "depth": 1}, {"lr": 1, "width": 9, "depth": 1}
+    reason = "each trial has a different architecture (width)"
+    assert copies(*differing) == f"{none}, because {reason}"
+    assert copies({"lr": 1, "width": 8}, {"lr": 2, "width": 8}) == none
 
 
 def test_the_quadratic_of_the_paper():

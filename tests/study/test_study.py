@@ -61,6 +61,17 @@ def test_the_best_trial_is_finite_and_highest_and_the_lower_number_on_a_tie():
     )
 
 
+def test_a_killed_study_says_that_its_training_waits_in_checkpoints(tmp_path):
+    waiting = dataclasses.replace(study(trial(0, NAN, state="waiting")), file=tmp_path / "s.db")
+    assert "none has been trained yet" in waiting.failure_message()
+    (tmp_path / "s.db.state").mkdir()
+    (tmp_path / "s.db.state" / "0-0123456789abcdef.safetensors").touch()
+    assert waiting.failure_message() == (
+        "the study has 1 trial, and none has ended yet. Their training waits in checkpoints. Run "
+        "the search again, or on the command line 'gputune resume', to continue it."
+    )
+
+
 @pytest.mark.parametrize(
     ("trials", "message"),
     [

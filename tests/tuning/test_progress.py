@@ -120,10 +120,24 @@ def test_what_leaves_early_shortens_the_time_that_is_left(monkeypatch):
         assert shown.status.startswith("trials 6/9")
 
 
+def test_a_resumed_search_counts_what_is_trained_already(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    shown = Progress(0)
+    with shown.bar_over(10, 8, trained=40):
+        assert (shown.epochs_done, shown.epochs, shown.seconds_left) == (40, 80, None)
+        now[0] += 5.0
+        shown.advance(10, np.ones((10, 1, 2)))
+        assert shown.seconds_left == pytest.approx(15.0)  # 30 trial-epochs at half a second
+    with shown.bar_over(2, 8, trained=4):
+        assert (shown.epochs_done, shown.epochs) == (54, 66)
+
+
 @pytest.mark.parametrize(
     ("method", "epochs"),
     [
         ("random", 3),
+        (gputune.PopulationBased(interval=1), 3),
         (gputune.Halving(min_epochs=1), 3),
         (gputune.Hypergradient(outer_steps=2), 2),
         (gputune.OptunaSampler(RandomSampler(seed=0), batch=2), 3),

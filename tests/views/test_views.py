@@ -3,6 +3,7 @@ plots and charts.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -226,12 +227,19 @@ def test_importance_of_noise_fits_nothing_and_many_trials_are_drawn_from():
     assert found.fit < 0.1 and found.trials == MOST
 
 
+def made_copies():
+    study = study_of([{"a": 1}] * 20)
+    copied = {"copies": [[5, 0]]}
+    return replace(study, trials=tuple(replace(trial, detail=copied) for trial in study.trials))
+
+
 @pytest.mark.parametrize(
     ("study", "words"),
     [
         (made_study(9), "got 9 trials and 5 hyperparameters"),
         (made_study(30, waiting=25), "got 5 trials"),
-        (study_of([{"a": 1}] * 20), "got 20 trials and 0 hyperparameters"),
+        (study_of([{"a": 1}] * 20), "got 20 trials with equal hyperparameters. Search a space"),
+        (made_copies(), "got 20 trials with equal hyperparameters. Population based training has"),
     ],
 )
 def test_importance_of_too_little(study, words):
