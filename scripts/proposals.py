@@ -168,10 +168,12 @@ class TableSearch:
             self.trials[number] = TableTrial(params, seen, rung_means)
         return numbers
 
-    def train(self, until: Mapping[int, int]) -> Mapping[int, np.ndarray]:
-        for number, epochs in until.items():
+    def train(
+        self, arrived: Mapping[int, int], later: Mapping[int, int]
+    ) -> Mapping[int, np.ndarray]:
+        for number, epochs in arrived.items():
             self.trials[number].epochs = epochs
-        return {number: self.trials[number].curve(epochs) for number, epochs in until.items()}
+        return {number: self.trials[number].curve(epochs) for number, epochs in arrived.items()}
 
     def end(self, numbers: Sequence[int], rung: int | None = None) -> None:
         for number in numbers:

@@ -329,11 +329,13 @@ class StateCache:
         self.end = ExitStack()
 
     def park(self, trial: int, state: State) -> None:
-        """Store the training state of a paused trial until the trial continues."""
+        """Store the training state of a paused trial until the trial continues.
+
+        The state must not be a view of larger tensors, which would stay in memory.
+        """
         if self.size + state.nbytes <= self.limit:
             self.size += state.nbytes
-            # A copy, because a view of one row would keep the tensors of the whole chunk alive.
-            self.states[trial] = state.clone()
+            self.states[trial] = state
             return
         if self.folder is None:
             self.folder = self.end.enter_context(scratch_folder())

@@ -207,9 +207,10 @@ class CompiledChunk:
 
     def resume(self, state: State) -> None:
         """Continue from the state of the same trials."""
-        buffers = [self.flat, *self.moments]
-        for buffer, value in zip(buffers, state.flat_buffers(self.network), strict=True):
-            buffer.copy_(value)
+        blocks = self.network.blocks
+        for buffer, rows in zip((self.flat, *self.moments), state.buffers, strict=True):
+            # Without a flat copy in between: new memory costs more than the values themselves.
+            blocks.put_rows(buffer, rows.to(buffer.device))
         self.epoch = state.epoch
         self._set_lag(state.lag(self.steps))
 

@@ -95,10 +95,6 @@ class WaitingState(State):
         """Return the same state in main memory."""
         return State(self.epoch, self.buffers, self.steps)
 
-    def clone(self) -> State:
-        """Return the same state: the tensors are not copied before they are overwritten."""
-        return self
-
     def select(self, slots: Sequence[int]) -> State:
         """Return the state of the trials at the positions ``slots``, which may repeat."""
         return WaitingState(self.waiting, [self.slots[slot] for slot in slots])

@@ -1,10 +1,14 @@
 """Slots that refill: successive halving in which new trials take the places of pruned trials.
 
-A slot is a place for one running trial. A search has a fixed number of slots. All running trials
-train up to the next event, the nearest epoch at which one of them ends or reaches a rung. Trials
-that have reached a rung are compared with all trials that ever reached this rung, as in ASHA (Li et
-al., 2020, arXiv:1810.05934), and the worse ones are pruned. New trials then start in the free
-slots.
+A slot is a place for one running trial. A search has a fixed number of slots. The epochs of all
+running trials count on to the next event, the nearest epoch at which one of them ends or reaches a
+rung. Trials that have reached a rung are compared with all trials that ever reached this rung, as
+in ASHA (Li et al., 2020, arXiv:1810.05934), and the worse ones are pruned. New trials then start in
+the free slots.
+
+A trial trains from one rung to the next without a pause, and only when its next score is needed.
+Trials that wait for the same epochs then train together, because small groups of trials train
+slowly.
 
 The decisions depend only on epochs and scores, never on the time that a training takes. Therefore
 any number of workers and a resumed search train the same trials.
@@ -37,10 +41,14 @@ class SlotSearch(Protocol):
         ``running`` has the number of trained epochs of each running trial, by trial number.
         """
 
-    def train(self, until: Mapping[int, int]) -> Mapping[int, np.ndarray]:
-        """Train each trial up to its epoch in ``until``, and return its scores (epochs, F).
+    def train(
+        self, arrived: Mapping[int, int], later: Mapping[int, int]
+    ) -> Mapping[int, np.ndarray]:
+        """Train each trial up to its epoch in ``arrived``, and return its scores (epochs, F).
 
-        A trial that can train no further has fewer epochs, or NaN in its scores.
+        A trial that can train no further has fewer epochs, or NaN in its scores. ``later`` has the
+        epochs up to which the other running trials train at some later call. The search may already
+        train them now.
         """
 
     def end(self, numbers: Sequence[int], rung: int | None = None) -> None:
@@ -65,16 +73,22 @@ def fill_slots(
         running |= dict.fromkeys(new, 0)
         if not running:
             break
-        n_epochs = min(_next_stop(stops, epoch) - epoch for epoch in running.values())
-        until = {number: epoch + n_epochs for number, epoch in running.items()}
-        trained = search.train(until)
+        next_stops = {number: _next_stop(stops, epoch) for number, epoch in running.items()}
+        n_epochs = min(next_stops[number] - epoch for number, epoch in running.items())
+        running_then = {number: epoch + n_epochs for number, epoch in running.items()}
+        arrived_at: dict[int, int] = {}
+        later: dict[int, int] = {}
+        for number, stop in next_stops.items():
+            group = arrived_at if running_then[number] == stop else later
+            group[number] = stop
+        trained = search.train(arrived_at, later)
         if search.is_over():
             break
-        running = until
+        running = running_then
         ended = []
         for number, curve in trained.items():
-            curves[number] = _with_divergence(curve, until[number])
-            if len(curve) < until[number] or np.isnan(curve).any():
+            curves[number] = _with_divergence(curve, arrived_at[number])
+            if len(curve) < arrived_at[number] or np.isnan(curve).any():
                 ended.append(number)
         search.end(ended)
         running = _without(running, ended)
@@ -134,6 +148,12 @@ def train_in_slots(
             training.finish([trial for trial in training.running if len(trial.curve)])
     finally:
         training.states.close()
+
+
+def _can_train(trial: RunningTrial, until: Mapping[int, int]) -> bool:
+    """Return True if a trial lacks epochs up to its epoch in ``until``, and has not diverged."""
+    epochs = until.get(trial.number, 0)
+    return len(trial.curve) < epochs and not trial.has_diverged(epochs)
 
 
 class _SlotTraining(PausedTraining[RunningTrial]):
@@ -232,20 +252,26 @@ class _ContextSlots:
         running = {trial.number: trial.curve for trial in self.training.running}
         return self.training.curves | running
 
-    def train(self, until: Mapping[int, int]) -> Mapping[int, np.ndarray]:
-        """Train each trial up to its epoch, and return its scores so far."""
-        trials = []
-        for trial in self.training.running:
-            epochs = until.get(trial.number, 0)
-            if len(trial.curve) < epochs and not trial.has_diverged(epochs):
-                trials.append(trial)
+    def train(
+        self, arrived: Mapping[int, int], later: Mapping[int, int]
+    ) -> Mapping[int, np.ndarray]:
+        """Train each trial up to its epoch in ``arrived``, and return its scores so far.
+
+        Trials that need the same epochs later train with them, so that groups of trials are larger.
+        """
+        until = {**arrived, **later}
+        trials = [trial for trial in self.training.running if _can_train(trial, until)]
+        segments = {
+            (len(trial.curve), until[trial.number]) for trial in trials if trial.number in arrived
+        }
+        trials = [trial for trial in trials if (len(trial.curve), until[trial.number]) in segments]
         if trials:
             n_epochs = max(until[trial.number] - len(trial.curve) for trial in trials)
             self.training.train_until(trials, until, epochs=n_epochs, show=not self.is_planned)
             self.is_planned = True
         curves = self._curves()
         scores = {}
-        for number, epochs in until.items():
+        for number, epochs in arrived.items():
             scores[number] = first_metric(curves[number], axes=2)[:epochs]
         return scores
 

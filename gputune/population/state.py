@@ -76,14 +76,9 @@ class State:
         """Return the same state in main memory."""
         return State(self.epoch, tuple(buffer.cpu() for buffer in self.buffers), self.steps)
 
-    def clone(self) -> "State":
-        """Return a copy that shares no memory with this state."""
-        steps = None if self.steps is None else self.steps.clone()
-        return State(self.epoch, tuple(buffer.clone() for buffer in self.buffers), steps)
-
     def select(self, slots: Sequence[int]) -> "State":
-        """Return the parameters and optimizer states of only the trials at the positions ``slots``.
-        A position may occur several times."""
+        """Return a copy of the parameters and optimizer states of only the trials at the positions
+        ``slots``. A position may occur several times."""
         rows = list(slots)
         steps = None if self.steps is None else self.steps[rows]
         return State(self.epoch, tuple(buffer[rows] for buffer in self.buffers), steps)

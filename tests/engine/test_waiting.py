@@ -58,7 +58,7 @@ def test_a_waiting_state_is_a_state(chunk):
     joined = State.stack([waiting.select([2]), waiting.select([0]), waiting.select([2])])
     assert isinstance(joined, WaitingState) and joined.slots == (2, 0, 2)
     assert joined.nbytes == joined.cpu().nbytes
-    for state in (joined.cpu(), pickle.loads(pickle.dumps(joined)), joined.clone()):
+    for state in (joined.cpu(), pickle.loads(pickle.dumps(joined))):
         assert state.epoch == 1 and torch.equal(state.steps, expected.steps[[2, 0, 2]])
         for mine, other in zip(state.buffers, expected.buffers, strict=True):
             assert torch.equal(mine, other[[2, 0, 2]])

@@ -73,10 +73,10 @@ class Scripted:
         self.begun = min(self.n_trials, first + n_free)
         return range(first, self.begun)
 
-    def train(self, until):
-        self.events.append(dict(until))
+    def train(self, arrived, later):
+        self.events.append(dict(arrived))
         curves = {}
-        for number, epochs in until.items():
+        for number, epochs in arrived.items():
             score = math.nan if number in self.diverged else number
             # A diverged trial may have any number of stored epochs.
             curves[number] = np.full((1 if number in self.diverged else epochs, 2), score)
@@ -93,14 +93,14 @@ def test_free_slots_are_refilled_at_the_next_stop_of_any_trial():
     assert search.events == [
         {0: 1, 1: 1, 2: 1},
         ([0, 1], 1),  # a third of three trials continues
-        {2: 2, 3: 1, 4: 1},
+        {3: 1, 4: 1},  # trial 2 has one more epoch to its next rung
         ([3], 1),  # compared with the trials 0 to 4, of which one continues
-        {2: 3, 4: 2, 5: 1},
-        {2: 4, 4: 3, 5: 2},
-        {2: 5, 4: 4, 5: 3},
-        {2: 9, 4: 8, 5: 7},
+        {2: 3, 5: 1},
+        {4: 3},
+        {5: 3},
+        {2: 9},
         ([2], None),
-        {4: 9, 5: 8},
+        {4: 9},
         ([4], None),
         {5: 9},
         ([5], None),
@@ -110,7 +110,23 @@ def test_free_slots_are_refilled_at_the_next_stop_of_any_trial():
 def test_a_diverged_trial_counts_at_the_stop_where_its_slot_becomes_free():
     search = Scripted(n_trials=4, diverged={1, 2})
     fill_slots(search, HALVING, n_slots=3, max_epochs=9)
-    assert search.events[:4] == [{0: 1, 1: 1, 2: 1}, ([1, 2], None), {0: 2, 3: 1}, {0: 3, 3: 2}]
+    assert search.events[:4] == [{0: 1, 1: 1, 2: 1}, ([1, 2], None), {3: 1}, {0: 3}]
+
+
+def test_trials_that_need_the_same_epochs_train_together(monkeypatch):
+    calls = []
+    train = slots.PausedTraining.train_until
+
+    def recorded(training, trials, until, **options):
+        calls.append({(len(trial.curve), until[trial.number]) for trial in trials})
+        train(training, trials, until, **options)
+
+    monkeypatch.setattr(slots.PausedTraining, "train_until", recorded)
+    study = tune(tpe(), n_trials=12)
+    assert {segment for call in calls for segment in call} == {(0, 1), (1, 3), (3, 9)}
+    n_segments = sum(map(len, calls))
+    n_pauses = sum({1: 1, 3: 2, 9: 3}[length] for length in lengths(study).tolist())
+    assert n_segments < n_pauses / 1.5
 
 
 def test_every_curve_is_that_of_its_trial_alone():
