@@ -25,37 +25,46 @@ from pathlib import Path
 import sklearn
 
 _ANY_SOLVER = (
-    "the objective has one solution, the same for all solvers: every solver accepts l1 and the "
-    "elastic net"
+    "the test expects an error or a warning about a combination of solver and "
+    "penalty. In gputune, all solvers find the same solution, so each of them accepts "
+    "l1 and the elastic net"
 )
 _CONVERGENCE = (
-    "the ConvergenceWarning names a solver of scikit-learn, but gputune solves with Newton's method"
+    "the test expects a ConvergenceWarning with the name of a scikit-learn solver, "
+    "but gputune solves with Newton's method"
 )
 _START = (
-    "gputune solves to convergence from any starting point, so an earlier solution saves no steps"
+    "the result that the test expects depends on the starting point or the number of "
+    "steps of the solver, but gputune solves to convergence from any starting point"
 )
-_DEPRECATED = "gputune accepts parameters that scikit-learn will remove, without a warning"
+_DEPRECATED = (
+    "the test expects a warning about a parameter that scikit-learn will "
+    "remove, but gputune accepts this parameter without a warning"
+)
 REASONS: dict[str, tuple[tuple[str, str], ...]] = {
     "test_mlp": (
         (
             "test_partial_fit_regression",
-            "fit is from gputune and partial_fit from scikit-learn. They use different random "
-            "numbers, so the networks differ",
+            "the test compares fit with partial_fit. gputune runs fit and "
+            "scikit-learn runs partial_fit, with different random numbers, so the "
+            "networks differ",
         ),
         (
             "test_nonfinite_params",
-            "a training that diverges raises gputune.DivergedError, an ArithmeticError",
+            "the test expects a ValueError if training diverges, but gputune raises "
+            "gputune.DivergedError, an ArithmeticError",
         ),
         (
             "test_n_iter_no_change_inf",
-            "with n_iter_no_change=inf, gputune computes no loss and counts no epochs without change",
+            "with n_iter_no_change=inf, gputune computes no loss and does not count "
+            "the epochs without improvement",
         ),
     ),
     "test_search": (
         (
             "test_searchcv_raise_warning_with_non_finite_score",
-            "there is one more warning: the estimator is not from gputune, and scikit-learn's own "
-            "loop fits it",
+            "gputune gives one more warning than the test expects: the estimator is "
+            "not from gputune, so scikit-learn's own loop fits it",
         ),
     ),
     "test_logistic": (
@@ -65,8 +74,9 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         (
             "test_logistic_cv_multinomial_score",
-            "the test passes all parameters of the estimator to a private function of "
-            "scikit-learn, which has no `device` parameter",
+            "the test passes all parameters of the estimator, including gputune's "
+            "`device`, to a private function of scikit-learn that does not have this "
+            "parameter",
         ),
         ("test_max_iter|test_newton_cholesky_fallback", _CONVERGENCE),
         ("test_warm_start", _START),
@@ -74,11 +84,14 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("deprecated|warns_with_n_jobs", _DEPRECATED),
         (
             "penalty_l1ratio_incompatible",
-            "penalty='l1' and 'l2' replace l1_ratio: gputune does not warn about its default",
+            "the test expects a warning if penalty contradicts l1_ratio. gputune "
+            "raises an error instead, but says nothing if l1_ratio is 0, its default "
+            "value",
         ),
         (
             "test_large_sparse_matrix",
-            "gputune makes sparse X dense, so it accepts 64-bit indices",
+            "the test expects an error for a sparse X with 64-bit indices, but "
+            "gputune makes X dense and therefore accepts these indices",
         ),
     ),
 }
@@ -189,10 +202,11 @@ def page(results: Mapping[Suite, tuple[Sequence[str], Mapping[str, str]]]) -> st
         f"scikit-learn {sklearn.__version__}.",
         "",
         "- Each test file was run twice: unchanged, and with one more import that replaces "
-        "scikit-learn's classes by",
+        "scikit-learn's classes with",
         "  gputune's classes.",
-        "- A test counts if scikit-learn's own class passes it.",
-        "- `python scripts/reproduce/scikit_learn_suites.py --out docs` makes this page.",
+        "- The table includes only the tests that scikit-learn's own classes pass.",
+        "- A number in parentheses is the number of parameter sets for which the test fails.",
+        "- To make this page again, run `python scripts/reproduce/scikit_learn_suites.py --out docs`.",
         "",
         "| Test file | Classes | Tests that pass |",
         "|---|---|---|",
