@@ -249,6 +249,15 @@ def _pool(
     return _by_members(outputs, len(input)), 1
 
 
+def _adaptive_average(input: Tensor, output_size: Any) -> WithAxis | None:
+    """Compute the adaptive average poolings of all members."""
+    if output_size in (1, (1, 1), [1, 1]):
+        # torch computes this mean too, but then changes its strides in place, which cannot be
+        # recorded.
+        return input.mean((-2, -1), keepdim=True), 0
+    return _pool(functional.adaptive_avg_pool2d, input, output_size)
+
+
 def _flat(table: OptionalTensor) -> OptionalTensor:
     """Flatten a table with one value per member and channel, (P, C) -> (P*C,)."""
     return None if table is None else table.reshape(-1)
@@ -264,7 +273,7 @@ def _by_members(rows: Tensor, members: int) -> Tensor:
     return rows.view(len(rows), members, -1, *rows.shape[2:])
 
 
-_POOLS = functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d
+_POOLS = functional.max_pool2d, functional.avg_pool2d
 _RULES: dict[Callable[..., object], tuple[MemberRule, int]] = {
     functional.linear: (_linear, 1),
     functional.batch_norm: (_batch_norm, 0),
@@ -272,6 +281,7 @@ _RULES: dict[Callable[..., object], tuple[MemberRule, int]] = {
     functional.group_norm: (_group_norm, 0),
     **{f: (partial(_convolution, f), 1) for f in (torch.conv1d, torch.conv2d, torch.conv3d)},
     **{f: (partial(_pool, f), 0) for f in _POOLS},
+    functional.adaptive_avg_pool2d: (_adaptive_average, 0),
 }
 """Rules by torch function, with the index of the argument that must have a member axis. Index 0 is
 the input and 1 the weight."""

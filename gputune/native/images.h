@@ -87,3 +87,40 @@ static void max_pool_below(const int64_t *N, const real *y, const int64_t *at, r
                 }
             }
 }
+
+/* The sizes of a linear map of x (B, C, H, W) to y (B, C, OH, OW), and their strides. ``columns`` is the
+   position of the second table. */
+typedef struct {
+    int64_t B, C, H, W, OH, OW, xb, xc, xh, xw, yb, yc, yh, yw, columns;
+} Resizing;
+
+/* Multiplies the rows of each channel by one matrix and the columns by another. A table has for each
+   row of its matrix the first entry, the number of entries, and the position of the entries. */
+static void resize(const int64_t *N, const double *S, const real *x, real *y) {
+    const Resizing *p = (const Resizing *)N;
+    const double *rows = S, *columns = S + p->columns;
+    long in_vectors = p->xc == 1 && p->yc == 1 ? p->C / LANES * LANES : 0;
+    for (long b = 0; b < p->B; b++)
+        for (long h = 0; h < p->OH; h++)
+            for (long w = 0; w < p->OW; w++) {
+                long top = (long)rows[3 * h], height = (long)rows[3 * h + 1];
+                long left = (long)columns[3 * w], width = (long)columns[3 * w + 1];
+                const double *down = rows + (long)rows[3 * h + 2], *across = columns + (long)columns[3 * w + 2];
+                const real *from = x + b * p->xb + top * p->xh + left * p->xw;
+                real *to = y + b * p->yb + h * p->yh + w * p->yw;
+                for (long k = 0; k < in_vectors; k += LANES) {
+                    vector sum = {0};
+                    for (long i = 0; i < height; i++)
+                        for (long j = 0; j < width; j++)
+                            sum += (real)(down[i] * across[j]) * *(const vector *)(from + i * p->xh + j * p->xw + k);
+                    *(vector *)(to + k) = sum;
+                }
+                for (long k = in_vectors; k < p->C; k++) {
+                    real sum = 0;
+                    for (long i = 0; i < height; i++)
+                        for (long j = 0; j < width; j++)
+                            sum += (real)(down[i] * across[j]) * from[i * p->xh + j * p->xw + k * p->xc];
+                    to[k * p->yc] = sum;
+                }
+            }
+}

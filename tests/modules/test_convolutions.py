@@ -72,9 +72,8 @@ def convolution(draw):
     options["output_padding"] = [draw.randrange(max(s, d)) for s, d in zip(stride, dilation)]
     function = (F.conv_transpose1d, F.conv_transpose2d)[axes - 1]
     weight = draw.tensor(inputs, outputs // groups, *kernel)
-    meta = [None if tensor is None else tensor.to("meta") for tensor in (x, weight, bias)]
     try:  # some outputs would be empty
-        function(*meta, **options)
+        function(x, weight, bias, **options)
     except RuntimeError:
         return convolution(draw)
     return partial(function, **options), [x, weight, bias]
@@ -118,7 +117,71 @@ def norm(draw):
     return normalized, [x, *tables]
 
 
-KINDS = {"convolutions": convolution, "max pooling": max_pool, "norms": norm}
+def average_pool(draw):
+    axes = draw.choice((1, 2, 2))
+    kernel = draw.each(axes, 1, 2, 3)
+    padding = [draw.randrange(k // 2 + 1) for k in kernel]
+    size = [k + draw.randrange(7) for k in kernel]
+    x = draw.images(draw.choice((1, 3)), draw.choice((1, 2, 4, 5, 8, 9)), *size)
+    kind = draw.choice(("plain", "adaptive", "largest"))
+    if kind == "plain":
+        options = {"stride": draw.each(axes, 1, 2, 3), "padding": padding}
+        options["ceil_mode"] = draw.random() < 0.3
+        options["count_include_pad"] = draw.random() < 0.5
+        if axes == 2 and draw.random() < 0.3:
+            options["divisor_override"] = 5
+        function = (F.avg_pool1d, F.avg_pool2d)[axes - 1]
+        return partial(function, kernel_size=kernel, **options), [x]
+    functions = {
+        "adaptive": (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d),
+        "largest": (F.adaptive_max_pool1d, F.adaptive_max_pool2d),
+    }
+    size = draw.each(axes, 2, 3, 4)
+    return partial(functions[kind][axes - 1], output_size=size if axes == 2 else size[0]), [x]
+
+
+def resizing(draw):
+    axes = draw.choice((1, 2, 2))
+    x = draw.images(draw.choice((1, 3)), draw.choice((1, 4, 8, 9)), *draw.each(axes, 1, 2, 3, 5))
+    mode = draw.choice(("nearest", "nearest-exact", ("linear", "bilinear")[axes - 1]))
+    if axes == 2 and draw.random() < 0.2:
+        mode = "bicubic"
+    options = {"align_corners": draw.random() < 0.5} if "nearest" not in mode else {}
+    if draw.random() < 0.5:
+        options["scale_factor"] = draw.each(axes, 1.5, 2, 3)
+    else:
+        options["size"] = draw.each(axes, 1, 2, 4, 7)
+    return partial(F.interpolate, mode=mode, **options), [x]
+
+
+def moving(draw):
+    kind = draw.choice(("shuffle", "unshuffle", "unfold", "fold"))
+    if kind == "shuffle":
+        return partial(F.pixel_shuffle, upscale_factor=2), [draw.images(2, 8, 3, 2)]
+    if kind == "unshuffle":
+        return partial(F.pixel_unshuffle, downscale_factor=3), [draw.images(2, 4, 6, 3)]
+    kernel = draw.each(2, 1, 2, 3)
+    options = {
+        "kernel_size": kernel,
+        "dilation": draw.each(2, 1, 2),
+        "padding": draw.each(2, 0, 1, 3),
+        "stride": draw.each(2, 1, 2, 3),
+    }
+    x = draw.images(2, 3, 5, 7)
+    if kind == "unfold":
+        return partial(F.unfold, **options), [x]
+    options["output_size"] = x.shape[2:]
+    return partial(F.fold, **options), [F.unfold(x, *[*options.values()][:4]).contiguous()]
+
+
+KINDS = {
+    "average pooling": average_pool,
+    "resizing": resizing,
+    "moving pixels": moving,
+    "convolutions": convolution,
+    "max pooling": max_pool,
+    "norms": norm,
+}
 COUNTS = {"convolutions": 40}
 
 

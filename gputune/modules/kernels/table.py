@@ -19,9 +19,11 @@ from gputune.modules.kernels.norms import (
     group_norm_gradient,
     layer_norm_gradient,
 )
+from gputune.modules.kernels.patches import patches, shuffled
 from gputune.modules.kernels.pooling import max_pool, max_pool_gradient
 from gputune.modules.kernels.products import product
 from gputune.modules.kernels.reductions import ALONG, along_axis, reduced
+from gputune.modules.kernels.resizing import MAPS, resized
 from gputune.modules.kernels.writer import Line
 
 LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
@@ -41,7 +43,12 @@ LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
     **dict.fromkeys(("nll_loss_forward", "nll_loss_backward"), class_loss),
     "convolution": convolution,
     "convolution_backward": convolution_gradient,
-    "max_pool2d_with_indices": max_pool,
+    **dict.fromkeys(("max_pool2d_with_indices", "adaptive_max_pool2d"), max_pool),
     "max_pool2d_with_indices_backward": max_pool_gradient,
+    "adaptive_max_pool2d_backward": max_pool_gradient,
+    **dict.fromkeys(MAPS, resized),
+    **{f"{name}_backward": resized for name in MAPS},
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), shuffled),
+    **dict.fromkeys(("im2col", "col2im"), patches),
 }
 """Functions that yield the kernel calls of an operation, by the operation's name in torch."""

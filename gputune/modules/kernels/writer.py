@@ -232,11 +232,13 @@ class Writer:
         *,
         sizes: Sequence[int],
         workspace: int = 0,
+        table: Sequence[float] = (),
     ) -> Line:
         """Return a call of the kernel with the C code ``body`` for the tensors at some places.
 
         The code uses the names p0, ... for these tensors, s0, ... for numeric values, n0, ... for
-        sizes, and w for working memory.
+        sizes, and w for working memory. The numbers of a ``table`` follow the numeric values in the
+        array S.
         """
         code = []
         begins = []
@@ -252,8 +254,9 @@ class Writer:
         code += [f"int64_t n{i} = N[{i}];" for i in range(len(sizes))]
         # Equal code is one kernel.
         kernel = self.kernels.setdefault("\n".join([*code, body]), len(self.kernels))
-        self.numbers += map(float, numbers)
-        return Line(kernel, begins, len(self.numbers) - len(numbers), [*sizes])
+        first = len(self.numbers)
+        self.numbers += map(float, [*numbers, *table])
+        return Line(kernel, begins, first, [*sizes])
 
     def pointwise(self, name: str, kwargs: Kwargs, out: Place) -> Line:
         """Return the kernel call that computes each entry of the tensor ``out`` by an operation's
