@@ -7,11 +7,12 @@ The results and derivatives are the same.
 """
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
-from typing import TypeAlias, TypeGuard
+from typing import Any, Self, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from gputune.modules.trace import Args, Function, Kwargs
 
@@ -27,13 +29,29 @@ _ATTENDS = signature(functional.multi_head_attention_forward)
 
 
 class Substitutes(TorchFunctionMode):
-    """Inside the context, replaces attention operations that vmap cannot map, only in this thread.
+    """Inside the context, replaces operations that vmap cannot map, only in this thread.
 
-    In evaluation mode, ``nn.MultiheadAttention`` takes a fast path if it sees no tensor that
-    requires a gradient, and under vmap it sees none. The fast path has no derivative and no
-    batching rule. It is not taken inside a mode like this class. The fused attention kernel of a
-    CPU has no batching rule either, and would run member by member.
+    - Attention: in evaluation mode, ``nn.MultiheadAttention`` takes a fast path if it sees no
+      tensor that requires a gradient, and under vmap it sees none. The fast path has no derivative
+      and no batching rule. It is not taken inside a mode like this class. The fused attention
+      kernel of a CPU has no batching rule either, and would run member by member.
+    - ``normalize`` with the argument ``out``, as in spectral norm.
+    - ``rrelu``, whose kernel draws as many random numbers as there are negative inputs.
+    - Gradient checkpointing, which has no batching rule: the function is called directly.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes = _RandomSlopes()
+
+    def __enter__(self) -> Self:
+        _checkpoints.leave_out()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _checkpoints.restore()
 
     def __torch_function__(
         self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
@@ -47,7 +65,100 @@ class Substitutes(TorchFunctionMode):
             return func(*args, **{**kwargs, "need_weights": True})[0], None
         if func is _fused and args[0].device.type == "cpu":
             return _attention(*args, **kwargs)
+        if func is functional.normalize and kwargs.get("out") is not None:
+            out: Tensor = kwargs.pop("out")
+            return out.copy_(func(*args, **kwargs))
+        if func is functional.rrelu:
+            return self.slopes.rrelu(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+class _RandomSlopes:
+    """The random slopes of all calls of ``rrelu`` in one pass of a module.
+
+    torch's kernel on a CPU draws one number in [0, 1) for each input that is not positive, in their
+    order. The draws of several calls follow each other. A member draws as many numbers as it has
+    such inputs, which vmap cannot map. Here a call draws a number for every input, and a member
+    takes the numbers that torch's kernel would draw. The result is the same as that of the kernel
+    if the module draws no other random numbers.
+    """
+
+    def __init__(self) -> None:
+        self.draws: list[Tensor] = []
+        self.taken: Tensor | int = 0
+
+    def rrelu(
+        self,
+        input: Tensor,
+        lower: float = 1 / 8,
+        upper: float = 1 / 3,
+        training: bool = False,
+        inplace: bool = False,
+    ) -> Tensor:
+        """Compute ``functional.rrelu`` by operations that vmap supports."""
+        if not training:
+            return functional.leaky_relu(input, (lower + upper) / 2, inplace)
+        self.draws.append(torch.rand(input.numel(), dtype=torch.float64, device=input.device))
+        has_slope = input <= 0
+        places = self.taken + has_slope.flatten().cumsum(0)
+        self.taken = places[-1]
+        drawn = torch.cat(self.draws)[(places - 1).clamp_min(0)]
+        slopes = (drawn * (upper - lower) + lower).to(input.dtype).view(input.shape)
+        factors = torch.where(has_slope, slopes, 1)
+        return input.mul_(factors) if inplace else input * factors
+
+
+class _DirectCall:
+    """Replaces torch's autograd function of a reentrant checkpoint by a direct call."""
+
+    @staticmethod
+    def apply(function: Callable[..., object], _preserve_rng_state: bool, *args: object) -> object:
+        return function(*args)
+
+
+class _Checkpoints:
+    """Leaves out gradient checkpointing while at least one thread asks for it.
+
+    Checkpointing saves memory and computes parts of a module twice. The results are the same
+    without it. Other threads of the process train without checkpointing meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+
+    def leave_out(self) -> None:
+        """Call checkpointed functions directly, until ``restore`` is called as often."""
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                self.reentrant = checkpoint.CheckpointFunction
+                self.other = checkpoint._checkpoint_without_reentrant_generator
+                vars(checkpoint).update(
+                    CheckpointFunction=_DirectCall,
+                    _checkpoint_without_reentrant_generator=self._generator,
+                )
+
+    def restore(self) -> None:
+        """End one ``leave_out``."""
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                vars(checkpoint).update(
+                    CheckpointFunction=self.reentrant,
+                    _checkpoint_without_reentrant_generator=self.other,
+                )
+
+    def _generator(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Replace torch's generator, between whose two steps torch calls the function."""
+        contexts = args[2]
+        if contexts is not checkpoint.noop_context_fn:  # the function runs inside of a context
+            yield from self.other(*args, **kwargs)
+            return
+        yield
+
+
+_checkpoints = _Checkpoints()
 
 
 def _is_self_attention(arguments: Kwargs) -> bool:

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from gputune.modules.inspection import traits_of
 from gputune.modules.mapped import Mapped
+from gputune.modules.module import StackedModule
 from gputune.modules.substitutes import Substitutes, run_recurrent
-from problems import fill, make_data
+from problems import fill, largest_difference, make_data, module_loop, train_modules
 
 MEMBERS = 3
 
@@ -220,3 +222,131 @@ class Packed(nn.Module):
 def test_packed_sequences_train_one_by_one():
     (config,) = fill({})
     assert traits_of(Packed, config, make_data()).unstackable
+
+
+class Hidden(nn.Module):
+    """Two layers with something between them."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.first = nn.Linear(n_features, 6)
+        self.inner = nn.Linear(6, 6)
+        self.last = nn.Linear(6, n_outputs)
+        self.begin()
+
+    def begin(self):
+        """Change a layer."""
+
+    def between(self, h):
+        return torch.tanh(self.inner(h))
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x)))
+
+
+class OldSpectral(Hidden):
+    def begin(self):
+        self.inner = nn.utils.spectral_norm(self.inner, n_power_iterations=2)
+
+
+class NewSpectral(Hidden):
+    def begin(self):
+        self.inner = nn.utils.parametrizations.spectral_norm(self.inner)
+
+
+class SpectralImages(Hidden):
+    def begin(self):
+        self.inner = nn.utils.spectral_norm(nn.Conv1d(2, 2, 3, padding=1))
+
+    def between(self, h):
+        return torch.tanh(self.inner(h.view(-1, 2, 3))).flatten(1)
+
+
+class RandomSlopes(Hidden):
+    """Draws in two layers, one of which writes in place."""
+
+    def begin(self):
+        self.slopes = nn.RReLU(0.2, 0.7)
+
+    def between(self, h):
+        h = self.inner(self.slopes(h))
+        return functional.rrelu(h, training=self.training, inplace=True)
+
+
+class Checkpointed(Hidden):
+    def between(self, h):
+        return checkpoint(lambda h: super(Checkpointed, self).between(h), h, use_reentrant=False)
+
+
+class CheckpointedOnce(Hidden):
+    """The older implementation of torch."""
+
+    def between(self, h):
+        return checkpoint(super().between, h, use_reentrant=True)
+
+
+class CheckpointedDropout(Hidden):
+    def between(self, h):
+        def inside(h, *, rate):
+            return functional.dropout(torch.tanh(self.inner(h)), rate, self.training)
+
+        return checkpoint(inside, h, use_reentrant=False, rate=0.3)
+
+
+SUBSTITUTED = (
+    OldSpectral,
+    NewSpectral,
+    SpectralImages,
+    RandomSlopes,
+    Checkpointed,
+    CheckpointedOnce,
+    CheckpointedDropout,
+)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # in evaluation mode
+@pytest.mark.parametrize("build", SUBSTITUTED)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_stacked_members_equal_the_plain_loop(build, recorded):
+    data = make_data()
+    configs = fill({"lr": 0.01, "batch_size": 16}, {"lr": 0.003, "batch_size": 16})
+    assert traits_of(build, configs[0], data).unstackable == ""
+    backend = "recorded" if recorded else "eager"
+    trained = train_modules(StackedModule, build, configs, data, 3, backend=backend)
+    for c, config in enumerate(configs):
+        alone = module_loop(build, data, 0, config, 3)
+        assert largest_difference(trained.member(0, c), alone) <= 1e-10
+
+
+def test_random_slopes_before_other_draws_train_one_by_one():
+    class After(RandomSlopes):
+        def forward(self, x):
+            return functional.dropout(super().forward(x), 0.4, self.training)
+
+    (config,) = fill({})
+    assert "draws random numbers" in traits_of(After, config, make_data()).unstackable
+
+
+def test_checkpoints_outside_of_stacked_members_are_those_of_torch():
+    calls = []
+
+    def counted(x):
+        calls.append(x)
+        return x.sin()
+
+    def times_called(**options):
+        calls.clear()
+        x = torch.ones(2, requires_grad=True)
+        checkpoint(counted, x, **options).sum().backward()
+        return len(calls)
+
+    for reentrant in (False, True):
+        with Substitutes():
+            assert times_called(use_reentrant=reentrant) == 1
+            with Substitutes():
+                pass
+            assert times_called(use_reentrant=reentrant) == 1
+        assert times_called(use_reentrant=reentrant) == 2
+    with Substitutes():  # its context may do more than save memory
+        contexts = partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, [])
+        assert times_called(use_reentrant=False, context_fn=contexts) == 2
