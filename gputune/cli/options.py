@@ -135,11 +135,14 @@ def _method(arguments: Namespace) -> Method:
             if value is None:
                 continue
             if key not in legal:
+                remedy = "Leave the option out, or choose that method."
+                if (name, other) == ("tpe", "halving"):
+                    remedy = "For halving with TPE, write --method halving --sampler tpe."
                 raise InputError(
                     rule.name,
                     f"belongs to --method {other}",
                     got=Verbatim(f"--method {name}"),
-                    remedy="Leave the option out, or choose that method.",
+                    remedy=remedy,
                 )
             options[key] = value
     if arguments.sampler is None:

@@ -55,7 +55,7 @@ def check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: 
         if not fits:
             rule = f"needs a model that predicts {prediction}, but the target is {target.in_words}"
             raise InputError(flag, rule, remedy="Leave it out.")
-        if options.search.method.differentiates:
+        if options.search.differentiates:
             rule = (
                 "trains a trial on its folds again, but this is not possible for a hypergradient "
                 "search"

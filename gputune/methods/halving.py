@@ -39,9 +39,10 @@ class Halving(StoppingRule):
             are not compared early. Each bracket gets about the same number of epochs in total.
         rungs: A list of epochs after which trials are compared, instead of ``min_epochs`` and its
             multiples.
-        keep: With ``rungs``, the number of trials that continue after a rung, instead of the best
-            1/``factor``. ``Halving(rungs=[i], keep=k)`` trains all trials for i epochs and only the
-            best k to the end (i-Epoch, Egele et al., 2024, arXiv:2404.04111).
+        keep: With ``rungs`` and without ``factor``, the number of trials that continue after a
+            rung, instead of the best 1/``factor``. ``Halving(rungs=[i], keep=k)`` trains all trials
+            for i epochs and only the best k to the end (i-Epoch, Egele et al., 2024,
+            arXiv:2404.04111).
 
     Raises:
         InputError: An option is invalid. ``tune`` raises it if ``max_epochs`` is too small.
@@ -112,6 +113,14 @@ class Halving(StoppingRule):
         if self.rungs is not None:
             self._check_rungs(self.rungs)
             object.__setattr__(self, "rungs", tuple(self.rungs))
+            if self.keep is not None and self.factor != Halving.factor:
+                raise InputError(
+                    "Halving(factor=...)",
+                    f"has no effect, because {option('keep', self.keep)} sets the number of trials "
+                    "that continue",
+                    got=self.factor,
+                    remedy="Leave one out.",
+                )
         elif self.keep is not None:
             raise InputError(
                 "Halving(keep=...)",

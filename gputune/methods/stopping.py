@@ -145,8 +145,19 @@ def pruning_text(study: "Study") -> str:
     """Return the rungs at which trials were pruned, and the saved share of training."""
     pruned = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
     if not pruned:
-        return "no trial was pruned: there was no rung before the last epoch, or only one trial"
+        return f"no trial was pruned: {_why_none_was_pruned(study)}"
     rungs = ", ".join(f"{number} after epoch {rung}" for rung, number in sorted(pruned.items()))
     spent, full = study.spent
     share = f"{spent} of {full} trial-epochs were trained ({spent / max(1, full):.0%})"
     return f"of {count(len(study.trials), 'trial')} these were pruned: {rungs}; {share}"
+
+
+def _why_none_was_pruned(study: "Study") -> str:
+    """Return the reason why no trial of a study was pruned."""
+    options = study.record.method
+    if isinstance(options, dict):
+        options = options.get("halving") or options
+        keep = options.get("keep")
+        if keep is not None and keep >= len(study.trials):
+            return f"{option('keep', keep)} is at least the number of trials"
+    return "there was no rung before the last epoch, or only one trial"

@@ -7,11 +7,20 @@ import numpy as np
 
 from gputune.annotations import IntArray
 from gputune.data.kinds import text_of
+from gputune.data.source import read_source
 from gputune.data.table import as_table, quoted
 from gputune.data.target import check_target, refuse_missing, target_array
 from gputune.errors import InputError
 from gputune.types import Task
 from gputune.wording import Verbatim, option
+
+
+def targets_of(X: object, y: object, *, module: bool) -> object:
+    """Return the targets y. If y is text, it names their column or array in X, as in ``tune``.
+
+    ``module`` is True if X has arrays for a module, and not a table.
+    """
+    return read_source(X, y, module=module).y if isinstance(y, str) else y
 
 
 def _without_column_axis(labels: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from gputune.population.population import call_module, first_output, two_logits
 from gputune.seeding import prediction_draws
 from gputune.study.export import encoded, export
 from gputune.study.intervals import half_width
-from gputune.study.labels import checked_codes, checked_numbers
+from gputune.study.labels import checked_codes, checked_numbers, targets_of
 from gputune.study.model_files import ModelContent, save_model
 from gputune.text import card, count, measure_of, short
 from gputune.types import Config
@@ -194,7 +194,8 @@ class TunedModel(ModelContent):
 
         Args:
             X: the rows, as for ``predict``.
-            y: the targets, one per row. An unknown label counts as wrong.
+            y: the targets, one per row, or the name of their column in X. An unknown label counts
+                as wrong.
             sample_weight: the weight of each row, (n,), or None.
 
         Raises:
@@ -207,6 +208,7 @@ class TunedModel(ModelContent):
         """
         from sklearn.metrics import accuracy_score, r2_score
 
+        y = targets_of(X, y, module=not isinstance(self.layout, Layout))
         predicted = self.predict(X)
         rows = len(predicted)
         if self.classes is not None:

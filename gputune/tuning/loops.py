@@ -97,7 +97,7 @@ def search_loop(
             train = partial(
                 train_waiting, session, partial(_train, session, task, workers), epochs=1
             )
-            run = partial(search.method.run_loop, session, space, train, plain_config)
+            run = partial(session.method.run_loop, session, space, train, plain_config)
             signals = session.run(run, callbacks, make_study, (CTRL_C,))
     return check_ending(make_study(ledger.rows(), file=machine.study), signals)
 
@@ -113,7 +113,7 @@ def _first_trials(search: SearchOptions, space: CheckedSpace) -> tuple[Candidate
         rule = "must be at least 1 if include is empty"
         raise InputError("n_trials", rule, got=0, remedy=_EXAMPLE)
     search.method.check_space(space)
-    if search.method.samples_first:
+    if search.samples_first:
         first += draw_trials(first, space, search, plain_config)
     return first
 

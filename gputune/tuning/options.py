@@ -150,6 +150,16 @@ class SearchOptions(OptionGroup):
         resume=True,
     )
 
+    @property
+    def samples_first(self) -> bool:
+        """True if all trials are sampled before the first one trains."""
+        return self.method.samples_first
+
+    @property
+    def differentiates(self) -> bool:
+        """True if the search method needs derivatives of the training."""
+        return self.method.differentiates
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions(OptionGroup):
@@ -446,7 +456,7 @@ class Options:
         if machine.precision != "full":
             from gputune.engine.backend import check_precision
 
-            descends = self.search.method.differentiates
+            descends = self.search.differentiates
             device = machine.device_here()
             check_precision(machine.precision, machine.dtype, device, descends=descends)
 

@@ -198,7 +198,7 @@ def preview(
         context.method.check(context, setup.space, setup.trials)
         record = _record(setup, context)
         candidates = list(setup.trials)
-        if not context.method.samples_first:
+        if not context.options.search.samples_first:
             number = len(candidates)
             for params in draw(
                 setup.space, max(0, options.search.n_trials - number), options.search.random_state
@@ -325,7 +325,7 @@ def _scoring(problem: Problem, data: Dataset, store: Store | None) -> Scoring:
     # A hypergradient search has no best epoch, and outputs for a custom target have no mean.
     has_best = (
         options.training.epoch == "best"
-        and not options.search.method.differentiates
+        and not options.search.differentiates
         and data.task != "custom"
     )
     kept_bytes = KEPT_BYTES if options.machine.keep_predictions and has_best else 0

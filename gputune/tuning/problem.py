@@ -84,7 +84,7 @@ class Problem:
             n_outputs=self.target.n_outputs,
             n_features=self.n_features if isinstance(self.layout, Layout) else 1,
             solved=choice.solved,
-            differentiated=options.search.method.differentiates,
+            differentiated=options.search.differentiates,
             backend=machine.backend,
             dtype=DTYPES[machine.dtype],
             held_by=next((part.device for part in parts if isinstance(part, Tensor)), None),
@@ -176,7 +176,7 @@ class Problem:
         """
         search = self.options.search
         space = search.space
-        if not isinstance(space, str) or search.method.differentiates:
+        if not isinstance(space, str) or search.differentiates:
             return []
         ways = TENSOR_NUMBERS if isinstance(self.raw, Tensor) else NUMBERS
         configs = PORTFOLIOS.get(space, ())
@@ -218,7 +218,7 @@ class Problem:
         """
         target = self.target
         search = self.options.search
-        if search.scoring is None and search.method.differentiates and target.task != "custom":
+        if search.scoring is None and search.differentiates and target.task != "custom":
             return loss_scoring(target.task, target.classes, search.positive)
         scorers = search.scoring if search.scoring is not None else earlier
         if self.has_soft_labels and earlier is None:

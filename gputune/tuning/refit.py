@@ -175,7 +175,7 @@ class ReopenedSearch:
         options = self.options
         choice = self.choice
         backend = "eager"
-        if not options.search.method.differentiates:
+        if not options.search.differentiates:
             backend, _ = choose_backend(
                 options.machine.backend, data.device, data.dtype, choice.kind
             )

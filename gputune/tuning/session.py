@@ -140,7 +140,7 @@ def first_trials(
         defaults=default_params(choice, options),
         portfolio=portfolio,
     )
-    if not search.method.samples_first:
+    if not search.samples_first:
         return first
     stored: tuple[Candidate, ...] = ()  # drawing many trials again would take long
     with suppress(OSError, StudyCorruptError):  # reported when the study is opened
@@ -257,10 +257,10 @@ class Session:
         search = self.options.search
         ledger.on_wait = self._wait
         self.progress.on_look = ledger.show
-        if not search.method.shares_trials:
+        if not self.method.shares_trials:
             # What the method does next depends on the results of all trials, so only one process
             # may run the search.
-            ledger.claim_search(search.method.name)
+            ledger.claim_search(self.method.name)
         known = len(ledger.candidates)
         with without_collector():
             new = self._missing(trials, space, check)
@@ -273,7 +273,7 @@ class Session:
         if ledger.results:
             trials_in_all = count(len(ledger.candidates), "trial")
             self.progress.say(f"resuming: {len(ledger.results)} of {trials_in_all} are finished")
-        if search.method.samples_first:
+        if search.samples_first:
             sentences = remarks(
                 ledger.candidates,
                 space,
@@ -310,7 +310,7 @@ class Session:
                 if n_portfolio < 0:
                     continue
             added.append(replace(trial, number=number + len(added)))
-        if not search.method.samples_first:
+        if not search.samples_first:
             return added
         stored = {candidate.number: candidate for candidate in candidates}
         drawn = [t.params for t in trials if t.origin == "random" and stored.get(t.number) != t]

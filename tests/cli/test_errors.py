@@ -243,6 +243,10 @@ def test_an_unknown_backend_is_refused_with_all_names(bugs):
             ["--factor belongs to --method halving, got --method median"],
         ),
         (
+            "--method tpe --factor 2",
+            ["--factor belongs to --method halving", "write --method halving --sampler tpe."],
+        ),
+        (
             "--method halving --every 2",
             ["--every belongs to --method median, got --method halving"],
         ),

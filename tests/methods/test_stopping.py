@@ -12,6 +12,7 @@ from sklearn.datasets import load_iris
 import gputune
 from gputune.methods.halving import Halving, survivors
 from gputune.tuning.method import method_from_json
+from gputune.wording import option
 from refused import refused
 
 
@@ -96,6 +97,12 @@ def test_the_best_stay_and_nan_never_does(means, factor, stay):
             r"Halving\(keep=...\) needs the epochs after which trials are compared, got 3",
         ),
         (gputune.Halving, {"rungs": [1], "keep": 0}, r"Halving\(keep=...\) must be .* got 0"),
+        (
+            gputune.Halving,
+            {"rungs": [1], "keep": 2, "factor": 4},
+            r"Halving\(factor=...\) has no effect, because keep=2 sets the number of trials that "
+            r"continue, got 4. Leave one out",
+        ),
         (
             gputune.Median,
             {"min_epochs": 0},
@@ -197,3 +204,16 @@ def test_only_the_best_of_a_fixed_number_continue_after_a_rung():
     assert study.record.method["rungs"] == [2] and study.record.method["keep"] == 3
     assert method_from_json(study.record.method) == rule
     assert Halving().to_json().keys() == {"name", "factor", "min_epochs", "brackets"}
+
+
+def test_the_summary_says_why_no_trial_was_pruned():
+    X, y = load_iris(return_X_y=True)
+    search = {"cv": 2, "n_trials": 2, "max_epochs": 3, "verbose": 0, "workers": 1}
+    rule = gputune.Halving(rungs=[1], keep=2)
+    reason = "no trial was pruned: {} is at least the number of trials"
+    study = gputune.tune("mlp", X, y, method=rule, **search)
+    [(_, text)] = Halving.summary(study)
+    assert text == reason.format(option("keep", 2))
+    sampler = gputune.OptunaSampler(halving=gputune.Halving(rungs=[1], keep=3))
+    study = gputune.tune("mlp", X, y, method=sampler, **search)
+    assert (sampler.summary(study)[1]) == ("Halving", reason.format(option("keep", 3)))

@@ -272,6 +272,23 @@ def test_it_scores_as_estimators_do_what_a_search_reads(model, priced, iris):
             one.score(inputs, bad)
 
 
+def test_it_scores_a_file_by_the_name_of_its_target(iris, priced, tmp_path):
+    rows = pandas.DataFrame(iris[0], columns=["a", "b", "c", "d"])
+    rows["kind"] = np.array(["x", "y", "z"])[iris[1]]
+    path = tmp_path / "iris.csv"
+    rows.to_csv(path, index=False)
+    model = gputune.tune("mlp", path, "kind", **HOW).best_model()
+    expected = model.score(rows.drop(columns="kind"), rows["kind"])
+    assert expected > 0.3
+    assert model.score(path, "kind") == model.score(str(path), "kind") == expected
+    assert model.score(rows, "kind") == expected
+    with refused("kinds"):
+        model.score(path, "kinds")
+    arrays = tmp_path / "prices.npz"
+    np.savez(arrays, x=DIABETES[0], price=DIABETES[1])
+    assert priced.score(arrays, "price") == priced.score(*DIABETES)
+
+
 def test_scikit_learn_explains_and_calibrates_it_but_does_not_fit_it(model, priced, iris):
     X = iris[0]
     y = np.array(["a", "b", "c"])[iris[1]]
