@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from gputune.methods.median import Median
     from gputune.methods.optuna import OptunaSampler
     from gputune.methods.pbt import PopulationBased
+    from gputune.modules.adapters import lora
     from gputune.spaces.distributions import log_int
     from gputune.study.loading import load_model
     from gputune.study.model import TunedModel
@@ -76,6 +77,7 @@ __all__ = [
     "hypergradient",
     "load_model",
     "log_int",
+    "lora",
     "search",
     "tune",
 ]
@@ -93,6 +95,7 @@ _HOMES = {
     "methods.halving": ("Halving",),
     "methods.hypergradient": ("Hypergradient",),
     "methods.median": ("Median",),
+    "modules.adapters": ("lora",),
     "spaces.distributions": ("log_int",),
     "methods.optuna": ("OptunaSampler",),
     "methods.pbt": ("PopulationBased",),

@@ -14,10 +14,11 @@ from typing import Literal
 from gputune.engine.backends.selection import trains_as
 from gputune.engine.kernel import OPTIMIZERS as KERNEL_OPTIMIZERS
 from gputune.models import CNN, GRU
+from gputune.modules.adapters import ADAPTER_DEFAULTS
 from gputune.optimizers.rules import RULES
 from gputune.scoring.label_scores import LABEL_SCORES
 from gputune.scoring.scores import OF_TASK
-from gputune.spaces.config import KEYS, OPTIMIZERS_WITH, RANGES, WORDS, legal_keys
+from gputune.spaces.config import FLAGS, KEYS, OPTIMIZERS_WITH, RANGES, WORDS, legal_keys
 from gputune.spaces.space import PORTFOLIOS, SPACES, default_space
 from gputune.types import DEFAULT_LR, DEFAULTS, OPTIMIZERS, default_momentum, default_weight_decay
 
@@ -36,7 +37,7 @@ _MEANING = {
     "batch_size": "rows per minibatch",
     "width": "units of each hidden layer; a tuple has the units of each layer and excludes `depth`",
     "depth": "number of hidden layers",
-    "dropout": "dropout rate; of a module, the rate of its `gputune.models.Dropout` layers",
+    "dropout": "dropout rate; of a module, the rate of its `gputune.models.Dropout` layers; of a LoRA, of its inputs",
     "weight_decay": "weight decay",
     "momentum": "momentum",
     "beta2": "decay of the squared gradients",
@@ -44,6 +45,9 @@ _MEANING = {
     "ema": "decay of an average of the weights, which is scored and saved",
     "C": "inverse strength of the penalty, as in scikit-learn",
     "l1_ratio": "share of the l1 penalty",
+    "rank": "rank of the matrices of a LoRA, at most the smaller side of each adapted layer",
+    "alpha": "scale of a LoRA: its update is multiplied by alpha / rank",
+    "rslora": "whether the update of a LoRA is multiplied by alpha / sqrt(rank) instead",
     "activation": "activation of the hidden layers",
     "optimizer": "optimizer; for a module also a class of `torch.optim`",
     "schedule": "change of the learning rate over `max_epochs`",
@@ -94,7 +98,14 @@ def _space_keys() -> str:
         for model, (kind, optimizer) in _MODELS.items():
             if key in legal_keys(kind, optimizer):
                 models.append(model)
-        values = RANGES[key].rule if key in RANGES else f"one of {_codes(WORDS[key])}"
+        if key in ADAPTER_DEFAULTS:
+            models.append("`gputune.lora`")
+        if key in RANGES:
+            values = RANGES[key].rule
+        elif key in FLAGS:
+            values = "True or False"
+        else:
+            values = f"one of {_codes(WORDS[key])}"
         if len(models) == len(_MODELS):
             models = ["all"]
         elif len(models) == len(_MODELS) - 1 and "logistic (solved)" not in models:
@@ -115,7 +126,7 @@ def _default(key: str) -> str:
         return "`numbers=` of the search"
     if key == "penalty":
         return "-"
-    return _number(DEFAULTS[key])
+    return _number((DEFAULTS | ADAPTER_DEFAULTS)[key])
 
 
 def _number(value: object) -> str:

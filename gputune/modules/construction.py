@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from gputune.errors import InputError, InputWarning, warn
 from gputune.memory import CPU
 from gputune.models import Dropout
+from gputune.modules.adapters import adapters_of
 from gputune.modules.calls import named_tensors
 from gputune.population.population import InputKind, Shape, call_module
 from gputune.seeding import keyed_draws
@@ -121,6 +122,8 @@ def construct(builder: Builder, kwargs: Config, columns: str = "") -> nn.Module:
     if a shared tensor cannot be copied.
     """
     module, is_compiled = _call_builder(builder, kwargs, columns)
+    if adapters_of(builder) is not None:
+        return module  # its modules share only frozen tensors
     shared = _shared.setdefault(builder, {})
     key = repr(kwargs)
     if key not in shared:

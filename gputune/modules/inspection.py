@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.memory import CPU
+from gputune.modules.adapters import adapters_of, member_buffers
 from gputune.modules.calls import named_tensors, not_trained, state_of
 from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook
 from gputune.modules.draw_watch import Trail
@@ -181,7 +182,9 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     trial.check_trainable(trained)
     now = not_trained(module)  # a forward pass may have added buffers
     changing = [name for name, w in before.items() if not torch.equal(now[name].detach(), w)]
-    changing = list(dict.fromkeys([*changing, *buffers_at_start(trial), *dropout_rates(module)]))
+    changing = list(dict.fromkeys([*changing, *buffers_at_start(trial)]))
+    changing += [*dropout_rates(module), *member_buffers(module)]
+    changing = list(dict.fromkeys(changing))
     # Tuples, because a NaN in a tuple equals itself.
     counted = [
         k for k, value in second.items() if k in start and (start[k], value) != (first[k], first[k])
@@ -219,7 +222,12 @@ def inspect_module(trial: ModuleTrial) -> Traits:
         traits, reason, unused = _best_stacking(trial, traits)
     if trial.watch.decides and not reason:
         reason = "it draws random numbers and branches on a tensor's value"
-    return replace(traits, unstackable=reason, unused=() if reason else unused)
+    traits = replace(traits, unstackable=reason, unused=() if reason else unused)
+    settings = adapters_of(trial.builder)
+    if settings is not None:
+        settings.check_traits(traits, module)
+        settings.check_config(trial.config, module)
+    return traits
 
 
 def _module_reason(module: nn.Module, counted: Sequence[str], changing: Sequence[str]) -> str:
@@ -310,6 +318,7 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
         says = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
         return f"{trail.submodule or 'its forward'} says: {says}. {_advice(says)}", ()
     unused = set(stacked.trainable)
+    rounding = _rounding_of(stacked.template)
     for c, (plain_outputs, plain_gradients, plain_buffers) in enumerate(expected):
         for stacked_step, plain_step in zip(gradients, plain_gradients):
             unused -= plain_step.keys()
@@ -317,11 +326,13 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
             for name, gradient in stacked_step.items():
                 zero = torch.zeros_like(gradient[0, c])
                 pairs.append((gradient[0, c], plain_step.get(name, zero)))
-            if not _all_close(pairs):
+            if not _all_close(pairs, rounding):
                 return f"it has another gradient {_DIFFERS}", ()
-        if not _all_close([(w[0, c], plain_buffers[name]) for name, w in buffers.items()]):
+        buffer_pairs = [(w[0, c], plain_buffers[name]) for name, w in buffers.items()]
+        if not _all_close(buffer_pairs, rounding):
             return f"it has other buffers after a step {_DIFFERS}", ()
-        if not is_close(outputs[c], plain_outputs.view(outputs[c].shape)):
+        output_pair = outputs[c], plain_outputs.view(outputs[c].shape)
+        if not (is_close(*output_pair) or (rounding > 1 and _all_close([output_pair], rounding))):
             return f"it gives other outputs {_DIFFERS}", ()
     return "", tuple(name for name in stacked.trainable if name in unused)
 
@@ -381,7 +392,14 @@ def _minibatches(trial: ModuleTrial) -> tuple[slice, slice]:
     return slice(0, n), slice(0, max(min(n, 2), 2 * n // 3))
 
 
-def _all_close(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+def _rounding_of(module: nn.Module) -> float:
+    """Return the factor by which results may differ more than in single precision: 1, or more for
+    frozen parameters in 16 bits."""
+    coarse = (torch.bfloat16, torch.float16)
+    return 50.0 if any(w.dtype in coarse for w in module.parameters()) else 1.0
+
+
+def _all_close(pairs: Sequence[tuple[Tensor, Tensor]], rounding: float) -> bool:
     """Return whether pairs of tensors are equal up to rounding, relative to the largest value in
     any pair."""
     largest = 0.0
@@ -390,6 +408,8 @@ def _all_close(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
             largest = max(largest, float(b.double().nan_to_num(0.0, 0.0, 0.0).abs().max()))
     for a, b in pairs:
         a = a.double().view(b.shape)
-        if not torch.allclose(a, b.double(), rtol=1e-3, atol=1e-4 * largest, equal_nan=True):
+        rtol = rounding * 1e-3
+        atol = rounding * 1e-4 * largest
+        if not torch.allclose(a, b.double(), rtol=rtol, atol=atol, equal_nan=True):
             return False
     return True

@@ -69,8 +69,10 @@ class LoopedModule(ModuleNetwork):
     def start(self) -> Tensor:
         flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
         for fold, start in enumerate(self.starts()):
-            for name, view in self.blocks.views(flat).items():
-                view[fold].copy_(self.as_row({k: start[k] for k in self.rows[name]}))
+            for trial in range(len(self.configs)):
+                tensors = self.start_of(start, trial)
+                for name, view in self.blocks.views(flat).items():
+                    view[fold, trial].copy_(self.as_row({k: tensors[k] for k in self.rows[name]}))
         return flat
 
     def as_row(self, tensors: Params) -> Tensor:
@@ -294,7 +296,7 @@ class LoopChunk:
         self.sizes = np.minimum.outer(self.lengths, sizes)  # (F, C)
         self.steps = steps_of(self.lengths[:, None], self.sizes, network.least_rows)
         self.members = {
-            (f, c): self._member(f, c, start)
+            (f, c): self._member(f, c, network.start_of(start, c))
             for f, start in enumerate(network.starts())
             for c in range(len(network.configs))
         }

@@ -19,6 +19,7 @@ from torch.func import vmap
 
 from gputune.errors import InputError
 from gputune.models import Dropout
+from gputune.modules.adapters import adapters_of
 from gputune.modules.calls import ModuleDraws, Rounded, Stateless, draws_of, replay_draws
 from gputune.modules.construction import hidden_sides, name_of
 from gputune.modules.mapped import Mapped
@@ -69,6 +70,10 @@ class StackedModule(ModuleNetwork):
         for fold, start in enumerate(self.starts()):
             for name, view in views.items():
                 view[fold].copy_(start[name])
+            if adapters_of(self.builder) is not None:
+                for trial in range(len(self.configs)):
+                    for name, w in self.start_of(start, trial).items():
+                        views[name][fold, trial].copy_(w)
         return flat
 
     def draws(self, batches: Batches, *, ahead: bool) -> ModuleDraws | None:

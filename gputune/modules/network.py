@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.memory import CPU
+from gputune.modules.adapters import adapters_of, start_member
 from gputune.modules.calls import Stateless, convert, named_tensors, put_numbers, state_of
 from gputune.modules.construction import Builder, build_module, dropout_rates, layers_of, start_from
 from gputune.population.kinds import ModelKind
@@ -119,6 +120,17 @@ class ModuleNetwork:
             fitted = named_tensors(module).items()
             starts.append(common | {name: w.detach() for name, w in fitted if name in common})
         return starts
+
+    def start_of(self, start: Params, trial: int) -> Params:
+        """Return the initial tensors of one trial's member, which begin as ``start``.
+
+        They differ between trials only for adapters, whose rank and scale belong to a trial.
+        """
+        if adapters_of(self.builder) is None:
+            return start
+        tensors = {name: w.clone() for name, w in start.items()}
+        start_member(self.template, self.configs[trial], tensors)
+        return tensors
 
     def targets(self, y: Tensor) -> Tensor:
         y = y.to(self.shape.dtype) if y.is_floating_point() else y

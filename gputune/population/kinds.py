@@ -37,3 +37,23 @@ def hidden_layers(config: Config, kind: ModelKind) -> tuple[int, ...]:
     """Return the number of units of each hidden layer of a model, () for a model without known
     hidden layers."""
     return hidden_widths(config) if kind == "mlp" else ()
+
+
+def padded_rank(rank: int) -> int:
+    """Return the rank to which a LoRA's rank is padded: 16, 32, 64 and so on. Trials with one
+    padded rank train together."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def adapter_arguments(config: Config) -> Config:
+    """Return the arguments of a LoRA's builder that follow from a configuration.
+
+    ``max_rank`` is the padded rank, and ``drops`` is True if the rate of dropout is not 0. The
+    result is empty for other models.
+    """
+    if "rank" not in config:
+        return {}
+    arguments: Config = {"max_rank": padded_rank(config["rank"])}
+    if config.get("dropout"):
+        arguments["drops"] = True
+    return arguments

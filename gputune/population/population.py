@@ -30,7 +30,13 @@ from gputune.memory import CPU
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.classes import class_of, keys_with, optimizer_arguments, optimizer_defaults
 from gputune.population.batches import Batch, Batches
-from gputune.population.kinds import ModelKind, hidden_widths, is_module, padded_width
+from gputune.population.kinds import (
+    ModelKind,
+    adapter_arguments,
+    hidden_widths,
+    is_module,
+    padded_width,
+)
 from gputune.population.traits import Traits
 from gputune.types import (
     DECAY_FACTOR,
@@ -197,8 +203,11 @@ def arguments_of(config: Config, prefix: str) -> Config:
 
 def module_arguments(config: Config) -> Config:
     """Return the ``module__*`` values of a configuration, under the argument names of the user's
-    class."""
-    return arguments_of(config, "module__")
+    class.
+
+    For a LoRA they include its ``adapter_arguments``.
+    """
+    return arguments_of(config, "module__") | adapter_arguments(config)
 
 
 def arguments_text(config: Config) -> str:

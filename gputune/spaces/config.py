@@ -59,6 +59,8 @@ RANGES: Mapping[str, Range] = {
     "ema": Range("a number in [0, 1), 0 for no average", "0.999", 0, 1),
     "C": Range("a number > 0, inf for no penalty", "1.0", 0, ends="(]"),
     "l1_ratio": Range("a number in [0, 1], 0 for l2 and 1 for l1", "0.5", 0, 1, "[]"),
+    "rank": Range("an integer >= 1, the rank of a LoRA", "8", 1, integer=True),
+    "alpha": Range("a finite number > 0, the scale of a LoRA times its rank", "16", 0, ends="()"),
 }
 
 WORDS: Mapping[str, tuple[str, ...]] = {
@@ -70,7 +72,10 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     "numbers": NUMBERS,
 }
 
-KEYS = (*RANGES, *WORDS)
+FLAGS = ("rslora",)
+"""The keys whose values are True or False."""
+
+KEYS = (*RANGES, *WORDS, *FLAGS)
 """The keys of a configuration for all kinds of models, except ``module__*``."""
 
 OPTIMIZERS_WITH: Mapping[str, tuple[str, ...]] = {
@@ -266,6 +271,8 @@ def check_value(key: str, value: object, name: str) -> Any:
         return _check_number(RANGES.get(key, _FACTOR), value, name)
     if key == "optimizer":
         return optimizer_word(value, name)
+    if key in FLAGS and not isinstance(value, bool):
+        raise InputError(name, "must be True or False", got=value, remedy="For example False.")
     if key not in WORDS:
         return value  # module__* and similar keys accept any value
     words = WORDS[key]

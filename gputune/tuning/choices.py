@@ -9,6 +9,7 @@ from torch import nn
 from gputune.data.target import Target
 from gputune.errors import InputError
 from gputune.models import CNN, GRU, RealMLP
+from gputune.modules.adapters import ADAPTER_DEFAULTS, adapters_of
 from gputune.modules.construction import Builder, name_of, what_to_pass
 from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
 from gputune.population.kinds import ModelKind
@@ -63,6 +64,8 @@ class ModelChoice:
         The argument ``schedule="constant"`` does not replace a schedule among the model's defaults.
         """
         defaults = {**self.recipe, "optimizer": self.optimizer}
+        if adapters_of(self.module_class) is not None:
+            defaults |= ADAPTER_DEFAULTS
         if schedule != "constant" or "schedule" not in self.recipe:
             defaults["schedule"] = schedule
         return defaults

@@ -16,6 +16,7 @@ from typing import TypeVar
 from gputune.engine.stop import Stop
 from gputune.errors import InputError, SearchFailedError, SearchInterrupted, StudyCorruptError
 from gputune.garbage import without_collector
+from gputune.modules.adapters import ADAPTER_DEFAULTS, adapters_of
 from gputune.modules.construction import parameters_of
 from gputune.optimizers.classes import argument_defaults
 from gputune.scoring.objective import loss_defaults
@@ -71,6 +72,8 @@ def checked_space(choice: ModelChoice, options: Options) -> CheckedSpace:
     search = options.search
     numbers = options.rows.numbers
     keys = legal_keys(choice.searched, choice.optimizer)
+    if adapters_of(choice.module_class) is not None:
+        keys += tuple(ADAPTER_DEFAULTS)
     module = choice.searched == "module"
     check_include(search.include, keys=keys, module=module)
     space = "realmlp" if search.space is None and choice.recipe else search.space

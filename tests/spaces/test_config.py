@@ -23,6 +23,9 @@ VALUES = {
     "width": ((1, 32.0, (100, 50)), (0, 17.3)),
     "depth": ((1, 9), (0, 0.5)),
     "dropout": ((0, 0.999), (-0.1, 1, math.nan)),
+    "rank": ((1, 64), (0, 2.5)),
+    "alpha": ((0.5, 16), (0, math.inf)),
+    "rslora": ((True, False), (1, "yes")),
     "weight_decay": ((0, 3.0), (-1e-9, math.inf)),
     "momentum": ((0, 0.999), (-0.1, 1)),
     "clip_norm": ((0.5, math.inf), (0, -1, math.nan)),
@@ -61,6 +64,9 @@ def test_the_keys_of_each_kind_of_model():
         "hypergrad_lr",
         "hypergrad_rule",
         "dropout_schedule",
+        "rank",
+        "alpha",
+        "rslora",
     }
     assert set(VALUES) == set(KEYS) - {"penalty"}  # no key escapes the tests below
 
@@ -74,7 +80,7 @@ def test_values_in_range_are_kept_and_others_refused(key):
             rf"^trial\['{key}'\] must be .*, got {re.escape(shown_value(value))}\.? [A-Z]"
         ):
             check_config({key: value}, name="trial")
-    if key not in WORDS:
+    if key not in (*WORDS, "rslora"):
         with refused(r"got the text '32'. For example"):
             check_config({key: "32"})
         for value in (True, np.True_, None, {1}, 1j):
