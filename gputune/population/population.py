@@ -203,10 +203,7 @@ def arguments_of(config: Config, prefix: str) -> Config:
 
 def module_arguments(config: Config) -> Config:
     """Return the ``module__*`` values of a configuration, under the argument names of the user's
-    class.
-
-    For a LoRA they include its ``adapter_arguments``.
-    """
+    class. For a LoRA they include its ``adapter_arguments``."""
     return arguments_of(config, "module__") | adapter_arguments(config)
 
 
