@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gputune.modules.kernels.formulas import FORMULAS
+from gputune.modules.kernels.formulas import FORMULAS, SEVERAL
 from gputune.modules.kernels.table import LAYERS
 from gputune.modules.kernels.writer import Line, Writer, kwargs_of
 from gputune.modules.program import simplify_trace
@@ -79,6 +79,10 @@ def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
         yield from LAYERS[name](writer, kwargs, op, out)
     elif name in FORMULAS:
         yield writer.pointwise(name, kwargs, out)
+    elif name in SEVERAL:
+        for formula, place in zip(SEVERAL[name], op.results):
+            if place is not None:
+                yield writer.by_formula(formula, kwargs, place)
     elif name == "zero" or base in ("zeros", "ones", "full"):
         yield writer.filled(out, kwargs.get("fill_value", float(base == "ones")))
     elif not base.startswith("empty"):

@@ -17,6 +17,14 @@ This form subtracts no nearly equal values. Its slope in x is 4 e (1 + e) / (w +
 = (1 + e)^2.
 """
 
+_SIGMOID = "1 / (1 + EXP(-{self}))"
+
+# gelu(x, approximate="tanh") = x sigmoid(2 z) with z = 0.798 (x + 0.0447 x^3)
+_GATE = "1 / (1 + EXP((REAL)-1.5957691216057308 * {self} * (1 + (REAL)0.044715 * {self} * {self})))"
+_GATE_SLOPE = "(REAL)1.5957691216057308 * (1 + (REAL)0.134145 * {self} * {self})"
+
+_DIFFERENCE = "({self} - {target})"
+
 FORMULAS = {
     "add": "{self} + {alpha} * {other}",
     "sub": "{self} - {alpha} * {other}",
@@ -28,7 +36,10 @@ FORMULAS = {
     "exp": "EXP({self})",
     **{
         name: f"{name}({{self}})"
-        for name in "log log2 log1p expm1 floor sqrt sin cos erf isinf".split()
+        for name in (
+            "log log2 log10 log1p expm1 exp2 floor ceil trunc sqrt sin cos tan asin acos atan sinh "
+            "cosh asinh acosh atanh erf erfc isinf"
+        ).split()
     },
     "rsqrt": "1 / sqrt({self})",
     "reciprocal": "1 / {self}",
@@ -42,10 +53,37 @@ FORMULAS = {
     "clamp_min": "{self} < {min} ? {min} : {self}",
     "clamp_max": "{self} > {max} ? {max} : {self}",
     "masked_fill": "{mask} ? {value} : {self}",
+    "addcdiv": "{self} + {value} * {tensor1} / {tensor2}",
+    "atan2": "atan2({self}, {other})",
+    "hypot": "hypot({self}, {other})",
+    "threshold": "{self} <= {threshold} ? {value} : {self}",
     "threshold_backward": "{self} <= {threshold} ? 0 : {grad_output}",
     "tanh_backward": "{grad_output} * (1 - {output} * {output})",
     "sigmoid_backward": "{grad_output} * {output} * (1 - {output})",
     "silu": "{self} / (1 + EXP(-{self}))",
+    "silu_backward": f"{{grad_output}} * ({_SIGMOID}) * (1 + {{self}} * (1 - {_SIGMOID}))",
+    "log_sigmoid_forward": "({self} < 0 ? {self} : 0) - log1p(EXP(-fabs({self})))",
+    "log_sigmoid_backward": "{grad_output} / (1 + EXP({self}))",
+    "hardtanh": "{self} < {min_val} ? {min_val} : {self} > {max_val} ? {max_val} : {self}",
+    "hardtanh_backward": "{self} <= {min_val} || {self} >= {max_val} ? 0 : {grad_output}",
+    "hardsigmoid": "{self} <= -3 ? 0 : {self} >= 3 ? 1 : ({self} + 3) / 6",
+    "hardsigmoid_backward": "{self} > -3 && {self} < 3 ? {grad_output} / 6 : 0",
+    "hardswish": "{self} <= -3 ? 0 : {self} >= 3 ? {self} : {self} * ({self} + 3) / 6",
+    "hardswish_backward": (
+        "{self} <= -3 ? 0 : {self} < 3 ? {grad_output} * ({self} / 3 + (REAL)0.5) : {grad_output}"
+    ),
+    "hardshrink": "{self} >= -{lambd} && {self} <= {lambd} ? 0 : {self}",
+    "softshrink": (
+        "{self} > {lambd} ? {self} - {lambd} : {self} < -{lambd} ? {self} + {lambd} : {self} * 0"
+    ),
+    "hardshrink_backward": "{self} >= -{lambd} && {self} <= {lambd} ? 0 : {grad_out}",
+    "softshrink_backward": "{self} >= -{lambd} && {self} <= {lambd} ? 0 : {grad_output}",
+    "_prelu_kernel": "{self} > 0 ? {self} : {weight} * {self}",
+    "celu": "{self} > 0 ? {self} : {alpha} * (EXP({self} / {alpha}) - 1)",
+    "gelu_tanh": f"{{self}} * {_GATE}",
+    "gelu_tanh_backward": (
+        f"{{grad_output}} * ({_GATE}) * (1 + {{self}} * (1 - {_GATE}) * ({_GATE_SLOPE}))"
+    ),
     "gelu": "{self} * (REAL)0.5 * (1 + erf({self} * (REAL)0.70710678118654752))",
     "gelu_backward": (
         "{grad_output} * ((REAL)0.5 * (1 + erf({self} * (REAL)0.70710678118654752))"
@@ -63,6 +101,15 @@ FORMULAS = {
     "softplus": "{self} * {beta} > {threshold} ? {self} : log1p(EXP({self} * {beta})) / {beta}",
     "softplus_backward": "{self} * {beta} > {threshold} ? {grad_output} : {grad_output} / (1 + EXP(-{self} * "
     "{beta}))",
+    "mse_loss_backward": f"2 * {{norm}} * {_DIFFERENCE} * {{grad_output}}",
+    "smooth_l1_loss_backward": (
+        f"{{norm}} * {{grad_output}} * ({_DIFFERENCE} <= -{{beta}} ? -1 : "
+        f"{_DIFFERENCE} >= {{beta}} ? 1 : {_DIFFERENCE} / {{beta}})"
+    ),
+    "huber_loss_backward": (
+        f"{{norm}} * {{grad_output}} * ({_DIFFERENCE} < -{{delta}} ? -{{delta}} : "
+        f"{_DIFFERENCE} > {{delta}} ? {{delta}} : {_DIFFERENCE})"
+    ),
     "remainder": "({self} % {other} + {other}) % {other}",
     "fill": "{value}",
     "copy": "{src}",
@@ -80,7 +127,15 @@ FORMULAS = {
     **{name: f"{{self}} {sign} {{other}}" for name, sign in _COMPARED.items()},
 }
 """C formula for one entry of each operation's result. The names in braces are the operation's
-arguments."""
+arguments. ``norm`` is what a loss is multiplied with: 1 over the number of entries for a mean."""
+
+SEVERAL = {
+    "_prelu_kernel_backward": (
+        "{self} > 0 ? {grad_output} : {weight} * {grad_output}",
+        "{self} > 0 ? 0 : {self} * {grad_output}",
+    ),
+}
+"""C formulas for one entry of each result, for operations with several results of equal shape."""
 
 # Operations that are computed in the type of their arguments.
 OF_INPUTS = {*_COMPARED, "logical_not", "isinf", "isnan"}
@@ -96,6 +151,9 @@ _DEFAULTS = {
 def formula_of(name: str, kwargs: Kwargs) -> str:
     """Return the C formula that computes one entry of an operation's result. Raises TraceError for
     unsupported options."""
+    if kwargs.get("approximate") == "tanh":
+        name = name.replace("gelu", "gelu_tanh")
+        kwargs = kwargs | {"approximate": "none"}
     for key, value in _DEFAULTS.items():
         if kwargs.get(key, value) != value:
             raise TraceError(f"{name} with {key}={kwargs[key]!r} is not supported")

@@ -262,16 +262,28 @@ class Writer:
         """Return the kernel call that computes each entry of the tensor ``out`` by an operation's
         formula."""
         formula = formula_of(name, kwargs)
-        variables: dict[str, str] = dict.fromkeys(re.findall(r"{(\w+)}", formula), "")
         dtype = out.dtype
         if name in OF_INPUTS:  # in the common type of both arguments
-            names = list(variables)
+            names = _variables(formula)
             dtype = torch.result_type(_example(kwargs[names[0]]), _example(kwargs[names[-1]]))
         if name == "remainder" and dtype.is_floating_point:
             raise TraceError("a remainder of fractions is not supported")
         if name.startswith("bitwise") and dtype != torch.bool:
             raise TraceError(f"{name} of {dtype} is not supported")
-        real = c_type(dtype)
+        return self.by_formula(formula, kwargs, out, dtype)
+
+    def by_formula(
+        self, formula: str, kwargs: Kwargs, out: Place, dtype: torch.dtype | None = None
+    ) -> Line:
+        """Return the kernel call that computes each entry of the tensor ``out`` by a C formula.
+
+        ``kwargs`` has the values of the names in braces. All operands are converted to ``dtype``.
+        """
+        real = c_type(out.dtype if dtype is None else dtype)
+        variables: dict[str, str] = dict.fromkeys(_variables(formula), "")
+        if "norm" in variables:
+            is_mean = kwargs["reduction"] == 1
+            kwargs = kwargs | {"norm": 1 / math.prod(out.shape) if is_mean else 1}
         operands = [out]
         strides: list[Sequence[int]] = [out.stride]
         numbers: list[float] = []
@@ -285,7 +297,7 @@ class Writer:
                 variables[variable] = f"(({real})s{len(numbers)})"
                 numbers.append(value)
             else:
-                raise TraceError(f"{name} with {variable}={value!r} is not supported")
+                raise TraceError(f"{variable}={value!r} is not supported")
         loops = over(out.shape, strides)
         sizes = list[int]()
         kernel = loops.named(sizes)
@@ -296,7 +308,8 @@ class Writer:
         result = result.replace("EXP(", "exponential(" if real == self.real else "exp(")
         code.append(f"p0[{kernel.index(0)}] = {result};")
         line = self.call(operands, kernel.nest("\n".join(code)), numbers, sizes=sizes)
-        if sizes:
+        is_forward = all(step >= 0 for steps in loops.strides for step in steps)
+        if sizes and is_forward:
             line.unit = math.prod(map(int, loops.sizes[1:]))
             for steps, place, (memory, begin) in zip(loops.strides, operands, line.places):
                 first, last = place.extent
@@ -311,6 +324,11 @@ class Writer:
     def copied(self, out: Place, source: Place) -> Line:
         """Return the kernel call that copies the tensor ``source`` to ``out``."""
         return self.pointwise("clone", {"self": source}, out)
+
+
+def _variables(formula: str) -> list[str]:
+    """Return the names in braces in a C formula, each once, in the order of their first use."""
+    return list(dict.fromkeys(re.findall(r"{(\w+)}", formula)))
 
 
 def _example(value: Place | float) -> Tensor | float:
