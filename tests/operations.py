@@ -4,6 +4,7 @@ An operation is between two linear layers, or it is a loss, an optimizer or an o
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -344,7 +345,8 @@ def _weight():
 
 
 def _old_weight():
-    return nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH))
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH))
 
 
 def _orthogonal():
@@ -474,7 +476,7 @@ OPERATIONS = {
     "nn.Softmax": layer(COMPILED, partial(nn.Softmax, -1)),
     "nn.LogSoftmax": layer(COMPILED, partial(nn.LogSoftmax, -1)),
     "nn.Softmin": layer(COMPILED, partial(nn.Softmin, -1)),
-    "F.gumbel_softmax": between(LOOP, GumbelSoftmax),
+    "F.gumbel_softmax": between(COMPILED, GumbelSoftmax),
     # functions of each entry
     "torch.sin": between(COMPILED, torch.sin),
     "torch.cos": between(COMPILED, torch.cos),
@@ -570,7 +572,7 @@ OPERATIONS = {
     "nn.MultiheadAttention, causal": sequence(COMPILED, partial(Multihead, "causal")),
     "scaled_dot_product_attention": sequence(COMPILED, Attention),
     "scaled_dot_product_attention, causal": sequence(COMPILED, partial(Attention, is_causal=True)),
-    "scaled_dot_product_attention, dropout": sequence(LOOP, partial(Attention, dropout_p=0.2)),
+    "scaled_dot_product_attention, dropout": sequence(COMPILED, partial(Attention, dropout_p=0.2)),
     "nn.TransformerEncoderLayer": sequence(
         COMPILED, partial(nn.TransformerEncoderLayer, WIDTH, 2, 16, 0.0, batch_first=True)
     ),
@@ -597,7 +599,7 @@ OPERATIONS = {
     # ids
     "nn.Embedding": ids(COMPILED, partial(nn.Embedding, 9, WIDTH)),
     "nn.Embedding(padding_idx)": ids(COMPILED, partial(nn.Embedding, 9, WIDTH, padding_idx=1)),
-    "nn.Embedding(max_norm)": ids(RECORDED, partial(nn.Embedding, 9, WIDTH, max_norm=1.0)),
+    "nn.Embedding(max_norm)": ids(COMPILED, partial(nn.Embedding, 9, WIDTH, max_norm=1.0)),
     "tokens and places": ids(COMPILED, TokensAndPlaces),
     "F.one_hot @ weight": ids(COMPILED, OneHot),
     "nn.EmbeddingBag": ids(COMPILED, partial(nn.EmbeddingBag, 9, WIDTH)),
@@ -621,7 +623,7 @@ OPERATIONS = {
         RECORDED, partial(F.interpolate, scale_factor=2, mode="bilinear"), out=576
     ),
     "nn.PixelShuffle": image(COMPILED, partial(nn.PixelShuffle, 2), out=144),
-    "nn.BatchNorm2d": image(RECORDED, partial(nn.BatchNorm2d, 4), out=144),
+    "nn.BatchNorm2d": image(COMPILED, partial(nn.BatchNorm2d, 4), out=144),
     "nn.InstanceNorm2d": image(COMPILED, partial(nn.InstanceNorm2d, 4, affine=True), out=144),
     "nn.GroupNorm of images": image(COMPILED, partial(nn.GroupNorm, 2, 4), out=144),
     "nn.Dropout2d": image(COMPILED, partial(nn.Dropout2d, 0.3), out=144),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gputune.modules.decompose import decomposed
 from gputune.modules.kernels.formulas import FORMULAS, SEVERAL
 from gputune.modules.kernels.table import LAYERS
 from gputune.modules.kernels.writer import Line, Writer, kwargs_of
@@ -25,6 +26,8 @@ from gputune.modules.trace import Operation, Storages, Trace, TraceError, memori
 # time.
 _LARGE = 4096
 _BLOCK = 2048
+# Decompositions may again have operations to decompose.
+_ROUNDS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,19 +56,43 @@ class MemberCode:
     def add(self, trace: Trace, memories: Storages) -> CodedStep:
         """Write the C code of a traced training step, and return the step's kernel calls.
 
-        The memory that the step uses is added to ``memories``, by address. Raises TraceError.
+        Operations without C code are replaced by simpler operations. The memory that the step uses
+        is added to ``memories``, by address. Raises TraceError.
         """
-        trace = simplify_trace(trace)
-        trace.operations = _small_first(trace.operations)
-        writer = Writer(self.dtype, self.kernels, trace, memories)
-        lines: list[Line] = []
-        for op in trace.operations:
-            lines += _lines(writer, op)
+        for _ in range(_ROUNDS):
+            trace = simplify_trace(trace)
+            trace.operations = _small_first(trace.operations)
+            kernels = dict(self.kernels)
+            used = dict(memories)
+            writer = Writer(self.dtype, kernels, trace, used)
+            lines, refused = _written(writer, trace.operations)
+            if not refused:
+                break
+            trace = decomposed(trace, refused)
+        else:
+            raise next(iter(refused.values()))
+        self.kernels = kernels
+        memories |= used
         calls = [*_in_blocks(lines)]
         # at least one number, so that the array has an address
         numbers = np.array([*writer.numbers, 0.0])
         workspace = writer.size + writer.workspace
         return CodedStep(np.array([len(calls), *calls], dtype=np.int64), numbers, workspace)
+
+
+def _written(
+    writer: Writer, operations: Sequence[Operation]
+) -> tuple[list[Line], dict[int, TraceError]]:
+    """Return the C kernel calls of operations, and the reasons why operations have no C code, by
+    the index of the operation."""
+    lines: list[Line] = []
+    refused: dict[int, TraceError] = {}
+    for i, op in enumerate(operations):
+        try:
+            lines += _lines(writer, op)
+        except TraceError as error:
+            refused[i] = TraceError(f"{op.replaced} is not supported") if op.replaced else error
+    return lines, refused
 
 
 def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
@@ -75,6 +102,9 @@ def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
     name = op.name.removesuffix("_")
     kwargs = kwargs_of(op)
     out = (op.makes or op.writes)[0]
+    # Operations of torch's "prims" have the same names, but other arguments.
+    if not str(op.function).startswith("aten."):
+        raise TraceError(f"{op.function} is not supported")
     if name in LAYERS:
         yield from LAYERS[name](writer, kwargs, op, out)
     elif name in FORMULAS:

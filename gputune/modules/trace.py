@@ -110,6 +110,7 @@ class Operation:
     results: list[Place | None] = field(default_factory=list)
     writes: list[Place] = field(default_factory=list)
     out: str | None = None
+    replaced: str = ""
 
     @property
     def name(self) -> str:

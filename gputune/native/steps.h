@@ -32,6 +32,7 @@ OF_VECTORS(log)
 #include "convolution.h"
 #include "images.h"
 #include "norms.h"
+#include "selection.h"
 
 /* Copies b (inner, wanted) to ``room`` with ``width`` columns, a whole number of vectors; the rest
    is filled with zeros. */
@@ -74,6 +75,23 @@ static void matrix_product(long rows, long columns, long inner, const real *a, l
             tiles(width, count, inner, a + i * a_row, a_row, a_column, lines, line, add, held, width);
             for (long r = 0; r < count; r++) memcpy(to + r * c_row, held + r * width, wanted * sizeof(real));
         }
+    }
+}
+
+/* Outputs (rows, n) of a layer norm of x (rows, n) along n, with the mean and 1 / deviation of each
+   row. */
+static void layer_norm(long rows, long n, real epsilon, const real *x, real *outputs, real *mean, real *scale) {
+    for (long i = 0; i < rows; i++, x += n, outputs += n) {
+        real m = 0, v = 0;
+#pragma omp simd reduction(+ : m)
+        for (long j = 0; j < n; j++) m += x[j];
+        m /= n;
+#pragma omp simd reduction(+ : v)
+        for (long j = 0; j < n; j++) v += (x[j] - m) * (x[j] - m);
+        real s = 1 / sqrt(v / n + epsilon);
+        mean[i] = m, scale[i] = s;
+#pragma GCC ivdep
+        for (long j = 0; j < n; j++) outputs[j] = (x[j] - m) * s;
     }
 }
 

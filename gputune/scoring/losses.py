@@ -391,9 +391,10 @@ def by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     The mean of the row losses equals the original loss. A loss without mean reduction, or with
     class weights, stays unchanged.
     """
-    rows: Any = copy.deepcopy(loss)
     if getattr(loss, "reduction", None) != "mean" or getattr(loss, "weight", None) is not None:
         return loss
+    # A step that copies the loss's tensors cannot be recorded, so they are shared.
+    rows: Any = copy.copy(loss)
     rows.reduction = "none"
 
     def of_rows(outputs: Tensor, y: Tensor) -> Tensor:

@@ -113,6 +113,66 @@ STEPS = {
         F.batch_norm(x, t[0], t[1], x[0], x[1], True)
         + slope(lambda v: F.batch_norm(v, None, None, v[0], v[1], True), x)
     ),
+    "decompositions": lambda t, x: t.copy_(
+        torch.div(x, 0.3, rounding_mode="floor")
+        + x % 0.3
+        + torch.fmod(x, -0.3)
+        + F.gelu(x, approximate="tanh")
+        + F.batch_norm(x[None], None, None, training=True)[0]
+        + F.batch_norm(x, t[0], t[0] + x[0].abs())
+        + F.cross_entropy(x, IDS[0, :2], x[0].abs())
+        + (x + (IDS[0, :1] & 1))
+    ),
+    "slopes by decompositions": lambda t, x: t.copy_(
+        slope(lambda v: F.cross_entropy(v, IDS[0, :2], v[0].detach().abs()), x)
+        + slope(lambda v: F.layer_norm(v[:, ::2], (2,)), x)
+        + slope(lambda v: F.pad(v, (1, -1), value=2.0) * v.flip(1) + v.roll((1, 2), (0, 1)), x)
+        + slope(lambda v: v.repeat(3, 1, 1) + v.tril() + v.diagonal().sum(), x)
+    ),
+    "reductions": lambda t, x: t.copy_(
+        x.amax(1, keepdim=True)
+        + x.amin(0)
+        + x.max()
+        + x.min(1, keepdim=True)[0]
+        + x.argmax(0)
+        + x.prod(1, keepdim=True)
+        + x.var(0)
+        + x.std(1, keepdim=True, correction=0)
+        + torch.var_mean(x, 1, keepdim=True)[1]
+        + x.logsumexp(1, keepdim=True)
+        + sum(x.norm(p, 1, keepdim=True) for p in (0, 1, 2, 3, float("inf"), -float("inf")))
+        + (x > 0).any(1, keepdim=True)
+        + (x > 0).all(0)
+        + x.cumsum(0)
+        + x.cumprod(1)
+        + (x > 0).cumsum(1)
+    ),
+    "sorted": lambda t, x: t.copy_(
+        x.sort(1, descending=True)[0]
+        + x.argsort(0)
+        + x.topk(4, 1, largest=False)[1]
+        + x.median(1, keepdim=True)[0]
+        + x.kthvalue(2, 0)[0]
+        + torch.cat([x, -x, x * x], 1).T.repeat(5, 1).sort(0)[0][:2, :1]
+    ),
+    "replaced at places": lambda t, x: t.copy_(
+        x.scatter(1, FOUR.expand(2, 4), 7.0)
+        + x.scatter(1, FOUR[None, :2].expand(2, 2), x * x)
+        + x.index_fill(1, FOUR, 3.0)
+        + x.index_copy(0, IDS[0, :1], x[1:])
+        + x.index_add(1, FOUR, x)
+        + x.index_put((IDS[0, :2],), x[:1])
+        + x.index_put((IDS[0, :2, None], FOUR[None, 1:3] - 4), x[:, :2], accumulate=True)
+        + x[IDS[0], FOUR[:3]].sum()
+        + x[:, IDS].sum((1, 2))[:, None]
+        + x[IDS[0][:, None], FOUR - 4].sum(0)
+    ),
+    "a masked softmax": lambda t, x: t.copy_(
+        torch.ops.aten._safe_softmax(x.masked_fill(x > x[0, 0], -torch.inf), 1)
+    ),
+    "an embedding bag": lambda t, x: t.copy_(
+        F.embedding_bag(IDS, x) + F.embedding_bag(IDS, x, mode="sum")
+    ),
     "remainders": lambda t, x: t.copy_(x + torch.remainder(IDS[:, :1] * 7 - 5, 3)),
     "long passes": lambda t, x: (
         BIG.mul_(0.9).add_(x[0, 0]).addcmul_(BIG, BIG).sub_(t.fill_(0.5)[0, 0])
@@ -175,44 +235,13 @@ REFUSED = {
     "aten.convolution.default with a bias with gaps": lambda t, x: t.copy_(
         F.conv1d(x[None], x[:, None, :1].expand(2, 2, 1), x[0, ::2])[0]
     ),
-    "gelu with approximate='tanh' is not supported": lambda t, x: t.copy_(
-        F.gelu(x, approximate="tanh")
+    "aten._fft_r2c.default is not supported": lambda t, x: t.copy_(torch.fft.rfft(x).abs().sum()),
+    "aten.linalg_matrix_exp": lambda t, x: t[:, :2].copy_(torch.linalg.matrix_exp(x[:, :2])),
+    "aten._embedding_bag.default": lambda t, x: t[:, :1].copy_(
+        torch.ops.aten._embedding_bag(x, IDS[0], IDS[0, :1], mode=2)[0][:, :1]
     ),
-    "div with rounding_mode='floor'": lambda t, x: t.copy_(
-        torch.div(x, 0.3, rounding_mode="floor")
-    ),
-    "a remainder of fractions": lambda t, x: t.copy_(x % 0.3),
-    "aten.index_put.default with an index that replaces": lambda t, x: t.copy_(
-        x.index_put((IDS[0, :2],), x)
-    ),
-    "aten.index.Tensor with several indices": lambda t, x: t.copy_(x[IDS[0], IDS[1]].sum() + x),
     "torch.bfloat16": lambda t, x: t.copy_(x.bfloat16() * 2),
     "a product of torch.float64": lambda t, x: t.copy_(x.double() @ x.double().mT @ x.double()),
-    "nll_loss_forward.default with these": lambda t, x: t.copy_(
-        F.cross_entropy(x, IDS[0, :2], x[0])
-    ),
-    "native_batch_norm.default with pixels with gaps": lambda t, x: t[:, :2].copy_(
-        F.batch_norm(x.view(2, 2, 2)[:, None, :, :1], None, None, training=True).view(2, 2)
-        + F.batch_norm(x.view(2, 1, 2, 2).transpose(2, 3), None, None, training=True).view(2, 4)[
-            :, :2
-        ]
-    ),
-    "native_layer_norm_backward.default with these": lambda t, x: t[:, :2].copy_(
-        torch.ops.aten.native_layer_norm_backward(
-            x[:, ::2],
-            x[:, :2] + 0,
-            [2],
-            x[:, :1] + 0,
-            x[:, 1:2] + 0,
-            None,
-            None,
-            [True, False, False],
-        )[0]
-    ),
-    "bitwise_and of torch.int64": lambda t, x: t.copy_(x + (IDS[0, :1] & 1)),
-    "embedding_dense_backward.default with these": lambda t, x: t.copy_(
-        torch.ops.aten.embedding_dense_backward(x, IDS[0, :2], 2, 0, False)
-    ),
 }
 
 

@@ -91,7 +91,23 @@ class Trained:
         build = operation.build
         names = build.func.__init__.__code__.co_varnames
         build = partial(build, **{k: v for k, v in sizes.items() if k in names})
+        if operation.rows == "ids":  # reference.py casts a module to the type of its rows
+            return self.plain_of_ids(build, x, y, config)
         return reference.train_module(build, x, y, config, epochs=EPOCHS, weights=weights)
+
+    @staticmethod
+    def plain_of_ids(build, x, y, config):
+        module = None
+
+        def make():
+            nonlocal module
+            module = build().double()
+            module.to = lambda dtype: module
+            return module
+
+        weights = torch.ones(len(x), dtype=torch.float64)
+        reference.train_module(make, x, y, config, epochs=EPOCHS, weights=weights)
+        return module
 
 
 def member(chunk, fold, trial):

@@ -55,6 +55,9 @@ FORMULAS = {
     "masked_fill": "{mask} ? {value} : {self}",
     "addcdiv": "{self} + {value} * {tensor1} / {tensor2}",
     "atan2": "atan2({self}, {other})",
+    "signbit": "signbit({self}) != 0",
+    "fmod": "fmod({self}, {other})",
+    "round": "rint({self})",
     "hypot": "hypot({self}, {other})",
     "threshold": "{self} <= {threshold} ? {value} : {self}",
     "threshold_backward": "{self} <= {threshold} ? 0 : {grad_output}",
@@ -67,7 +70,8 @@ FORMULAS = {
     "hardtanh": "{self} < {min_val} ? {min_val} : {self} > {max_val} ? {max_val} : {self}",
     "hardtanh_backward": "{self} <= {min_val} || {self} >= {max_val} ? 0 : {grad_output}",
     "hardsigmoid": "{self} <= -3 ? 0 : {self} >= 3 ? 1 : ({self} + 3) / 6",
-    "hardsigmoid_backward": "{self} > -3 && {self} < 3 ? {grad_output} / 6 : 0",
+    # Torch multiplies with 1/6 in single precision.
+    "hardsigmoid_backward": "{self} > -3 && {self} < 3 ? {grad_output} * (1.0f / 6.0f) : 0",
     "hardswish": "{self} <= -3 ? 0 : {self} >= 3 ? {self} : {self} * ({self} + 3) / 6",
     "hardswish_backward": (
         "{self} <= -3 ? 0 : {self} < 3 ? {grad_output} * ({self} / 3 + (REAL)0.5) : {grad_output}"
@@ -117,7 +121,7 @@ FORMULAS = {
     **dict.fromkeys(("logical_not", "bitwise_not"), "!{self}"),
     **{
         f"bitwise_{name}": f"{{self}} {sign} {{other}}"
-        for name, sign in {"and": "&&", "or": "||"}.items()
+        for name, sign in {"and": "&&", "or": "||", "xor": "!="}.items()
     },
     "isnan": "{self} != {self}",
     **dict.fromkeys(("sgn", "sign"), "({self} > 0) - ({self} < 0)"),
@@ -137,10 +141,24 @@ SEVERAL = {
 }
 """C formulas for one entry of each result, for operations with several results of equal shape."""
 
+BITWISE = {
+    "bitwise_and": "{self} & {other}",
+    "bitwise_or": "{self} | {other}",
+    "bitwise_xor": "{self} ^ {other}",
+    "bitwise_not": "~{self}",
+}
+"""C formulas of bitwise operations on whole numbers."""
+
+_FMOD = "fmod({self}, {other})"
+REMAINDER_OF_FRACTIONS = (
+    f"{_FMOD} + ({_FMOD} != 0 && ({_FMOD} < 0) != ({{other}} < 0) ? {{other}} : 0)"
+)
+
 # Operations that are computed in the type of their arguments.
-OF_INPUTS = {*_COMPARED, "logical_not", "isinf", "isnan"}
+OF_INPUTS = {*_COMPARED, "logical_not", "signbit", "isinf", "isnan"}
 _POWERS = {2: "{self} * {self}", 0.5: "sqrt({self})", 3: "{self} * {self} * {self}"}
 _DEFAULTS = {
+    "decimals": 0,
     "rounding_mode": None,
     "approximate": "none",
     "is_result": False,

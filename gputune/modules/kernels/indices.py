@@ -4,26 +4,79 @@ A member is one trial on one fold. A place is a tensor's position and layout in 
 index counts from the end if torch allows negative indices.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from gputune.modules.kernels.places import broadcast_strides, require, with_entry
+from gputune.modules.kernels.places import broadcast_strides, pick, require, with_entry
 from gputune.modules.kernels.writer import Line, Writer, loops_over, named
 from gputune.modules.trace import Kwargs, Operation, Place
 
 
-def _only_index(op: Operation, indices: Sequence[Place | None]) -> tuple[int, Place]:
-    """Return the axis and the place in memory of an operation's only index tensor.
+def _by_indices(
+    op: Operation, x: Place, indices: Sequence[Place | None]
+) -> tuple[list[Place], list[list[int]], list[int], list[int]]:
+    """Return the index tensors of an operation, their strides along the axes of the indexed part,
+    the strides of ``x`` along its axes without an index, and the indexed axes of ``x``.
 
-    Raises TraceError if there are several, or if the index is boolean or has several axes.
+    The axes of the indices are where the first index is. If another axis lies between two indexed
+    axes, they are in front.
     """
-    axis, *others = [i for i, index in enumerate(indices) if index is not None]
-    index = indices[axis]
-    assert index is not None
-    is_single = not others and len(index.shape) == 1 and index.dtype != torch.bool
-    require(is_single, op, "several indices")
-    return axis, index
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    tensors = [index for index in indices if index is not None]
+    require(all(index.dtype != torch.bool for index in tensors), op, "a mask as an index")
+    dims = max(len(index.shape) for index in tensors)
+    is_adjacent = axes == [*range(axes[0], axes[-1] + 1)]
+    n_before = axes[0] if is_adjacent else 0
+    others = [axis for axis in range(len(x.shape)) if axis not in axes]
+    steps = pick(x.stride, others)
+    n_after = len(others) - n_before
+    strides = []
+    for index in tensors:
+        strides.append([0] * n_before + broadcast_strides(index, dims) + [0] * n_after)
+    return tensors, strides, steps[:n_before] + [0] * dims + steps[n_before:], axes
+
+
+def indexed(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the C kernel call for ``x[i, j]``: the entries at the positions in index tensors."""
+    x = kwargs["self"]
+    tensors, strides, steps, axes = _by_indices(op, x, kwargs["indices"])
+    loops, sizes = loops_over(out.shape, [out.stride, steps, *strides])
+    position = loops.index(1)
+    for i, axis in enumerate(axes):
+        index = _index_at(f"p{2 + i}[{loops.index(2 + i)}]", named(x.shape[axis], sizes))
+        position += f" + {index} * {named(x.stride[axis], sizes)}"
+    body = loops.nest(f"p0[{loops.index(0)}] = p1[{position}];")
+    yield writer.call([out, x, *tensors], body, sizes=sizes)
+
+
+def put_at_indices(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the C kernel calls for ``x[i, j] = values``, or ``+=``."""
+    values = kwargs["values"]
+    if kwargs["self"] != out:
+        yield writer.copied(out, kwargs["self"])
+    tensors, strides, steps, axes = _by_indices(op, out, kwargs["indices"])
+    dims = max(len(index.shape) for index in tensors)
+    n_before = axes[0] if axes == [*range(axes[0], axes[-1] + 1)] else 0
+    others = [size for axis, size in enumerate(out.shape) if axis not in axes]
+    of_indices = [1] * dims
+    for tensor in tensors:
+        for i, size in enumerate(tensor.shape, dims - len(tensor.shape)):
+            of_indices[i] = max(of_indices[i], size)
+    shape = [*others[:n_before], *of_indices, *others[n_before:]]
+    # The index is the first operand, so the innermost loop runs along it. No loop may be
+    # vectorized, because places may be equal.
+    values_strides = broadcast_strides(values, len(shape))
+    loops, sizes = loops_over(shape, [strides[0], values_strides, steps, *strides[1:]])
+    position = loops.index(2)
+    for i, axis in enumerate(axes):
+        operand = 2 + i if i else 0
+        index = _index_at(f"p{2 + i}[{loops.index(operand)}]", named(out.shape[axis], sizes))
+        position += f" + {index} * {named(out.stride[axis], sizes)}"
+    sign = "+=" if kwargs["accumulate"] else "="
+    body = loops.nest(f"p0[{position}] {sign} p1[{loops.index(1)}];", "")
+    yield writer.call([out, values, *tensors], body, sizes=sizes)
 
 
 def chosen_rows(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
@@ -37,20 +90,16 @@ def chosen_rows(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> It
         row_strides = [*[0] * len(index.shape), x.stride[1]]
     else:
         x = kwargs["self"]
-        if op.name == "index":
-            axis, index = _only_index(op, kwargs["indices"])
-        else:
-            axis = kwargs["dim"] % max(1, len(x.shape))
-            index = kwargs["index"]
+        axis = kwargs["dim"] % max(1, len(x.shape))
+        index = kwargs["index"]
         row_strides = with_entry(x.stride, axis, 0)
         index_strides = index.stride
         if op.name != "gather":
             zeros = [0] * len(out.shape)
             index_strides = with_entry(zeros, axis, sum(index.stride))
     loops, sizes = loops_over(out.shape, [out.stride, index_strides, row_strides])
+    # none of these operations takes a negative index
     row = f"p2[{loops.index(1)}]"
-    if op.name == "index":  # the other operations take no negative index
-        row = _index_at(row, named(x.shape[axis], sizes))
     number = f"p1[{loops.index(2)} + {row} * {named(x.stride[axis], sizes)}]"
     body = loops.nest(f"p0[{loops.index(0)}] = {number};")
     yield writer.call([out, x, index], body, sizes=sizes)
@@ -61,48 +110,63 @@ def embedding_gradient(writer: Writer, kwargs: Kwargs, op: Operation, out: Place
     added."""
     gradient = kwargs["grad_output"]
     index = kwargs["indices"]
-    require(kwargs["padding_idx"] < 0 and not kwargs["scale_grad_by_freq"], op)
+    require(not kwargs["scale_grad_by_freq"], op)
     yield writer.filled(out, 0.0)
     index_strides = [*index.stride, 0]
     row_strides = [*[0] * len(index.shape), out.stride[1]]
     strides = [gradient.stride, index_strides, row_strides]
     loops, sizes = loops_over(gradient.shape, strides)
-    target = f"p0[p2[{loops.index(1)}] * {named(out.stride[0], sizes)} + {loops.index(2)}]"
+    row = f"p2[{loops.index(1)}]"
+    target = f"p0[{row} * {named(out.stride[0], sizes)} + {loops.index(2)}]"
+    body = f"{target} += p1[{loops.index(0)}];"
+    numbers = []
+    if kwargs["padding_idx"] >= 0:
+        numbers.append(kwargs["padding_idx"])
+        body = f"if ({row} != (int64_t)s0) {body}"
     # No vectors along rows of the index: an id may occur twice, and must not be written twice at
     # once.
-    body = loops.nest(f"{target} += p1[{loops.index(0)}];", "")
-    yield writer.call([out, gradient, index], body, sizes=sizes)
+    yield writer.call([out, gradient, index], loops.nest(body, ""), numbers, sizes=sizes)
 
 
-def added_at_places(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the C kernel calls that add values at the positions in an index tensor. Positions may
-    repeat."""
+def put_at_places(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the C kernel calls that write or add values at the positions in an index tensor.
+
+    Positions may repeat.
+    """
     x = kwargs["self"]
-    if op.name.startswith("index_put"):
-        axis, index = _only_index(op, kwargs["indices"])
-        require(kwargs["accumulate"], op, "an index that replaces")
-        source = kwargs["values"]
-        shape = with_entry(out.shape, axis, index.shape[0])
+    axis = kwargs["dim"] % max(1, len(x.shape))
+    index = kwargs["index"]
+    source = kwargs.get("src", kwargs.get("source", kwargs.get("value")))
+    adds = "add" in op.name
+    require(kwargs.get("alpha", 1) == 1 and kwargs.get("reduce") is None, op)
+    if op.name.startswith("index_"):  # the same rows for all entries
+        shape = with_entry(out.shape, axis, math.prod(index.shape))
         zeros = [0] * len(shape)
-        index_strides = with_entry(zeros, axis, index.stride[0])
-        source_strides = broadcast_strides(source, len(shape))
+        index_strides = with_entry(zeros, axis, sum(index.stride))
     else:
-        axis = kwargs["dim"] % max(1, len(x.shape))
-        index = kwargs["index"]
-        source = kwargs["src"]
-        shape = index.shape
-        index_strides = index.stride
-        source_strides = source.stride
+        shape = [*index.shape]
+        index_strides = [*index.stride]
     if x != out:
         yield writer.copied(out, x)
+    places = [out, index]
+    numbers = list[float]()
+    source_strides = [0] * len(shape)
+    if isinstance(source, Place):
+        places.append(source)
+        is_scalar = not source.shape
+        source_strides = source_strides if is_scalar else [*source.stride]
+    else:
+        assert source is not None
+        numbers.append(source)
     # The index is the first operand, so the innermost loop runs along it. No loop may be
     # vectorized, because places may be equal.
     strides = [index_strides, source_strides, with_entry(out.stride, axis, 0)]
     loops, sizes = loops_over(shape, strides)
-    row = _index_at(f"p1[{loops.index(0)}]", named(out.shape[axis], sizes))
-    target = f"p0[{loops.index(2)} + {row} * {named(out.stride[axis], sizes)}]"
-    body = loops.nest(f"{target} += p2[{loops.index(1)}];", "")
-    yield writer.call([out, index, source], body, sizes=sizes)
+    row = _index_at(f"p1[{loops.index(0)}]", named(out.shape[axis] if out.shape else 1, sizes))
+    step = named(out.stride[axis] if out.shape else 1, sizes)
+    value = "s0" if numbers else f"p2[{loops.index(1)}]"
+    body = f"p0[{loops.index(2)} + {row} * {step}] {'+=' if adds else '='} {value};"
+    yield writer.call(places, loops.nest(body, ""), numbers, sizes=sizes)
 
 
 def _index_at(index: str, size: int | str) -> str:

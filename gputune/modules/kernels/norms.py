@@ -5,6 +5,7 @@ The kernels of batch and group norms are in ``native/norms.h``.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from gputune.modules.kernels.places import is_contiguous, require
 from gputune.modules.kernels.writer import Line, Writer
@@ -25,6 +26,25 @@ def layer_norm_gradient(
     body = "layer_norm_slope(n0, n1, p1, p2, p3, p4, p0);"
     sizes = [math.prod(kwargs["input"].shape) // n, n]
     yield writer.call(places, body, sizes=sizes)
+
+
+def layer_norm(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the C kernel calls for a layer norm."""
+    x = kwargs["input"]
+    places = [*op.makes, x]
+    require(len(op.makes) == 3 and all(map(is_contiguous, places)), op)
+    weight = kwargs["weight"]
+    bias = kwargs["bias"]
+    n = math.prod(kwargs["normalized_shape"])
+    shape = (math.prod(x.shape) // n, n)
+    body = "layer_norm(n0, n1, s0, p3, p0, p1, p2);"
+    yield writer.call(places, body, [kwargs["eps"]], sizes=shape)
+    flat = replace(out, shape=shape, stride=(n, 1))
+    for name, factor in (("mul", weight), ("add", bias)):
+        if factor is not None:
+            require(is_contiguous(factor), op)
+            other = replace(factor, shape=shape, stride=(0, 1))
+            yield writer.pointwise(name, {"self": flat, "other": other, "alpha": 1}, flat)
 
 
 def _channels(op: Operation, *places: Place) -> tuple[list[int], list[int]]:

@@ -45,10 +45,16 @@ _TOP = "T top = -INFINITY, s = 0;\nEACH top = p1[X] > top ? p1[X] : top;\n"
 ALONG = {
     "_softmax": _TOP
     + "SUM(s) { T e = exponential(p1[X] - top); p0[O] = e; s += e; }\nEACH p0[O] /= s;",
+    # A row without an allowed entry is 0.
+    "_safe_softmax": _TOP
+    + "SUM(s) { T e = top == -INFINITY ? 0 : exponential(p1[X] - top); p0[O] = e; s += e; }\n"
+    "EACH p0[O] /= s == 0 ? 1 : s;",
     "_log_softmax": _TOP
     + "SUM(s) s += exponential(p1[X] - top);\ns = log(s);\nEACH p0[O] = p1[X] - top - s;",
     "_softmax_backward_data": "T s = 0;\nSUM(s) s += p1[X] * p2[Y];\nEACH p0[O] = (p1[X] - s) * p2[Y];",
     "_log_softmax_backward_data": "T s = 0;\nSUM(s) s += p1[X];\nEACH p0[O] = p1[X] - exponential(p2[Y]) * s;",
+    "cumsum": "T s = 0;\nEACH { s += p1[X]; p0[O] = s; }",
+    "cumprod": "T s = 1;\nEACH { s *= p1[X]; p0[O] = s; }",
 }
 """C code of operations along one axis. Loops repeat the code for all other axes."""
 
@@ -59,7 +65,8 @@ def along_axis(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Ite
     places: list[Place] = [out]
     for name in ("grad_output", "output") if "output" in kwargs else ("self",):
         places.append(kwargs[name])
-    require(all(place.dtype == writer.dtype for place in places), op, str(out.dtype))
+    if not op.name.startswith("cum"):  # of whole numbers too
+        require(all(place.dtype == writer.dtype for place in places), op, str(out.dtype))
     axis = kwargs["dim"] % len(out.shape)
     others = [i for i in range(len(out.shape)) if i != axis]
     loops, sizes = loops_over(pick(out.shape, others), [pick(p.stride, others) for p in places])

@@ -9,14 +9,29 @@ support.
 from collections.abc import Callable, Iterator
 
 from gputune.modules.kernels.convolutions import convolution, convolution_gradient
-from gputune.modules.kernels.indices import added_at_places, chosen_rows, embedding_gradient
+from gputune.modules.kernels.folds import FOLDS, folded
+from gputune.modules.kernels.gates import gated
+from gputune.modules.kernels.indices import (
+    chosen_rows,
+    embedding_gradient,
+    indexed,
+    put_at_indices,
+    put_at_places,
+)
 from gputune.modules.kernels.losses import class_loss
-from gputune.modules.kernels.movement import joined, part_gradient
+from gputune.modules.kernels.movement import (
+    diagonal_gradient,
+    joined,
+    moved,
+    part_gradient,
+    windows_gradient,
+)
 from gputune.modules.kernels.norms import (
     batch_norm,
     batch_norm_gradient,
     group_norm,
     group_norm_gradient,
+    layer_norm,
     layer_norm_gradient,
 )
 from gputune.modules.kernels.patches import patches, shuffled
@@ -24,15 +39,27 @@ from gputune.modules.kernels.pooling import max_pool, max_pool_gradient
 from gputune.modules.kernels.products import product
 from gputune.modules.kernels.reductions import ALONG, along_axis, reduced
 from gputune.modules.kernels.resizing import MAPS, resized
+from gputune.modules.kernels.selection import chosen_by_order
 from gputune.modules.kernels.writer import Line
 
 LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), product),
     **dict.fromkeys(("sum", "mean"), reduced),
     **dict.fromkeys(ALONG, along_axis),
-    **dict.fromkeys(("gather", "index_select", "index", "embedding"), chosen_rows),
+    **dict.fromkeys(FOLDS, folded),
+    **dict.fromkeys(("sort", "topk", "median", "kthvalue"), chosen_by_order),
+    **dict.fromkeys(("flip", "roll", "repeat", "constant_pad_nd"), moved),
+    "unfold_backward": windows_gradient,
+    "diagonal_backward": diagonal_gradient,
+    **dict.fromkeys(("gather", "index_select", "embedding"), chosen_rows),
+    **dict.fromkeys(("index", "_unsafe_index"), indexed),
+    **dict.fromkeys(("index_put", "_unsafe_index_put"), put_at_indices),
     "embedding_dense_backward": embedding_gradient,
-    **dict.fromkeys(("scatter_add", "index_put"), added_at_places),
+    **dict.fromkeys(
+        ("scatter", "scatter_add", "index_add", "index_copy", "index_fill"), put_at_places
+    ),
+    **dict.fromkeys(("glu", "glu_backward"), gated),
+    "native_layer_norm": layer_norm,
     **dict.fromkeys(("cat", "stack"), joined),
     **dict.fromkeys(("select_backward", "slice_backward"), part_gradient),
     "native_layer_norm_backward": layer_norm_gradient,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from gputune.modules.kernels.formulas import OF_INPUTS, formula_of
+from gputune.modules.kernels.formulas import BITWISE, OF_INPUTS, REMAINDER_OF_FRACTIONS, formula_of
 from gputune.modules.kernels.places import broadcast_strides
 from gputune.modules.trace import Kwargs, Operation, Place, Storages, Trace, TraceError
 
@@ -83,16 +83,21 @@ class Loops:
         steps = enumerate(self.strides[operand])
         return " + ".join(f"{self.variable}{i} * {step}" for i, step in steps if step) or "0"
 
-    def nest(self, body: str, pragma: str = "GCC ivdep") -> str:
-        """Return the C code of the loops around a loop body. The innermost loop may be
-        vectorized."""
+    def heads(self, pragma: str = "") -> list[str]:
+        """Return the lines of C code in front of a loop body. A pragma is put in front of the
+        innermost loop."""
         lines = []
         for i, size in enumerate(self.sizes):
             name = f"{self.variable}{i}"
             lines.append(f"for (long {name} = 0; {name} < {size}; {name}++)")
         if pragma and lines:
             lines.insert(-1, f"#pragma {pragma}")
-        return "\n".join([*lines, f"{{\n{body}\n}}"])
+        return lines
+
+    def nest(self, body: str, pragma: str = "GCC ivdep") -> str:
+        """Return the C code of the loops around a loop body. The innermost loop may be
+        vectorized."""
+        return "\n".join([*self.heads(pragma), f"{{\n{body}\n}}"])
 
 
 def named(size: int, sizes: list[int], *, most: int = _SMALL) -> int | str:
@@ -267,9 +272,9 @@ class Writer:
             names = _variables(formula)
             dtype = torch.result_type(_example(kwargs[names[0]]), _example(kwargs[names[-1]]))
         if name == "remainder" and dtype.is_floating_point:
-            raise TraceError("a remainder of fractions is not supported")
+            formula = REMAINDER_OF_FRACTIONS
         if name.startswith("bitwise") and dtype != torch.bool:
-            raise TraceError(f"{name} of {dtype} is not supported")
+            formula = BITWISE[name]
         return self.by_formula(formula, kwargs, out, dtype)
 
     def by_formula(
@@ -308,7 +313,7 @@ class Writer:
         result = result.replace("EXP(", "exponential(" if real == self.real else "exp(")
         code.append(f"p0[{kernel.index(0)}] = {result};")
         line = self.call(operands, kernel.nest("\n".join(code)), numbers, sizes=sizes)
-        is_forward = all(step >= 0 for steps in loops.strides for step in steps)
+        is_forward = all(int(step) >= 0 for steps in loops.strides for step in steps)
         if sizes and is_forward:
             line.unit = math.prod(map(int, loops.sizes[1:]))
             for steps, place, (memory, begin) in zip(loops.strides, operands, line.places):
