@@ -605,15 +605,15 @@ OPERATIONS = {
     "nn.EmbeddingBag": ids(COMPILED, partial(nn.EmbeddingBag, 9, WIDTH)),
     # images and signals
     "nn.Conv1d": Operation(
-        RECORDED, partial(OfChannels, make=partial(nn.Conv1d, 3, 3, 3, padding=1)), "channels"
+        COMPILED, partial(OfChannels, make=partial(nn.Conv1d, 3, 3, 3, padding=1)), "channels"
     ),
-    "nn.Conv2d": image(RECORDED, partial(nn.Conv2d, 4, 3, 3), out=48),
-    "nn.Conv2d, depthwise": image(RECORDED, partial(nn.Conv2d, 4, 4, 3, groups=4), out=64),
-    "nn.Conv2d, 1x1": image(RECORDED, partial(nn.Conv2d, 4, 3, 1), out=108),
+    "nn.Conv2d": image(COMPILED, partial(nn.Conv2d, 4, 3, 3), out=48),
+    "nn.Conv2d, depthwise": image(COMPILED, partial(nn.Conv2d, 4, 4, 3, groups=4), out=64),
+    "nn.Conv2d, 1x1": image(COMPILED, partial(nn.Conv2d, 4, 3, 1), out=108),
     "nn.ConvTranspose2d": image(
-        RECORDED, partial(nn.ConvTranspose2d, 4, 2, 3, stride=2, padding=1), out=242
+        COMPILED, partial(nn.ConvTranspose2d, 4, 2, 3, stride=2, padding=1), out=242
     ),
-    "nn.MaxPool2d": image(RECORDED, partial(nn.MaxPool2d, 2), out=36),
+    "nn.MaxPool2d": image(COMPILED, partial(nn.MaxPool2d, 2), out=36),
     "nn.AvgPool2d": image(RECORDED, partial(nn.AvgPool2d, 2), out=36),
     "nn.AdaptiveAvgPool2d(1)": image(COMPILED, partial(nn.AdaptiveAvgPool2d, 1), out=4),
     "nn.AdaptiveAvgPool2d(3)": image(RECORDED, partial(nn.AdaptiveAvgPool2d, 3), out=36),

@@ -121,9 +121,10 @@ def _embedding_bag_backward(
 ) -> Tensor:
     if mode == 2 or padding_idx >= 0 or scale_grad_by_freq or sparse:
         raise NotImplementedError
+    bags, _ = _bags_of(indices, offsets, False)
+    rows = grad.index_select(0, bags)
     if mode == 1:
-        grad = grad / bag_size.clamp_min(1)[:, None].to(grad.dtype)
-    rows = grad.index_select(0, _bags_of(indices, offsets, False)[0])
+        rows = rows / (bags[:, None] == bags).sum(1, keepdim=True).to(grad.dtype)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights[:, None]
     return grad.new_zeros(num_weights, grad.shape[1]).index_add(0, indices, rows)

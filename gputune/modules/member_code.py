@@ -91,7 +91,7 @@ def _written(
         try:
             lines += _lines(writer, op)
         except TraceError as error:
-            refused[i] = TraceError(f"{op.replaced} is not supported") if op.replaced else error
+            refused[i] = TraceError(f"{op.replaced} has no C code") if op.replaced else error
     return lines, refused
 
 
@@ -104,7 +104,7 @@ def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
     out = (op.makes or op.writes)[0]
     # Operations of torch's "prims" have the same names, but other arguments.
     if not str(op.function).startswith("aten."):
-        raise TraceError(f"{op.function} is not supported")
+        raise TraceError(f"{op.function} has no C code")
     if name in LAYERS:
         yield from LAYERS[name](writer, kwargs, op, out)
     elif name in FORMULAS:

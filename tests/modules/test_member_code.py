@@ -171,7 +171,10 @@ STEPS = {
         torch.ops.aten._safe_softmax(x.masked_fill(x > x[0, 0], -torch.inf), 1)
     ),
     "an embedding bag": lambda t, x: t.copy_(
-        F.embedding_bag(IDS, x) + F.embedding_bag(IDS, x, mode="sum")
+        F.embedding_bag(IDS, x)
+        + F.embedding_bag(IDS, x, mode="sum")
+        + slope(lambda w: F.embedding_bag(IDS, w), x)
+        + slope(lambda w: F.embedding_bag(IDS, w, mode="sum"), x)
     ),
     "remainders": lambda t, x: t.copy_(x + torch.remainder(IDS[:, :1] * 7 - 5, 3)),
     "long passes": lambda t, x: (
@@ -235,9 +238,9 @@ REFUSED = {
     "aten.convolution.default with a bias with gaps": lambda t, x: t.copy_(
         F.conv1d(x[None], x[:, None, :1].expand(2, 2, 1), x[0, ::2])[0]
     ),
-    "aten._fft_r2c.default is not supported": lambda t, x: t.copy_(torch.fft.rfft(x).abs().sum()),
+    "aten._fft_r2c has no C code": lambda t, x: t.copy_(torch.fft.rfft(x).abs().sum()),
     "aten.linalg_matrix_exp": lambda t, x: t[:, :2].copy_(torch.linalg.matrix_exp(x[:, :2])),
-    "aten._embedding_bag.default": lambda t, x: t[:, :1].copy_(
+    "aten._embedding_bag has no C code": lambda t, x: t[:, :1].copy_(
         torch.ops.aten._embedding_bag(x, IDS[0], IDS[0, :1], mode=2)[0][:, :1]
     ),
     "torch.bfloat16": lambda t, x: t.copy_(x.bfloat16() * 2),

@@ -138,6 +138,17 @@ def check(name, monkeypatch):
     assert trained.backend == OPERATIONS[name].backend, f"{name}: {trained.reason}"
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+# one of each kind of code; the others run with --all
+SHORT = """
+nn.ReLU6 nn.PReLU nn.SiLU nn.GLU nn.LogSigmoid x.max(-1) F.normalize torch.cumprod torch.topk F.pad
+torch.cdist nn.Bilinear nn.GroupNorm weight_norm nn.EmbeddingBag nn.PixelShuffle nn.HuberLoss()
+nn.CrossEntropyLoss(weight) nn.MultiMarginLoss() lion ema nn.RReLU torch.fft.rfft
+""".split()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in SHORT else pytest.mark.long) for n in OPERATIONS],
+)
 def test_an_operation_trains_in_its_backend(name, monkeypatch):
     check(name, monkeypatch)
