@@ -449,7 +449,7 @@ OPERATIONS = {
     "nn.ReLU6": between(COMPILED, nn.ReLU6),
     "nn.LeakyReLU": between(COMPILED, nn.LeakyReLU),
     "nn.PReLU": between(COMPILED, nn.PReLU),
-    "nn.RReLU": between(LOOP, nn.RReLU),
+    "nn.RReLU": between(COMPILED, nn.RReLU),
     "nn.ELU": between(COMPILED, nn.ELU),
     "nn.SELU": between(COMPILED, nn.SELU),
     "nn.CELU": between(COMPILED, nn.CELU),
@@ -554,7 +554,7 @@ OPERATIONS = {
     "nn.GroupNorm": layer(COMPILED, partial(nn.GroupNorm, 2, WIDTH)),
     "weight_norm": layer(COMPILED, _weight),
     "nn.utils.weight_norm": layer(COMPILED, _old_weight),
-    "spectral_norm": layer(LOOP, _spectral),
+    "spectral_norm": layer(COMPILED, _spectral),
     "orthogonal": layer(RECORDED, _orthogonal),
     # draws, and modules with parts
     "nn.Dropout": layer(COMPILED, partial(nn.Dropout, 0.3)),
@@ -564,7 +564,7 @@ OPERATIONS = {
     "drop path": layer(COMPILED, DropPath),
     "nn.Identity": layer(COMPILED, nn.Identity),
     "LoRA": layer(COMPILED, Lora),
-    "checkpoint": layer(LOOP, Checkpointed),
+    "checkpoint": layer(COMPILED, Checkpointed),
     # sequences
     "nn.MultiheadAttention": sequence(COMPILED, Multihead),
     "nn.MultiheadAttention, weights": sequence(COMPILED, partial(Multihead, need_weights=True)),
@@ -614,13 +614,13 @@ OPERATIONS = {
         COMPILED, partial(nn.ConvTranspose2d, 4, 2, 3, stride=2, padding=1), out=242
     ),
     "nn.MaxPool2d": image(COMPILED, partial(nn.MaxPool2d, 2), out=36),
-    "nn.AvgPool2d": image(RECORDED, partial(nn.AvgPool2d, 2), out=36),
+    "nn.AvgPool2d": image(COMPILED, partial(nn.AvgPool2d, 2), out=36),
     "nn.AdaptiveAvgPool2d(1)": image(COMPILED, partial(nn.AdaptiveAvgPool2d, 1), out=4),
-    "nn.AdaptiveAvgPool2d(3)": image(RECORDED, partial(nn.AdaptiveAvgPool2d, 3), out=36),
+    "nn.AdaptiveAvgPool2d(3)": image(COMPILED, partial(nn.AdaptiveAvgPool2d, 3), out=36),
     "x.mean((2, 3))": of_image(COMPILED, lambda x: x.mean((2, 3)), out=4),
-    "nn.Upsample": image(RECORDED, partial(nn.Upsample, scale_factor=2), out=576),
+    "nn.Upsample": image(COMPILED, partial(nn.Upsample, scale_factor=2), out=576),
     "F.interpolate, bilinear": of_image(
-        RECORDED, partial(F.interpolate, scale_factor=2, mode="bilinear"), out=576
+        COMPILED, partial(F.interpolate, scale_factor=2, mode="bilinear"), out=576
     ),
     "nn.PixelShuffle": image(COMPILED, partial(nn.PixelShuffle, 2), out=144),
     "nn.BatchNorm2d": image(COMPILED, partial(nn.BatchNorm2d, 4), out=144),
