@@ -222,6 +222,19 @@ def test_a_killed_search_continues_as_if_it_had_not_stopped(whole, tmp_path, mon
     assert "reseeded" not in capsys.readouterr().err
 
 
+@pytest.mark.long
+def test_a_search_of_128_trials_is_killed_ten_times(tmp_path, monkeypatch, capsys):
+    options = {"batch": 16, "n_trials": 128, "random_state": 1}
+    path = tmp_path / "study.db"
+    n_ended = []
+    for at in (2, 3.5, 2.5, 4, 2, 3.5, 3, 2.5, 3.5, 2):
+        kill(monkeypatch, at, study=path, checkpoint_seconds=0.01, **options)
+        n_ended.append(sum(trial.score is not None for trial in gputune.Study.open(path).trials))
+    assert n_ended == sorted(n_ended) and len(set(n_ended)) > 5 and n_ended[-1] < 128
+    assert_same(tune(tpe(), study=path, verbose=1, **options), tune(tpe(), **options))
+    assert "reseeded" not in capsys.readouterr().err
+
+
 def test_a_killed_search_with_workers_and_shapes(tmp_path, monkeypatch):
     options = {"space": {**SPACE, "depth": [1, 2]}, "n_trials": 10, "workers": 2}
     path = tmp_path / "study.db"
