@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gputune.errors import warn
-from gputune.population.state import State
+from gputune.population.state import State, WaitingPlace
 from gputune.scratch import flush, scratch_folder
 from gputune.text import count
 from gputune.types import Config
@@ -369,11 +369,22 @@ class StateCache:
             self.drop(trial)
         return State.stack(states)
 
-    def settle(self) -> None:
-        """Copy the states of trials that wait on their device to main memory, because other trials
-        are about to continue there."""
+    def settle(self, places: Collection[WaitingPlace] | None = None) -> None:
+        """Copy states that wait in the tensors of a chunk to tensors of their own.
+
+        ``places`` are the chunks in which other trials are about to continue. None means that the
+        states of all chunks are copied. They are copied too if the chunks take too much memory,
+        because a chunk holds its tensors as long as one of its trials waits.
+        """
+        waiting = dict[int, State]()
         for trial, state in self.states.items():
-            if isinstance(state, State):
+            if isinstance(state, State) and state.place is not None:
+                waiting[trial] = state
+        held = {state.place for state in waiting.values() if state.place is not None}
+        if sum(place.nbytes for place in held) > self.limit:
+            places = None
+        for trial, state in waiting.items():
+            if places is None or state.place in places:
                 self.states[trial] = state.cpu()
 
     def drop(self, trial: int) -> None:

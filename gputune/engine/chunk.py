@@ -48,6 +48,10 @@ class Chunk(Protocol):
         rows took."""
 
     @property
+    def holds_only_state(self) -> bool:
+        """True if the chunk takes little memory in addition to the state of its trials."""
+
+    @property
     def faults(self) -> Mapping[str, None]:
         """Problems that did no harm: sentences, as an ordered set."""
 

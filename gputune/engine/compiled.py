@@ -56,6 +56,7 @@ class CompiledChunk:
     are in flat buffers."""
 
     faults: Mapping[str, None] = {}
+    holds_only_state = True
 
     def __init__(
         self, network: StackedMLP, validation: Validation, *, seed: int, horizon: int

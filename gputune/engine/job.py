@@ -206,12 +206,12 @@ class RungJob(Job):
     If ``until`` is not empty, it has the rung of each trial, by the trial's position in the search.
     All trials of a chunk then have the same rung, which replaces ``epochs``.
 
-    ``waiting`` has the positions in the search of the only trials that train in this process. They
-    wait for the next rung in the tensors in which they have trained.
+    ``waiting`` has the groups of trials that may wait for the next rung in the tensors in which they
+    have trained, each as positions in the search.
     """
 
     until: tuple[int, ...] = ()
-    waiting: tuple[int, ...] = ()
+    waiting: tuple[tuple[int, ...], ...] = ()
 
     def run(
         self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
@@ -236,7 +236,10 @@ class RungJob(Job):
     def _state(self, trained: Trained, chunk: Population) -> State:
         """Return the state of the trials that can still train, which waits on the device if nothing
         else needs the memory there."""
-        if chunk.index != self.waiting or not trained.alive:
+        if chunk.index not in self.waiting or not trained.alive:
+            return trained.state.cpu()
+        # The memory of other chunks, for example for gradients, is needed for the next group.
+        if len(self.waiting) > 1 and not trained.chunk.holds_only_state:
             return trained.state.cpu()
         spare: Sequence[Tensor] = ()
         begun = BegunChunk.of(chunk).state

@@ -56,6 +56,7 @@ class StackedChunk:
     """
 
     scoring_share = 0.0
+    holds_only_state = False
 
     def __init__(
         self,

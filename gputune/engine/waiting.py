@@ -33,9 +33,16 @@ class WaitingChunk:
     def __post_init__(self) -> None:
         # Computed once, because each trial asks for its part.
         chunk = self.chunk
-        total = chunk.flat.nbytes + sum(moment.nbytes for moment in chunk.moments)
-        self.trial_bytes = total // len(chunk.network.configs)
+        self.nbytes = chunk.flat.nbytes + sum(moment.nbytes for moment in chunk.moments)
+        self.trial_bytes = self.nbytes // len(chunk.network.configs)
         self.steps = State.counts(chunk.steps_taken)
+
+    def rows(self, slots: Sequence[int]) -> list[Tensor]:
+        """Return copies of the buffers (C, F, N) of the trials at some positions."""
+        network = self.chunk.network
+        rows = [network.blocks.to_rows(self.chunk.flat, slots)]
+        rows += [network.trained.to_rows(moment, slots) for moment in self.chunk.moments]
+        return rows
 
 
 class WaitingState(State):
@@ -84,7 +91,12 @@ class WaitingState(State):
             )
         if not self.waiting.is_current:
             raise RuntimeError("the state of these trials was overwritten when others continued")
-        return self.waiting.chunk.state.select(self.slots).cpu().buffers
+        return tuple(row.cpu() for row in self.waiting.rows(self.slots))
+
+    @property
+    def place(self) -> WaitingChunk:
+        """The chunk in which the trials wait."""
+        return self.waiting
 
     @property
     def nbytes(self) -> int:

@@ -187,19 +187,15 @@ class PausedTraining(Generic[AnyTrial]):
         chunks = tuple(
             part for chunk in plan.chunks for part in self._begun_chunks(chunk, trials, until)
         )
-        # A single group of trials stays on its device until the next stop.
-        stays = len(chunks) == 1 and context.trainer.cluster is None
-        if not stays:
-            chunks = tuple(chunk.on_host() for chunk in chunks)
-        self.states.settle()
         last = max(until.values())
+        chunks, waiting = self._in_place(chunks, is_end=last == context.epochs)
         job = context.trainer.job(
             RungJob,
             epochs=last,
             until=tuple(until[trial.number] for trial in trials),
             checkpointing=self.in_chunks(trials),
             keep_stopped=False,
-            waiting=chunks[0].index if stays and last < context.epochs else (),
+            waiting=waiting,
         )
         trained: set[int] = set()
         plan = replace(plan, chunks=chunks, workers=min(plan.workers, len(chunks)))
@@ -220,6 +216,31 @@ class PausedTraining(Generic[AnyTrial]):
                     self.states.park(
                         trials[chunk.index[position]].number, chunk.state.select([row])
                     )
+
+    def _in_place(
+        self, chunks: tuple[BegunChunk, ...], *, is_end: bool
+    ) -> tuple[tuple[BegunChunk, ...], tuple[tuple[int, ...], ...]]:
+        """Return groups of trials with the states from which they continue, and the groups that may
+        wait for the next stop in the tensors in which they have trained.
+
+        A single group stays on its device. On a CPU, several groups can stay. ``is_end`` is True if
+        the training ends for some of the trials.
+        """
+        context = self.context
+        index = tuple(chunk.index for chunk in chunks)
+        is_single = len(chunks) == 1
+        is_on_cpu = context.data.device.type == "cpu"
+        if context.trainer.cluster is not None or not (is_single or is_on_cpu):
+            self.states.settle()
+            return tuple(chunk.on_host() for chunk in chunks), ()
+        places = [chunk.state and chunk.state.place for chunk in chunks]
+        in_place = []
+        for chunk, place in zip(chunks, places):
+            # The first group that continues overwrites the tensors of the place.
+            is_shared = place is not None and places.count(place) > 1
+            in_place.append(chunk.on_host() if is_shared else chunk)
+        self.states.settle([place for place in places if place] if is_on_cpu else None)
+        return tuple(in_place), () if is_single and is_end else index
 
     def _begun_chunks(
         self, chunk: Population, trials: Sequence[AnyTrial], until: Mapping[int, int]

@@ -279,6 +279,7 @@ class LoopChunk:
 
     scoring_share = 0.0
     faults: Mapping[str, None] = {}
+    holds_only_state = False
 
     def __init__(
         self, network: LoopedModule, validation: Validation, *, seed: int, horizon: int

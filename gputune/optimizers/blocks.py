@@ -55,10 +55,13 @@ class Blocks:
         views = self.views(flat)
         return {b.name: views[b.name].movedim(b.trial_axis, 1) for b in self.blocks}
 
-    def to_rows(self, flat: Tensor) -> Tensor:
+    def to_rows(self, flat: Tensor, trials: Sequence[int] | None = None) -> Tensor:
         """Return a copy of a flat buffer as (C trials, F folds, N): the N values of each trial on
-        each fold."""
-        return torch.cat([view.transpose(0, 1).flatten(2) for view in self._pairs(flat)], 2)
+        each fold. ``trials`` has the positions of the trials to copy, or is None for all."""
+        views = self._pairs(flat)
+        if trials is not None:
+            views = [view[:, list(trials)] for view in views]
+        return torch.cat([view.transpose(0, 1).flatten(2) for view in views], 2)
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """Return a flat buffer with the values of ``rows`` (C trials, F folds, N values).

@@ -6,7 +6,7 @@ Shape letters: C trials, F folds, N values of one member.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -17,6 +17,12 @@ from gputune.population.population import Network, shape_of_tensors
 from gputune.types import Config
 
 _UNKNOWN = -1  # the step count of a state from a file that stores no counts
+
+
+class WaitingPlace(Protocol):
+    """Tensors in which trials have trained, and in which their states wait."""
+
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,11 @@ class State:
         if any(state.steps is not None for state in states):
             steps = torch.cat([state._known_steps() for state in states])
         return State(states[0].epoch, tuple(map(torch.cat, buffers)), steps)
+
+    @property
+    def place(self) -> "WaitingPlace | None":
+        """The tensors of the chunk in which the trials wait, or None if the state is a copy."""
+        return None
 
     def joined(self, states: "Sequence[State]") -> "State | None":
         """Return the joint state of several groups of trials if it needs no copy, or None."""

@@ -3,11 +3,13 @@
 import pickle
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from sklearn.datasets import load_iris
 
 import gputune
+from gputune.engine.checkpoint import StateCache
 from gputune.engine.job import RungJob
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
@@ -83,3 +85,41 @@ def test_without_a_copy_a_state_ends_with_the_training_in_its_tensors(chunk):
     state.continued(chunk.configs)
     with pytest.raises(MemoryError, match="not enough main memory to continue after epoch 1. Free"):
         _ = state.buffers
+
+
+def test_groups_of_trials_wait_side_by_side_on_a_cpu(monkeypatch):
+    options = {
+        "n_trials": 12,
+        "space": {"lr": [1e-3, 1e-2, 0.1], "width": [8, 32], "depth": [1, 2]},
+    }
+    search = {"max_epochs": 8, "cv": 2, "verbose": 0, "workers": 1, "include_default": False}
+    rule = gputune.OptunaSampler(
+        optuna.samplers.RandomSampler(seed=0), batch=6, halving=gputune.Halving(min_epochs=1)
+    )
+    copied = []
+    rows = WaitingChunk.rows
+    with monkeypatch.context() as patch:
+        patch.setattr(WaitingChunk, "rows", lambda *args: copied.append(args[1]) or rows(*args))
+        found = [gputune.tune("mlp", *IRIS, method=m, **options, **search) for m in (HALVING, rule)]
+    n_trials = sum(len(study.trials) for study in found)
+    assert sum(map(len, copied)) < n_trials / 3  # most trials are pruned or continue in place
+    monkeypatch.setattr(RungJob, "_state", lambda job, trained, chunk: trained.state.cpu())
+    for study, method in zip(found, (HALVING, rule)):
+        expected = gputune.tune("mlp", *IRIS, method=method, **options, **search)
+        np.testing.assert_array_equal(study.curves, expected.curves)
+
+
+def test_states_of_a_place_are_copied_before_others_continue_there(chunk):
+    expected = chunk.state
+    waiting = WaitingChunk(chunk, is_copied=False)
+    other = WaitingChunk(chunk, is_copied=False)
+    for limit, places, n_copied in ((10**9, [other], 0), (10**9, [waiting], 3), (0, [other], 3)):
+        cache = StateCache(10**9)
+        for slot in range(3):
+            cache.park(slot, WaitingState(waiting, [slot]))
+        cache.limit = limit
+        cache.settle(places)
+        states = [cache.look(slot) for slot in range(3)]
+        assert sum(state.place is None for state in states) == n_copied
+        for slot, state in enumerate(states):
+            assert torch.equal(state.buffers[1], expected.buffers[1][[slot]])
