@@ -24,7 +24,7 @@ static void window(long i, long size, long outputs, long kernel, long stride, lo
    equal numbers is taken, and NaN is larger than every number. */
 static void max_pool(const int64_t *N, const real *x, real *y, int64_t *at) {
     const Pooling *p = (const Pooling *)N;
-    long in_vectors = p->xc == 1 && p->yc == 1 ? p->C / LANES * LANES : 0;
+    long in_vectors = p->xc == 1 && p->yc == 1 && p->ac == 1 ? p->C / LANES * LANES : 0;
     for (long b = 0; b < p->B; b++)
         for (long h = 0; h < p->OH; h++) {
             long top, bottom;
@@ -36,19 +36,19 @@ static void max_pool(const int64_t *N, const real *x, real *y, int64_t *at) {
                 real *out = y + b * p->yb + h * p->yh + w * p->yw;
                 int64_t *to = at + b * p->ab + h * p->ah + w * p->aw;
                 for (long k = 0; k < in_vectors; k += LANES) {
-                    union { vector numbers; places bits; } best, line;
-                    union { places bits; whole place[LANES]; } where;
-                    best.numbers = (vector){0} - (real)INFINITY;
-                    where.bits = (places){0} + (whole)(top * p->W + left);
+                    vector best = (vector){0} - (real)INFINITY;
+                    places where = (places){0} + (whole)(top * p->W + left);
                     for (long i = top; i < bottom; i += p->DH)
                         for (long j = left; j < right; j += p->DW) {
-                            line.numbers = *(const vector *)(image + i * p->xh + j * p->xw + k);
-                            places is_better = (line.numbers > best.numbers) | (line.numbers != line.numbers);
-                            best.bits = (is_better & line.bits) | (~is_better & best.bits);
-                            where.bits = (is_better & (whole)(i * p->W + j)) | (~is_better & where.bits);
+                            vector line = *(const vector *)(image + i * p->xh + j * p->xw + k);
+                            places is_better = (line > best) | (line != line);
+                            best = (vector)((is_better & (places)line) | (~is_better & (places)best));
+                            where = (is_better & (whole)(i * p->W + j)) | (~is_better & where);
                         }
-                    *(vector *)(out + k) = best.numbers;
-                    for (long l = 0; l < LANES; l++) to[(k + l) * p->ac] = where.place[l];
+                    *(vector *)(out + k) = best;
+                    whole here[LANES];
+                    memcpy(here, &where, sizeof(where));
+                    for (long l = 0; l < LANES; l++) to[k + l] = here[l];
                 }
                 for (long k = in_vectors; k < p->C; k++) {
                     real best = -(real)INFINITY;
@@ -69,23 +69,51 @@ static void max_pool(const int64_t *N, const real *x, real *y, int64_t *at) {
 /* The gradient in x of a max pooling, from the gradient in y and the positions. */
 static void max_pool_below(const int64_t *N, const real *y, const int64_t *at, real *x) {
     const Pooling *p = (const Pooling *)N;
-    int is_dense = p->xh == p->W * p->xw;
+    int is_last = p->xc == 1 && p->yc == 1 && p->ac == 1, is_plane = p->xh == p->W * p->xw;
+    long in_vectors = is_last ? p->C / LANES * LANES : 0;
+    /* windows that cover every pixel once: each number is written at once */
+    int is_tiled = in_vectors == p->C && p->KH == p->SH && p->KW == p->SW && p->PH + p->PW == 0 && p->DH * p->DW == 1 &&
+                   p->OH * p->KH == p->H && p->OW * p->KW == p->W;
+    if (is_tiled) {
+    } else if (p->xb == p->C * p->H * p->W && is_plane && (p->xw == 1 || p->xc == 1)) /* without gaps */
+        memset(x, 0, p->B * p->xb * sizeof(real));
+    else
+        for (long b = 0; b < p->B; b++)
+            for (long k = 0; k < p->C; k++)
+                for (long h = 0; h < p->H; h++)
+                    for (long w = 0; w < p->W; w++) x[b * p->xb + k * p->xc + h * p->xh + w * p->xw] = 0;
     for (long b = 0; b < p->B; b++)
-        for (long k = 0; k < p->C; k++)
-            for (long h = 0; h < p->H; h++)
-                for (long w = 0; w < p->W; w++) x[b * p->xb + k * p->xc + h * p->xh + w * p->xw] = 0;
-    for (long b = 0; b < p->B; b++)
-        for (long h = 0; h < p->OH; h++)
+        for (long h = 0; h < p->OH; h++) {
+            long top, bottom;
+            window(h, p->H, p->OH, p->KH, p->SH, p->PH, p->DH, &top, &bottom);
             for (long w = 0; w < p->OW; w++) {
+                long left, right;
+                window(w, p->W, p->OW, p->KW, p->SW, p->PW, p->DW, &left, &right);
                 const real *from = y + b * p->yb + h * p->yh + w * p->yw;
                 const int64_t *place = at + b * p->ab + h * p->ah + w * p->aw;
                 real *image = x + b * p->xb;
-                for (long k = 0; k < p->C; k++) {
+                for (long k = 0; k < in_vectors; k += LANES) {
+                    whole here[LANES];
+                    for (long l = 0; l < LANES; l++) here[l] = (whole)place[k + l];
+                    places where, above = (places) * (const vector *)(from + k);
+                    memcpy(&where, here, sizeof(where));
+                    for (long i = top; i < bottom; i += p->DH)
+                        for (long j = left; j < right; j += p->DW) {
+                            vector part = (vector)((where == (whole)(i * p->W + j)) & above);
+                            vector *below = (vector *)(image + i * p->xh + j * p->xw + k);
+                            if (is_tiled)
+                                *below = part;
+                            else
+                                *below += part;
+                        }
+                }
+                for (long k = in_vectors; k < p->C; k++) {
                     int64_t i = place[k * p->ac];
-                    long step = is_dense ? i * p->xw : i / p->W * p->xh + i % p->W * p->xw;
+                    long step = is_plane ? i * p->xw : i / p->W * p->xh + i % p->W * p->xw;
                     image[k * p->xc + step] += from[k * p->yc];
                 }
             }
+        }
 }
 
 /* The sizes of a linear map of x (B, C, H, W) to y (B, C, OH, OW), and their strides. ``columns`` is the

@@ -23,6 +23,19 @@ static int is_rows(const Norm *p, long b, long c, long l) {
     return (c == 1 || p->C == 1) && (l == p->C || p->L == 1) && (b == p->L * p->C || p->B == 1);
 }
 
+/* Sums of the n columns of x (rows, n). ``w`` has n ``joined(n)`` numbers. */
+static void column_sums(long rows, long n, const real *x, real *sums, real *w) {
+    long width = n * joined(n), all = rows * n;
+    memset(w, 0, width * sizeof(real));
+    for (long i = 0; i < all; i += width) {
+        long count = all - i < width ? all - i : width;
+#pragma GCC ivdep
+        for (long j = 0; j < count; j++) w[j] += x[i + j];
+    }
+    for (long j = 0; j < n; j++) sums[j] = w[j];
+    for (long j = n; j < width; j++) sums[j % n] += w[j];
+}
+
 /* Mean and sum of squared differences from it, for each of n columns of x (rows, n). Blocks of rows
    that fit into the fastest cache are read once from memory, and then merged (Chan, Golub and
    LeVeque 1983). ``w`` has 4 n ``joined(n)`` numbers. */

@@ -7,6 +7,9 @@ from gputune.modules.kernels.places import pick, require
 from gputune.modules.kernels.writer import Line, Loops, Writer, c_type, loops_over, named, over
 from gputune.modules.trace import Kwargs, Operation, Place
 
+# Rows of fewer numbers are joined in C.
+_JOINED = 64
+
 
 def reduced(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
     """Yield the C kernel call for a sum or mean over some axes."""
@@ -21,8 +24,17 @@ def reduced(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterat
     out_strides = pick(out.stride, remaining) if kwargs.get("keepdim") else out.stride
     sizes = [math.prod(pick(x.shape, reduced_axes))]
     strides = [pick(x.stride, remaining), out_strides]
-    outer = over(pick(x.shape, remaining), strides).named(sizes)
-    inner = over(pick(x.shape, reduced_axes), [pick(x.stride, reduced_axes)], "j").named(sizes)
+    columns = over(pick(x.shape, remaining), strides)
+    rows = over(pick(x.shape, reduced_axes), [pick(x.stride, reduced_axes)], "j")
+    if _is_narrow(columns, rows) and x.dtype == out.dtype == writer.dtype:
+        sizes.append(int(columns.sizes[0]))
+        body = "column_sums(n0, n1, p1, p0, w);"
+        if op.name == "mean":
+            body += "\nfor (long j = 0; j < n1; j++) p0[j] /= n0;"
+        yield writer.call([out, x], body, sizes=sizes, workspace=_JOINED)
+        return
+    outer = columns.named(sizes)
+    inner = rows.named(sizes)
     number = f"p1[{outer.index(0)} + {inner.index(0)}]"
     target = f"p0[{outer.index(1)}]"
     mean = op.name == "mean"
@@ -39,6 +51,15 @@ def reduced(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterat
         result = "s / n0" if mean else "s"
         body = outer.nest(f"{c_type(out.dtype)} s = 0;\n{loop}\n{target} = {result};", "")
     yield writer.call([out, x], body, sizes=sizes)
+
+
+def _is_narrow(columns: Loops, rows: Loops) -> bool:
+    """Return whether a table is contiguous and so narrow that loops over a row take long to
+    start. ``column_sums`` then adds several rows at once."""
+    if len(columns.sizes) != 1 or len(rows.sizes) != 1:
+        return False
+    is_contiguous = columns.strides == ((1,), (1,)) and rows.strides[0] == columns.sizes
+    return is_contiguous and int(columns.sizes[0]) < _JOINED
 
 
 _TOP = "T top = -INFINITY, s = 0;\nEACH top = p1[X] > top ? p1[X] : top;\n"
