@@ -25,6 +25,19 @@ OF_VECTORS(sin)
 OF_VECTORS(cos)
 OF_VECTORS(log)
 #endif
+#if __GLIBC_PREREQ(2, 35)
+OF_VECTORS(erf)
+OF_VECTORS(erfc)
+OF_VECTORS(log1p)
+OF_VECTORS(log2)
+OF_VECTORS(log10)
+OF_VECTORS(exp2)
+OF_VECTORS(expm1)
+OF_VECTORS(tan)
+OF_VECTORS(atan)
+OF_VECTORS(sinh)
+OF_VECTORS(cosh)
+#endif
 #endif
 
 #include "product.h"

@@ -23,6 +23,12 @@ _SIGMOID = "1 / (1 + EXP(-{self}))"
 _GATE = "1 / (1 + EXP((REAL)-1.5957691216057308 * {self} * (1 + (REAL)0.044715 * {self} * {self})))"
 _GATE_SLOPE = "(REAL)1.5957691216057308 * (1 + (REAL)0.134145 * {self} * {self})"
 
+
+def _with_gate(gate: str, formula: str) -> str:
+    """Return a C formula that computes a gate once, as an expression with statements (GNU C)."""
+    return f"({{{{ REAL gate = {gate}; {formula}; }}}})"
+
+
 _DIFFERENCE = "({self} - {target})"
 
 FORMULAS = {
@@ -64,7 +70,7 @@ FORMULAS = {
     "tanh_backward": "{grad_output} * (1 - {output} * {output})",
     "sigmoid_backward": "{grad_output} * {output} * (1 - {output})",
     "silu": "{self} / (1 + EXP(-{self}))",
-    "silu_backward": f"{{grad_output}} * ({_SIGMOID}) * (1 + {{self}} * (1 - {_SIGMOID}))",
+    "silu_backward": _with_gate(_SIGMOID, "{grad_output} * gate * (1 + {self} * (1 - gate))"),
     "log_sigmoid_forward": "({self} < 0 ? {self} : 0) - log1p(EXP(-fabs({self})))",
     "log_sigmoid_backward": "{grad_output} / (1 + EXP({self}))",
     "hardtanh": "{self} < {min_val} ? {min_val} : {self} > {max_val} ? {max_val} : {self}",
@@ -85,8 +91,8 @@ FORMULAS = {
     "_prelu_kernel": "{self} > 0 ? {self} : {weight} * {self}",
     "celu": "{self} > 0 ? {self} : {alpha} * (EXP({self} / {alpha}) - 1)",
     "gelu_tanh": f"{{self}} * {_GATE}",
-    "gelu_tanh_backward": (
-        f"{{grad_output}} * ({_GATE}) * (1 + {{self}} * (1 - {_GATE}) * ({_GATE_SLOPE}))"
+    "gelu_tanh_backward": _with_gate(
+        _GATE, f"{{grad_output}} * gate * (1 + {{self}} * (1 - gate) * ({_GATE_SLOPE}))"
     ),
     "gelu": "{self} * (REAL)0.5 * (1 + erf({self} * (REAL)0.70710678118654752))",
     "gelu_backward": (
