@@ -106,12 +106,20 @@ class Adapted(nn.Module):
     """Copies of frozen parameters, by the id of the original and the device. All modules of a
     builder share this dict."""
 
+    trained: tuple[str, ...]
+    """The paths of the modules that train as a whole."""
+
     def __init__(
-        self, module: nn.Module, dtype: torch.dtype, moved: dict[tuple[int, str], nn.Parameter]
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        trained: Sequence[str],
+        moved: dict[tuple[int, str], nn.Parameter],
     ) -> None:
         super().__init__()
         self.module = module
         self.dtype = dtype
+        self.trained = tuple(trained)
         self.moved = moved
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -211,7 +219,8 @@ class Adapters:
             setattr(module.get_submodule(parent), name, part.requires_grad_(True))
         _disable_fast_path(module)
         floats = [w.dtype for w in frozen if w.is_floating_point()]
-        return Adapted(module, floats[0] if floats else torch.float32, self.moved)
+        dtype = floats[0] if floats else torch.float32
+        return Adapted(module, dtype, [f"module.{path}" for path in trained], self.moved)
 
     def _trained_modules(self, module: nn.Module) -> list[str]:
         """Return the paths of the modules that train as a whole."""

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from torch import nn
+
 from gputune.annotations import StrPath
 from gputune.engine.stop import entry
 from gputune.modules.construction import Builder
@@ -11,7 +13,11 @@ from gputune.study.model_files import read_fields
 
 @entry
 def load_model(
-    folder: StrPath, module: Builder | None = None, *, trust_code: bool = False
+    folder: StrPath,
+    module: Builder | None = None,
+    *,
+    base: nn.Module | None = None,
+    trust_code: bool = False,
 ) -> TunedModel:
     """Return the model that ``TunedModel.save`` wrote into ``folder``, on the CPU and ready to
     predict.
@@ -29,6 +35,8 @@ def load_model(
         folder: the folder of the model.
         module: the class, given directly. Then nothing is imported. This is the safe way to open a
             folder from someone else.
+        base: the pretrained module of a LoRA, which the folder does not contain. gputune checks
+            that its weights are those of the training, and imports nothing.
         trust_code: True to run the code that the folder names.
 
     Returns:
@@ -50,4 +58,4 @@ def load_model(
         >>> bool((loaded.predict(X) == model.predict(X)).all())
         True
     """
-    return TunedModel(**read_fields(Path(folder), module, trust_code=trust_code))
+    return TunedModel(**read_fields(Path(folder), module, base=base, trust_code=trust_code))

@@ -23,6 +23,7 @@ from gputune.data.torch_dataset import read_inputs
 from gputune.errors import InputError, InputWarning, warn
 from gputune.population.population import call_module, first_output, two_logits
 from gputune.seeding import prediction_draws
+from gputune.study.adapter_files import AdapterFiles
 from gputune.study.export import encoded, export
 from gputune.study.intervals import half_width
 from gputune.study.labels import checked_codes, checked_numbers, targets_of
@@ -37,7 +38,7 @@ NUMBERS = 2**23
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TunedModel(ModelContent):
+class TunedModel(ModelContent, AdapterFiles):
     """A trained module with its preprocessing, which predicts from raw rows.
 
     ``Study.best_model``, ``Study.ensemble`` and ``load_model`` make it. It is a fitted estimator of

@@ -25,6 +25,7 @@ from gputune.data.target_transform import FittedTransform
 from gputune.errors import InputError, UntrustedCodeError, warn
 from gputune.input_files import check_model_folder, read_file
 from gputune.models import MLP, LogisticRegression
+from gputune.modules.adapters import lora
 from gputune.modules.calls import convert
 from gputune.modules.construction import (
     Builder,
@@ -37,6 +38,7 @@ from gputune.modules.construction import (
 from gputune.population.population import Ensemble, InputKind
 from gputune.scratch import naming_folder, write_files
 from gputune.study import module_source
+from gputune.study.adapter_files import check_base, digest_of, frozen_tensors
 from gputune.study.model_fields import read_content
 from gputune.study.module_state import (
     read_numbers,
@@ -102,7 +104,12 @@ def save_model(model: ModelContent, folder: StrPath) -> None:
         "temporary": temporary_buffers(model.module),
     }
     state = {}
+    frozen = frozen_tensors(model.module)
+    if frozen:
+        body["base_sha256"] = digest_of(frozen)
     for name, value in saved_tensors(model.module).items():
+        if name in frozen:
+            continue
         if not isinstance(value, Tensor):
             raise InputError(
                 None,
@@ -173,7 +180,9 @@ def _module_type(model: ModelContent) -> type[nn.Module]:
     return type(model.module.members[0] if isinstance(model.module, Ensemble) else model.module)
 
 
-def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Json:
+def read_fields(
+    folder: Path, module: Builder | None, *, base: nn.Module | None = None, trust_code: bool
+) -> Json:
     """Return the fields of the model that ``save_model`` wrote; see ``load_model``."""
     body = read_description(folder / DESCRIPTION)
     tensors = _read_tensors(folder / TENSORS, body)
@@ -187,6 +196,14 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
         kind = str(spec["kind"])
         if kind in BUILT_IN:
             _check_size(members, kind, tensors)
+    if "lora" in spec and module is None:
+        module = _lora_of(base, spec, folder)
+    elif base is not None:
+        raise InputError(
+            "load_model(base=...)",
+            "is only for a model of gputune.lora",
+            remedy="Leave it out.",
+        )
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
     name = name_of(module_class)
     change = ""
@@ -209,8 +226,11 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
     if "ensemble" in spec:
         weights = [1 / len(modules)] * len(modules)
         network = Ensemble(modules, weights, fields["task"], spec.get("columns", ()))
+    frozen = frozen_tensors(network)
+    if "base_sha256" in body:
+        check_base(frozen, body["base_sha256"])
     try:
-        restore(network, tensors, numbers, temporary)
+        restore(network, frozen | tensors, numbers, temporary)
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split()).rstrip(".")  # torch writes a line for each tensor
         raise InputError(
@@ -219,6 +239,17 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
     if change:
         warn(f"{change}. Its parameters still fit, but its predictions may differ.")
     return {**fields, "module": network.eval()}
+
+
+def _lora_of(base: nn.Module | None, spec: Json, folder: Path) -> Builder:
+    """Return the builder of a saved LoRA, for its base."""
+    if base is None:
+        raise InputError(
+            "load_model",
+            "needs the pretrained base of this LoRA, which the folder does not contain",
+            remedy=f"Call load_model({str(folder)!r}, base=...) with the base.",
+        )
+    return lora(base, **spec["lora"])
 
 
 def _members(fields: Json) -> _Members:

@@ -33,6 +33,7 @@ from typing import TypeGuard
 from gputune.annotations import StrPath
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.input_files import check_file, read_file
+from gputune.modules.adapters import adapters_of
 from gputune.modules.construction import Builder
 from gputune.study.code import FILE_MODULE, Files, files_of, files_to_import, module_values
 from gputune.study.lookup import (
@@ -99,6 +100,10 @@ def _place(builder: Builder) -> tuple[str, str]:
 
 def _builder_json(builder: Builder) -> Json:
     """Return the entries "made" and "keywords" that describe a builder in addition to its place."""
+    settings = adapters_of(builder)
+    if settings is not None:
+        kwargs = {"targets": settings.targets, "modules_to_save": settings.modules_to_save}
+        return {"made": "function", "lora": kwargs}
     if not isinstance(builder, functools.partial):
         return {"made": "function"} if inspect.isfunction(builder) else {}
     inner = builder.func

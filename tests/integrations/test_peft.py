@@ -1,0 +1,205 @@
+"""LoRA of gputune against PEFT: trained members, and saved adapters. Skipped without transformers
+and peft."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+import gputune
+from gputune.data.dataset import Fold
+from gputune.modules.inspection import traits_of
+from gputune.modules.module import StackedModule
+from gputune.seeding import stream
+from problems import fill, make_data, shape_of, train_modules
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+# peft reads an old name of transformers
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+CLASSES = 4
+CONFIGS = fill(
+    {"rank": 2, "alpha": 8, "lr": 3e-3, "weight_decay": 0.0, "batch_size": 4},
+    {"rank": 4, "alpha": 32, "lr": 1e-3, "weight_decay": 0.1, "batch_size": 4},
+    {"rank": 8, "alpha": 8, "lr": 2e-3, "weight_decay": 0.01, "batch_size": 4},
+    {"rank": 16, "alpha": 16, "lr": 3e-4, "weight_decay": 0.3, "batch_size": 4},
+)
+
+
+def bert():
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=CLASSES,
+    )
+    return (
+        transformers.BertForSequenceClassification(config),
+        ["query", "value", "dense"],
+        "classifier",
+    )
+
+
+def gpt2():
+    config = transformers.GPT2Config(
+        vocab_size=50,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        num_labels=CLASSES,
+        pad_token_id=0,
+    )
+    return transformers.GPT2ForSequenceClassification(config), ["c_attn", "c_proj", "c_fc"], "score"
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=64,
+        num_labels=CLASSES,
+        pad_token_id=0,
+    )
+    return transformers.LlamaForSequenceClassification(config), "all-linear", "score"
+
+
+def vit():
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        image_size=8,
+        patch_size=4,
+        num_labels=CLASSES,
+    )
+    return (
+        transformers.ViTForImageClassification(config),
+        r".*layers?\..*(q_proj|v_proj|fc\d)",
+        "classifier",
+    )
+
+
+MODELS = {"bert": bert, "gpt2": gpt2, "llama": llama, "vit": vit}
+
+
+def make(name, dtype, rows=20):
+    """A base with random weights, its targets, its head, and data of its kind in one fold."""
+    torch.manual_seed(0)
+    base, targets, head = MODELS[name]()
+    base = base.to(dtype)
+    draws = torch.Generator().manual_seed(1)
+    y = torch.randint(CLASSES, (rows,), generator=draws)
+    if name == "vit":
+        inputs = {"pixel_values": torch.randn(rows, 3, 8, 8, generator=draws).to(dtype)}
+    else:
+        ids = torch.randint(2, 50, (rows, 8), generator=draws)
+        lengths = torch.randint(4, 9, (rows,), generator=draws)
+        mask = (torch.arange(8) < lengths[:, None]).long()
+        inputs = {"input_ids": ids * mask, "attention_mask": mask}
+    return base, targets, head, inputs, y
+
+
+def dataset_of(inputs, y, dtype):
+    """One fold with all rows; the inputs are passed by name."""
+    data = make_data(n=len(y), k=CLASSES, folds=1, dtype=dtype)
+    whole = torch.arange(len(y))
+    return replace(
+        data,
+        inputs=tuple(x[None] for x in inputs.values()),
+        scaling=(None,) * len(inputs),
+        names=tuple(inputs),
+        y=y,
+        folds=(Fold(train=whole, valid=whole),),
+    )
+
+
+def peft_alone(base, targets, head, inputs, y, config, start, epochs, moved=0.0):
+    """The logits after a plain training loop with PEFT, whose A begins as the member's."""
+    rank = config["rank"]
+    model = peft.get_peft_model(
+        copy.deepcopy(base),
+        peft.LoraConfig(
+            r=rank,
+            lora_alpha=config["alpha"],
+            target_modules=targets,
+            modules_to_save=[head],
+            fan_in_fan_out=targets == ["c_attn", "c_proj", "c_fc"],  # Conv1D
+            task_type="SEQ_CLS" if targets == "all-linear" else None,
+        ),
+    )
+    with torch.no_grad():
+        for name, part in model.base_model.model.named_modules():
+            if hasattr(part, "lora_A"):
+                A = start[f"module.{name}.A"][:, :rank].T
+                part.lora_A["default"].weight.copy_(A + moved * torch.randn(A.shape))
+    weights = [w for w in model.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=config["lr"], weight_decay=config["weight_decay"])
+    model.train()
+    for epoch in range(epochs):
+        generator = stream(0, "rows", len(y), epoch)
+        for rows in torch.randperm(len(y), generator=generator).split(config["batch_size"]):
+            optimizer.zero_grad()
+            logits = model(**{name: x[rows] for name, x in inputs.items()}).logits
+            functional.cross_entropy(logits, y[rows]).backward()
+            optimizer.step()
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_members_equal_peft_alone(name, dtype):
+    base, targets, head, inputs, y = make(name, dtype)
+    data = dataset_of(inputs, y, dtype)
+    builder = gputune.lora(base, targets=targets, modules_to_save=[head])
+    traits = traits_of(builder, CONFIGS[0], data)
+    assert traits.common_rows and not traits.unstackable
+    start = StackedModule(builder, CONFIGS, shape_of(data), seed=0, traits=traits).starts()[0]
+    epochs = 10  # 50 steps
+    trained = train_modules(StackedModule, builder, CONFIGS, data, epochs, backend="recorded")
+    for c, config in enumerate(CONFIGS):
+        words = (base, targets, head, inputs, y, config, start, epochs)
+        expected = peft_alone(*words)
+        with torch.no_grad():
+            logits = trained.member(0, c)(**inputs)
+        difference = float((logits - expected).abs().max() / expected.abs().max())
+        if dtype == torch.float64:
+            assert difference < 1e-10, (name, c)
+        elif difference >= 1e-4:
+            # The control: the path of PEFT itself is chaotic if a start that moves by 1e-7 moves
+            # its result by as much.
+            control = (peft_alone(*words, moved=1e-7) - expected).abs().max()
+            assert difference < 10 * float(control / expected.abs().max()), (name, c)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_loads_a_saved_adapter_and_predicts_the_same(name, tmp_path):
+    base, targets, head, inputs, y = make(name, torch.float32)
+    builder = gputune.lora(base, targets=targets, modules_to_save=[head])
+    space = {"rank": [2, 4], "alpha": [8], "rslora": [True], "lr": [1e-2], "batch_size": [4]}
+    words = {"n_trials": 2, "max_epochs": 2, "verbose": 0, "cv": 2, "random_state": 0}
+    study = gputune.tune(builder, inputs, y, space=space, **words)
+    model = study.best_model()
+    model.save_adapter(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = loaded(**inputs).logits
+        logits = model.module(**inputs)
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits.argmax(1), expected.argmax(1))
