@@ -26,7 +26,8 @@ class Trial:
         best_epoch: epochs trained when the score was taken, from 1. 0 if the trial has not run.
         state: the state of the trial. Pruned and stopped trials are scored on their trained epochs.
 
-            - "complete": it trained to its end.
+            - "complete": it trained to its end. In population based training, a trial that diverged
+              and then copied another trial is also complete.
             - "pruned": halving or the median rule ended it.
             - "stopped": a deadline cut the training short.
             - "failed": it diverged, or its objective raised an error. The score is NaN.
