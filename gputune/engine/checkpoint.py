@@ -333,8 +333,9 @@ class StateCache:
 
         The state must not be a view of larger tensors, which would stay in memory.
         """
-        if self.size + state.nbytes <= self.limit:
-            self.size += state.nbytes
+        size = state.nbytes
+        if self.size + size <= self.limit:
+            self.size += size
             self.states[trial] = state
             return
         if self.folder is None:

@@ -158,7 +158,10 @@ def train_chunk(
     data = data.of(chunk.configs[0])
     at_once = after_epoch is None and job.patience is None and not job.each_epoch
     after_epoch = after_epoch or _Watch(job, begun, progress)
-    network = job.network(data, chunk)
+    if isinstance(begun.state, WaitingState) and begun.state.waiting.is_current:
+        network = begun.state.waiting.chunk.network
+    else:
+        network = job.network(data, chunk)
     try:
         return train(network, data, begun, job, after_epoch, at_once=at_once)
     except StackedError as error:

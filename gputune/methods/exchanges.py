@@ -123,15 +123,15 @@ class _Comparison:
         Each copies the best trial of the other subpopulations, if that trial is better. No two
         copy the same trial.
         """
+        changes: list[Exchange] = []
+        if len(self.intervals) == 1:
+            return changes
         ranking = self._ranking(subpopulation)
         n_copies = self.method.n_exchanged(len(ranking))
         candidates = []
         for number in self._whole_ranking:
             if self._subpopulation(number) != subpopulation:
                 candidates.append(number)
-        changes: list[Exchange] = []
-        if not candidates:
-            return changes
         # best first, so that the best trial of the group copies the best source
         for number in reversed(self._replaceable(ranking, n_copies)[n_copies : 2 * n_copies]):
             sources = [other for other in candidates if self._can_copy(number, other)]
@@ -166,6 +166,8 @@ class _Comparison:
 
     def _ranking(self, subpopulation: int) -> list[int]:
         """Return the trials of a subpopulation, best first."""
+        if len(self.intervals) == 1:
+            return self._whole_ranking
         ranking = []
         for number in self._whole_ranking:
             if self._subpopulation(number) == subpopulation:

@@ -154,7 +154,12 @@ class _PopulationTraining(PausedTraining[_Lineage]):
 
     def trainable(self) -> list[_Lineage]:
         """Return the running trials that have not diverged."""
-        return [trial for trial in self.running if not trial.has_diverged(len(trial.curve))]
+        if not all(len(trial.curve) for trial in self.running):
+            return [trial for trial in self.running if not trial.has_diverged(len(trial.curve))]
+        # All scores after the first NaN are NaN.
+        latest = first_metric(np.stack([trial.curve[-1] for trial in self.running]), axes=2)
+        is_lost = np.isnan(latest).any(1).tolist()
+        return [trial for trial, lost in zip(self.running, is_lost) if not lost]
 
     def plan(self, trials: Sequence[_Lineage], epochs: int) -> Plan:
         """Return the plan for training trials, which is the latest plan if only rates have
@@ -185,9 +190,10 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         for trial in self.running:
             # Diverged trials do not train, but they may copy another trial.
             missing = stop - len(trial.curve)
-            self.context.progress.skip(missing)
-            lost = np.full((missing, *trial.curve.shape[1:]), np.nan)
-            trial.curve = np.concatenate([trial.curve, lost])
+            if missing:
+                self.context.progress.skip(missing)
+                lost = np.full((missing, *trial.curve.shape[1:]), np.nan)
+                trial.curve = np.concatenate([trial.curve, lost])
 
     def compare(self, epoch: int) -> None:
         """Let bad trials copy good trials after an epoch, and perturb their hyperparameters."""

@@ -259,14 +259,16 @@ class PausedTraining(Generic[AnyTrial]):
             part = [trials[chunk.index[c]] for c in places]
             index = tuple(chunk.index[c] for c in places)
             configs = tuple(chunk.configs[c] for c in places)
-            # Diverged trials keep their place without a state, and the rest of their curve is
-            # filled in.
-            alive = tuple(i for i, trial in enumerate(part) if not trial.has_diverged(epoch))
             if epoch == 0:
                 yield BegunChunk(chunk.kind, index, configs)
-            elif epoch < stop and alive:
+                continue
+            before = np.stack([trial.curve for trial in part])
+            # Diverged trials keep their place without a state, and the rest of their curve is
+            # filled in.
+            is_lost = np.isnan(first_metric(before, axes=3)).any((1, 2))
+            alive = tuple(np.flatnonzero(~is_lost).tolist())
+            if epoch < stop and alive:
                 state = self.states.take([part[i].number for i in alive])
-                before = np.stack([trial.curve for trial in part])
                 seconds = sum(trial.seconds for trial in part)
                 yield BegunChunk(chunk.kind, index, configs, state, alive, before, seconds)
 

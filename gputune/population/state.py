@@ -16,6 +16,8 @@ from gputune.population.kinds import hidden_layers
 from gputune.population.population import Network, shape_of_tensors
 from gputune.types import Config
 
+# Hyperparameters that change no tensor shape. Population based training changes mostly these.
+_WITHOUT_TENSORS = frozenset(("lr", "weight_decay"))
 _UNKNOWN = -1  # the step count of a state from a file that stores no counts
 
 
@@ -152,14 +154,17 @@ def selected_configs(
     """
     selected = [network.configs[slot] for slot in slots]
     for position, (before, after) in enumerate(zip(selected, configs or [])):
-        if after is None or after is before or after == before:
+        if after is None or after is before:
+            continue
+        selected[position] = after
+        changed = [key for key in after if after[key] != before.get(key)]
+        if _WITHOUT_TENSORS.issuperset(changed):
             continue
         if _tensors_of(before, network, after) != _tensors_of(after, network, after):
             raise ValueError(
                 f"the configuration {after} cannot continue from the state of the configuration "
                 f"{before}, because its tensors or its minibatches have other shapes"
             )
-        selected[position] = after
     return selected
 
 
