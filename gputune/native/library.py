@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import lock_descriptor
 
 from gputune.errors import warn
 from gputune.scratch import cache_folder, is_users, open_to_others, scratch_folder
@@ -165,7 +166,9 @@ def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
                 path.unlink()
         if folder is not None and os.access(folder, os.W_OK):
             # An OSError means that something else is at this path, or that the disk is full.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), _only_builder(folder / name):
+                for path in _cached(folder, name, ".so"):  # built by another process meanwhile
+                    return _load(path)
                 return _load(_build(compiler, source, folder / name))
         # A loaded library no longer needs its file, so the folder can be removed. On Windows it
         # cannot be removed while the library is loaded.
@@ -216,6 +219,7 @@ def build_kernels(bodies: Sequence[str], dtype: torch.dtype) -> Kernels:
         texts = [f"{head.format(i)} {{\n{body}\n}}" for i, body in enumerate(new)]
         double = ["#define DOUBLE"] * (dtype == torch.float64)
         made = build("\n".join([*double, '#include "steps.h"', *texts, ""]), dtype)
+        made.use_product(ctypes.cast(library(dtype).strided_product, ctypes.c_void_p))
         for i, body in enumerate(new):
             _kernels[body, dtype] = ctypes.cast(made[f"k{i}"], ctypes.c_void_p).value, made
     built = [_kernels[body, dtype] for body in bodies]
@@ -327,6 +331,26 @@ def processor_name() -> str:
             return name.strip()
     # Called last, because this starts a process on some systems.
     return platform.processor()
+
+
+@contextlib.contextmanager
+def _only_builder(path: Path) -> Iterator[None]:
+    """Wait until no other process of this user builds the library at ``path``.
+
+    The lock belongs to the operating system and ends with the process. A file system without locks
+    has no lock, and two processes may then build the same library.
+    """
+    lock_path = path.with_name(f"{path.name}.lock")
+    lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    try:
+        with contextlib.suppress(OSError):
+            lock_descriptor(lock)
+        yield
+    finally:
+        # Processes that still wait for this file find the built library afterwards.
+        with contextlib.suppress(OSError):
+            lock_path.unlink()
+        os.close(lock)
 
 
 def _build(compiler: str, source: str, path: Path) -> Path:

@@ -2,6 +2,7 @@
 cannot be had."""
 
 import ctypes
+import multiprocessing
 import os
 import stat
 
@@ -43,6 +44,26 @@ def test_it_is_built_once_for_each_kind_of_processor(monkeypatch, folder):
         assert three() == 3
     monkeypatch.setattr(built, "_processor", lambda: "another one")
     assert three() == 3 and len(list(folder.iterdir())) == 2
+
+
+@needs_compiler
+def test_processes_that_need_the_same_code_at_once_build_it_once(monkeypatch, tmp_path, folder):
+    calls = tmp_path / "calls"
+    slow = tmp_path / "slow-cc"
+    slow.write_text(f'#!/bin/sh\necho >> {calls}\nsleep 0.3\nexec {find_compiler()} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("CC", str(slow))
+    forks = multiprocessing.get_context("fork")
+    results = forks.Queue()
+    processes = [forks.Process(target=lambda: results.put(three())) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=60) for _ in processes] == [3, 3, 3]
+    for process in processes:
+        process.join()
+    assert calls.read_text() == "\n"
+    (library,) = folder.iterdir()
+    assert library.suffix == ".so"
 
 
 @pytest.mark.parametrize("facts", ["model name : A b\nflags : c\n", "processor : 0\n"])
