@@ -14,7 +14,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -32,7 +32,7 @@ from gputune.modules.calls import ModuleDraws
 from gputune.modules.member_code import CodedStep, MemberCode
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import Place, Storages, TraceError, tensors, trace
-from gputune.native.library import Kernels, build_kernels
+from gputune.native.library import Kernels, build_kernels, build_seconds
 from gputune.optimizers.update import OnlineUpdate
 from gputune.population.batches import StepShape
 from gputune.scoring.scoring import Validation
@@ -311,17 +311,26 @@ class MemberChunk(StackedChunk):
 
     In each epoch, threads take the members from a queue. The parameters of all members are in flat
     buffers, as in every ``StackedChunk``. Raises TraceError if the module cannot be traced.
+
+    ``check_build`` receives an estimate of the seconds of the build before the code is built. It
+    may raise an exception to prevent the build.
     """
 
     def __init__(
-        self, network: StackedModule, validation: Validation, *, seed: int, horizon: int
+        self,
+        network: StackedModule,
+        validation: Validation,
+        *,
+        seed: int,
+        horizon: int,
+        check_build: Callable[[float], None] | None = None,
     ) -> None:
         super().__init__(network, validation, seed=seed, horizon=horizon)
         self.seed = seed
         self.data = validation.data
-        self._write_code()
+        self._write_code(check_build)
 
-    def _write_code(self) -> None:
+    def _write_code(self, check_build: Callable[[float], None] | None = None) -> None:
         """Trace the training steps of a single member, and compile them."""
         data = self.data
         seed = self.seed
@@ -346,7 +355,10 @@ class MemberChunk(StackedChunk):
                 draws.ahead = self.ahead
             for member in members.values():
                 member.write(code)
-            self.kernels = build_kernels(list(code.kernels), data.dtype)
+            bodies = list(code.kernels)
+            if check_build is not None:
+                check_build(build_seconds(bodies, data.dtype))
+            self.kernels = build_kernels(bodies, data.dtype)
         # outputs (C, m, K) of each fold; None if the code does not compute them
         self.outputs: list[Tensor | None] = []
         # memory of each thread, kept because asking the system for pages takes long

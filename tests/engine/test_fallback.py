@@ -57,7 +57,7 @@ def lenient(monkeypatch):
 def all_tried(monkeypatch):
     """As if the search were large: all ways are timed."""
     monkeypatch.setattr(choice, "_WORTH_SECONDS", 0)
-    monkeypatch.setattr(choice, "_CODE_SECONDS", 0)
+    monkeypatch.setattr(choice, "_CODED_SHARE", -np.inf)
 
 
 @pytest.mark.parametrize("strict", ["", "0", "1"])

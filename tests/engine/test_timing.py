@@ -47,17 +47,45 @@ SEARCH = {"n_trials": 2, "cv": 2, "workers": 1, "verbose": 0}
         (0.002, 0.0009, 1e9, "", 0.0001),
         (0.00105, 1.0, 1e9, "", 0.0),
         (0.0001, 0.00008, 1e9, "", 0.00002),
-        (0.0001, 0.00008, 2e4, "", 0.0),  # compiling would take as long
+        (0.0001, 0.00008, 1e4, "", 0.0),  # writing the code would take as long
         (0.002, 0.0001, 1e3, "", 0.0),
     ],
 )
 def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, steps, slow, gain):
-    monkeypatch.setattr(choice, "_compiled_seconds", lambda job, data, chunk: code)
+    monkeypatch.setattr(choice, "_compiled_seconds", lambda job, data, chunk, check_build: code)
+    monkeypatch.setattr(choice, "cores", lambda: 2)
     monkeypatch.setattr(
         choice, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked)
     )
     found = fastest_way(JOB, DATA, CHUNK, member_steps=steps)
     assert (found.slow, found.gain) == (slow, pytest.approx(gain))
+
+
+@pytest.mark.parametrize(
+    ("steps", "build", "is_coded"),
+    [
+        # Recorded steps take 2 s on 2 cores, so compiled code is estimated to save 1 s.
+        (4000, 0.9, True),
+        (4000, 1.1, False),
+        (40_000, 1.1, True),
+        (1000, 0.0, False),  # writing the code takes longer
+    ],
+)
+def test_code_is_built_if_the_build_takes_less_time_than_it_saves(
+    monkeypatch, steps, build, is_coded
+):
+    seconds = {"loop": 0.01, "recorded": 0.001}
+    monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: seconds[backend])
+    monkeypatch.setattr(choice, "cores", lambda: 2)
+    monkeypatch.setattr(members, "build_seconds", lambda bodies, dtype: build)
+    built = []
+    monkeypatch.setattr(
+        members, "build_kernels", lambda *given: built.append(given) or build_kernels(*given)
+    )
+    found = fastest_way(JOB, DATA, CHUNK, member_steps=steps)
+    assert (len(built), "compiled" in found.seconds) == (is_coded, steps > 1000)
+    if not is_coded:
+        assert found.uncoded == "the training is too short for compiled code to pay off"
 
 
 def test_all_ways_are_timed():
@@ -101,7 +129,7 @@ def test_what_is_built_to_be_timed_trains(monkeypatch):
     )
     for name, value in {
         "_WORTH_SECONDS": 0,
-        "_CODE_SECONDS": 0,
+        "_CODED_SHARE": -np.inf,
         "_seconds": lambda *given: 1.0,
     }.items():
         monkeypatch.setattr(choice, name, value)

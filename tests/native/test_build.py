@@ -47,6 +47,20 @@ def test_it_is_built_once_for_each_kind_of_processor(monkeypatch, folder):
 
 
 @needs_compiler
+def test_the_seconds_of_a_build_are_estimated_from_the_last_build(monkeypatch):
+    monkeypatch.setattr(built, "_kernels", {})
+    monkeypatch.setattr(built, "_compiler_speed", [1.0])
+    bodies = [f"P[0][0] = {i};" for i in range(20)]
+    length = len(built._source_of(sorted(bodies), torch.float32))
+    assert built.build_seconds(bodies, torch.float32) == pytest.approx(length, abs=0.2)
+    built.build_kernels(bodies, torch.float32)
+    assert built.build_seconds(bodies, torch.float32) == 0
+    built._kernels.clear()
+    assert built.build_seconds(bodies, torch.float32) == 0  # the cache has the library
+    assert 0 < built.build_seconds(bodies, torch.float64) < 10
+
+
+@needs_compiler
 def test_processes_that_need_the_same_code_at_once_build_it_once(monkeypatch, tmp_path, folder):
     calls = tmp_path / "calls"
     slow = tmp_path / "slow-cc"
