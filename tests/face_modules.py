@@ -62,10 +62,11 @@ class Conv(nn.Module):
 
 
 class GatedConv(Conv):
-    """Its control flow depends on the data."""
+    """Its control flow depends on its outputs."""
 
     def forward(self, x):
-        return super().forward(x if x.sum() > 0 else -x)
+        outputs = super().forward(x)
+        return outputs if outputs.sum() > 0 else 2 * outputs
 
 
 class Recurrent(nn.Module):

@@ -127,10 +127,13 @@ class Masked(Encoder):
         return self.head(x.masked_fill(left_out[..., None], 0.0).mean(1))
 
 
-# What vmap refuses: a decision on numbers.
-Branching = variant(
-    Convolutions, lambda self, x: Convolutions.forward(self, x * 2 if x.mean() > 0.5 else x)
-)
+def branch(self, x):
+    """A decision on activations, which vmap refuses."""
+    outputs = Convolutions.forward(self, x)
+    return outputs * 2 if outputs.mean() > 0.1 else outputs
+
+
+Branching = variant(Convolutions, branch)
 
 CASES = {
     "cnn": (Convolutions, (IMAGES,)),

@@ -179,7 +179,7 @@ def _train_one_by_one(job: Job, chunk: Population, error: StackedError) -> None:
     in the pool give the reason.
     """
     cause = error.__cause__
-    reason = words_unless_strict(cause if isinstance(cause, Exception) else error)
+    reason = words_unless_strict(cause) if isinstance(cause, Exception) else error.rule
     assert job.module_class is not None
     name = name_of(job.module_class)
     fault = f"{name} trains one by one, because training with stacked members failed: {reason}."

@@ -15,11 +15,12 @@ from gputune.seeding import keyed_draws
 
 
 class DrawWatch:
-    """Watches how a module makes random numbers while gputune tries the module on a few rows.
+    """Watches how a module makes random numbers while gputune tries the module on a few rows, and
+    whether the module branches on values.
 
     Attributes:
         draws: Whether a call in training drew from PyTorch's default generator.
-        decides: Whether a call that drew also read a tensor's value into Python. The module may
+        branches: Whether a call in training read a tensor's value into Python. The module may
             branch on this value.
         draws_in_evaluation: Whether a call in evaluation mode drew from PyTorch's default
             generator.
@@ -32,7 +33,7 @@ class DrawWatch:
         # functions of the user that run in a step in addition to the forward pass
         self._functions = (loss, step, augment)
         self.draws = False
-        self.decides = False
+        self.branches = False
         self.draws_in_evaluation = False
         self.generator = ""
         # generators passed to operations, in all calls so far
@@ -51,8 +52,8 @@ class DrawWatch:
 
     @contextmanager
     def watching(self, *, training: bool) -> Iterator[None]:
-        """Inside the context, note the random generators that the module uses. If a call makes
-        random numbers, also note whether Python reads a tensor's value."""
+        """Inside the context, note the random generators that the module uses, and whether Python
+        reads a tensor's value."""
         with keyed_draws(CPU, 0, "check", host=True):
             default = torch.get_rng_state()
             others = generator_states(self._module, self._functions)
@@ -67,7 +68,7 @@ class DrawWatch:
         self._passed += recorder.generators
         self.generator = self.generator or changed
         self.draws |= drew and training
-        self.decides |= drew and training and recorder.reads
+        self.branches |= training and recorder.reads
         self.draws_in_evaluation |= drew and not training
 
 

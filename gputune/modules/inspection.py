@@ -35,10 +35,11 @@ from gputune.population.traits import FastestWay, Traits
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
 from gputune.threads import is_small_pass, on_one_thread
-from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
+from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params, StepKey
 from gputune.wording import option
 
 _KEY = (0, 0)  # (epoch, step) of the tried minibatches
+_TRIED_STEPS = 8  # steps that show whether a module that draws uses all parameters in every step
 _EVALUATION = (0, 0, 0)  # the key of the tried evaluation
 _VMAP = "Members are stacked with torch.func.vmap"
 _ADVICE = {
@@ -208,6 +209,7 @@ def inspect_module(trial: ModuleTrial) -> Traits:
         frozen=sum(w.numel() for w in module.parameters() if not w.requires_grad),
         writes=trial.writes.has_written,
         draws=trial.watch.draws or bool(outside),
+        branches=trial.watch.branches,
         host_draws=bool(outside),
         evaluation_draws=trial.watch.draws_in_evaluation or bool(outside),
         row_losses=losses.dim() > 0,
@@ -220,12 +222,10 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     unused = tuple[str, ...]()
     if not reason:
         traits, reason, unused = _best_stacking(trial, traits)
-    if trial.watch.decides and not reason:
-        reason = "it draws random numbers and branches on a tensor's value"
     traits = replace(traits, unstackable=reason, unused=() if reason else unused)
     settings = adapters_of(trial.builder)
     if settings is not None:
-        settings.check_traits(traits, module)
+        settings.check_traits(replace(traits, unused=unused), module)
         settings.check_config(trial.config, module)
     return traits
 
@@ -260,14 +260,39 @@ def _best_stacking(trial: ModuleTrial, traits: Traits) -> tuple[Traits, str, tup
     stacked, and the parameters that a step does not use.
 
     Members of a module with frozen parameters share the rows of a fold if possible. Everything
-    before the first trained parameter is then computed once.
+    before the first trained parameter is then computed once. Other modules share rows only if vmap
+    refuses separate rows, because a step then calls the module once for each fold. With common
+    rows, a module may branch on their values, for example on a padding mask.
     """
-    if traits.frozen:
-        common = replace(traits, common_rows=True)
-        reason, unused = _stacking_traits(trial, common)
+    common = replace(traits, common_rows=True)
+    refusals = []
+    for way in (common, traits) if traits.frozen else (traits, common):
+        reason, unused = _stacking_traits(trial, way)
         if not reason:
-            return common, reason, unused
-    return traits, *_stacking_traits(trial, traits)
+            return way, _uneven_use(trial, traits), unused
+        refusals.append(reason)
+    return traits, refusals[0], ()
+
+
+def _uneven_use(trial: ModuleTrial, traits: Traits) -> str:
+    """Return the reason if some training steps do not use a parameter that others use, or "".
+
+    A plain loop leaves a parameter unchanged in a step that does not use it. Stacked members would
+    apply momentum and weight decay. Only a module that reads values may do this.
+    """
+    if not traits.branches:
+        return ""
+    uses: list[set[str]] = []
+    for key in range(_TRIED_STEPS if traits.draws else 2):
+        rows = _minibatches(trial)[key % 2]
+        module = trial.fresh()
+        _backward(trial, module, trial.objective, rows, (0, key))
+        named = module.named_parameters()
+        uses.append({name for name, w in named if w.grad is not None})
+    for used in uses:
+        for name in sorted(used ^ uses[0]):
+            return f"it uses its parameter {name!r} only in some training steps"
+    return ""
 
 
 _DIFFERS = "for stacked members than for single members"
@@ -299,7 +324,8 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
         [trial.config] * 2,
         trial.shape,
         seed=0,
-        traits=traits,
+        # Which parameters a step uses is not known yet.
+        traits=replace(traits, branches=False),
         objective=trial.objective,
     )
     flat = stacked.start()
@@ -349,17 +375,24 @@ def _plain_results(
     names = trial.shape.names
     gradients = []
     for rows in _minibatches(trial):
-        inputs = trial.augmented(rows)
-        with torch.enable_grad(), keyed_draws(CPU, 0, "dropout", *_KEY):
-            losses = objective.losses(
-                module.train(), inputs, trial.y[rows], trial.config, names=names
-            )
-            losses.mean().backward()  # type: ignore[no-untyped-call]
+        _backward(trial, module, objective, rows, _KEY)
         gradients.append({k: w.grad for k, w in module.named_parameters() if w.grad is not None})
         module.zero_grad()
     with torch.no_grad(), keyed_draws(CPU, 0, "evaluation", *_EVALUATION):
         outputs = objective.outputs(module.eval(), trial.inputs, names)
     return outputs, gradients, state_of(module, stacked.mutable)
+
+
+def _backward(
+    trial: ModuleTrial, module: nn.Module, objective: Objective, rows: slice, key: StepKey
+) -> None:
+    """Add the gradients of one training step of a plain module to its parameters."""
+    inputs = trial.augmented(rows)
+    with torch.enable_grad(), keyed_draws(CPU, 0, "dropout", *key):
+        losses = objective.losses(
+            module.train(), inputs, trial.y[rows], trial.config, names=trial.shape.names
+        )
+        losses.mean().backward()  # type: ignore[no-untyped-call]
 
 
 def _stacked_results(

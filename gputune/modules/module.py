@@ -22,6 +22,7 @@ from gputune.models import Dropout
 from gputune.modules.adapters import adapters_of
 from gputune.modules.calls import ModuleDraws, Rounded, Stateless, draws_of, replay_draws
 from gputune.modules.construction import hidden_sides, name_of
+from gputune.modules.failures import StackedError
 from gputune.modules.mapped import Mapped
 from gputune.modules.network import ModuleNetwork
 from gputune.modules.substitutes import Substitutes, differentiate_statistics, make_mappable
@@ -31,6 +32,7 @@ from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches, for_members
 from gputune.seeding import keyed_draws
 from gputune.types import EvaluationKey, Params, StepKey
+from gputune.wording import option
 
 _REFUSED_WRITE = "written-to tensor"
 """Part of PyTorch's error for a write into rows that several members share."""
@@ -40,8 +42,11 @@ Result = TypeVar("Result")
 WithBuffers: TypeAlias = tuple[Tensor, Params]
 """The results of all members, and the members' buffers (P, ...) after the call."""
 
-DrawsOfCall: TypeAlias = Callable[[], AbstractContextManager[object]]
-"""Makes a context with the random numbers of one call of the members of a fold."""
+DrawsOfCall: TypeAlias = Callable[[int], AbstractContextManager[object]]
+"""Makes a context with the random numbers of one call of the members of a fold.
+
+The argument is the place of the fold among the folds of the step. A call for all folds has place
+0."""
 
 
 class StackedModule(ModuleNetwork):
@@ -55,6 +60,10 @@ class StackedModule(ModuleNetwork):
         make_mappable(self.template)
         # calls that left their rows unchanged, by the shapes of these rows
         self.harmless_calls = set[tuple[object, ...]]()
+        # Parameters that the tried steps did not use. Their gradients show if another step does.
+        self._idle = self.traits.unused if self.traits.branches else ()
+        for name in self._idle:
+            self.frozen[name].requires_grad_()
         trials = self.members[1]
         sides = hidden_sides(self.template, self.trainable)
         blocks = []
@@ -80,10 +89,15 @@ class StackedModule(ModuleNetwork):
         """Return the object that makes the random numbers of the next steps in advance.
 
         It makes none if only dropout is random, at rate 0. The result is None unless ``ahead`` is
-        True. Raises TraceError if ``augment`` is set.
+        True. Raises TraceError if ``augment`` is set, or for a module that branches on values.
         """
         if not ahead:
             return None  # the step draws for itself, by the key of the minibatch
+        # A failed recording on a GPU would end all recordings of the process.
+        if self.traits.branches and (self.traits.draws or self.shape.device.type == "cuda"):
+            raise TraceError(
+                "its forward pass may branch on a tensor's value, so that each step may differ"
+            )
         if self.objective.augment is not None:
             raise TraceError(
                 "augment receives a new random generator for each minibatch, and gputune cannot "
@@ -108,11 +122,14 @@ class StackedModule(ModuleNetwork):
         mutable = {name: w.clone() for name, w in self.mutable.items()}
         return self.trainable | mutable | self.frozen
 
-    def plain_losses(self, batch: Batch) -> object:
-        """Compute the losses of one member as a plain module, to record its random numbers."""
+    def plain_losses(self, batch: Batch, place: int = 0) -> object:
+        """Compute the losses of one member as a plain module, to record its random numbers.
+
+        ``place`` is the place of the member's fold among the folds of the minibatch.
+        """
         # Copies, because the members read these rows next.
-        inputs = [x[0].clone() for x in batch.inputs]
-        y = batch.y[0].clone()
+        inputs = [x[place].clone() for x in batch.inputs]
+        y = batch.y[place].clone()
         names = self.shape.names
         # Substitutes as in the mapped call: a fused attention would count as an operation that
         # draws.
@@ -123,15 +140,19 @@ class StackedModule(ModuleNetwork):
         # (F, C, ...) -> (P, ...). ``batch.folds`` is a slice, so these tensors, and the parts of
         # ``grads`` below, are views. A copy into them writes into ``params`` or ``grads``.
         members = {name: w[batch.folds].flatten(0, 1) for name, w in params.items()}
-        leaves = {name: members[name].detach().requires_grad_() for name in self.trainable}
+        groups = self._groups(members)
+        leaves = []
+        for group in groups:
+            leaves.append({name: group[name].detach().requires_grad_() for name in self.trainable})
         inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
 
         def losses() -> WithBuffers:
-            tensors = dict(leaves)
+            tensors = [dict(group) for group in leaves]
             for name, start in self.mutable.items():
-                # Copies, because the members' own tensors share a counter of writes with the
-                # leaves, and autograd requires unwritten leaves.
-                tensors[name] = members[name].to(start.dtype, copy=True)
+                for group, of_group in zip(groups, tensors):
+                    # Copies, because the members' own tensors share a counter of writes with the
+                    # leaves, and autograd requires unwritten leaves.
+                    of_group[name] = group[name].to(start.dtype, copy=True)
             return self._losses(tensors, inputs, batch)
 
         with torch.enable_grad():
@@ -140,13 +161,60 @@ class StackedModule(ModuleNetwork):
             if loss.dim() == 3:
                 share = batch.share  # a float, or one weight per row: (F, 1 or C, B, 1)
                 loss = loss * (share.squeeze(-1) if isinstance(share, Tensor) else share)
-            gradients = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-        for name, gradient in zip(leaves, gradients):
-            # A parameter without influence on the output gets the gradient 0.
-            part = grads[name][batch.folds]
-            part.zero_() if gradient is None else part.copy_(gradient.view(part.shape))
+            trained = [w for group in leaves for w in group.values()]
+            idle = [self.frozen[name] for name in self._idle]
+            gradients = torch.autograd.grad(loss.sum(), [*trained, *idle], allow_unused=True)
+        if self.traits.branches:
+            self._check_use(gradients)
+        places = iter(gradients)
+        for number in range(len(groups)):
+            for name in self.trainable:
+                part = grads[name][batch.folds]
+                if self.traits.common_rows:
+                    part = part[number]
+                gradient = next(places)
+                # A parameter without influence on the output gets the gradient 0.
+                part.zero_() if gradient is None else part.copy_(gradient.view(part.shape))
         for name, buffer in after.items():
             members[name].copy_(buffer.detach())
+
+    def _groups(self, members: Params) -> list[Params]:
+        """Split the tensors of the members (P, ...) by the calls of the module that they share.
+
+        The members of a fold share a call if they share its rows: then there is a group (C, ...)
+        for each fold. Otherwise there is only one group.
+        """
+        if not self.traits.common_rows:
+            return [members]
+        trials = len(self.configs)
+        parts: dict[str, tuple[Tensor, ...]] = {}
+        for name, w in members.items():
+            parts[name] = w.view(-1, trials, *w.shape[1:]).unbind()
+        folds = len(next(iter(parts.values())))
+        return [{name: part[fold] for name, part in parts.items()} for fold in range(folds)]
+
+    def _check_use(self, gradients: Sequence[Tensor | None]) -> None:
+        """Raise StackedError if a step uses other parameters than the tried steps did.
+
+        ``gradients`` are the gradients of the trained parameters, for one group of members after
+        the other, and of the parameters that the tried steps did not use. A plain loop leaves a
+        parameter unchanged in a step that does not use it, but stacked members would apply momentum
+        and weight decay.
+        """
+        names = list(self.trainable)
+        n_trained = len(gradients) - len(self._idle)
+        for place, gradient in enumerate(gradients):
+            if place < n_trained and gradient is None:
+                name = names[place % len(names)]
+            elif place >= n_trained and gradient is not None:
+                name = self._idle[place - n_trained]
+            else:
+                continue
+            raise StackedError(
+                None,
+                f"{name_of(self.builder)} uses its parameter {name!r} only in some training steps",
+                remedy=f"Choose {option('backend', 'loop')}.",
+            )
 
     def _draws(self, batch: Batch) -> DrawsOfCall:
         """Return a context in which random operations use the minibatch's random numbers.
@@ -157,9 +225,18 @@ class StackedModule(ModuleNetwork):
             return partial(self._replay, batch.draws)
         if not self.traits.draws:
             return nullcontext
+        if self.traits.branches and self.traits.common_rows:
+            # The rows of a fold decide which random numbers its members draw.
+            return partial(self._draws_of_fold, batch)
         return self._draws_of(partial(self.plain_losses, batch), "dropout", *batch.key)
 
-    def _replay(self, draws: Sequence[Tensor]) -> AbstractContextManager[object]:
+    def _draws_of_fold(self, batch: Batch, place: int) -> AbstractContextManager[object]:
+        """Inside the context, random operations return the numbers that a plain member of one fold
+        draws in this minibatch."""
+        forward = partial(self.plain_losses, batch, place)
+        return self._draws_of(forward, "dropout", *batch.key)(place)
+
+    def _replay(self, draws: Sequence[Tensor], _place: int) -> AbstractContextManager[object]:
         """Inside the context, random operations return the tensors ``draws``."""
         # The operations after a draw may write into it, and every fold reads the same draws.
         return replay_draws(clones(draws) if self.traits.common_rows else draws)
@@ -167,16 +244,21 @@ class StackedModule(ModuleNetwork):
     def _draws_of(self, forward: Callable[[], object], *key: object) -> DrawsOfCall:
         """Return a context in which all members use the random numbers that one plain member makes
         in ``forward``. They come from the random stream of ``key``."""
-        keyed = partial(keyed_draws, self.shape.device, self.seed, *key)
+
+        def keyed(_place: int) -> AbstractContextManager[object]:
+            return keyed_draws(self.shape.device, self.seed, *key)
+
         try:
-            with keyed():
+            with keyed(0):
                 return partial(self._replay, draws_of(forward))
         except TraceError:
             return keyed
 
-    def _losses(self, members: Params, inputs: Sequence[Tensor], batch: Batch) -> WithBuffers:
+    def _losses(
+        self, groups: Sequence[Params], inputs: Sequence[Tensor], batch: Batch
+    ) -> WithBuffers:
         """Return the loss of each row of a minibatch, (F, C, B), and the buffers after the
-        minibatch.
+        minibatch. ``groups`` are the members' tensors from ``_groups``.
 
         A user's own loss may return means (F, C) instead.
         """
@@ -190,11 +272,11 @@ class StackedModule(ModuleNetwork):
 
             tensors = [*inputs, batch.y]
             losses, after = self._on_folds(
-                member_losses, members, tensors, training=True, draws=self._draws(batch)
+                member_losses, groups, tensors, training=True, draws=self._draws(batch)
             )
             return losses.view(-1, trials, *losses.shape[1:]), after
         outputs, after = self._on_folds(
-            self._member_outputs, members, inputs, training=True, draws=self._draws(batch)
+            self._member_outputs, groups, inputs, training=True, draws=self._draws(batch)
         )
         outputs = _with_columns(outputs).to(self.shape.dtype)
         outputs = outputs.view(-1, trials, *outputs.shape[1:])  # (F, C, B, K)
@@ -212,7 +294,8 @@ class StackedModule(ModuleNetwork):
             draws: DrawsOfCall = nullcontext
             if self.evaluation_draws and key is not None:
                 draws = self._draws_of(partial(self._plain_outputs, inputs), "evaluation", *key)
-            return self._on_folds(self._member_outputs, members, rows, training=False, draws=draws)[
+            groups = self._groups(members)
+            return self._on_folds(self._member_outputs, groups, rows, training=False, draws=draws)[
                 0
             ]
 
@@ -240,14 +323,24 @@ class StackedModule(ModuleNetwork):
         rows = [x[:: len(self.configs)] for x in inputs]
 
         def outputs() -> WithBuffers:
-            draws: DrawsOfCall = nullcontext
+            stream: tuple[object, ...] | None = None
             if key is not None:
-                draws = partial(keyed_draws, self.shape.device, self.seed, "dropout", *key)
+                stream = "dropout", *key
             # the same draws in all evaluations, because a derivative compares them
             elif self.evaluation_draws:
-                draws = partial(keyed_draws, self.shape.device, self.seed, "evaluation")
+                stream = ("evaluation",)
+
+            def draws(_place: int) -> AbstractContextManager[object]:
+                if stream is None:
+                    return nullcontext()
+                return keyed_draws(self.shape.device, self.seed, *stream)
+
             return self._on_folds(
-                self._member_outputs, params, rows, training=key is not None, draws=draws
+                self._member_outputs,
+                self._groups(params),
+                rows,
+                training=key is not None,
+                draws=draws,
             )
 
         return self._with_copies_if_refused(outputs)
@@ -272,33 +365,28 @@ class StackedModule(ModuleNetwork):
     def _on_folds(
         self,
         function: Callable[..., Tensor],
-        members: Params,
+        groups: Sequence[Params],
         tensors: Sequence[Tensor],
         *,
         training: bool,
         draws: DrawsOfCall,
     ) -> WithBuffers:
-        """Call a function for the members (P, ...) of F folds and the rows (F, B, ...) of their
+        """Call a function for groups of members (``_groups``) and the rows (F, B, ...) of their
         folds, and return the results (P, ...).
 
         Also returns the members' buffers afterwards.
         """
-        trials = len(self.configs)
         if not self.traits.common_rows:
-            rows = [for_members(x, trials) for x in tensors]
-            with draws():
-                return self._mapped(function, members, rows, training)
+            rows = [for_members(x, len(self.configs)) for x in tensors]
+            with draws(0):
+                return self._mapped(function, groups[0], rows, training)
         # One call for each fold, because the members of a fold share their rows. vmap computes
         # everything before the first trained tensor only once.
-        parts: dict[str, tuple[Tensor, ...]] = {}
-        for name, w in members.items():
-            parts[name] = w.view(-1, trials, *w.shape[1:]).unbind()
         results = []
         buffers: dict[str, list[Tensor]] = {name: [] for name in self.mutable}
         for fold, rows_of_fold in enumerate(zip(*tensors, strict=True)):
-            of_fold = {name: part[fold] for name, part in parts.items()}
-            with draws():
-                result, after = self._mapped(function, of_fold, rows_of_fold, training)
+            with draws(fold):
+                result, after = self._mapped(function, groups[fold], rows_of_fold, training)
             results.append(result)
             for name, buffer in after.items():
                 buffers[name].append(buffer)

@@ -22,13 +22,15 @@ class Traits:
     # whether the forward pass, the loss or the step writes into its minibatch
     writes: bool = False
     draws: bool = True  # whether a forward pass in training draws random numbers
+    # whether a step in training reads a tensor's value into Python, on which it may branch
+    branches: bool = False
     # whether its code can draw random numbers outside of PyTorch's default generator
     host_draws: bool = False
     evaluation_draws: bool = False  # whether a forward pass in evaluation mode draws random numbers
     row_losses: bool = True  # whether the loss returns one number per row, not their mean
     at_start: str = ""  # sentence about values that are not finite before training, or ""
     named: tuple[str, ...] = ()  # paths of the trained parameters
-    # paths of the parameters that a step of stacked members does not use and leaves unchanged
+    # paths of the parameters that a step does not use and leaves unchanged
     unused: tuple[str, ...] = ()
     # names of the buffers with a rate of gputune.models.Dropout
     scheduled: tuple[str, ...] = ()

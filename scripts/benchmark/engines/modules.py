@@ -54,10 +54,11 @@ class WithBatchNorm(Residual):
 
 
 class Branching(Residual):
-    """The same network with control flow that depends on data, which cannot be stacked."""
+    """The same network with control flow that depends on activations, which cannot be stacked."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if x.sum() < 1e9 else -x)
+        outputs: Tensor = super().forward(x)
+        return outputs if outputs.sum() < 1e9 else -outputs
 
 
 class Recurrent(nn.Module):
