@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from gputune.methods.optuna import OptunaSampler
     from gputune.methods.pbt import PopulationBased
     from gputune.modules.adapters import lora
+    from gputune.modules.frozen import frozen
     from gputune.spaces.distributions import log_int
     from gputune.study.loading import load_model
     from gputune.study.model import TunedModel
@@ -74,6 +75,7 @@ __all__ = [
     "TunedModel",
     "UntrustedCodeError",
     "__version__",
+    "frozen",
     "hypergradient",
     "load_model",
     "log_int",
@@ -96,6 +98,7 @@ _HOMES = {
     "methods.hypergradient": ("Hypergradient",),
     "methods.median": ("Median",),
     "modules.adapters": ("lora",),
+    "modules.frozen": ("frozen",),
     "spaces.distributions": ("log_int",),
     "methods.optuna": ("OptunaSampler",),
     "methods.pbt": ("PopulationBased",),

@@ -88,6 +88,7 @@ class Plan:
         gpus: Whether each worker has a GPU.
         failures: Sentences that say why a faster backend does not train.
         seconds: Estimated seconds of training on one core.
+        features: A clause that says whether features of frozen layers are kept, or "".
     """
 
     chunks: tuple[Population, ...]
@@ -103,6 +104,7 @@ class Plan:
     gpus: bool = False
     failures: tuple[str, ...] = ()
     seconds: float = 0.0
+    features: str = ""
 
     @property
     def at_once(self) -> int:
@@ -157,6 +159,8 @@ class Plan:
             if in_files:
                 parts.append(f"{size_words(in_files)} in files")
             text += f"; the states of paused trials take up to {' and '.join(parts)}"
+        if self.features:
+            text += f"; {self.features}"
         return "; ".join([text, *self.failures])
 
 

@@ -1,8 +1,7 @@
 """LoRA: small trained matrices next to the frozen linear layers of a pretrained module.
 
-A member is one trial on one fold. All members, chunks and processes' threads read the same frozen
-tensors, which are never copied and never converted. Rank and alpha are values of a member: A and B
-have ``max_rank`` columns and rows, and the padding is 0 in both, so that it stays 0.
+A member is one trial on one fold. Rank and alpha are values of a member: A and B have ``max_rank``
+columns and rows, and the padding is 0 in both, so that it stays 0.
 
 Source: Hu et al. (2021), LoRA: Low-Rank Adaptation of Large Language Models,
 https://arxiv.org/abs/2106.09685. The targets and the saved files are those of PEFT.
@@ -12,7 +11,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -20,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gputune.errors import InputError
-from gputune.memory import is_out_of_memory
 from gputune.models import Dropout
+from gputune.modules.pretrained import Adapted, Pretrained, check_base, pretrained_of
 from gputune.population.traits import Traits
 from gputune.text import did_you_mean
 from gputune.types import Config, Params
-from gputune.wording import Verbatim
 
 ADAPTER_DEFAULTS: Config = {"rank": 8, "alpha": 8.0, "rslora": False}
 """The keys of a space that only LoRA has, with PEFT's defaults."""
@@ -94,104 +92,16 @@ class LoraLinear(nn.Module):
         tensors["B"][rank:] = 0
 
 
-class Adapted(nn.Module):
-    """A pretrained module with adapters, as ``gputune.lora`` builds it.
-
-    Calling it returns a tensor: the logits, if ``module`` returns an output of transformers. All
-    modules of a builder share the frozen tensors. ``to`` moves and converts only the trained
-    tensors. A frozen tensor is replaced by a copy on the other device, made only once.
-    """
-
-    moved: dict[tuple[int, str], nn.Parameter]
-    """Copies of frozen parameters, by the id of the original and the device. All modules of a
-    builder share this dict."""
-
-    trained: tuple[str, ...]
-    """The paths of the modules that train as a whole."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        dtype: torch.dtype,
-        trained: Sequence[str],
-        moved: dict[tuple[int, str], nn.Parameter],
-    ) -> None:
-        super().__init__()
-        self.module = module
-        self.dtype = dtype
-        self.trained = tuple(trained)
-        self.moved = moved
-
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """Return the outputs of the adapted module."""
-        args = tuple(map(self._as_read, args))
-        named = {name: self._as_read(x) for name, x in kwargs.items()}
-        outputs = self.module(*args, **named)
-        logits: Tensor = getattr(outputs, "logits", outputs)
-        return logits
-
-    def _as_read(self, x: Tensor) -> Tensor:
-        """Return an input in the dtype of the frozen parameters."""
-        return x.to(self.dtype) if x.is_floating_point() else x
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapted":
-        trained: dict[int, nn.Parameter] = {}
-        for part in self.modules():
-            is_trained = any(w.requires_grad for w in part._parameters.values() if w is not None)
-            is_trained = is_trained or isinstance(part, Dropout)
-            for name, w in part._parameters.items():
-                if w is None:
-                    continue
-                if not w.requires_grad:
-                    part._parameters[name] = self._on_device(w, fn)
-                    continue
-                if id(w) not in trained:
-                    trained[id(w)] = nn.Parameter(fn(w.detach()))
-                part._parameters[name] = trained[id(w)]
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    changed = fn(buffer)
-                    part._buffers[name] = changed if is_trained else buffer.to(changed.device)
-        return self
-
-    def _on_device(self, w: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
-        """Return a frozen parameter on the device to which ``fn`` moves tensors."""
-        device = fn(w.detach().flatten()[:1]).device
-        if device == w.device:
-            return w
-        key = id(w), str(device)
-        if key not in self.moved:
-            try:
-                self.moved[key] = nn.Parameter(w.detach().to(device), requires_grad=False)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise InputError(
-                    "base",
-                    f"does not fit into the free memory of {str(device)!r}",
-                    remedy="Use a smaller base or a smaller dtype, such as bfloat16.",
-                ) from error
-            self.moved[id(self.moved[key]), str(w.device)] = w
-        return self.moved[key]
-
-
 @dataclass(frozen=True)
-class Adapters:
+class Adapters(Pretrained):
     """The settings of ``gputune.lora``: the base, and the layers that train."""
 
-    base: nn.Module
     targets: Targets = ALL_LINEAR
     modules_to_save: tuple[str, ...] = ()
-    frozen: dict[int, nn.Parameter] = field(default_factory=dict, repr=False)
-    """The frozen parameters, which share the memory of the base, by the id of the original."""
-    moved: dict[tuple[int, str], nn.Parameter] = field(default_factory=dict, repr=False)
 
     def build(self, targets: Targets, max_rank: int, drops: bool) -> Adapted:
         """Return a module with new adapters and with the frozen tensors of the base."""
-        for w in self.base.parameters():
-            if id(w) not in self.frozen:
-                self.frozen[id(w)] = nn.Parameter(w.detach(), requires_grad=False)
-        module = copy.deepcopy(self.base, dict[int, Any](self.frozen))
+        module = copy.deepcopy(self.base, dict[int, Any](self.frozen_parameters()))
         config = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             # a cache is only for generation, and takes memory
@@ -220,7 +130,8 @@ class Adapters:
         _disable_fast_path(module)
         floats = [w.dtype for w in frozen if w.is_floating_point()]
         dtype = floats[0] if floats else torch.float32
-        return Adapted(module, dtype, [f"module.{path}" for path in trained], self.moved)
+        paths = [f"module.{path}" for path in trained]
+        return Adapted(module, dtype, paths, self.moved, self.store)
 
     def _trained_modules(self, module: nn.Module) -> list[str]:
         """Return the paths of the modules that train as a whole."""
@@ -261,8 +172,8 @@ class Adapters:
         return chosen
 
     def check_traits(self, traits: Traits, module: nn.Module) -> None:
-        """Raise InputError for a module whose adapters cannot train: a layer that is never called,
-        or batch norm in training."""
+        """Raise InputError if adapters cannot train, because a layer is never called or a batch
+        norm trains."""
         for path, part in module.named_modules():
             if isinstance(part, _BatchNorm) and f"{path}.running_mean" in traits.changing:
                 raise InputError(
@@ -411,13 +322,7 @@ def lora(
         >>> len(study.trials)
         4
     """
-    if not isinstance(base, nn.Module):
-        raise InputError(
-            "base",
-            "must be a torch.nn.Module with its weights",
-            got=Verbatim(type(base).__name__),
-            remedy="Pass the pretrained module itself, not its class.",
-        )
+    check_base(base)
     settings = Adapters(base, _plain(targets), tuple(modules_to_save))
     default_targets = settings.targets
 
@@ -427,7 +332,7 @@ def lora(
         return settings.build(_plain(targets), max_rank, drops)
 
     build.__name__ = f"lora({type(base).__name__})"
-    vars(build)["adapters"] = settings
+    vars(build)["pretrained"] = settings
     build()
     return build
 
@@ -439,17 +344,17 @@ def _plain(targets: Targets) -> Targets:
 
 def adapters_of(builder: object) -> Adapters | None:
     """Return the settings of a builder from ``gputune.lora``, or None for another builder."""
-    settings: Adapters | None = getattr(builder, "adapters", None)
+    settings = pretrained_of(builder)
     return settings if isinstance(settings, Adapters) else None
 
 
 def member_parts(module: nn.Module) -> Mapping[str, LoraLinear]:
-    """Return the submodules whose initial tensors depend on the member, by path."""
+    """Return the LoRA layers of a module, by path. Their initial tensors depend on the member."""
     return {path: part for path, part in module.named_modules() if isinstance(part, LoraLinear)}
 
 
 def member_buffers(module: nn.Module) -> list[str]:
-    """Return the names of the buffers whose values depend on the member."""
+    """Return the names of the scales of a module's LoRA layers. The scales depend on the member."""
     return [f"{path}.scale" for path in member_parts(module)]
 
 

@@ -20,8 +20,8 @@ from torch.nn.parameter import is_lazy
 from gputune.errors import InputError, InputWarning, warn
 from gputune.memory import CPU
 from gputune.models import Dropout
-from gputune.modules.adapters import adapters_of
 from gputune.modules.calls import named_tensors
+from gputune.modules.pretrained import pretrained_of
 from gputune.population.population import InputKind, Shape, call_module
 from gputune.seeding import keyed_draws
 from gputune.text import did_you_mean
@@ -73,7 +73,11 @@ def build_module(
     """
     row = (shape.n_features,) if shape.input_shape is None else shape.input_shape
     sizes = {name: getattr(shape, name) for name in ("n_features", "n_outputs", "feature_groups")}
-    kwargs = call_arguments(builder, sizes | {"input_shape": row}, arguments)
+    sizes |= {"input_shape": row}
+    pretrained = pretrained_of(builder)
+    if pretrained is not None:
+        sizes |= pretrained.sizes(shape.inputs or ((row, torch.float32),), shape.names)
+    kwargs = call_arguments(builder, sizes, arguments)
     with module_stream(seed):
         module = construct(builder, kwargs, columns)
         inputs = shape.inputs or ((row, torch.float32),)
@@ -122,7 +126,7 @@ def construct(builder: Builder, kwargs: Config, columns: str = "") -> nn.Module:
     if a shared tensor cannot be copied.
     """
     module, is_compiled = _call_builder(builder, kwargs, columns)
-    if adapters_of(builder) is not None:
+    if pretrained_of(builder) is not None:
         return module  # its modules share only frozen tensors
     shared = _shared.setdefault(builder, {})
     key = repr(kwargs)

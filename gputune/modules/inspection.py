@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.memory import CPU
-from gputune.modules.adapters import adapters_of, member_buffers
+from gputune.modules.adapters import member_buffers
 from gputune.modules.calls import named_tensors, not_trained, state_of
 from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook
 from gputune.modules.draw_watch import Trail
@@ -28,6 +28,7 @@ from gputune.modules.hidden_state import (
 )
 from gputune.modules.module import StackedModule
 from gputune.modules.module_trial import ModuleTrial, at_start, is_close
+from gputune.modules.pretrained import pretrained_of
 from gputune.modules.probabilities import are_probabilities, check_probabilities
 from gputune.population.batches import Batch
 from gputune.population.population import arguments_text, module_arguments
@@ -223,7 +224,7 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     if not reason:
         traits, reason, unused = _best_stacking(trial, traits)
     traits = replace(traits, unstackable=reason, unused=() if reason else unused)
-    settings = adapters_of(trial.builder)
+    settings = pretrained_of(trial.builder)
     if settings is not None:
         settings.check_traits(replace(traits, unused=unused), module)
         settings.check_config(trial.config, module)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from gputune.annotations import StrPath
 from gputune.data.source import bytes_of
 from gputune.errors import InputError
-from gputune.modules.adapters import Adapted, LoraLinear, is_transposed
+from gputune.modules.adapters import LoraLinear, is_transposed, member_parts
+from gputune.modules.pretrained import Adapted
 from gputune.scratch import naming_folder, write_files
 from gputune.types import Json, Params
 
@@ -58,6 +59,11 @@ def check_base(tensors: Params, expected: object) -> None:
         )
 
 
+def _name_of(module: nn.Module) -> str:
+    """Return the name of a module's class, without the wrapper of a frozen base."""
+    return type(module.module if isinstance(module, Adapted) else module).__name__
+
+
 def _name_in_base(path: str) -> str:
     """Return the name that a part of an ``Adapted`` module has in the base."""
     return path.removeprefix("module.")
@@ -86,10 +92,10 @@ class AdapterFiles:
         import safetensors.torch
 
         adapted = self.module
-        if not isinstance(adapted, Adapted):
+        if not isinstance(adapted, Adapted) or not member_parts(adapted):
             raise InputError(
                 None,
-                f"A {type(adapted).__name__} has no adapter",
+                f"A {_name_of(adapted)} has no adapter",
                 remedy="Search gputune.lora(base), and save one of its models. Save an ensemble "
                 "with save().",
             )

@@ -35,6 +35,7 @@ from gputune.modules.construction import (
     module_stream,
     name_of,
 )
+from gputune.modules.frozen import frozen
 from gputune.population.population import Ensemble, InputKind
 from gputune.scratch import naming_folder, write_files
 from gputune.study import module_source
@@ -196,12 +197,12 @@ def read_fields(
         kind = str(spec["kind"])
         if kind in BUILT_IN:
             _check_size(members, kind, tensors)
-    if "lora" in spec and module is None:
-        module = _lora_of(base, spec, folder)
+    if ("lora" in spec or "frozen" in spec) and module is None:
+        module = _builder_of(base, spec, folder)
     elif base is not None:
         raise InputError(
             "load_model(base=...)",
-            "is only for a model of gputune.lora",
+            "is only for a model of gputune.lora or gputune.frozen",
             remedy="Leave it out.",
         )
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
@@ -241,15 +242,25 @@ def read_fields(
     return {**fields, "module": network.eval()}
 
 
-def _lora_of(base: nn.Module | None, spec: Json, folder: Path) -> Builder:
-    """Return the builder of a saved LoRA, for its base."""
+def _builder_of(base: nn.Module | None, spec: Json, folder: Path) -> Builder:
+    """Return the builder of a saved LoRA or of a saved head, for its base."""
+    kind = "LoRA" if "lora" in spec else "head"
     if base is None:
         raise InputError(
             "load_model",
-            "needs the pretrained base of this LoRA, which the folder does not contain",
+            f"needs the pretrained base of this {kind}, which the folder does not contain",
             remedy=f"Call load_model({str(folder)!r}, base=...) with the base.",
         )
-    return lora(base, **spec["lora"])
+    if "lora" in spec:
+        return lora(base, **spec["lora"])
+    head = spec["frozen"]
+    if head is not None:
+        raise InputError(
+            "load_model(base=...)",
+            f"does not give the class or function {head}, which creates the head",
+            remedy=f"Call load_model({str(folder)!r}, module=gputune.frozen(base, {head})).",
+        )
+    return frozen(base)
 
 
 def _members(fields: Json) -> _Members:

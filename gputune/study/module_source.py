@@ -34,7 +34,8 @@ from gputune.annotations import StrPath
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.input_files import check_file, read_file
 from gputune.modules.adapters import adapters_of
-from gputune.modules.construction import Builder
+from gputune.modules.construction import Builder, name_of
+from gputune.modules.frozen import frozen_of
 from gputune.study.code import FILE_MODULE, Files, files_of, files_to_import, module_values
 from gputune.study.lookup import (
     MAIN,
@@ -104,6 +105,9 @@ def _builder_json(builder: Builder) -> Json:
     if settings is not None:
         kwargs = {"targets": settings.targets, "modules_to_save": settings.modules_to_save}
         return {"made": "function", "lora": kwargs}
+    body = frozen_of(builder)
+    if body is not None:
+        return {"made": "function", "frozen": None if body.head is None else name_of(body.head)}
     if not isinstance(builder, functools.partial):
         return {"made": "function"} if inspect.isfunction(builder) else {}
     inner = builder.func

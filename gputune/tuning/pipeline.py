@@ -27,6 +27,7 @@ from gputune.scoring.scoring import Scoring
 from gputune.spaces.distributions import CheckedSpace
 from gputune.spaces.edges import edge_remarks
 from gputune.spaces.random import draw, notes
+from gputune.spaces.space import choices_of
 from gputune.study.code import remember
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.module_source import remember_code
@@ -122,7 +123,7 @@ def search(
             trainer = _trainer(setup, stop, cluster, progress)
             # An empty ledger for now: a new study file is created only after all checks have passed.
             context = Context(Ledger(None), options, progress, stop, trainer, problem, profile)
-            context.check_module(setup.first, first=True)
+            context = _checked(context, setup)
             remember_what_runs(problem.choice, machine.cluster)
             # The search method is checked before a study file is created.
             context.method.check(context, setup.space, setup.trials)
@@ -224,8 +225,31 @@ def prepared(call: SearchCall, progress: Progress) -> Iterator[tuple[Setup, Cont
         context = Context(
             Ledger(None), setup.problem.options, progress, stop, trainer, setup.problem, Profile()
         )
-        context.check_module(setup.first, first=True)
-        yield setup, context
+        yield setup, _checked(context, setup)
+
+
+def _checked(context: Context, setup: Setup) -> Context:
+    """Run the user's module on a few rows, and keep features of its frozen layers if possible.
+
+    Raises InputError if the module cannot be trained.
+    """
+    context.check_module(setup.first, first=True)
+    configs = [context.complete(params) for params in _with_choices(setup)]
+    trainer = context.trainer.with_features(configs)
+    if trainer.data is context.data:
+        return replace(context, trainer=trainer)
+    context = replace(context, trainer=trainer)
+    context.check_module(setup.first)
+    return context
+
+
+def _with_choices(setup: Setup) -> list[Config]:
+    """Return the configurations of the first trials, and of each value of ``module__targets``."""
+    configs = [setup.first, *(trial.params for trial in setup.trials)]
+    for targets in choices_of(setup.space, "module__targets", default=None):
+        if targets is not None:
+            configs.append({**setup.first, "module__targets": targets})
+    return configs
 
 
 def _open_store(study: Path | None) -> AbstractContextManager[Store | None]:

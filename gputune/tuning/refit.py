@@ -24,8 +24,9 @@ from gputune.engine.backends.selection import choose_backend
 from gputune.engine.job import ProgressCallback
 from gputune.errors import DivergedError, InputError
 from gputune.modules.inspection import known_traits
+from gputune.modules.pretrained import pretrained_of
 from gputune.population.kinds import is_module
-from gputune.population.population import arguments_text, by_numbers, module_arguments
+from gputune.population.population import Shape, arguments_text, by_numbers, module_arguments
 from gputune.scoring.evaluation_draws import EvaluationDraws, drawing_rows
 from gputune.scoring.objective import Objective
 from gputune.solver.solve import solve_all, solved_module
@@ -150,7 +151,7 @@ class ReopenedSearch:
         else:
             trainer = self._trainer(
                 data, self.options.search.random_state if seed is None else seed
-            )
+            ).with_features(configs)
             epochs = [trial.best_epoch for trial in trials]
             method = self.options.search.method
             with matrix_products(tf32=self.options.machine.tf32):
@@ -259,10 +260,14 @@ class ReopenedSearch:
     def arguments(self, trial: Trial, data: Dataset) -> Config:
         """Return the constructor arguments of a trial's module, such as its width."""
         config = self.config(trial)
-        size = {"n_features": data.of(config).n_features, "n_outputs": data.n_outputs}
+        size: Config = {"n_features": data.of(config).n_features, "n_outputs": data.n_outputs}
         if self.choice.searched == "mlp":
             keys = ("width", "depth", "activation", "dropout")
             return size | {key: config[key] for key in keys}
+        pretrained = pretrained_of(self.choice.module_class)
+        if pretrained is not None:
+            shape = Shape.of(data)
+            size |= pretrained.sizes(shape.inputs, shape.names)
         return size | module_arguments(config)
 
     def seeds(self, seeds: Sequence[int]) -> Config:

@@ -41,6 +41,7 @@ from gputune.executors.processes import chunk_processes
 from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_scheduled
 from gputune.hypergradients.first_step import free_bytes
 from gputune.modules.construction import Builder
+from gputune.modules.feature_rows import with_kept_features
 from gputune.modules.inspection import gain_of_code, known_traits, note_fastest, traits_of
 from gputune.population.kinds import ModelKind
 from gputune.population.population import Population, arguments_text, populations
@@ -88,6 +89,7 @@ class Trainer:
         each_epoch: If True, callbacks are notified after every epoch, so that they can end the
             search there.
         stop: The signal that ends the training.
+        features: A clause for the plan that says whether features of frozen layers are kept, or "".
         pool: The chunk sizes that fitted into memory, and the recorded steps (operations of one
             training step, replayed), for later chunks.
     """
@@ -109,6 +111,7 @@ class Trainer:
     each_epoch: bool = False
     stop: Stop = field(default_factory=Stop)
     pool: ChunkPool = field(default_factory=ChunkPool)
+    features: str = ""
 
     def __post_init__(self) -> None:
         gpus = self.data.device, *self.others
@@ -218,7 +221,7 @@ class Trainer:
             traits=known_traits(self.module_class, self.data),
             measure=measure if is_gpu_here else None,
         )
-        return self._place(planner.plan(groups, epochs))
+        return self._place(replace(planner.plan(groups, epochs), features=self.features))
 
     def plan_differentiated(
         self, configs: Sequence[Config], job: HypergradientJob
@@ -249,6 +252,12 @@ class Trainer:
         if self.cluster is None:
             return plan
         return replace(plan, threads=self.cluster.threads, cluster=self.cluster.cluster.title)
+
+    def with_features(self, configs: Sequence[Config]) -> "Trainer":
+        """Return a trainer that reads kept outputs of a pretrained module's frozen layers, if
+        gputune can keep them."""
+        data, text = with_kept_features(self.module_class, configs, self.data, self.objective)
+        return replace(self, data=data, features=text)
 
     def job(self, kind: type[AnyJob], *, epochs: int, **fields: Any) -> AnyJob:
         """Return the job: the settings that all chunks share for a training up to ``epochs``
