@@ -40,6 +40,10 @@ from gputune.types import Config
 
 # steps that are timed to measure the speed
 _TIMED_STEPS = 8
+# Numbers of one layer's outputs on validation rows that the code computes at a time, so that they
+# stay in the cache, and the fewest rows.
+_CACHED_NUMBERS = 1 << 18
+_FEWEST_ROWS = 32
 # bytes of a pointer
 _POINTER = ctypes.sizeof(ctypes.c_void_p)
 
@@ -113,7 +117,7 @@ class OneMember:
         self.shared = {tensor.untyped_storage().data_ptr() for tensor in shared}
 
     def _outputs(self, code: MemberCode) -> CodedStep | None:
-        """Trace the computation of the outputs on the validation rows, and add the trace to
+        """Trace the computation of the outputs on a block of validation rows, and add the trace to
         ``code``.
 
         Returns None if the scores are not computed from these outputs, or if the outputs cannot be
@@ -122,12 +126,17 @@ class OneMember:
         network = self.network
         params = self.single.params
         data = self.single.validation.data
-        validation = self.chunk.validation
-        scores_params = validation.scoring is not None and self.chunk.scored is self.chunk.flat
-        if network.evaluation_draws or not (scores_params and validation.is_small(network)):
+        has_scoring = self.chunk.validation.scoring is not None
+        scores_params = has_scoring and self.chunk.scored is self.chunk.flat
+        if network.evaluation_draws or not scores_params:
             return None
-        # (1, m, K): outputs of one member
-        self.valid_rows = [x.clone() for x in data.rows(0, data.folds[0].valid)]
+        valid = data.folds[0].valid
+        self.block_rows = len(valid)
+        if network.alone:
+            widest = max(data.row_numbers, network.widest)
+            self.block_rows = min(len(valid), max(_FEWEST_ROWS, _CACHED_NUMBERS // widest))
+        self.valid_rows = [x.clone() for x in data.rows(0, valid[: self.block_rows])]
+        # (1, block_rows, K): outputs of one member
         self.result = network.outputs(params, 0, self.valid_rows).clone()
 
         def compute() -> None:
@@ -191,8 +200,6 @@ class OneMember:
         yield batches.start[:, part], single.start
         for name in ("taken", "counted", "active_until"):
             yield getattr(batches, name)[part, :1], getattr(single, name)
-        if self.outputs is not None:
-            yield from zip(data.rows(fold, data.folds[fold].valid), self.valid_rows)
         pairs = [
             (batches.weights, single.weights),
             (self.chunk.network.shape.present, self.network.shape.present),
@@ -238,6 +245,9 @@ class MemberMemory:
         self.losses = {name: self._copy_of(value) for name, value in losses.items()}
         self.step = self._copy_of(single.batches.step)
         self.done = self._copy_of(single.update.clock.done)
+        if member.outputs is not None:
+            self.valid_rows = list(map(self._copy_of, member.valid_rows))
+            self.result = self._copy_of(member.result)
 
     def _copy_of(self, tensor: Tensor) -> Tensor | None:
         """Return this thread's copy of a tensor of the traced member, or None if no step reads the
@@ -296,14 +306,22 @@ class MemberMemory:
                 ctypes.byref(self.numbers, begin * _POINTER),
             )
 
-    def outputs(self, kernels: Kernels) -> Tensor:
-        """Compute the loaded member's K outputs on the m validation rows in compiled code, (m,
-        K)."""
-        steps = len(self.member.steps)
-        self.take_steps(kernels, steps, steps, outputs=True)
-        result = self._copy_of(self.member.result)
-        assert result is not None
-        return result[0]
+    def write_outputs(self, kernels: Kernels, outputs: Tensor) -> None:
+        """Compute the loaded member's K outputs on the m validation rows in compiled code, block by
+        block, into ``outputs`` (m, K)."""
+        member = self.member
+        steps = len(member.steps)
+        assert self.result is not None
+        begin = 0
+        for block in member.chunk.validation.blocks(self.fold, member.block_rows):
+            rows = len(block[0])
+            for target, source in zip(self.valid_rows, block):
+                if target is not None:
+                    # The last block may have fewer rows. The other rows then are old ones.
+                    target[:rows].copy_(source)
+            self.take_steps(kernels, steps, steps, outputs=True)
+            outputs[begin : begin + rows].copy_(self.result[0, :rows])
+            begin += rows
 
 
 class MemberChunk(StackedChunk):
@@ -386,10 +404,11 @@ class MemberChunk(StackedChunk):
             rows = [block.to_rows(buffer) for block, buffer in self._buffers()]
         last = len(self.batches.shapes)
         self.outputs = []
-        for member in self.members:
+        for member, fold in zip(self.members, self.data.folds):
             outputs = None
             if member.outputs is not None:
-                outputs = member.result.new_empty((len(self.configs), *member.result.shape[1:]))
+                shape = (len(self.configs), len(fold.valid), *member.result.shape[2:])
+                outputs = member.result.new_empty(shape)
             self.outputs.append(outputs)
         # The draws of ``ahead`` steps are in the buffer at once, so all members take these steps
         # first.
@@ -459,7 +478,7 @@ class MemberChunk(StackedChunk):
                         if state is not None:
                             row.copy_(state)
                     if end == len(self.batches.shapes) and outputs is not None:
-                        outputs[trial] = memory.outputs(self.kernels)
+                        memory.write_outputs(self.kernels, outputs[trial])
 
         threads = torch.get_num_threads()
         self.memories += [{} for _ in range(threads - len(self.memories))]

@@ -331,13 +331,6 @@ class Validation:
         """The last scored outputs by epoch and fold, each (C, m, K). Empty lists if no outputs are
         stored."""
 
-    def is_small(self, network: Network) -> bool:
-        """Return True if a network can evaluate the validation rows of every fold in one block.
-
-        The size of a block limits the memory for one layer's outputs of one member.
-        """
-        return max(len(fold.valid) for fold in self.data.folds) <= self._block_rows(network, 1)
-
     def scores(
         self,
         network: Network,
@@ -367,7 +360,7 @@ class Validation:
             else:
                 blocks = [
                     self._outputs(network, params, part, (epoch, fold, number * block), block)
-                    for number, part in enumerate(self._parts(fold, block))
+                    for number, part in enumerate(self.blocks(fold, block))
                 ]
                 outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
             member = partial(network.member, params, fold)
@@ -401,7 +394,7 @@ class Validation:
         rows = self.data.folds[fold].valid[start : start + block]
         return network.outputs(params, fold, self.data.rows(fold, rows), key)
 
-    def _parts(self, fold: int, rows: int) -> Iterable[tuple[Tensor, ...]]:
+    def blocks(self, fold: int, rows: int) -> Iterable[tuple[Tensor, ...]]:
         """Return the validation rows of a fold in blocks of at most ``rows`` rows."""
         parts = (
             self.data.rows(fold, part) for part in torch.split(self.data.folds[fold].valid, rows)

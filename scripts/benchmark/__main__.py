@@ -23,7 +23,7 @@ All engines must reach the same scores before their times are shown.
                                                  scikit-learn's
     python scripts/benchmark --profile           share of the matrix-product peak, and cost of a
                                                  trial in addition to training
-    python scripts/benchmark --modules [--rows GRU LSTM]
+    python scripts/benchmark --modules [--rows GRU LSTM] [--small]
                                                  user's modules, compared with a plain loop on all
                                                  cores and Optuna
     python scripts/benchmark --many              a study file of 100,000 trials: opening and
@@ -71,7 +71,7 @@ STUDIES = {
     "many": "a study file of 100,000 trials: opened, looked at, gone on with",
     "native": "an epoch in compiled code of each level, beside -march=native",
     "optuna": "a search of 160 trials for each of 10 seeds",
-    "modules": "nine modules of a user's own beside a plain loop and Optuna",
+    "modules": "25 searches over modules of a user's own beside a plain loop and Optuna",
     "tables": "networks and boosted trees; --rows are ways, --repeats the splits (3)",
     "portfolio": "a short list of good configurations of the MLP, over the tables of --data",
     "realmlp": "RealMLP's space here and in pytabkit, its authors' package; --rows are tables of --data",
@@ -111,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add("--rows", nargs="+", metavar="WORDS", help=HELP["rows"])
     add("--data", type=Path, metavar="FILE.py", help="with --tables: has load(name) -> X, y, task")
+    add("--small", action="store_true", help="with --modules: fewer trials of the loop, no Optuna")
     for name, says in STUDIES.items():
         add(f"--{name}", action="store_true", help=says)
     options = parser.parse_args(arguments)

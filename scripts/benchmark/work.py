@@ -73,12 +73,14 @@ class Outcome:
 
     ``scores`` (C, F) are last-epoch accuracies. ``start`` is the number of seconds until the last
     worker process began to train: start, imports, scaling and writing of the data. ``compile`` is
-    the number of seconds of compiling, in the process that compiled longest.
+    the number of seconds of compiling, in the process that compiled longest. ``cpu`` is the number
+    of CPU seconds of the jobs in all processes, without the start of these processes.
     """
 
     scores: np.ndarray
     start: float = 0.0
     compile: float = 0.0
+    cpu: float = 0.0
 
 
 def add_compile_seconds(seconds: float) -> None:
@@ -161,12 +163,12 @@ def over_cores(fit: Fit, work: Work, cores: int) -> Outcome:
 
 def run_jobs(
     call: Callable[[list[Fold], Job], Any], jobs: Sequence[Job], work: Work, cores: int
-) -> tuple[list[Any], float, float]:
+) -> tuple[list[Any], float, float, float]:
     """Call a function for each job in worker processes, in the given order.
 
     The rows are scaled and written once, then mapped into memory. Returns the results, the seconds
-    until the last worker began its first job, and the seconds of compiling in the worker that
-    compiled longest.
+    until the last worker began its first job, the seconds of compiling in the worker that compiled
+    longest, and the CPU seconds of all jobs.
     """
     global compile_seconds
     # one worker is this process, which other calls may have used
@@ -175,8 +177,9 @@ def run_jobs(
     with tempfile.TemporaryDirectory() as folder, one_thread_each(processes(work, cores)):
         one = functools.partial(joblib.delayed(_run_one), call, write_folds(work, folder))
         done = joblib.Parallel(batch_size=1, pre_dispatch="all")(map(one, jobs))
-    start = last_began((process, at) for _, process, at, _ in done) - begin
-    return [result for result, *_ in done], start, max(spent for *_, spent in done)
+    start = last_began((process, at) for _, process, at, *_ in done) - begin
+    compiling = max(spent for *_, spent, _ in done)
+    return [result for result, *_ in done], start, compiling, sum(cpu for *_, cpu in done)
 
 
 @contextmanager
@@ -212,9 +215,11 @@ def read_folds(path: str) -> list[Fold]:
 
 def _run_one(
     call: Callable[[list[Fold], Job], Any], path: str, job: Job
-) -> tuple[Any, int, float, float]:
+) -> tuple[Any, int, float, float, float]:
     begin = time.monotonic()  # the same clock in every process of the machine
-    return call(read_folds(path), job), os.getpid(), begin, compile_seconds
+    cpu = time.process_time()
+    result = call(read_folds(path), job)
+    return result, os.getpid(), begin, compile_seconds, time.process_time() - cpu
 
 
 def _fit_one(

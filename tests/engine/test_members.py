@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from gputune.engine import members
 from gputune.engine.members import MemberChunk
 from gputune.engine.stacked import StackedChunk
 from gputune.models import RealMLP
@@ -205,10 +206,16 @@ def test_what_is_in_no_code_trains_in_another_way(given, says):
     assert np.isfinite(trained.curves).all()
 
 
-def test_outputs_on_validation_rows_are_of_the_code_too(monkeypatch):
+@pytest.mark.parametrize("rows", [7, None])
+def test_outputs_on_validation_rows_are_of_the_code_too(monkeypatch, rows):
     data = make_data()
     configs = fill(*({"lr": lr, "batch_size": 9} for lr in (0.01, 0.1)))
+    if rows is not None:  # blocks of 7 rows; the last one has fewer
+        monkeypatch.setattr(members, "_CACHED_NUMBERS", 0)
+        monkeypatch.setattr(members, "_FEWEST_ROWS", rows)
+        assert all(len(fold.valid) > rows and len(fold.valid) % rows for fold in data.folds)
     chunk, _ = both(data, configs, module=Linear, traits=Traits())
+    assert chunk.members[0].block_rows == (rows or len(data.folds[0].valid))
     chunk.advance(0)
     expected = StackedChunk.scores(chunk)
     monkeypatch.setattr(StackedModule, "outputs", lambda *args: pytest.fail("computed by torch"))

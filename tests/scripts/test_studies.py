@@ -345,19 +345,32 @@ def test_quality(script, study):
 def test_modules_are_measured_row_by_row(script, study):
     modules = script("benchmark.studies.modules")
 
-    def compare(case, repeats, apart=0.0):
-        seconds = dict(zip(modules.ENGINES, ([1.0], [2.0] * repeats, [4.0])))
-        accuracies = dict(zip(modules.ENGINES, (0.9, 0.9, 0.9 - apart)))
+    looped = {}
+
+    def compare(case, repeats, is_small, apart=0.0):
+        looped[case.name] = case.looped
+        engines = modules.ENGINES[:2] if is_small else modules.ENGINES
+        seconds = dict(zip(engines, ([1.0], [2.0] * repeats, [4.0])))
+        accuracies = dict(zip(engines, (0.9, 0.9, 0.9 - apart)))
         return modules.Row(
-            case.name, "1 x 5 x 1", case.asked, "2026-01-01", 0.0, seconds, accuracies
+            name=case.name,
+            work="1 x 5 x 1",
+            asked=case.asked,
+            date="2026-01-01",
+            load=0.0,
+            seconds=seconds,
+            accuracies=accuracies,
+            cpu={"gputune": [2.0], "loop": [5.0]},
         )
 
     rows = ("modules", "--rows", "GRU")
-    assert study(*rows, compare=lambda case, repeats: compare(case, repeats, apart=0.1))[0] == 1
+    assert study(*rows, compare=lambda *args, **options: compare(*args, **options, apart=0.1))[0]
     study(*rows, compare=compare)
-    _, whole, text = study("modules", "--rows", "convolutional", compare=compare)
-    assert whole["ratios"]["loop"] == {"GRU": 2.0, "convolutional net, BatchNorm": 2.0}
-    assert "| **2.00** | 3.0 | 4.00 |" in text and "| 2.00 | 1.5 | 4.00 |" in text
+    _, whole, text = study("modules", "--small", "--rows", "MLP-Mixer", compare=compare)
+    assert whole["ratios"]["loop"] == {"GRU": 2.0, "MLP-Mixer": 2.0}
+    assert whole["ratios"]["optuna"] == {"GRU": 4.0}
+    assert "| **2.00** | 8.0 | 2.50 | 4.00 |" in text and "| 2.00 | 1.0 | 2.50 | - |" in text
+    assert looped == {"GRU": 8, "MLP-Mixer": 2}
 
 
 @pytest.mark.long
@@ -365,6 +378,7 @@ def test_a_module_is_trained_by_all_engines(script):
     modules = script("benchmark.studies.modules")
     case = modules.Case("small", modules.modules.Recurrent, 2, 1, 2, 1.0, 256, "sequences")
     row = modules.compare(case, 1)
+    assert row.cpu_ratio() > 0
     assert row.work == "2 x 5 x 1" and list(row.seconds) == list(row.accuracies) == list(
         modules.ENGINES
     )
