@@ -33,7 +33,7 @@ from gputune.native.library import (
 from gputune.optimizers.rules import SCHEDULES, n_moments
 from gputune.population.batches import row_order
 from gputune.population.kinds import hidden_widths
-from gputune.population.state import State, selected_configs
+from gputune.population.state import State, differ_only_in_rates, selected_configs
 from gputune.scoring.scores import ROW_MEANS
 from gputune.scoring.scoring import Validation
 from gputune.types import Config
@@ -158,13 +158,17 @@ class CompiledChunk:
             "nanoseconds": self.nanoseconds,
             **self.make_buffers(1),
         }
-        for name, key in _MEMBER_VALUES.items():  # (C,)
-            values = [float(config[key]) for config in self.configs]
-            self.arrays[name] = self.place(values)
+        self._set_member_values()
         moments = list(self.moments)
         if self.averages:
             self.arrays["average"] = moments.pop()
         self.arrays |= zip(("first", "second"), moments)
+
+    def _set_member_values(self) -> None:
+        """Set the arguments of the compiled code that have one number for each trial, (C,)."""
+        for name, key in _MEMBER_VALUES.items():
+            values = [float(config[key]) for config in self.configs]
+            self.arrays[name] = self.place(values)
 
     def _set_lag(self, lag: np.ndarray) -> None:
         """Set how many steps each member would have taken more at its present batch size,
@@ -311,9 +315,16 @@ class CompiledChunk:
             return
         taken = self.steps_taken[places].T  # (F, C)
         self._move(places)
-        self.network = self.network.with_configs(new_configs)
+        has_new_rates = len(new_configs) == len(self.configs) and all(
+            map(differ_only_in_rates, self.configs, new_configs)
+        )
         self.configs = new_configs
-        self._rebuild()
+        if has_new_rates:
+            self.network = self.network.with_rates(new_configs)
+            self._set_member_values()
+        else:
+            self.network = self.network.with_configs(new_configs)
+            self._rebuild()
         self._set_lag(self.epoch * self.steps - taken)
 
 

@@ -193,8 +193,8 @@ class RungOutcome(Outcome):
     """Result of training a group of trials up to a rung, an epoch from which the trials may
     continue.
 
-    ``alive`` has the positions of the trials that can still train. ``state`` has one row for each
-    of these trials.
+    ``alive`` has the positions of the trials that can still train. After the last epoch of the
+    search, it is empty. ``state`` has one row for each of these trials.
     """
 
     state: State
@@ -225,13 +225,19 @@ class RungJob(Job):
         start = BegunChunk.of(chunk).epoch
         rung = self.until[chunk.index[0]] if self.until else self.epochs
         trained = train_chunk(replace(self, epochs=rung), data, chunk, progress)
+        if trained.epochs < self.horizon:
+            alive = trained.alive
+            state = self._state(trained, chunk)
+        else:  # No trial trains again. A copy of its state would take as long as some minibatches.
+            alive = ()
+            state = State(trained.epochs, ())
         return RungOutcome(
             chunk.index,
             trained.curves[:, start : trained.epochs],
             trained.epochs - start,
             time.monotonic() - begin,
-            self._state(trained, chunk),
-            trained.alive,
+            state,
+            alive,
             spent=trained.spent,
             outputs=trained.outputs_of(chunk.index),
         )

@@ -11,6 +11,7 @@ Axes: F folds, C trials, P = F*C members (fold-major), B rows, H width, K output
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from itertools import pairwise
 
 import torch
@@ -167,6 +168,13 @@ class StackedMLP:
             loss=self.loss,
             loss_number=self.loss_number,
         )
+
+    def with_rates(self, configs: Sequence[Config]) -> "StackedMLP":
+        """Return the networks of the same trials, whose configurations differ only in their
+        ``RATES``."""
+        networks = copy(self)
+        networks.configs = tuple(configs)
+        return networks
 
     def differentiate_statistics(self) -> tuple[str, ...]:
         return ()

@@ -154,10 +154,11 @@ class _PopulationTraining(PausedTraining[_Lineage]):
 
     def trainable(self) -> list[_Lineage]:
         """Return the running trials that have not diverged."""
-        if not all(len(trial.curve) for trial in self.running):
+        curves = [trial.curve for trial in self.running]
+        if not all(map(len, curves)):
             return [trial for trial in self.running if not trial.has_diverged(len(trial.curve))]
         # All scores after the first NaN are NaN.
-        latest = first_metric(np.stack([trial.curve[-1] for trial in self.running]), axes=2)
+        latest = first_metric(np.stack([curve[-1] for curve in curves]), axes=2)
         is_lost = np.isnan(latest).any(1).tolist()
         return [trial for trial, lost in zip(self.running, is_lost) if not lost]
 
@@ -210,8 +211,10 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         before = dict(by_number)
         outputs = dict(self.outputs)
         states = {}
+        sources = {change.weights for change in changes} | {change.values for change in changes}
         for change in changes:
-            before[change.number] = copy(by_number[change.number])
+            if change.number in sources:
+                before[change.number] = copy(by_number[change.number])
             if change.weights != change.number:
                 states[change.number] = self.states.look(change.weights)
         for change in changes:

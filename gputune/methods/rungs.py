@@ -277,16 +277,18 @@ class PausedTraining(Generic[AnyTrial]):
         self.context.note_fault(outcome.fault)
         self.context.profile.spent += outcome.spent
         seconds = outcome.seconds / len(outcome.index)
-        for i, curve in zip(outcome.index, outcome.curves):
-            trials[i].curve = np.concatenate([trials[i].curve, curve])
+        # All at once, because NumPy takes longer for many small arrays.
+        before = np.stack([trials[i].curve for i in outcome.index])
+        curves = np.concatenate([before, outcome.curves], axis=1)
+        for i, curve in zip(outcome.index, curves):
+            trials[i].curve = curve
             trials[i].seconds += seconds
         # The outputs of better epochs.
         self.outputs |= {trials[i].number: values for i, values in outcome.outputs.items()}
         self._limit_outputs()
         for row, position in enumerate(outcome.alive):
-            trial = trials[outcome.index[position]]
-            if len(trial.curve) < self.context.epochs:  # else it does not train again
-                self.states.park(trial.number, outcome.state.select([row]))
+            number = trials[outcome.index[position]].number
+            self.states.park(number, outcome.state.select([row]))
         self.unsaved.append(tuple(trials[i].number for i in outcome.index))
         self.save_if_due(outcome.seconds)
 

@@ -16,8 +16,10 @@ from gputune.population.kinds import hidden_layers
 from gputune.population.population import Network, shape_of_tensors
 from gputune.types import Config
 
-# Hyperparameters that change no tensor shape. Population based training changes mostly these.
-_WITHOUT_TENSORS = frozenset(("lr", "weight_decay"))
+RATES = frozenset(("lr", "weight_decay"))
+"""Hyperparameters that change neither a tensor shape nor a network. Population based training
+changes mostly these."""
+
 _UNKNOWN = -1  # the step count of a state from a file that stores no counts
 
 
@@ -157,8 +159,7 @@ def selected_configs(
         if after is None or after is before:
             continue
         selected[position] = after
-        changed = [key for key in after if after[key] != before.get(key)]
-        if _WITHOUT_TENSORS.issuperset(changed):
+        if differ_only_in_rates(before, after):
             continue
         if _tensors_of(before, network, after) != _tensors_of(after, network, after):
             raise ValueError(
@@ -166,6 +167,14 @@ def selected_configs(
                 f"{before}, because its tensors or its minibatches have other shapes"
             )
     return selected
+
+
+def differ_only_in_rates(config: Config, other: Config) -> bool:
+    """Return whether all values of two complete configurations are equal, except ``RATES``."""
+    if config is other:
+        return True
+    changed = [key for key in other if other[key] != config.get(key)]
+    return RATES.issuperset(changed)
 
 
 def _tensors_of(config: Config, network: Network, after: Config) -> object:

@@ -292,6 +292,8 @@ def check_value(key: str, value: object, name: str) -> Any:
 def _check_number(rule: Range, value: object, name: str) -> float | int:
     """Check a numeric value, and return it as an int or a float. Raises InputError if the value is
     out of range."""
+    if type(value) is float and not rule.integer and rule.includes(value):
+        return value  # at once, because the other tests take ten times as long
     number = math.nan  # in no range
     remedy = f"For example {rule.example}."
     got = value

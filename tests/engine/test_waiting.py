@@ -25,7 +25,8 @@ HALVING = gputune.Halving(min_epochs=1, factor=2)
 def halved(model, **options):
     space = {"lr": [1e-3, 3e-3, 1e-2, 3e-2], "batch_size": 40, "weight_decay": [0.0, 0.1]}
     options = {"n_trials": 6, "max_epochs": 4, "cv": 2, "verbose": 0, **options}
-    return gputune.tune(model, *IRIS, space=space, method=HALVING, workers=1, **options)
+    options = {"method": HALVING, **options}
+    return gputune.tune(model, *IRIS, space=space, workers=1, **options)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,21 @@ def test_groups_of_trials_wait_side_by_side_on_a_cpu(monkeypatch):
     for study, method in zip(found, (HALVING, rule)):
         expected = gputune.tune("mlp", *IRIS, method=method, **options, **search)
         np.testing.assert_array_equal(study.curves, expected.curves)
+
+
+@pytest.mark.parametrize("method", [HALVING, gputune.PopulationBased(interval=1)])
+def test_no_state_is_read_after_the_last_epoch(method, monkeypatch):
+    epochs = []
+    state_of = RungJob._state
+
+    def note(job, trained, chunk):
+        epochs.append(trained.epochs)
+        return state_of(job, trained, chunk)
+
+    monkeypatch.setattr(RungJob, "_state", note)
+    study = halved("mlp", method=method)
+    assert max(len(curve) for curve in study.curves) == 4
+    assert sorted(set(epochs))[-1] < 4
 
 
 def test_states_of_a_place_are_copied_before_others_continue_there(chunk):
