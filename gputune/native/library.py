@@ -63,6 +63,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
         loaded = ctypes.CDLL(next(path for level, path in built.items() if level <= best))
         loaded.train_members.restype = ctypes.c_int
         loaded.draw_uniform.restype = None
+        loaded.strided_product.restype = None
     except (OSError, AttributeError) as error:
         raise NotBuiltError(
             f"gputune's compiled code cannot be loaded, install gputune again: {error}"
