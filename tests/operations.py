@@ -1,4 +1,4 @@
-"""168 common operations, each in a small net, and the backend that trains it.
+"""169 common operations, each in a small net, and the backend that trains it.
 
 An operation is between two linear layers, or it is a loss, an optimizer or an option.
 """
@@ -217,6 +217,21 @@ class Attention(nn.Module):
         if "dropout_p" in options and not self.training:
             options["dropout_p"] = 0.0
         x = F.scaled_dot_product_attention(q, k, v, **options)
+        return x.transpose(1, 2).flatten(2)
+
+
+class GroupedQueries(nn.Module):
+    """Attention of four query heads that share two heads of keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(WIDTH, WIDTH)
+        self.kv = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (4, 2)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, 2, 2)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return x.transpose(1, 2).flatten(2)
 
 
@@ -573,6 +588,7 @@ OPERATIONS = {
     "scaled_dot_product_attention": sequence(COMPILED, Attention),
     "scaled_dot_product_attention, causal": sequence(COMPILED, partial(Attention, is_causal=True)),
     "scaled_dot_product_attention, dropout": sequence(COMPILED, partial(Attention, dropout_p=0.2)),
+    "scaled_dot_product_attention, grouped queries": sequence(COMPILED, GroupedQueries),
     "nn.TransformerEncoderLayer": sequence(
         COMPILED, partial(nn.TransformerEncoderLayer, WIDTH, 2, 16, 0.0, batch_first=True)
     ),
@@ -659,5 +675,5 @@ OPERATIONS = {
         COMPILED, make=Dropout, config={"dropout": 0.3, "dropout_schedule": "linear"}
     ),
     "class_weight": Operation(COMPILED, partial(Between, make=nn.Tanh), weights=True),
-    "augment": option(RECORDED, objective=Objective("cross_entropy", augment=_jitter)),
+    "augment": option(COMPILED, objective=Objective("cross_entropy", augment=_jitter)),
 }

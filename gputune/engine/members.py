@@ -59,8 +59,6 @@ class OneMember:
     def __init__(self, chunk: "MemberChunk", fold: int, seed: int) -> None:
         network = chunk.module
         data = data_of_fold(chunk.data, fold)
-        if network.objective.augment is not None:
-            raise TraceError("compiled code cannot call the Python function augment")
         self.network = StackedModule(
             network.builder,
             # a configuration with dropout, if any has it: the code of all members then drops units
@@ -82,6 +80,8 @@ class OneMember:
         draws = self.single.draws  # of the steps ahead, if the module draws numbers
         if isinstance(self.single.update, OnlineUpdate):
             raise TraceError("compiled code does not support a learning rate that adapts itself")
+        if draws is None and network.objective.augment is not None:
+            raise TraceError(f"augment cannot be recorded ({self.single.not_ahead})")
         if draws is None and network.traits.draws:
             raise TraceError(
                 "its random numbers depend on more than the seed, the epoch and the step"

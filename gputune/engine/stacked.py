@@ -110,9 +110,12 @@ class StackedChunk:
             self.steps = Replays(
                 recorder, self._expected_steps(), self._state, tolerance, self._note_failure
             )
+        # why the random numbers of a step cannot be made in advance, or ""
+        self.not_ahead = ""
         try:
             self.draws = self._network.draws(self.batches, ahead=self.recorded)
-        except TraceError:
+        except TraceError as error:
+            self.not_ahead = str(error)
             self.draws = None
             self.steps = Direct()
         except Exception as error:

@@ -15,6 +15,7 @@ From then on, every step reads its random numbers from a buffer. They equal the 
 the step itself would have drawn. The step can therefore be recorded.
 """
 
+import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -34,10 +35,11 @@ from gputune.modules.trace import (
     Kwargs,
     Operator,
     TraceError,
+    reason_against,
     tensors,
 )
 from gputune.native.library import fill_uniform
-from gputune.population.batches import Batch, Batches
+from gputune.population.batches import Batch, Batches, StepDraws
 from gputune.seeding import keyed_draws, start_stream, stream_seed
 from gputune.types import Params
 
@@ -221,7 +223,11 @@ _PLAIN_OVERLOADS = {
     "normal": "float_float",
     "normal_functional": "default",
 }
-_UNIFORM = {torch.ops.aten.rand.default, torch.ops.aten.rand_like.default}
+_UNIFORM = {
+    torch.ops.aten.rand.default,
+    torch.ops.aten.rand.generator,
+    torch.ops.aten.rand_like.default,
+}
 _DROPOUT = torch.ops.aten.native_dropout.default
 """Dropout in training on a GPU: (input, p, True) -> (output, mask)."""
 
@@ -231,12 +237,14 @@ class _Draw(NamedTuple):
     numbers.
 
     ``make`` passes empty tensors in place of the recorded tensors in ``args``, because only their
-    layout matters.
+    layout matters. ``purpose`` is the name of the random stream: "dropout", or "augment" for draws
+    of the user's augmentation.
     """
 
     function: Operator
     args: Sequence[object]
     kwargs: Kwargs
+    purpose: str
 
     def make(self) -> Tensor:
         """Run the recorded random operation again, and return its new random numbers."""
@@ -248,12 +256,19 @@ class _Draw(NamedTuple):
 class ModuleDraws:
     """Makes the random numbers of the next training steps in advance, for each minibatch size.
 
-    A call of one member's ``forward`` in training shows the random operations of a step. Raises
-    TraceError if the random numbers depend on values other than the key (epoch and step) of their
-    random stream.
+    A call of one member's ``forward`` in training shows the random operations of a step, and a call
+    of ``augment`` the random operations of the user's augmentation, which has its own random
+    stream. Raises TraceError if the random numbers depend on values other than the key (epoch and
+    step) of their random stream.
     """
 
-    def __init__(self, forward: Callable[[Batch], object], batches: Batches, seed: int) -> None:
+    def __init__(
+        self,
+        forward: Callable[[Batch], object],
+        batches: Batches,
+        seed: int,
+        augment: Callable[[Batch, torch.Generator], object] | None = None,
+    ) -> None:
         self.seed = seed
         self.device = batches.data.device
         self.rows: list[set[int]] = []
@@ -263,10 +278,11 @@ class ModuleDraws:
             self.rows.append({part.rows for part in shape.parts})
             for part, batch in zip(shape.parts, batches.at(0, step)):
                 if part.rows not in samples:
-                    with keyed_draws(self.device, seed, "try"):
-                        recorder = _recorded(partial(forward, batch))
-                    self.draws[part.rows] = recorder.draws
-                    samples[part.rows] = recorder.results
+                    self.draws[part.rows] = []
+                    samples[part.rows] = []
+                    for recorder in self._recorders(forward, augment, batch):
+                        self.draws[part.rows] += recorder.draws
+                        samples[part.rows] += recorder.results
         size = sum(sample.nbytes for sample in tensors(samples))
         self.ahead = max(1, min(len(self.rows), _DRAW_BYTES // max(1, size)))
         self.buffers: dict[int, list[Tensor]] = {}
@@ -283,6 +299,28 @@ class ModuleDraws:
             ):
                 self.uniform.add(rows)
 
+    @property
+    def in_module(self) -> bool:
+        """Whether the forward pass or the loss makes random numbers."""
+        all_draws = itertools.chain(*self.draws.values())
+        return any(draw.purpose == "dropout" for draw in all_draws)
+
+    def _recorders(
+        self,
+        forward: Callable[[Batch], object],
+        augment: Callable[[Batch, torch.Generator], object] | None,
+        batch: Batch,
+    ) -> "Iterator[_DrawRecorder]":
+        """Run the augmentation and the forward pass once, and yield the objects that recorded their
+        random numbers."""
+        if augment is not None:
+            # A seed that no other generator has by chance.
+            number = stream_seed(self.seed, "augment", "try")
+            generator = torch.Generator(self.device).manual_seed(number)
+            yield _recorded(partial(augment, batch, generator), generator)
+        with keyed_draws(self.device, self.seed, "try"):
+            yield _recorded(partial(forward, batch))
+
     def fill(self, epoch: int, step: int) -> None:
         """Write the random numbers of a step and of the next steps into a buffer, unless they are
         already there."""
@@ -291,20 +329,32 @@ class ModuleDraws:
         with keyed_draws(self.device, self.seed, "dropout", epoch, step):
             for slot, step_rows in enumerate(self.rows[step : step + self.ahead]):
                 for rows in step_rows:
-                    parts = [buffer[slot] for buffer in self.buffers[rows]]
-                    key = "dropout", epoch, step + slot
-                    if rows not in self.uniform or not fill_uniform(
-                        stream_seed(self.seed, *key), parts
-                    ):
-                        start_stream(self.device, self.seed, *key)
-                        for draw, part in zip(self.draws[rows], parts):
-                            part.copy_(draw.make())
+                    for purpose in ("augment", "dropout"):
+                        self._fill_part(rows, slot, purpose, (purpose, epoch, step + slot))
 
-    def at(self, step: Tensor, rows: int) -> tuple[Tensor, ...]:
+    def _fill_part(self, rows: int, slot: int, purpose: str, key: Sequence[object]) -> None:
+        """Write the random numbers of one step and one random stream into the buffer."""
+        draws = []
+        parts = []
+        for draw, buffer in zip(self.draws[rows], self.buffers[rows]):
+            if draw.purpose == purpose:
+                draws.append(draw)
+                parts.append(buffer[slot])
+        if not draws:
+            return
+        if rows in self.uniform and fill_uniform(stream_seed(self.seed, *key), parts):
+            return
+        start_stream(self.device, self.seed, *key)
+        for draw, part in zip(draws, parts):
+            part.copy_(draw.make())
+
+    def at(self, step: Tensor, rows: int) -> StepDraws:
         """Return the random tensors that a step needs for a minibatch of ``rows`` rows. ``step`` is
         a counter on the device."""
         slot = torch.remainder(step, self.ahead).view(1)
-        return tuple(buffer.index_select(0, slot)[0] for buffer in self.buffers[rows])
+        drawn = tuple(buffer.index_select(0, slot)[0] for buffer in self.buffers[rows])
+        augment = sum(draw.purpose == "augment" for draw in self.draws[rows])
+        return StepDraws(drawn[:augment], drawn[augment:])
 
 
 def draws_of(forward: Callable[[], object]) -> tuple[Tensor, ...]:
@@ -315,20 +365,28 @@ def draws_of(forward: Callable[[], object]) -> tuple[Tensor, ...]:
     return tuple(_recorded(forward).results)
 
 
-def _recorded(forward: Callable[[], object]) -> "_DrawRecorder":
-    """Run a forward pass once, and return the object that recorded its random numbers."""
-    with torch.no_grad(), (recorder := _DrawRecorder()):
-        forward()
+def _recorded(
+    call: Callable[[], object], generator: torch.Generator | None = None
+) -> "_DrawRecorder":
+    """Run a function once, and return the object that recorded its random numbers. ``generator`` is
+    the only random generator that the function may use, or None for torch's own."""
+    with torch.no_grad(), (recorder := _DrawRecorder(generator)):
+        call()
     return recorder
 
 
 class _DrawRecorder(DispatchMode):  # type: ignore[no-untyped-call]
-    """Inside the context, records every random tensor and the operation that made the tensor."""
+    """Inside the context, records every random tensor and the operation that made the tensor.
 
-    def __init__(self) -> None:
+    With a ``generator``, the context is a call of the user's augmentation. It then also raises
+    TraceError for operations that a recorded step cannot repeat.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.draws: list[_Draw] = []
         self.results: list[Tensor] = []
+        self.generator = generator
 
     def __torch_dispatch__(
         self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
@@ -339,19 +397,35 @@ class _DrawRecorder(DispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 return _dropout(args[0], torch.bernoulli(args[0], 1 - args[1]), args[1])
         if torch.Tag.nondeterministic_seeded not in func.tags:
+            if self.generator is not None and (reason := reason_against(func, args)):
+                raise TraceError(f"{func} {reason}")
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         plain = name in _PLAIN or _PLAIN_OVERLOADS.get(name) == func._overloadname
         # a generator of the user's own must not be replaced
-        if not plain or kwargs.get("generator") is not None:
+        if not plain or not _is_same(kwargs.get("generator"), self.generator):
             raise TraceError(
                 f"{func} makes random numbers that depend on more than the epoch and the step"
             )
         layouts = [_empty_like(x) if isinstance(x, Tensor) else x for x in args]
-        self.draws.append(_Draw(func, layouts, kwargs))
+        # A generator of the same seed makes the same numbers as torch's own.
+        purpose = "dropout"
+        repeated = kwargs
+        if self.generator is not None:
+            purpose = "augment"
+            repeated = {**kwargs, "generator": None}
+        self.draws.append(_Draw(func, layouts, repeated, purpose))
         result = func(*args, **kwargs)
         self.results.append(result.clone())  # a copy, because the module may write into the result
         return result
+
+
+def _is_same(given: torch.Generator | None, allowed: torch.Generator | None) -> bool:
+    """Return whether two objects are the same random generator: torch wraps the generator of an
+    operation in a new object, so the states are compared."""
+    if given is None or allowed is None:
+        return given is allowed
+    return torch.equal(given.get_state(), allowed.get_state())
 
 
 def _dropout(x: Tensor, mask: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -365,16 +439,22 @@ def _empty_like(x: Tensor) -> partial[Tensor]:
     return partial(torch.empty_strided, tuple(x.shape), x.stride(), dtype=x.dtype, device=x.device)
 
 
-def replay_draws(draws: Sequence[Tensor]) -> AbstractContextManager[object]:
-    """Inside the context, random operations return the tensors ``draws``, one after the other."""
-    # a mode slows down every call, so it is left out without draws
-    return _DrawReplayer(draws) if draws else nullcontext()
+def replay_draws(
+    draws: Sequence[Tensor], *, repeated: bool = False
+) -> AbstractContextManager[object]:
+    """Inside the context, random operations return the tensors ``draws``, one after the other. With
+    ``repeated``, copies of the first tensors follow after the last."""
+    if not draws:
+        return nullcontext()  # a mode slows down every call
+    # Copies, because the operations after a draw may write into it.
+    endless = (draw.clone() for draw in itertools.cycle(draws))
+    return _DrawReplayer(endless if repeated else draws)
 
 
 class _DrawReplayer(DispatchMode):  # type: ignore[no-untyped-call]
     """Replaces the result of each random operation by a tensor that was made in advance."""
 
-    def __init__(self, draws: Sequence[Tensor]) -> None:
+    def __init__(self, draws: Iterable[Tensor]) -> None:
         super().__init__()
         self.draws = iter(draws)
 

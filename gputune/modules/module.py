@@ -29,7 +29,7 @@ from gputune.modules.substitutes import Substitutes, differentiate_statistics, m
 from gputune.modules.trace import TraceError, clones
 from gputune.modules.write_watch import Writes
 from gputune.optimizers.blocks import Block, Blocks
-from gputune.population.batches import Batch, Batches, for_members
+from gputune.population.batches import Batch, Batches, StepDraws, for_members
 from gputune.seeding import keyed_draws
 from gputune.types import EvaluationKey, Params, StepKey
 from gputune.wording import option
@@ -89,7 +89,8 @@ class StackedModule(ModuleNetwork):
         """Return the object that makes the random numbers of the next steps in advance.
 
         It makes none if only dropout is random, at rate 0. The result is None unless ``ahead`` is
-        True. Raises TraceError if ``augment`` is set, or for a module that branches on values.
+        True. Raises TraceError if a step cannot read its random numbers from tensors, or for a
+        module that branches on values.
         """
         if not ahead:
             return None  # the step draws for itself, by the key of the minibatch
@@ -98,20 +99,20 @@ class StackedModule(ModuleNetwork):
             raise TraceError(
                 "its forward pass may branch on a tensor's value, so that each step may differ"
             )
-        if self.objective.augment is not None:
-            raise TraceError(
-                "augment receives a new random generator for each minibatch, and gputune cannot "
-                "record this in a training step"
-            )
         drops = any(config["dropout"] for config in self.configs)
         for is_off in (False,) if drops else (True, False):
             for part in self.template.modules():
                 if isinstance(part, Dropout):
                     part.is_off = is_off
             self.stateless = Stateless(self.template)
-            draws = ModuleDraws(self.plain_losses, batches, self.seed)
+            draws = ModuleDraws(
+                self.plain_losses,
+                batches,
+                self.seed,
+                augment=self._augmented_rows if self.objective.augment else None,
+            )
             # If something else draws, dropout draws too, so that the order of draws stays the same.
-            if not any(draws.draws.values()):
+            if not draws.in_module:
                 break
         return draws
 
@@ -136,6 +137,11 @@ class StackedModule(ModuleNetwork):
         with self.stateless.substitute(self._plain_values()) as module, Substitutes():
             return self.objective.losses(module.train(), inputs, y, self.configs[0], names=names)
 
+    def _augmented_rows(self, batch: Batch, generator: torch.Generator) -> object:
+        """Apply the user's augmentation to the rows of one fold, to record its random numbers."""
+        rows = [x[0].clone() for x in batch.inputs]
+        return self.objective.augmented_rows(rows, self.shape.names, generator)
+
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         # (F, C, ...) -> (P, ...). ``batch.folds`` is a slice, so these tensors, and the parts of
         # ``grads`` below, are views. A copy into them writes into ``params`` or ``grads``.
@@ -144,7 +150,9 @@ class StackedModule(ModuleNetwork):
         leaves = []
         for group in groups:
             leaves.append({name: group[name].detach().requires_grad_() for name in self.trainable})
-        inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
+        made = batch.draws.augment if isinstance(batch.draws, StepDraws) else ()
+        with replay_draws(made, repeated=True):
+            inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
 
         def losses() -> WithBuffers:
             tensors = [dict(group) for group in leaves]
@@ -221,8 +229,8 @@ class StackedModule(ModuleNetwork):
 
         These were made in advance, or come from the minibatch's random stream.
         """
-        if isinstance(batch.draws, tuple):
-            return partial(self._replay, batch.draws)
+        if isinstance(batch.draws, StepDraws):
+            return partial(self._replay, batch.draws.module)
         if not self.traits.draws:
             return nullcontext
         if self.traits.branches and self.traits.common_rows:

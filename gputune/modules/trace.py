@@ -206,10 +206,8 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
-        masked = any(tensor.dtype == torch.bool for tensor in tensors(args[1:]))
-        for tag, reason in _RULES:
-            if tag in func.tags and (func is not aten.index.Tensor or masked):
-                raise TraceError(f"{func} {reason}")
+        if reason := reason_against(func, args):
+            raise TraceError(f"{func} {reason}")
         if func is aten.lift_fresh.default:  # numbers of the host: the step makes its own copy
             func = aten.clone.default
         inputs = tensors((args, kwargs))
@@ -247,6 +245,15 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
     def _knows(self, tensor: Tensor) -> bool:
         """Return whether the recorder has already seen the memory of a tensor."""
         return memory_of(tensor) in self.sizes or memory_of(tensor) in self.outside
+
+
+def reason_against(func: Operator, args: Args) -> str:
+    """Return why an operation cannot be recorded, such as "draws random numbers", or ""."""
+    # only a mask as index gives a shape that depends on values
+    is_masked = any(tensor.dtype == torch.bool for tensor in tensors(args[1:]))
+    if func is aten.index.Tensor and not is_masked:
+        return ""
+    return next((reason for tag, reason in _RULES if tag in func.tags), "")
 
 
 def written_tensors(func: Operator, args: Args, kwargs: Kwargs) -> list[Tensor]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -101,6 +102,14 @@ def _thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="gputune-rows")
 
 
+class StepDraws(NamedTuple):
+    """Random tensors of one training step of a user's module, in the order of their draws: those of
+    ``augment``, and those of the forward pass and the loss."""
+
+    augment: tuple[Tensor, ...]
+    module: tuple[Tensor, ...]
+
+
 @dataclass(frozen=True)
 class Batch:
     """The rows that the members of some folds read in one step.
@@ -114,7 +123,7 @@ class Batch:
         folds: The folds.
         key: (epoch, step).
         draws: Uniform draws of the step for dropout, (layers, B, H), if the model has its own
-            dropout; or a module's own draws in their order.
+            dropout; or the draws of a user's module.
     """
 
     inputs: tuple[Tensor, ...]
@@ -122,7 +131,7 @@ class Batch:
     share: Tensor | float
     folds: slice
     key: StepKey
-    draws: Tensor | tuple[Tensor, ...] | None = None
+    draws: Tensor | StepDraws | None = None
 
     @property
     def x(self) -> Tensor:

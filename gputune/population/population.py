@@ -29,7 +29,7 @@ from gputune.errors import InputError
 from gputune.memory import CPU
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.classes import class_of, keys_with, optimizer_arguments, optimizer_defaults
-from gputune.population.batches import Batch, Batches
+from gputune.population.batches import Batch, Batches, StepDraws
 from gputune.population.kinds import (
     ModelKind,
     adapter_arguments,
@@ -306,7 +306,7 @@ class Draws(Protocol):
     def fill(self, epoch: int, step: int) -> None:
         """Write the random numbers of a step into the buffer, unless they are already there."""
 
-    def at(self, step: Tensor, rows: int) -> Tensor | tuple[Tensor, ...]:
+    def at(self, step: Tensor, rows: int) -> Tensor | StepDraws:
         """Return the random numbers of one step for ``rows`` rows. ``step`` is a counter on the
         device."""
 

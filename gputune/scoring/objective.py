@@ -290,26 +290,32 @@ class Objective:
             return inputs
         folds = []
         for fold in range(len(inputs[0])):
-            # augment gets copies, so that it may write into its argument. Steps that augment are
-            # not recorded, so it may also write into only some minibatches.
+            # augment gets copies, so that it may write into its argument.
             minibatch = [x[fold].clone() for x in inputs]
             generator = torch.Generator(inputs[0].device).manual_seed(
                 stream_seed(seed, "augment", *key)
             )
-            augmented = self.augment(_as_argument(minibatch, names), generator)
-            if isinstance(augmented, Mapping):
-                augmented = [augmented.get(name) for name in names or augmented]
-            augmented = list(augmented) if isinstance(augmented, tuple | list) else [augmented]
-            shapes = list(map(_shape, augmented))
-            expected = list(map(_shape, minibatch))
-            if shapes != expected:
-                raise InputError(
-                    "augment",
-                    f"must return inputs of the same shapes as it receives, {expected}",
-                    got=Verbatim(f"{shapes} from {qualified_name(self.augment)}"),
-                )
-            folds.append(augmented)
+            folds.append(self.augmented_rows(minibatch, names, generator))
         return [torch.stack(parts) for parts in zip(*folds)]
+
+    def augmented_rows(
+        self, minibatch: Sequence[Tensor], names: Sequence[str] | None, generator: torch.Generator
+    ) -> Sequence[Tensor]:
+        """Apply the user's augmentation to the minibatch of one fold, (B, ...) for each input."""
+        assert self.augment is not None
+        expected = list(map(_shape, minibatch))
+        augmented = self.augment(_as_argument(minibatch, names), generator)
+        if isinstance(augmented, Mapping):
+            augmented = [augmented.get(name) for name in names or augmented]
+        augmented = list(augmented) if isinstance(augmented, tuple | list) else [augmented]
+        shapes = list(map(_shape, augmented))
+        if shapes != expected:
+            raise InputError(
+                "augment",
+                f"must return inputs of the same shapes as it receives, {expected}",
+                got=Verbatim(f"{shapes} from {qualified_name(self.augment)}"),
+            )
+        return augmented
 
     def neg_loss(self, outputs: Tensor, y: Tensor) -> float:
         """Return the score "neg_loss" of one trial on one fold: minus the mean loss of its outputs.
