@@ -304,10 +304,10 @@ class Objective:
         """Apply the user's augmentation to the minibatch of one fold, (B, ...) for each input."""
         assert self.augment is not None
         expected = list(map(_shape, minibatch))
-        augmented = self.augment(_as_argument(minibatch, names), generator)
-        if isinstance(augmented, Mapping):
-            augmented = [augmented.get(name) for name in names or augmented]
-        augmented = list(augmented) if isinstance(augmented, tuple | list) else [augmented]
+        result: Any = self.augment(_as_argument(minibatch, names), generator)
+        if isinstance(result, Mapping):
+            result = [result.get(name) for name in names or result]
+        augmented = list(result) if isinstance(result, tuple | list) else [result]
         shapes = list(map(_shape, augmented))
         if shapes != expected:
             raise InputError(
