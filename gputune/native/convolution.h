@@ -75,7 +75,31 @@ ALWAYS_INLINE void weights_tile(const int rows, const int vectors, const Convolu
         for (int j = 0; j < vectors; j++) *(vector *)(to + i * to_row + j * LANES) = sum[i][j];
 }
 
+/* The same gradients with the channels of y in the vectors: row i is the sum over all pixels of
+   x[at[i]] times the numbers of dy that follow each other. */
+ALWAYS_INLINE void tap_weights_tile(const int rows, const Convolution *c, long images, const real *x, long x_image,
+                                    long x_row, long x_step, const long *at, const real *dy, long y_image, long y_row,
+                                    long y_step, real *to) {
+    vector sum[12];
+    long place[12];
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) sum[i] = *(const vector *)(to + i * LANES), place[i] = at[i];
+    for (long b = 0; b < images; b++)
+        for (long h = 0; h < c->OH; h++) {
+            const real *from = x + b * x_image + h * x_row, *above = dy + b * y_image + h * y_row;
+            for (long pixel = 0; pixel < c->OW; pixel++, from += x_step, above += y_step) {
+                vector line = *(const vector *)above;
+#pragma GCC unroll 12
+                for (int i = 0; i < rows; i++) sum[i] += from[place[i]] * line;
+            }
+        }
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) *(vector *)(to + i * LANES) = sum[i];
+}
+
 /* A function for each width of a tile, in which the number of rows is a constant in each case. */
+#define TAP_WEIGHTS_CASE(n) \
+    case n: tap_weights_tile(n, c, images, x, x_image, x_row, x_step, at, dy, y_image, y_row, y_step, to); break;
 #define TAPS_CASE(n) \
     case n: taps_tile(n, VECTORS, inner, in, step, at, lines, bias, out, out_step); break;
 #define WEIGHTS_CASE(n) \
@@ -98,6 +122,10 @@ ALWAYS_INLINE void weights_tile(const int rows, const int vectors, const Convolu
         enum { VECTORS = n }; \
         switch (rows) { EACH_ROWS(WEIGHTS_CASE) } \
     }
+static void tap_weights(int rows, const Convolution *c, long images, const real *x, long x_image, long x_row,
+                        long x_step, const long *at, const real *dy, long y_image, long y_row, long y_step, real *to) {
+    switch (rows) { TWELVE(TAP_WEIGHTS_CASE) }
+}
 CONVOLUTION_TILES(1, TWELVE)
 #if VECTOR_BYTES == 64
 CONVOLUTION_TILES(2, TWELVE)
@@ -292,6 +320,48 @@ static void convolution_below(const int64_t *N, const real *y, const real *weigh
     }
 }
 
+/* The gradient in the weights of a convolution with few input channels. The number of channels of y
+   in a group is a multiple of LANES. */
+static void few_weights(const Convolution *c, const real *y, const real *x, real *weight, real *w) {
+    long inputs = c->C / c->groups, outputs = c->O / c->groups, all = c->KH * c->KW * inputs;
+    long height = (c->OH - 1) * c->SH + (c->KH - 1) * c->DH + 1, width = (c->OW - 1) * c->SW + (c->KW - 1) * c->DW + 1;
+    long row = width * c->C, frame = height * row, total = c->O * all;
+    long *at = (long *)w;
+    real *sums = w + 2 * all, *frames = sums + total, *flat = frames + c->block * frame + TILE_COLUMNS;
+    int is_last = c->yc == 1 || c->O == 1;
+    long yb = is_last ? c->yb : c->OH * c->OW * c->O, yh = is_last ? c->yh : c->OW * c->O, yw = is_last ? c->yw : c->O;
+    long below = c->H < height - c->PH ? c->H : height - c->PH, right = c->W < width - c->PW ? c->W : width - c->PW;
+    for (long a = 0; a < c->KH; a++)
+        for (long e = 0; e < c->KW; e++)
+            for (long i = 0; i < inputs; i++)
+                at[(a * c->KW + e) * inputs + i] = a * c->DH * row + e * c->DW * c->C + i;
+    memset(sums, 0, (total + c->block * frame + TILE_COLUMNS) * sizeof(real));
+    for (long b = 0, count; b < c->B; b += count) {
+        count = c->B - b < c->block ? c->B - b : c->block;
+        copy_images(count, c->C, below, right, x + b * c->xb, c->xb, c->xc, c->xh, c->xw,
+                    frames + c->PH * row + c->PW * c->C, frame, 1, row, c->C);
+        const real *above = y + b * c->yb;
+        if (!is_last) {
+            copy_images(count, c->O, c->OH, c->OW, above, c->yb, c->yc, c->yh, c->yw, flat, yb, 1, yh, yw);
+            above = flat;
+        }
+        for (long o = 0; o < c->O; o += LANES) {
+            const real *from = frames + o / outputs * inputs;
+            for (long i = 0, rows, left = (all + 11) / 12; i < all; i += rows, left--) {
+                rows = (all - i + left - 1) / left;
+                tap_weights((int)rows, c, count, from, frame, c->SH * row, c->SW * c->C, at + i, above + o, yb, yh, yw,
+                            sums + o * all + i * LANES);
+            }
+        }
+    }
+    for (long o = 0; o < c->O; o++)
+        for (long a = 0; a < c->KH; a++)
+            for (long e = 0; e < c->KW; e++)
+                for (long i = 0; i < inputs; i++)
+                    weight[o * c->wo + i * c->wi + a * c->wh + e * c->ww] =
+                        sums[o / LANES * LANES * all + ((a * c->KW + e) * inputs + i) * LANES + o % LANES];
+}
+
 /* The gradient in the weights from x and the gradient in y. */
 static void convolution_weights(const int64_t *N, const real *y, const real *x, real *weight, real *w) {
     const Convolution *c = (const Convolution *)N;
@@ -301,6 +371,12 @@ static void convolution_weights(const int64_t *N, const real *y, const real *x, 
     /* numbers of x that follow each other: those of a row of the kernel, if possible */
     int is_row = c->groups == 1 && c->DW == 1;
     long length = is_row ? c->KW * inputs : inputs, taps_w = is_row ? 1 : c->KW, runs = c->KH * taps_w;
+    /* With few numbers in a row, most lanes would be empty: then the vectors have channels of y. */
+    long all = c->KH * c->KW * inputs;
+    if (outputs % LANES == 0 && 2 * all <= runs * padded_columns(length)) {
+        few_weights(c, y, x, weight, w);
+        return;
+    }
     long columns = padded_columns(length), total = c->groups * runs * outputs * columns;
     real *sums = w, *frames = w + total, *flat = frames + c->block * frame + TILE_COLUMNS;
     int is_last = c->yc == 1 || c->O == 1;

@@ -79,6 +79,18 @@ def convolution(draw):
     return partial(function, **options), [x, weight, bias]
 
 
+def convolution_of_few_channels(draw):
+    """The vectors of the weights' gradient have output channels, because rows of the kernel are
+    short."""
+    outputs = draw.choice((16, 32))
+    groups = draw.choice((1, 2))
+    kernel = [draw.choice((1, 3, 7)), draw.choice((1, 2))]
+    options = {"stride": draw.each(2, 1, 2), "padding": draw.each(2, 0, 1), "groups": groups}
+    x = draw.images(draw.choice((1, 3)), groups, 9, draw.choice((5, 10)))
+    weight = draw.tensor(groups * outputs, 1, *kernel)
+    return partial(F.conv2d, **options), [x, weight, draw.tensor(groups * outputs)]
+
+
 def max_pool(draw):
     axes = draw.choice((1, 2, 2))
     kernel = draw.each(axes, 1, 2, 3)
@@ -91,6 +103,11 @@ def max_pool(draw):
     function = (F.max_pool1d, F.max_pool2d)[axes - 1]
     ceil = draw.random() < 0.3
     return partial(function, kernel_size=kernel, ceil_mode=ceil, **options), [x]
+
+
+def halving_pool(draw):
+    shape = draw.choice((1, 3)), draw.choice((3, 4, 8, 12)), draw.choice((2, 4, 7)), 6
+    return partial(F.max_pool2d, kernel_size=2), [draw.images(*shape).round()]
 
 
 def norm(draw):
@@ -179,10 +196,12 @@ KINDS = {
     "resizing": resizing,
     "moving pixels": moving,
     "convolutions": convolution,
+    "convolutions of few channels": convolution_of_few_channels,
     "max pooling": max_pool,
+    "max pooling of 2 x 2": halving_pool,
     "norms": norm,
 }
-COUNTS = {"convolutions": 40}
+COUNTS = {"convolutions": 40, "convolutions of few channels": 8, "max pooling of 2 x 2": 8}
 
 
 def with_gradients(function, inputs):

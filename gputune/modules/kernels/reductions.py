@@ -62,7 +62,7 @@ def _is_narrow(columns: Loops, rows: Loops) -> bool:
     return is_contiguous and int(columns.sizes[0]) < _JOINED
 
 
-_TOP = "T top = -INFINITY, s = 0;\nEACH top = p1[X] > top ? p1[X] : top;\n"
+_TOP = "T top = -INFINITY, s = 0;\nMAX(top) top = p1[X] > top ? p1[X] : top;\n"
 ALONG = {
     "_softmax": _TOP
     + "SUM(s) { T e = exponential(p1[X] - top); p0[O] = e; s += e; }\nEACH p0[O] /= s;",
@@ -96,5 +96,6 @@ def along_axis(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Ite
         number = f"[{loops.index(k)} + j * {named(place.stride[axis], sizes)}]"
         body = body.replace(f"[{'OXY'[k]}]", number)
     body = body.replace("SUM(s)", f"#pragma omp simd reduction(+ : s)\n{loop}")
+    body = body.replace("MAX(top)", f"#pragma omp simd reduction(max : top)\n{loop}")
     body = body.replace("EACH", loop).replace("T ", f"{c_type(out.dtype)} ")
     yield writer.call(places, loops.nest(body, ""), sizes=sizes)
