@@ -31,7 +31,7 @@ from gputune.report.facts import (
 from gputune.scratch import write_text
 from gputune.study.claims import Claims
 from gputune.study.rows import FoldReport
-from gputune.study.store import Store
+from gputune.study.store import Store, has_checkpoints
 from gputune.study.study import Study, Trial, best_trial
 from gputune.text import GAP, Measure, blocks, clean, count, is_formula, paragraph, short, table
 from gputune.views.default_trial import improvement_json, improvement_text
@@ -327,11 +327,15 @@ def _look(file: Path, *, most: int) -> tuple[str, bool]:
     progress = f"{trials.total() - left} of {count(trials.total(), 'trial')} finished"
     if states:
         progress = f"{progress}: {states_text(states)}"
+    running = [f"Running  {line}" for line in _running_lines(file, study)]
+    best_text = _best(study, trains_on=trials["waiting"] > 0)
+    if not running and trials["waiting"] == trials.total() and has_checkpoints(file):
+        best_text += "; all training waits in checkpoints, and 'gputune resume' continues it"
     lines = [
         f"Study    {clean(file)}",
         f"Trials   {progress}",
-        f"Best     {_best(study, trains_on=trials['waiting'] > 0)}",
-        *(f"Running  {line}" for line in _running_lines(file, study)),
+        f"Best     {best_text}",
+        *running,
         f"Written  {seconds_text(max(0.0, time.time() - written))} ago",
     ]
     measure = score_view(study).measure

@@ -204,6 +204,10 @@ class PopulationBased(Method):
         """Return whether the trials of a subpopulation are compared after ``epoch`` epochs."""
         return epoch >= self.burn_in and epoch % self.intervals[subpopulation] == 0
 
+    def _first_comparison(self, interval: int) -> int:
+        """Return the first multiple of an interval that ``burn_in`` allows, in epochs."""
+        return interval * max(1, math.ceil(self.burn_in / interval))
+
     def stops(self, max_epochs: int) -> list[int]:
         """Return the epochs after which trials of any subpopulation are compared, in order, all
         below ``max_epochs``.
@@ -211,9 +215,7 @@ class PopulationBased(Method):
         Raises InputError if an interval leaves no epoch for a comparison.
         """
         for interval in self.intervals:
-            # the first multiple of the interval that burn_in allows
-            first = interval * max(1, math.ceil(self.burn_in / interval))
-            if first >= max_epochs:
+            if self._first_comparison(interval) >= max_epochs:
                 name = "interval" if interval >= max_epochs else "burn_in"
                 is_lowest = getattr(self, name) == 1
                 raise InputError(
@@ -277,6 +279,7 @@ class PopulationBased(Method):
         if not n_copies:
             copies = "no trial has copied another trial"
             reason = no_copy_reason([trial.params for trial in study.trials])
+            reason = reason or cls._no_comparison_reason(study)
             copies += f", because {reason}" if reason else ""
         lines = [("Copies", copies)]
         best = best_trial(study)
@@ -291,3 +294,17 @@ class PopulationBased(Method):
             epochs = ", ".join(map(str, later))
             lines.append(("Schedule", f"the best trial changes {names} after epoch {epochs}"))
         return lines
+
+    @classmethod
+    def _no_comparison_reason(cls, study: "Study") -> str:
+        """Return the reason why trials of a study were never compared, as a clause, or ""."""
+        if not isinstance(study.record.method, Mapping):
+            return ""
+        options = dict(study.record.method)
+        del options["name"]
+        method = cls(**options)
+        if method.fraction == 0:
+            return "fraction is 0"
+        first = min(map(method._first_comparison, method.intervals))
+        is_compared = study.curves.shape[1] > first
+        return "" if is_compared else f"no trial has trained beyond epoch {first}"

@@ -277,10 +277,11 @@ def importance(study: Study, *, seed: int = 0) -> Importance:
         rule = f"needs {FEWEST} finished trials and a hyperparameter that varies"
         got = f"{count(len(done), 'trial')} and {count(len(columns), 'hyperparameter')}"
         remedy = "Search further."
-        if len(done) >= FEWEST:
+        has_copies = any(trial.detail.get("copies") for trial in study.trials)
+        if not columns and (len(done) >= FEWEST or has_copies):
             got = f"{count(len(done), 'trial')} with equal hyperparameters"
             remedy = "Search a space with several values."
-            if any(trial.detail.get("copies") for trial in study.trials):
+            if has_copies:
                 remedy = "Population based training has copied one trial to all other trials."
         raise InputError("importance", rule, got=Verbatim(got), remedy=remedy)
     from scipy.stats import rankdata

@@ -10,6 +10,7 @@ from scipy.stats import loguniform, uniform
 from sklearn.datasets import load_diabetes, load_iris
 
 import gputune
+from gputune.cli.main import main
 from gputune.methods.lineages import _PopulationTraining
 from gputune.tuning.context import Context
 from gputune.tuning.predictions import members_of
@@ -386,6 +387,25 @@ def test_a_resumed_search_counts_its_epochs(whole, tmp_path, monkeypatch):
     search()
     (trials, epochs, trained) = counted[0]
     assert (trials, epochs) == (10, EPOCHS) and trained in (2 * 10, 4 * 10)
+
+
+def test_status_after_a_kill_names_the_checkpoints(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "study.db"
+    compare = _PopulationTraining.compare
+
+    class Killed(BaseException):
+        pass
+
+    def compare_and_die(training, epoch):
+        compare(training, epoch)
+        raise Killed
+
+    monkeypatch.setattr(_PopulationTraining, "compare", compare_and_die)
+    with pytest.raises(Killed):
+        many(study=file, checkpoint_seconds=1e-9)
+    assert main(["status", str(file)]) == 0
+    text = "none yet; all training waits in checkpoints, and 'gputune resume' continues it"
+    assert text in capsys.readouterr().out
 
 
 def test_the_solved_regression_is_refused():

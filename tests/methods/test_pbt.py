@@ -224,7 +224,16 @@ def test_the_closing_text_has_the_reason_without_copies():
     differing = {"lr": 1, "width": 8, "depth": 1}, {"lr": 1, "width": 9, "depth": 1}
     reason = "each trial has a different architecture (width)"
     assert copies(*differing) == f"{none}, because {reason}"
-    assert copies({"lr": 1, "width": 8}, {"lr": 2, "width": 8}) == none
+    equal = {"lr": 1, "width": 8}, {"lr": 2, "width": 8}
+    assert copies(*equal) == none
+    for options, epochs, reason in (
+        ({"fraction": 0}, 6, "fraction is 0"),
+        ({"interval": 4, "burn_in": 5}, 8, "no trial has trained beyond epoch 8"),
+        ({"interval": [4, 8], "burn_in": 5}, 9, ""),
+    ):
+        study = study_of(equal, method=PopulationBased(**options).to_json(), epochs=epochs)
+        text = dict(PopulationBased.summary(study))["Copies"]
+        assert text == (f"{none}, because {reason}" if reason else none)
 
 
 def test_the_quadratic_of_the_paper():

@@ -227,8 +227,8 @@ def test_importance_of_noise_fits_nothing_and_many_trials_are_drawn_from():
     assert found.fit < 0.1 and found.trials == MOST
 
 
-def made_copies():
-    study = study_of([{"a": 1}] * 20)
+def made_copies(n_trials):
+    study = study_of([{"a": 1}] * n_trials)
     copied = {"copies": [[5, 0]]}
     return replace(study, trials=tuple(replace(trial, detail=copied) for trial in study.trials))
 
@@ -239,7 +239,11 @@ def made_copies():
         (made_study(9), "got 9 trials and 5 hyperparameters"),
         (made_study(30, waiting=25), "got 5 trials"),
         (study_of([{"a": 1}] * 20), "got 20 trials with equal hyperparameters. Search a space"),
-        (made_copies(), "got 20 trials with equal hyperparameters. Population based training has"),
+        (
+            made_copies(20),
+            "got 20 trials with equal hyperparameters. Population based training has",
+        ),
+        (made_copies(6), "got 6 trials with equal hyperparameters. Population based training has"),
     ],
 )
 def test_importance_of_too_little(study, words):
