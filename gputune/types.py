@@ -46,7 +46,9 @@ Precision = Literal["full", "bf16"]
 "bf16" means torch.autocast to bfloat16.
 """
 
-BackendWord = Literal["auto", "kernel", "compiled", "recorded", "eager", "loop", "stacked", "graph"]
+BackendWord = Literal[
+    "auto", "kernel", "compiled", "recorded", "eager", "merged", "loop", "stacked", "graph"
+]
 """A value of the option ``backend``. "graph" is an earlier name of "recorded"."""
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(

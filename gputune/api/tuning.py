@@ -286,6 +286,7 @@ def tune(
             - "recorded": one step of all members is recorded once and replayed. Earlier versions
               called it "graph", which still works.
             - "eager": one step at a time, as operations on stacked tensors.
+            - "merged": your module runs once on the rows of all members, if they cannot be stacked.
             - "loop": the members of your module train one by one.
             - "stacked": the members of your module are stacked, in recorded or eager steps. It is an
               error if they cannot be stacked.

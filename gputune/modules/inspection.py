@@ -20,12 +20,14 @@ from gputune.modules.adapters import member_buffers
 from gputune.modules.calls import named_tensors, not_trained, state_of
 from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook
 from gputune.modules.draw_watch import Trail
+from gputune.modules.failures import StackedError
 from gputune.modules.hidden_state import (
     KeptState,
     buffers_at_start,
     check_evaluation,
     check_hidden_state,
 )
+from gputune.modules.merged import MergedModule, why_not_merged
 from gputune.modules.module import StackedModule
 from gputune.modules.module_trial import ModuleTrial, at_start, is_close
 from gputune.modules.pretrained import pretrained_of
@@ -223,6 +225,8 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     unused = tuple[str, ...]()
     if not reason:
         traits, reason, unused = _best_stacking(trial, traits)
+        if reason:
+            traits = _with_merging(trial, replace(traits, unstackable=reason))
     traits = replace(traits, unstackable=reason, unused=() if reason else unused)
     settings = pretrained_of(trial.builder)
     if settings is not None:
@@ -296,6 +300,27 @@ def _uneven_use(trial: ModuleTrial, traits: Traits) -> str:
     return ""
 
 
+def _with_merging(trial: ModuleTrial, traits: Traits) -> Traits:
+    """Return the traits of a module that cannot be stacked, with the result of trying merged
+    rows."""
+    if reason := why_not_merged(trial, traits):
+        return replace(traits, unmergeable=reason)
+    merged = MergedModule(
+        trial.builder,
+        [trial.config] * 2,
+        trial.shape,
+        seed=0,
+        traits=replace(traits, common_rows=False, unused=()),
+        objective=trial.objective,
+    )
+    reason, unused = _differences(merged, trial)
+    if not reason and unused:
+        reason = f"a training step does not use its parameter {unused[0]!r}"
+    if reason:
+        return replace(traits, unmergeable=reason)
+    return replace(traits, merges=tuple(merged.patterns.items()), common_rows=False)
+
+
 _DIFFERS = "for stacked members than for single members"
 
 
@@ -329,6 +354,12 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
         traits=replace(traits, branches=False),
         objective=trial.objective,
     )
+    return _differences(stacked, trial)
+
+
+def _differences(stacked: StackedModule, trial: ModuleTrial) -> tuple[str, tuple[str, ...]]:
+    """Return how two stacked members differ from plain modules, or "", and the parameters that a
+    step does not use."""
     flat = stacked.start()
     parameters = flat[: stacked.trained.size]
     # make the two members differ
@@ -338,6 +369,8 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
     trail = Trail(stacked.template)
     try:
         outputs, gradients, buffers = _stacked_results(stacked, flat, trial)
+    except StackedError as error:
+        return error.rule, ()
     except InputError:
         raise
     except Exception as error:

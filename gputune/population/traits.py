@@ -35,6 +35,10 @@ class Traits:
     # names of the buffers with a rate of gputune.models.Dropout
     scheduled: tuple[str, ...] = ()
     unstackable: str = ""  # why its members cannot be stacked, or ""
+    # Layers with trained parameters, if all members can train on merged rows (``merged.py``): the
+    # path of each layer, and which of its tensors have the members' rows as first axis.
+    merges: tuple[tuple[str, tuple[bool, ...]], ...] = ()
+    unmergeable: str = ""  # why unstackable members do not train on merged rows, or ""
     # whether stacked members read the rows of a fold without copies for each member
     common_rows: bool = False
     frozen: int = 0  # number of frozen parameters

@@ -402,11 +402,13 @@ class Context(Session):
             return ()
         traits = known_traits(self.choice.module_class, self.data).values()
         remarks = []
-        for reason in filter(None, (tried.unstackable for tried in traits)):
-            remarks.append(
-                f"{self.choice.name} trains one by one, because its members cannot be stacked: "
-                f"{reason}"
-            )
+        for tried in traits:
+            if tried.unstackable:
+                way = "on merged rows" if tried.merges and not tried.slow else "one by one"
+                remarks.append(
+                    f"{self.choice.name} trains {way}, because its members cannot be stacked: "
+                    f"{tried.unstackable}"
+                )
         for reason in filter(None, map(loop_reason, configs)):
             remarks.append(f"trials train one by one, because {reason}")
         return tuple(dict.fromkeys(remarks))

@@ -35,7 +35,7 @@ def test_what_cannot_be_had_is_refused():
         choose_backend("compiled", GPU, torch.float32)
     with refused("a CPU or a CUDA device, but the device is 'meta'. Choose one of these"):
         choose_backend("recorded", META, torch.float32)
-    words = "'auto', 'kernel', 'compiled', 'recorded', 'eager', 'loop', 'stacked'"
+    words = "'auto', 'kernel', 'compiled', 'recorded', 'eager', 'merged', 'loop', 'stacked'"
     with refused(f"backend must be one of {words}, got 'fast'"):
         gputune.tune("mlp", [[0.0], [1.0]], [0, 1], backend="fast")
 

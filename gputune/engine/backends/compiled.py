@@ -12,7 +12,7 @@ import torch
 
 from gputune.engine.backends.base import Backend, Machine, Refusal, TrialWork, Unfit
 from gputune.engine.backends.cost import Cost, TrialSizes, by_member_cost, stacked_cost
-from gputune.engine.backends.eager import one_by_one_reason
+from gputune.engine.backends.eager import refusal_to_stack
 from gputune.engine.chunk import Chunk
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.members import MemberChunk
@@ -82,8 +82,8 @@ class Compiled(Backend):
     def refuses(self, work: TrialWork) -> Refusal | None:
         config = work.config
         if is_module(work.kind):
-            if reason := one_by_one_reason(work):
-                return Refusal(reason, "loop")
+            if refusal := refusal_to_stack(work):
+                return refusal
             if work.traits and work.traits.coded and config["optimizer"] in RULES:
                 return None
             reason = work.traits.uncoded if work.traits else ""

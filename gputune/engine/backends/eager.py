@@ -19,6 +19,18 @@ def one_by_one_reason(work: TrialWork) -> str:
     return slow or loop_reason(work.config)
 
 
+def refusal_to_stack(work: TrialWork) -> Refusal | None:
+    """Return the refusal of a trial whose members cannot be stacked or should not be, or None.
+
+    Members that cannot be stacked train on merged rows if possible.
+    """
+    reason = one_by_one_reason(work)
+    if not reason:
+        return None
+    merges = work.traits is not None and bool(work.traits.unstackable and work.traits.merges)
+    return Refusal(reason, "merged" if merges else "loop")
+
+
 class Eager(Backend):
     """All members take each step in the same operations on stacked tensors."""
 
@@ -27,8 +39,7 @@ class Eager(Backend):
     in_words = "eagerly"
 
     def refuses(self, work: TrialWork) -> Refusal | None:
-        reason = one_by_one_reason(work)
-        return Refusal(reason, "loop") if reason else None
+        return refusal_to_stack(work)
 
     def make_chunk(
         self, network: Network, validation: Validation, pool: ChunkPool, *, seed: int, horizon: int

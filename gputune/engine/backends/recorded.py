@@ -1,7 +1,7 @@
 """The backend "recorded": one step of all members is recorded once and replayed."""
 
 from gputune.engine.backends.base import Backend, Machine, Refusal, TrialWork, Unfit
-from gputune.engine.backends.eager import one_by_one_reason
+from gputune.engine.backends.eager import refusal_to_stack
 from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
 from gputune.errors import InputError
@@ -46,8 +46,8 @@ class Recorded(Backend):
         return None
 
     def refuses(self, work: TrialWork) -> Refusal | None:
-        if reason := one_by_one_reason(work):
-            return Refusal(reason, "loop")
+        if refusal := refusal_to_stack(work):
+            return refusal
         optimizer = work.config["optimizer"]
         if CudaRecorder.failure and work.is_on_gpu:
             return Refusal(CudaRecorder.failure.rstrip("."), "eager")

@@ -16,6 +16,7 @@ BACKENDS: dict[str, str] = {
     "compiled": "gputune.engine.backends.compiled",
     "recorded": "gputune.engine.backends.recorded",
     "eager": "gputune.engine.backends.eager",
+    "merged": "gputune.engine.backends.merged",
     "loop": "gputune.engine.backends.loop",
 }
 """Maps the name of each backend to the module that defines it."""
