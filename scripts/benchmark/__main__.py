@@ -23,7 +23,7 @@ All engines must reach the same scores before their times are shown.
                                                  scikit-learn's
     python scripts/benchmark --profile           share of the matrix-product peak, and cost of a
                                                  trial in addition to training
-    python scripts/benchmark --modules [--rows GRU LSTM] [--small]
+    python scripts/benchmark --modules [--rows GRU LSTM] [--small] [--steps]
                                                  user's modules, compared with a plain loop on all
                                                  cores and Optuna
     python scripts/benchmark --many              a study file of 100,000 trials: opening and
@@ -112,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--rows", nargs="+", metavar="WORDS", help=HELP["rows"])
     add("--data", type=Path, metavar="FILE.py", help="with --tables: has load(name) -> X, y, task")
     add("--small", action="store_true", help="with --modules: fewer trials of the loop, no Optuna")
+    add("--steps", action="store_true", help="with --modules: only the time of one step")
     for name, says in STUDIES.items():
         add(f"--{name}", action="store_true", help=says)
     options = parser.parse_args(arguments)

@@ -373,6 +373,21 @@ def test_modules_are_measured_row_by_row(script, study):
     assert looped == {"GRU": 8, "MLP-Mixer": 2}
 
 
+def test_steps_of_modules_are_measured_by_the_check_of_a_module(script, monkeypatch, capsys):
+    modules = script("benchmark.studies.modules")
+
+    def command(arguments):
+        assert arguments[2].endswith("engines/modules.py:SmallConvolutional")
+        lines = Path(arguments[3]).read_text().splitlines()
+        assert len(lines) == 1798 and lines[1].endswith(",class 0")
+        print('{"milliseconds": {"plain loop": 3.0, "compiled": 0.25}}')
+
+    monkeypatch.setattr(modules, "gputune_command", command)
+    assert modules.print_steps(["8 x 8"]) == 0
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row == "| convolutional net, 8 x 8 | 3.000 | 0.250 | - | 12.0 |"
+
+
 @pytest.mark.long
 def test_a_module_is_trained_by_all_engines(script):
     modules = script("benchmark.studies.modules")

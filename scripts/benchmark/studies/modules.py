@@ -11,15 +11,19 @@ mean accuracy of the trials that both trained must be the same, to 0.02. "Load" 
 the machine before a row, in processes that wait for a core (0 on a quiet machine).
 """
 
+import io
+import json
 import math
 import os
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import joblib
@@ -31,9 +35,11 @@ from benchmark.engines import modules
 from benchmark.engines import optuna as with_optuna
 from benchmark.report import describe_machine, publish, published, table
 from benchmark.work import Work, digits_work, over_cores, stop_workers
+from gputune.cli.main import main as gputune_command
 from gputune.native import library
 
 AGREEMENT = 0.02
+STEP_TIMES = ("plain loop", "compiled", "recorded")
 ENGINES = ("gputune", "loop", "optuna")
 HEAD = (
     "module|trials x folds x epochs|gputune, s|loop on all cores, s|Optuna with the loop, "
@@ -167,6 +173,8 @@ def run(options: Namespace) -> int:
 
     Returns 1 if the accuracies differ.
     """
+    if options.steps:
+        return print_steps(options.rows)
     machine = describe_machine()
     rows = {row.name: row for row in published(options.out, "modules", machine, "rows", Row)}
     for case in CASES:
@@ -194,6 +202,34 @@ def run(options: Namespace) -> int:
     return publish(
         options.out, "modules", "Modules of a user's own", *parts, machine=machine, **numbers
     )
+
+
+def print_steps(names: Sequence[str] | None) -> int:
+    """Print the CPU time of one training step of a plain loop and of each backend, for the chosen
+    rows. ``gputune check --module`` measures it on one thread."""
+    print(table("module|plain loop, ms|compiled, ms|recorded, ms|loop / compiled", ()))
+    for case in CASES:
+        if names and not any(word in case.name for word in names):
+            continue
+        work = case_work(case)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "rows.csv"
+            columns = [*(f"x{i}" for i in range(work.X.shape[1])), "y"]
+            rows = np.column_stack([work.X, work.y])
+            # letters, so that the targets are classes
+            formats = [*["%g"] * work.X.shape[1], "class %d"]
+            np.savetxt(path, rows, formats, ",", header=",".join(columns), comments="")
+            module = f"{modules.__file__}:{case.module_class.__name__}"
+            arguments = ["check", "--module", module, str(path), "--target", "y", "--json"]
+            arguments += ["--set", f"batch_size={case.batch_size}", "weight_decay=0"]
+            output = io.StringIO()
+            with redirect_stdout(output):
+                gputune_command(arguments)
+        times = json.loads(output.getvalue())["milliseconds"]
+        cells = [f"{times[name]:.3f}" if name in times else "-" for name in STEP_TIMES]
+        gain = times["plain loop"] / times["compiled"] if "compiled" in times else math.nan
+        print(f"| {case.name} | {' | '.join(cells)} | {gain:.1f} |", flush=True)
+    return 0
 
 
 def compare(case: Case, repeats: int, *, is_small: bool = False) -> Row:
