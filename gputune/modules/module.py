@@ -153,6 +153,8 @@ class StackedModule(ModuleNetwork):
         made = batch.draws.augment if isinstance(batch.draws, StepDraws) else ()
         with replay_draws(made, repeated=True):
             inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
+        if self.traits.branches:  # the rows that the module receives decide what it draws
+            batch = replace(batch, inputs=tuple(inputs))
 
         def losses() -> WithBuffers:
             tensors = [dict(group) for group in leaves]
