@@ -170,8 +170,8 @@ class StackedMLP:
         )
 
     def with_rates(self, configs: Sequence[Config]) -> "StackedMLP":
-        """Return the networks of the same trials, whose configurations differ only in their
-        ``RATES``."""
+        """Return the networks of the same trials with other ``RATES``. All other values of the
+        configurations must be equal."""
         networks = copy(self)
         networks.configs = tuple(configs)
         return networks

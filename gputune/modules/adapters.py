@@ -228,8 +228,8 @@ def _cast_inputs(part: nn.Module, inputs: tuple[object, ...]) -> tuple[object, .
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Return whether a layer is transformers' ``Conv1D``, whose weight is (d, k) instead of
-    (k, d)."""
+    """Return whether a layer is the ``Conv1D`` of transformers. Its weight is (d, k), the transpose
+    of the weight of ``nn.Linear``."""
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
 
 

@@ -1,4 +1,4 @@
-"""Members whose rows are merged into one batch, on which the user's module runs once.
+"""Training that calls the user's module once per step, on the rows of all members.
 
 A member is one trial on one fold. In shapes, P counts members, B rows of a minibatch and N rows of
 all members, P * B.
@@ -41,7 +41,7 @@ Slot = tuple[dict[str, Any], str]
 
 
 class MergedModule(StackedModule):
-    """Members with stacked parameters, whose rows are one batch of the module.
+    """Members with stacked parameters. The module gets the rows of all members as one batch.
 
     ``patterns`` has the ``Pattern`` of each layer with trained parameters, by the layer's path. The
     first call of a layer defines it, unless the traits have it. ``StackedModule`` documents the

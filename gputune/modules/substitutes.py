@@ -150,7 +150,7 @@ class _Checkpoints:
                 )
 
     def _generator(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Replace torch's generator, between whose two steps torch calls the function."""
+        """Replace torch's generator. Torch calls the function between the two steps of it."""
         contexts = args[2]
         if contexts is not checkpoint.noop_context_fn:  # the function runs inside of a context
             yield from self.other(*args, **kwargs)

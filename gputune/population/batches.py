@@ -103,8 +103,11 @@ def _thread() -> ThreadPoolExecutor:
 
 
 class StepDraws(NamedTuple):
-    """Random tensors of one training step of a user's module, in the order of their draws: those of
-    ``augment``, and those of the forward pass and the loss."""
+    """Random tensors of one training step of a user's module.
+
+    ``augment`` and ``module`` (the forward pass and the loss) each have their tensors in the order
+    of the draws.
+    """
 
     augment: tuple[Tensor, ...]
     module: tuple[Tensor, ...]
