@@ -5,11 +5,18 @@ members take equally many steps. A step of a hypergradient search costs more tim
 The table has the mean accuracy of the refitted model on test rows that no search has seen, and its
 standard error over seeds.
 
-Needs ``pip install mnist1d optuna``. Usage: ``python scripts/pbt.py [--seeds 10] [--epochs 40]``.
+"random, cosine schedule" lowers the learning rate in all trials, and so shows how much of a gain
+comes from any learning rate that falls.
+
+Needs ``pip install mnist1d optuna``. Usage:
+
+    python scripts/pbt.py [--models MLP CNN] [--seeds 10] [--rows 4000] [--json FILE]
 """
 
 import argparse
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -57,6 +64,11 @@ def searches(epochs, seed):
     pbt = gputune.PopulationBased
     return {
         "random": {"method": "random", "n_trials": TRIALS},
+        "random, cosine schedule": {
+            "method": "random",
+            "n_trials": TRIALS,
+            "space": {"schedule": ["cosine"]},
+        },
         "halving": {"method": halving, "n_trials": round(budget / share)},
         "tpe": {"method": gputune.OptunaSampler(sampler, batch=8), "n_trials": TRIALS},
         "pbt": {"method": pbt(interval=interval), "n_trials": TRIALS},
@@ -77,11 +89,12 @@ def searches(epochs, seed):
 def run(model, rows, arguments, epochs, seed):
     """Return the held-out accuracy, the spent trial-epochs and the seconds of one search."""
     begin = time.perf_counter()
+    space = SPACE | arguments.pop("space", {})
     study = gputune.tune(
         model,
         rows["x"],
         rows["y"],
-        space={**SPACE, "width": [64]} if model == "mlp" else SPACE,
+        space={**space, "width": [64]} if model == "mlp" else space,
         include_default=False,
         max_epochs=epochs,
         cv=3,
@@ -96,9 +109,11 @@ def run(model, rows, arguments, epochs, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["MLP", "CNN"], choices=["MLP", "CNN"])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--rows", type=int, default=4000, help="training rows, at most 4000")
+    parser.add_argument("--json", type=Path, help="the file for the results of all searches")
     options = parser.parse_args()
     data = make_dataset(get_dataset_args())
     rows = {
@@ -109,12 +124,26 @@ def main():
     }
     print("| model | method | test accuracy | standard error | trial-epochs | seconds |")
     print("|---|---|---|---|---|---|")
-    for name, model in (("MLP", "mlp"), ("CNN", Conv)):
+    found = []
+    for name in options.models:
+        model = {"MLP": "mlp", "CNN": Conv}[name]
         for method in searches(options.epochs, 0):
             results = []
             for seed in range(options.seeds):
                 arguments = searches(options.epochs, seed)[method]
                 results.append(run(model, rows, arguments, options.epochs, seed))
+                accuracy, spent, seconds = results[-1]
+                found.append(
+                    {
+                        "model": name,
+                        "rows": options.rows,
+                        "method": method,
+                        "seed": seed,
+                        "accuracy": accuracy,
+                        "trial_epochs": spent,
+                        "seconds": seconds,
+                    }
+                )
             scores, spent, seconds = (np.array(column) for column in zip(*results))
             error = scores.std(ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else np.nan
             print(
@@ -122,6 +151,8 @@ def main():
                 f"| {seconds.mean():.1f} |",
                 flush=True,
             )
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
