@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -677,3 +678,29 @@ OPERATIONS = {
     "class_weight": Operation(COMPILED, partial(Between, make=nn.Tanh), weights=True),
     "augment": option(COMPILED, objective=Objective("cross_entropy", augment=_jitter)),
 }
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "operations.md"
+_HEAD = """\
+# Operations of modules
+
+The table shows the fastest backend of a CPU that trains a module with each operation:
+
+- **compiled**: the step of a member is C code.
+- **recorded**: the operations of PyTorch run on stacked members, and their calls are recorded once.
+
+`gputune check --module net.py:Net` prints the backend of your own module, and why a faster one does
+not train it. [Stacked modules](../stacked-modules.md) explains the backends. gputune's tests train
+each of these operations and hold this table. They also compare every backend with a plain PyTorch
+loop in float64.
+"""
+
+
+def page():
+    """Return the text of the page, with one row for each operation."""
+    rows = [f"| `{name}` | {operation.backend} |\n" for name, operation in OPERATIONS.items()]
+    return _HEAD + "\n| Operation | Backend |\n|---|---|\n" + "".join(rows)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -5,7 +5,7 @@ in every backend that can train it.
 import pytest
 
 from gputune.native import library as built
-from operations import OPERATIONS
+from operations import OPERATIONS, PAGE, page
 from trained_operations import check
 
 pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler")
@@ -30,3 +30,7 @@ nn.CrossEntropyLoss(weight) nn.MultiMarginLoss() lion ema nn.RReLU torch.fft.rff
 )
 def test_an_operation_trains_in_its_backend(name, monkeypatch):
     check(OPERATIONS[name], monkeypatch)
+
+
+def test_the_page_shows_the_backend_of_each_operation():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/operations.py"
