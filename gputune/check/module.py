@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from gputune.engine.backend import device_name, torch_threads
-from gputune.engine.backends.base import Machine, TrialWork
+from gputune.engine.backends.base import Machine, Refusal, TrialWork
 from gputune.engine.backends.selection import way_of
 from gputune.engine.backends.table import BACKENDS, backend_named
 from gputune.engine.choice import fastest_way, seconds_of_backend
@@ -113,6 +113,12 @@ class ModuleReport:
         return json.dumps(report, indent=1)
 
 
+def _leaves_to_faster(name: str, refusal: Refusal) -> bool:
+    """Return whether a backend refuses a module because a faster backend trains it."""
+    names = [*BACKENDS]  # from fast to slow
+    return refusal.instead in names and names.index(refusal.instead) < names.index(name)
+
+
 @entry
 def check_module(call: SearchCall, tell: Say, interface: Interface) -> ModuleReport:
     """Measure the training speed of a user's module in every backend, and return the report.
@@ -193,7 +199,8 @@ class _Measurement:
                 continue
             refusal = backend.refuses(work)
             if refusal is not None:
-                self.reasons[name] = refusal.reason
+                if not _leaves_to_faster(name, refusal):
+                    self.reasons[name] = refusal.reason
                 continue
             self.tell(name)
             trials = 1 if backend.takes_single_trials else _TRIALS
