@@ -371,7 +371,7 @@ def _few_steps(data: Dataset, group: Population) -> Dataset:
 
 
 def _say_nothing(_text: str) -> None:
-    """Do nothing, if nobody is told."""
+    """Ignore a description of the next measurement."""
 
 
 @dataclass(frozen=True)
