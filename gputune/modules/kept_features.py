@@ -179,7 +179,11 @@ def replaying(module: nn.Module, calls: Sequence[Call], kept: Sequence[Tensor]) 
 
         return replayed
 
-    with _forwards(list(frozen_layers(module)), make):
+    # Only the layers of the recorded calls. Which other layers are frozen cannot be found here:
+    # stacked members have tensors without a gradient in evaluation mode.
+    paths = dict.fromkeys(call.path for call in calls)
+    layers = [(path, module.get_submodule(path)) for path in paths]
+    with _forwards(layers, make):
         yield
 
 

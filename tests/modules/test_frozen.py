@@ -10,6 +10,7 @@ from torch.nn import functional
 
 import gputune
 from gputune.modules.feature_rows import with_kept_features
+from gputune.modules.inspection import traits_of
 from gputune.modules.kept_features import NotKept, find_calls
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
@@ -156,6 +157,25 @@ def test_only_features_that_a_later_layer_reads_are_kept():
     data, _ = dataset(gputune.frozen(Body(10)))
     assert data.names == ("gputune_kept_0",)
     assert data.inputs[0].shape == (1, 40, 12)
+
+
+def test_a_base_inside_of_a_trained_module_is_stacked_with_kept_features():
+    class Classifier(nn.Module):
+        """The blocks are in a submodule, like the encoder in a classifier of transformers."""
+
+        def __init__(self):
+            super().__init__()
+            self.tower = Tower()
+            self.score = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.score(self.tower(x))
+
+    builder = gputune.lora(Classifier(), targets=["last"], modules_to_save=["score"])
+    data, text = dataset(builder)
+    assert text == "features of frozen layers are kept (5.0 KiB)"
+    traits = traits_of(builder, fill({"lr": 1e-3})[0], data)
+    assert not traits.unstackable and traits.common_rows
 
 
 def test_inputs_with_names_keep_their_names():
