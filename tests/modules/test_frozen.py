@@ -173,7 +173,7 @@ def test_a_base_inside_of_a_trained_module_is_stacked_with_kept_features():
 
     builder = gputune.lora(Classifier(), targets=["last"], modules_to_save=["score"])
     data, text = dataset(builder)
-    assert text == "features of frozen layers are kept (5.0 KiB)"
+    assert text == "features of frozen layers are kept (2.5 KiB)"
     traits = traits_of(builder, fill({"lr": 1e-3})[0], data)
     assert not traits.unstackable and traits.common_rows
 
