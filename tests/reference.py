@@ -116,9 +116,9 @@ def train_module(
     build, x, y, config, *, seed=0, epochs=1, max_epochs=None, weights=None, after_epoch=None
 ):
     """Train a user's module (``build()`` makes it) by a plain loop; it draws from torch's own
-    generator."""
+    generator. The key ``init_seed`` of a configuration replaces ``seed`` for the initial weights."""
     with torch.random.fork_rng():
-        torch.manual_seed(stream_seed(seed, "module"))
+        torch.manual_seed(stream_seed(config.get("init_seed", seed), "module"))
         module = build().to(x.dtype)
 
     def forward(batch, epoch, step):
