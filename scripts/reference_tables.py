@@ -48,6 +48,7 @@ _MEANING = {
     "rank": "rank of the matrices of a LoRA, at most the smaller side of each adapted layer",
     "alpha": "scale of a LoRA: its update is multiplied by alpha / rank",
     "rslora": "whether the update of a LoRA is multiplied by alpha / sqrt(rank) instead",
+    "init_seed": "seed of the initial weights",
     "activation": "activation of the hidden layers",
     "optimizer": "optimizer; for a module also a class of `torch.optim`",
     "schedule": "change of the learning rate over `max_epochs`",
@@ -126,6 +127,8 @@ def _default(key: str) -> str:
         return "`numbers=` of the search"
     if key == "penalty":
         return "-"
+    if key == "init_seed":
+        return "`random_state=` of the search"
     return _number((DEFAULTS | ADAPTER_DEFAULTS)[key])
 
 

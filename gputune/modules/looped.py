@@ -70,7 +70,7 @@ class LoopedModule(ModuleNetwork):
         flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
         for fold, start in enumerate(self.starts()):
             for trial in range(len(self.configs)):
-                tensors = self.start_of(start, trial)
+                tensors = self.start_of(start, fold, trial)
                 for name, view in self.blocks.views(flat).items():
                     view[fold, trial].copy_(self.as_row({k: tensors[k] for k in self.rows[name]}))
         return flat
@@ -297,7 +297,7 @@ class LoopChunk:
         self.sizes = np.minimum.outer(self.lengths, sizes)  # (F, C)
         self.steps = steps_of(self.lengths[:, None], self.sizes, network.least_rows)
         self.members = {
-            (f, c): self._member(f, c, network.start_of(start, c))
+            (f, c): self._member(f, c, network.start_of(start, f, c))
             for f, start in enumerate(network.starts())
             for c in range(len(network.configs))
         }

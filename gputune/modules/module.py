@@ -19,7 +19,6 @@ from torch.func import vmap
 
 from gputune.errors import InputError
 from gputune.models import Dropout
-from gputune.modules.adapters import adapters_of
 from gputune.modules.calls import ModuleDraws, Rounded, Stateless, draws_of, replay_draws
 from gputune.modules.construction import hidden_sides, name_of
 from gputune.modules.failures import StackedError
@@ -79,9 +78,9 @@ class StackedModule(ModuleNetwork):
         for fold, start in enumerate(self.starts()):
             for name, view in views.items():
                 view[fold].copy_(start[name])
-            if adapters_of(self.builder) is not None:
+            if self.has_own_starts:
                 for trial in range(len(self.configs)):
-                    for name, w in self.start_of(start, trial).items():
+                    for name, w in self.start_of(start, fold, trial).items():
                         views[name][fold, trial].copy_(w)
         return flat
 

@@ -97,39 +97,56 @@ class ModuleNetwork:
             return arguments_text(config)
         return arguments_text(config), repr(arguments_of(config, "loss__"))
 
-    def plain(self, device: torch.device) -> nn.Module:
-        """Return a new, untrained module, built with the arguments that all trials share."""
+    def plain(self, device: torch.device, seed: int | None = None) -> nn.Module:
+        """Return a new, untrained module, built with the arguments that all trials share.
+
+        ``seed`` is the seed of its initial weights. None means the seed of the search.
+        """
+        seed = self.seed if seed is None else seed
         module = build_module(
-            self.builder, module_arguments(self.configs[0]), self.shape, seed=self.seed
+            self.builder, module_arguments(self.configs[0]), self.shape, seed=seed
         )
         return convert(module, self.shape.dtype).to(device)
 
+    @property
+    def has_own_starts(self) -> bool:
+        """True if trials may start from different tensors on the same fold."""
+        has_seeds = any("init_seed" in config for config in self.configs)
+        return has_seeds or adapters_of(self.builder) is not None
+
     def starts(self) -> list[Params]:
-        """Return the initial tensors for each fold. All members of a fold start from the same
-        tensors.
+        """Return the initial tensors for each fold, for members without an ``init_seed``."""
+        return [self._start(fold, self.seed) for fold in range(self.shape.folds)]
+
+    def _start(self, fold: int, seed: int) -> Params:
+        """Return the initial tensors for a fold and a seed.
 
         The tensors are fitted to the fold's rows if the module has a ``start_from``.
         """
         common = self.trainable | self.mutable
-        if self.shape.rows is None or not hasattr(self.template, "start_from"):
-            return [common] * self.shape.folds
-        starts = []
-        for fold in range(self.shape.folds):
-            module = self.plain(self.shape.device)
-            start_from(module, *self.shape.rows(fold), seed=self.seed)
-            fitted = named_tensors(module).items()
-            starts.append(common | {name: w.detach() for name, w in fitted if name in common})
-        return starts
+        has_hook = self.shape.rows is not None and hasattr(self.template, "start_from")
+        if seed == self.seed and not has_hook:
+            return common
+        module = self.plain(self.shape.device, seed)
+        if has_hook:
+            assert self.shape.rows is not None
+            start_from(module, *self.shape.rows(fold), seed=seed)
+        own = named_tensors(module).items()
+        return common | {name: w.detach() for name, w in own if name in common}
 
-    def start_of(self, start: Params, trial: int) -> Params:
-        """Return the initial tensors of one trial's member, which begin as ``start``.
+    def start_of(self, start: Params, fold: int, trial: int) -> Params:
+        """Return the initial tensors of one trial's member on a fold, which begin as ``start``.
 
-        They differ between trials only for adapters, whose rank and scale belong to a trial.
+        They differ between trials for an ``init_seed``, and for adapters, whose rank and scale
+        belong to a trial.
         """
+        config = self.configs[trial]
+        if "init_seed" in config:
+            start = self._start(fold, config["init_seed"])
         if adapters_of(self.builder) is None:
             return start
         tensors = {name: w.clone() for name, w in start.items()}
-        start_member(self.template, self.configs[trial], tensors)
+        start_member(self.template, config, tensors)
         return tensors
 
     def targets(self, y: Tensor) -> Tensor:

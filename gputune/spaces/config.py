@@ -61,6 +61,7 @@ RANGES: Mapping[str, Range] = {
     "l1_ratio": Range("a number in [0, 1], 0 for l2 and 1 for l1", "0.5", 0, 1, "[]"),
     "rank": Range("an integer >= 1, the rank of a LoRA", "8", 1, integer=True),
     "alpha": Range("a finite number > 0, the scale of a LoRA times its rank", "16", 0, ends="()"),
+    "init_seed": Range("an integer >= 0, the seed of the initial weights", "1", 0, integer=True),
 }
 
 WORDS: Mapping[str, tuple[str, ...]] = {
@@ -127,9 +128,10 @@ def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> t
         "clip_norm ema numbers"
     )
     online = "hypergrad_lr hypergrad_rule" if optimizer in ONLINE else ""
-    shaping = {"mlp": "width depth activation dropout", "module": "dropout dropout_schedule"}.get(
-        model, ""
-    )
+    shaping = {
+        "mlp": "width depth activation dropout",
+        "module": "dropout dropout_schedule init_seed",
+    }.get(model, "")
     return tuple(f"{trained} {online} {shaping}".split())
 
 

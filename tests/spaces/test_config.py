@@ -57,13 +57,14 @@ def test_the_keys_of_each_kind_of_model():
     }
     trained |= {"beta2", "weight_decay_schedule", "numbers"}
     assert set(legal_keys("logistic", "sgd")) == trained
-    assert set(MODULE) == trained | {"dropout", "dropout_schedule"}
+    assert set(MODULE) == trained | {"dropout", "dropout_schedule", "init_seed"}
     assert set(MLP) == trained | {"width", "depth", "activation", "dropout"}
     assert set(EXACT) == {"C", "l1_ratio", "penalty", "numbers"}
     assert set(KEYS) == set(MLP) | set(EXACT) | {
         "hypergrad_lr",
         "hypergrad_rule",
         "dropout_schedule",
+        "init_seed",
         "rank",
         "alpha",
         "rslora",
