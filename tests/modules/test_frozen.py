@@ -166,7 +166,7 @@ def test_a_base_inside_of_a_trained_module_is_stacked_with_kept_features():
         def __init__(self):
             super().__init__()
             self.tower = Tower()
-            self.score = nn.Linear(2, 2)
+            self.score = nn.Linear(2, 3)
 
         def forward(self, x):
             return self.score(self.tower(x))
