@@ -32,7 +32,10 @@ ALWAYS_INLINE void taps_tile(const int rows, const int vectors, long inner, cons
         const real *from = in + at[k];
         vector line[3];
 #pragma GCC unroll 3
-        for (int j = 0; j < vectors; j++) line[j] = *(const vector *)(lines + j * LANES);
+        for (int j = 0; j < vectors; j++) {
+            line[j] = *(const vector *)(lines + j * LANES);
+            IN_REGISTER(line[j]);
+        }
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
             real x = from[i * step];
@@ -62,7 +65,10 @@ ALWAYS_INLINE void weights_tile(const int rows, const int vectors, const Convolu
             for (long pixel = 0; pixel < c->OW; pixel++, from += x_step, above += y_step) {
                 vector line[3];
 #pragma GCC unroll 3
-                for (int j = 0; j < vectors; j++) line[j] = *(const vector *)(from + j * LANES);
+                for (int j = 0; j < vectors; j++) {
+                    line[j] = *(const vector *)(from + j * LANES);
+                    IN_REGISTER(line[j]);
+                }
 #pragma GCC unroll 12
                 for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3

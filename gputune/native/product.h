@@ -24,6 +24,16 @@
 
 typedef real vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
+/* Keeps a vector in a register. Without this, gcc reads the vector from memory again for each row of
+   a tile, and the tile is limited by its reads. */
+#if defined(__x86_64__)
+#define IN_REGISTER(line) __asm__("" : "+v"(line))
+#elif defined(__aarch64__)
+#define IN_REGISTER(line) __asm__("" : "+w"(line))
+#else
+#define IN_REGISTER(line)
+#endif
+
 /* Two vectors in which the numbers of a and b alternate: FIRST takes their first halves, SECOND
    their second halves. */
 #ifdef DOUBLE
@@ -80,7 +90,10 @@ ALWAYS_INLINE void tile(const int rows, const int vectors, long inner, const rea
     for (long p = 0; p < inner; p++) {
         vector line[TILE_VECTORS];
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++) line[j] = *(const vector *)(b + p * b_row + j * LANES);
+        for (int j = 0; j < vectors; j++) {
+            line[j] = *(const vector *)(b + p * b_row + j * LANES);
+            IN_REGISTER(line[j]);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
             real x = a[i * a_row + p * a_column];
