@@ -82,7 +82,7 @@ STUDIES = {
 }
 """What else is measured, and what the option says of it. The ``run`` of the module of that name
 measures, prints and writes; it returns 0, or 1 where what must hold does not: then it writes
-nothing, but for ``--optuna``."""
+nothing, but for ``--optuna``, and ``--modules``, which leaves out the rows that disagree."""
 
 HELP = {
     "epochs": "default 20, with --hypergradients 5, --grid 10, --quality 27",

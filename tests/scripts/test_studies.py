@@ -30,8 +30,9 @@ def study(script, tmp_path, capsys, monkeypatch):
             monkeypatch.setattr(module, key, value)
         code = script("benchmark.__main__").main([f"--{name}", "--out", str(tmp_path), *options])
         said = capsys.readouterr().out
-        if code:
-            assert not list(tmp_path.iterdir()) and "|" not in said.partition("NO ")[2]
+        files = list(tmp_path.iterdir())
+        if code and not (name == "modules" and files):
+            assert not files and "|" not in said.partition("NO ")[2]
             return code, None, said
         (numbers,), (page,) = tmp_path.glob(f"{name}-*.json"), tmp_path.glob(f"{name}-*.md")
         text = page.read_text()
@@ -46,7 +47,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_speeds_of_modules_in_the_docs_are_those_of_the_results():
     page = (ROOT / "docs/benchmark-modules.md").read_text()
-    (path,) = (ROOT / "scripts/benchmark/results").glob("modules-*.json")
+    (path,) = (ROOT / "scripts/benchmark/results").glob("modules-amd-*.json")
     for row in json.loads(path.read_text())["rows"]:
         ours, loop, optuna = (
             statistics.median(row["seconds"][e]) for e in ("gputune", "loop", "optuna")
@@ -342,35 +343,56 @@ def test_quality(script, study):
     assert len(rows) == 5 and len(set(rows)) == 1
 
 
-def test_modules_are_measured_row_by_row(script, study):
+@pytest.fixture
+def measured_row(script):
+    """Return a function that makes the row of a case, without a measurement."""
     modules = script("benchmark.studies.modules")
 
-    looped = {}
-
-    def compare(case, repeats, is_small, apart=0.0):
-        looped[case.name] = case.looped
+    def row(case, repeats=1, is_small=False, apart=0.0):
         engines = modules.ENGINES[:2] if is_small else modules.ENGINES
-        seconds = dict(zip(engines, ([1.0], [2.0] * repeats, [4.0])))
-        accuracies = dict(zip(engines, (0.9, 0.9, 0.9 - apart)))
         return modules.Row(
             name=case.name,
-            work="1 x 5 x 1",
+            work=f"{case.looped} x 5 x 1",
             asked=case.asked,
             date="2026-01-01",
             load=0.0,
-            seconds=seconds,
-            accuracies=accuracies,
+            seconds=dict(zip(engines, ([1.0], [2.0] * repeats, [4.0]))),
+            accuracies=dict(zip(engines, (0.9, 0.9, 0.9 - apart))),
             cpu={"gputune": [2.0], "loop": [5.0]},
         )
 
-    rows = ("modules", "--rows", "GRU")
-    assert study(*rows, compare=lambda *args, **options: compare(*args, **options, apart=0.1))[0]
-    study(*rows, compare=compare)
-    _, whole, text = study("modules", "--small", "--rows", "MLP-Mixer", compare=compare)
-    assert whole["ratios"]["loop"] == {"GRU": 2.0, "MLP-Mixer": 2.0}
-    assert whole["ratios"]["optuna"] == {"GRU": 4.0}
-    assert "| **2.00** | 8.0 | 2.50 | 4.00 |" in text and "| 2.00 | 1.0 | 2.50 | - |" in text
-    assert looped == {"GRU": 8, "MLP-Mixer": 2}
+    return row
+
+
+def test_modules_are_measured_row_by_row(study, measured_row):
+    def with_other_gru(case, repeats, is_small):
+        return measured_row(case, repeats, apart=0.1 if case.name == "GRU" else 0.0)
+
+    # Nothing to write: the only row disagrees.
+    code, whole, _ = study("modules", "--rows", "GRU", compare=with_other_gru)
+    assert code == 1 and whole is None
+    study("modules", "--rows", "GRU", compare=measured_row)
+    # The other rows are written. The row that disagrees is left out, also its earlier measurement.
+    code, whole, text = study("modules", "--rows", "GRU", "LSTM", compare=with_other_gru)
+    assert code == 1 and [row["name"] for row in whole["rows"]] == ["LSTM"]
+    assert (
+        "GRU is left out: its mean accuracies differ by more than 0.02 (gputune 0.900, loop 0.900, "
+        "optuna 0.800)." in text
+    )
+    code, whole, text = study("modules", "--rows", "GRU", compare=measured_row)
+    assert code == 0 and "left out" not in text.partition("|")[2]
+    assert whole["ratios"]["loop"] == {"GRU": 2.0, "LSTM": 2.0}
+    assert whole["ratios"]["optuna"] == {"GRU": 4.0, "LSTM": 4.0}
+    assert "| **2.00** | 8.0 | 2.50 | 4.00 |" in text
+
+
+def test_small_measurements_of_modules_have_their_own_files(study, measured_row, tmp_path):
+    options = ("modules", "--small", "--rows", "MLP-Mixer")
+    _, whole, text = study(*options, compare=measured_row)
+    assert whole["ratios"] == {"loop": {"MLP-Mixer": 2.0}, "optuna": {}, "CPU": {"MLP-Mixer": 2.5}}
+    assert whole["rows"][0]["work"] == "2 x 5 x 1"
+    assert "| 2.00 | 1.0 | 2.50 | - |" in text
+    assert all(file.name.startswith("modules-small-") for file in tmp_path.iterdir())
 
 
 def test_steps_of_modules_are_measured_by_the_check_of_a_module(script, monkeypatch, capsys):

@@ -75,9 +75,14 @@ def denormals_as_zero() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield one epoch's minibatches in a new order; the last one may be shorter."""
-    order = torch.randperm(len(x))
+def batches(
+    x: Tensor, y: Tensor, size: int, generator: torch.Generator | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield one epoch's minibatches in a new order; the last one may be shorter.
+
+    The order is drawn from ``generator``, or from torch's own generator if it is None.
+    """
+    order = torch.randperm(len(x), generator=generator)
     yield from zip(*(torch.split(part.index_select(0, order), size) for part in (x, y)))
 
 
