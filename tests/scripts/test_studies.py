@@ -410,6 +410,18 @@ def test_steps_of_modules_are_measured_by_the_check_of_a_module(script, monkeypa
     assert row == "| convolutional net, 8 x 8 | 3.000 | 0.250 | - | 12.0 |"
 
 
+def test_the_loop_trains_a_module_like_gputune(script):
+    modules = script("benchmark.studies.modules")
+    case = modules.Case("small", modules.modules.Residual, 2, 2, 2, 1.0, 128)
+    work = modules.case_work(case)
+    by_gputune = modules._tuned(case, work).scores
+    folds = script("benchmark.work").standardised(work)
+    for trial, scores in zip(work.trials, by_gputune):
+        by_loop = [modules.modules.fit(case.module_class, fold, trial, 2) for fold in folds]
+        # 359 rows in a fold: at most one row differs
+        np.testing.assert_allclose(by_loop, scores, atol=1.5 / 359)
+
+
 @pytest.mark.long
 def test_a_module_is_trained_by_all_engines(script):
     modules = script("benchmark.studies.modules")
