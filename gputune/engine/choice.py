@@ -37,7 +37,7 @@ from gputune.engine.backends.selection import choose_backend, refusals, trains_a
 from gputune.engine.backends.table import backend_named
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.members import MemberChunk
-from gputune.engine.plan import cores
+from gputune.engine.plan import cores, repeats_frozen_layers
 from gputune.engine.reuse import ChunkPool
 from gputune.errors import warn
 from gputune.fallback import words_unless_strict
@@ -335,7 +335,9 @@ def fastest_way(
         if build > saved:
             raise _NotWorthItError(_TOO_SHORT)
 
-    if saved > _WRITING_SECONDS:
+    if repeats_frozen_layers(job.traits.get(group.arguments), data):
+        uncoded = "compiled code computes the frozen layers again for each trial"
+    elif saved > _WRITING_SECONDS:
         tell("compiled")
         code = _try_way(
             "compiled code", job, lambda: _compiled_seconds(job, data, group, check_build)

@@ -31,6 +31,7 @@ from gputune.engine.backends.table import BACKENDS, backend_named
 from gputune.engine.job import Need
 from gputune.errors import InputError
 from gputune.main_memory import free_memory
+from gputune.modules.kept_features import KEPT
 from gputune.population.kinds import is_module
 from gputune.population.population import Population
 from gputune.population.traits import Traits
@@ -43,6 +44,9 @@ _MEASURED_SHARE = 0.5
 # The estimate does not count all activations (up to 5 times as many were measured).
 _FROZEN_CHUNK_BYTES = 1 << 30
 _FROZEN_FREE_SHARE = 0.1  # of the free main memory
+# Frozen parameters from which their products take longer than everything that compiled code saves.
+# A BERT of 23 million parameters took 1.3 to 2 times as long in compiled code.
+_LARGE_FROZEN = 1 << 20
 # Estimated seconds of work from which a second process repays its start.
 _WORKERS_PAY = 3.0
 # The same for a second GPU: its process takes about 10 s to start, and a core is far slower than a
@@ -352,6 +356,17 @@ def _useful_bytes(traits: Traits) -> int:
     if not traits.common_rows or traits.frozen < traits.parameters:
         return 0
     return min(_FROZEN_CHUNK_BYTES, int(_FROZEN_FREE_SHARE * free_memory()))
+
+
+def repeats_frozen_layers(traits: Traits | None, data: Dataset) -> bool:
+    """Return whether stacked members share the outputs of large frozen layers, which compiled code
+    would compute for each member.
+
+    Kept features take the place of these layers.
+    """
+    if traits is None or not traits.common_rows or traits.frozen < _LARGE_FROZEN:
+        return False
+    return not any(name.startswith(KEPT) for name in data.names or ())
 
 
 def parse_memory(memory: object) -> int | None:

@@ -29,6 +29,7 @@ from gputune.modules.construction import (
     outputs_hint,
 )
 from gputune.modules.draw_watch import DrawWatch, Trail
+from gputune.modules.pretrained import pretrained_of
 from gputune.modules.probabilities import LikelihoodWatch
 from gputune.modules.trace import clones
 from gputune.modules.write_watch import WriteWatch
@@ -41,6 +42,8 @@ from gputune.wording import Verbatim, option, per_interface
 
 # Number of rows that are tried. It is prime, so a wrong view of their columns cannot divide it.
 _EXAMPLES = 31
+# The same for a pretrained module, for which a pass of a row takes long.
+_FEW_EXAMPLES = 13
 
 
 class ModuleTrial:
@@ -61,7 +64,8 @@ class ModuleTrial:
         self.config = config
         self.columns = columns
         self.name = name_of(builder)
-        inputs, y = data.example(_EXAMPLES)
+        is_pretrained = pretrained_of(builder) is not None
+        inputs, y = data.example(_FEW_EXAMPLES if is_pretrained else _EXAMPLES)
         self.inputs = [x.cpu() for x in inputs]
         self.y = y.cpu()
         self.shape = replace(Shape.of(data), folds=1, device=CPU, present=None, rows=None)

@@ -233,13 +233,16 @@ def _checked(context: Context, setup: Setup) -> Context:
 
     Raises InputError if the module cannot be trained.
     """
-    context.check_module(setup.first, first=True)
+    # Complete, because the arguments of a LoRA's builder depend on keys with default values. With
+    # other arguments the module would be tried again before the training.
+    first = context.complete(setup.first)
+    context.check_module(first, first=True)
     configs = [context.complete(params) for params in _with_choices(setup)]
     trainer = context.trainer.with_features(configs)
     if trainer.data is context.data:
         return replace(context, trainer=trainer)
     context = replace(context, trainer=trainer)
-    context.check_module(setup.first)
+    context.check_module(first)
     return context
 
 

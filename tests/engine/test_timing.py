@@ -14,7 +14,7 @@ from gputune.engine.job import Job
 from gputune.modules.trace import TraceError
 from gputune.native.library import build_kernels
 from gputune.population.population import Population
-from gputune.population.traits import FastestWay
+from gputune.population.traits import FastestWay, Traits
 from problems import fill, make_data
 
 CONFIGS = fill(*({"lr": lr, "batch_size": 16} for lr in (1e-3, 1e-2)))
@@ -86,6 +86,19 @@ def test_code_is_built_if_the_build_takes_less_time_than_it_saves(
     assert (len(built), "compiled" in found.seconds) == (is_coded, steps > 1000)
     if not is_coded:
         assert found.uncoded == "the training is too short for compiled code to pay off"
+
+
+@pytest.mark.parametrize(("kept", "is_coded"), [((), False), (("gputune_kept_0",), True)])
+def test_no_code_is_built_for_large_frozen_layers_that_members_share(monkeypatch, kept, is_coded):
+    seconds = {"loop": 0.01, "recorded": 0.001}
+    monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: seconds[backend])
+    monkeypatch.setattr(choice, "_compiled_seconds", lambda job, data, chunk, check_build: 0.0001)
+    traits = Traits(common_rows=True, frozen=1 << 20, parameters=100)
+    job = replace(JOB, traits={CHUNK.arguments: traits})
+    found = fastest_way(job, replace(DATA, names=kept or None), CHUNK, member_steps=1e9)
+    assert ("compiled" in found.seconds) == is_coded
+    if not is_coded:
+        assert found.uncoded == "compiled code computes the frozen layers again for each trial"
 
 
 def test_all_ways_are_timed():

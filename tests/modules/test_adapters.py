@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
+from gputune.modules import inspection
 from gputune.modules.adapters import LoraLinear, is_target
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
@@ -182,6 +183,22 @@ def test_a_search_finds_a_model_and_a_resumed_search_equals_it(tmp_path):
     assert {t.params["rank"] for t in study.trials} <= {1, 2, 4}
     assert isinstance(study.best_model().module.module.inner, LoraLinear)
     assert study.best_model().predict(x.numpy()).shape == (48,)
+
+
+def test_a_base_is_tried_only_once_before_the_training(monkeypatch):
+    inspected = []
+    inspect = inspection.inspect_module
+
+    def counted(trial):
+        inspected.append(len(trial.y))
+        return inspect(trial)
+
+    monkeypatch.setattr(inspection, "inspect_module", counted)
+    # without an input layer before the adapters, no features are kept
+    builder = gputune.lora(make_base(n_outputs=2), targets=TARGETS, modules_to_save=["head"])
+    x, y = torch.randn(48, 5), torch.arange(48) % 2
+    gputune.tune(builder, x, y, space={"lr": [1e-3]}, cv=2, max_epochs=1, verbose=0)
+    assert inspected == [13]  # rows: a pass of a pretrained module takes long
 
 
 def test_targets_are_those_of_peft():
