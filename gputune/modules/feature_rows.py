@@ -73,7 +73,8 @@ def _check(
         raise NotKept("augment changes the inputs in each step")
     if data.scorer_rows is not None:
         raise NotKept("the custom score calls the module with rows of X")
-    if data.preparations or any(scaling is not None for scaling in data.scaling):
+    is_scaled = any(scaling is not None for scaling in data.scaling)
+    if data.preparations or is_scaled or any(len(x) > 1 for x in data.inputs):
         raise NotKept("the inputs are scaled by the training rows of each fold")
     if data.on_host:
         raise NotKept("the inputs do not fit into the memory of the GPU")

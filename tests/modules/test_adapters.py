@@ -194,9 +194,10 @@ def test_a_base_is_tried_only_once_before_the_training(monkeypatch):
         return inspect(trial)
 
     monkeypatch.setattr(inspection, "inspect_module", counted)
-    # without an input layer before the adapters, no features are kept
-    builder = gputune.lora(make_base(n_outputs=2), targets=TARGETS, modules_to_save=["head"])
-    x, y = torch.randn(48, 5), torch.arange(48) % 2
+    # The first layer is adapted, so no features are kept.
+    base = make_base(n_features=8, n_outputs=2)
+    builder = gputune.lora(base, targets=TARGETS, modules_to_save=["head"])
+    x, y = torch.randn(48, 8), torch.arange(48) % 2
     gputune.tune(builder, x, y, space={"lr": [1e-3]}, cv=2, max_epochs=1, verbose=0)
     assert inspected == [13]  # rows: a pass of a pretrained module takes long
 

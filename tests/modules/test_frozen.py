@@ -226,6 +226,16 @@ def test_the_plan_says_why_features_are_not_kept(monkeypatch):
     assert text.endswith("they take 5.0 KiB, and only 1.0 KiB of memory are for them")
 
 
+@pytest.mark.parametrize("numbers", ["standard", "none"])
+def test_features_of_inputs_that_each_fold_scales_are_not_kept(numbers, capsys):
+    ROWS.clear()
+    words = WORDS | {"numbers": numbers, "verbose": 1, "space": {"lr": [1e-3], "batch_size": [8]}}
+    study = gputune.tune(gputune.frozen(Body(10)), X.flatten(1), Y, **words)
+    assert len(study.trials) == 1
+    is_scaled = "the inputs are scaled by the training rows of each fold" in capsys.readouterr().err
+    assert is_scaled == (numbers == "standard")
+
+
 def test_rows_that_see_each_other_are_not_kept():
     class Centered(nn.Module):
         def __init__(self):
