@@ -31,6 +31,7 @@ if find_spec("gputune.models") is None:
     )
 
 if TYPE_CHECKING:
+    from gputune.api.many import train_many
     from gputune.api.search import search
     from gputune.api.study import Study
     from gputune.api.tuning import tune
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from gputune.study.loading import load_model
     from gputune.study.model import TunedModel
     from gputune.study.study import Trial
+    from gputune.tuning.many import TrainedModules
     from gputune.views.default_trial import DefaultTrial
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "Study",
     "StudyCorruptError",
     "StudyVersionError",
+    "TrainedModules",
     "Trial",
     "TunedModel",
     "UntrustedCodeError",
@@ -81,12 +84,14 @@ __all__ = [
     "log_int",
     "lora",
     "search",
+    "train_many",
     "tune",
 ]
 
 _MODULES = ("callbacks", "models", "optim", "sklearn")
 _HOMES = {
     # module of gputune -> the public names that it defines
+    "api.many": ("train_many",),
     "api.search": ("search",),
     "api.study": ("Study",),
     "api.tuning": ("tune",),
@@ -105,6 +110,7 @@ _HOMES = {
     "study.loading": ("load_model",),
     "study.model": ("TunedModel",),
     "study.study": ("Trial",),
+    "tuning.many": ("TrainedModules",),
     "views.default_trial": ("DefaultTrial",),
     **{name: (name,) for name in _MODULES},
 }

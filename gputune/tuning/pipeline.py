@@ -220,12 +220,22 @@ def prepared(call: SearchCall, progress: Progress) -> Iterator[tuple[Setup, Cont
     """
     setup = _prepare(call, progress, None)
     with _cluster(setup.problem) as cluster:
-        stop = Stop()
-        trainer = _trainer(setup, stop, cluster, progress)
-        context = Context(
-            Ledger(None), setup.problem.options, progress, stop, trainer, setup.problem, Profile()
-        )
-        yield setup, _checked(context, setup)
+        yield setup, context_without_study(setup, progress, cluster)
+
+
+def context_without_study(
+    setup: Setup, progress: Progress, cluster: Connection | None = None
+) -> Context:
+    """Return the context in which a prepared problem is planned or trained without a study.
+
+    The user's module has run on a few rows. Raises InputError if it cannot be trained.
+    """
+    stop = Stop()
+    trainer = _trainer(setup, stop, cluster, progress)
+    context = Context(
+        Ledger(None), setup.problem.options, progress, stop, trainer, setup.problem, Profile()
+    )
+    return _checked(context, setup)
 
 
 def _checked(context: Context, setup: Setup) -> Context:
@@ -280,8 +290,25 @@ def _prepare(call: SearchCall, progress: Progress, store: Store | None) -> Setup
         configs = [
             problem.choice.complete(trial.params, options.training.schedule) for trial in trials
         ]
+    return set_up(problem, space, folds, trials, configs, progress, store)
+
+
+def set_up(
+    problem: Problem,
+    space: CheckedSpace,
+    folds: Sequence[Rows],
+    trials: Sequence[Candidate],
+    configs: Sequence[Config],
+    progress: Progress,
+    store: Store | None = None,
+) -> Setup:
+    """Prepare the data, the training loss and the scoring for the first trials of a problem.
+
+    ``configs`` are the complete configurations of ``trials``. ``store`` is the study file of a
+    search that continues. Raises InputError.
+    """
     encoded = _dataset(problem, folds, configs, progress)
-    first = trials[0].params if trials else draw(space, 1, options.search.random_state)[0]
+    first = trials[0].params if trials else draw(space, 1, problem.options.search.random_state)[0]
     trained_problem, data = _with_objective(problem, space, encoded, first)
     scoring = _scoring(trained_problem, data, store)
     check_folds(scoring, data)

@@ -71,9 +71,7 @@ def checked_space(choice: ModelChoice, options: Options) -> CheckedSpace:
     """
     search = options.search
     numbers = options.rows.numbers
-    keys = legal_keys(choice.searched, choice.optimizer)
-    if adapters_of(choice.module_class) is not None:
-        keys += tuple(ADAPTER_DEFAULTS)
+    keys = keys_of(choice)
     module = choice.searched == "module"
     check_include(search.include, keys=keys, module=module)
     space = "realmlp" if search.space is None and choice.recipe else search.space
@@ -91,6 +89,13 @@ def checked_space(choice: ModelChoice, options: Options) -> CheckedSpace:
             remedy=f"Leave {option('numbers')} out, or add the value to the space.",
         )
     return checked
+
+
+def keys_of(choice: ModelChoice) -> tuple[str, ...]:
+    """Return the keys of a configuration that the model and its optimizer use, without those that
+    end in a name of the user's choice."""
+    keys = legal_keys(choice.searched, choice.optimizer)
+    return keys if adapters_of(choice.module_class) is None else (*keys, *ADAPTER_DEFAULTS)
 
 
 def _check_named(space: str, choice: ModelChoice) -> None:

@@ -26,6 +26,7 @@ VALUES = {
     "rank": ((1, 64), (0, 2.5)),
     "alpha": ((0.5, 16), (0, math.inf)),
     "rslora": ((True, False), (1, "yes")),
+    "init_seed": ((0, 2**40), (-1, 0.5)),
     "weight_decay": ((0, 3.0), (-1e-9, math.inf)),
     "momentum": ((0, 0.999), (-0.1, 1)),
     "clip_norm": ((0.5, math.inf), (0, -1, math.nan)),
