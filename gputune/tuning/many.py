@@ -210,7 +210,7 @@ def train_given(
     curves = np.full((len(configs), epochs, len(folds)), np.nan)
     backends = [""] * len(configs)
     places: dict[int, tuple[int, int]] = {}
-    groups = []
+    groups: list[_Group] = []
     progress.scoring = setup.scoring.name
     progress.plan(plan)
     bar = progress.bar_over(len(configs), epochs)
@@ -239,8 +239,8 @@ def _checked(given: object, choice: ModelChoice) -> list[Config]:
 
     Raises InputError for a wrong key or a value out of range.
     """
-    is_list = isinstance(given, Sequence) and not isinstance(given, str)
-    if not is_list or not given or not all(isinstance(config, Mapping) for config in given):
+    configs = given if isinstance(given, Sequence) and not isinstance(given, str) else ()
+    if not configs or not all(isinstance(config, Mapping) for config in configs):
         raise InputError(
             "configs",
             "must be a list of at least one dict",
@@ -249,7 +249,7 @@ def _checked(given: object, choice: ModelChoice) -> list[Config]:
         )
     keys = keys_of(choice)
     checked = []
-    for number, config in enumerate(given):
+    for number, config in enumerate(configs):
         name = f"configs[{number}]"
         for key in config:
             check_key(key, keys=keys, module=True, name=name)
