@@ -26,10 +26,11 @@ from gputune.spaces.distributions import CheckedSpace
 from gputune.study.store import Candidate
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
-from gputune.tuning.pipeline import context_without_study, set_up
+from gputune.tuning.pipeline import context_without_study
 from gputune.tuning.problem import Problem, make_problem
 from gputune.tuning.progress import Progress
 from gputune.tuning.session import keys_of
+from gputune.tuning.setup import set_up
 from gputune.types import Config, Params
 from gputune.wording import Verbatim
 

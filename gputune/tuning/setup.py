@@ -1,0 +1,137 @@
+"""Prepare the data, the training loss and the scoring of a problem for its first trials."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from gputune.data.dataset import Dataset, Rows, ScorerRows
+from gputune.engine.choice import DeviceChoice
+from gputune.optimizers.classes import check_optimizer
+from gputune.scoring.metrics import check_folds, has_function
+from gputune.scoring.objective import make_objective
+from gputune.scoring.scoring import Scoring
+from gputune.spaces.distributions import CheckedSpace
+from gputune.spaces.random import draw
+from gputune.study.store import Candidate, Store
+from gputune.tuning.problem import Problem
+from gputune.tuning.progress import Progress
+from gputune.types import KEPT_BYTES, Config
+from gputune.wording import option
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A search that is ready to train: model, space, rows, trials and scoring."""
+
+    problem: Problem
+    space: CheckedSpace
+    folds: Sequence[Rows]
+    trials: Sequence[Candidate]
+    configs: Sequence[Config]
+    data: Dataset
+    scoring: Scoring
+    first: Config
+    """The hyperparameters of the first trial.
+
+    If an Optuna sampler proposes the trials later, they are a random sample.
+    """
+
+
+def set_up(
+    problem: Problem,
+    space: CheckedSpace,
+    folds: Sequence[Rows],
+    trials: Sequence[Candidate],
+    configs: Sequence[Config],
+    progress: Progress,
+    store: Store | None = None,
+) -> Setup:
+    """Prepare the data, the training loss and the scoring for the first trials of a problem.
+
+    ``configs`` are the complete configurations of ``trials``. ``store`` is the study file of a
+    search that continues. Raises InputError.
+    """
+    encoded = _dataset(problem, folds, configs, progress)
+    first = trials[0].params if trials else draw(space, 1, problem.options.search.random_state)[0]
+    trained_problem, data = _with_objective(problem, space, encoded, first)
+    scoring = _scoring(trained_problem, data, store)
+    check_folds(scoring, data)
+    _check_configs(trained_problem, trials, configs)
+    return Setup(trained_problem, space, folds, trials, configs, data, scoring, first)
+
+
+def _dataset(
+    problem: Problem, folds: Sequence[Rows], configs: Sequence[Config], progress: Progress
+) -> Dataset:
+    """Return the data of all folds on the chosen device.
+
+    A note tells the user if the device is unexpected.
+    """
+    options = problem.options
+    # Data for a cluster stays in main memory.
+    place = DeviceChoice(torch.device("cpu"))
+    if options.machine.cluster is None:
+        # A sampler draws more configurations of this kind later.
+        repeats = max(1.0, options.search.n_trials / max(1, len(configs)))
+        place = problem.device_choice(folds, configs, repeats=repeats)
+    if place.why:
+        gpu = option("device", "cuda")
+        progress.say(f"note: trials train on the CPU ({gpu} takes the GPU): {place.why}")
+    data = problem.dataset(folds, place.device)
+    if not has_function(options.search.scoring):
+        return data
+    # A custom scoring function receives the original rows.
+    return replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout))
+
+
+def _with_objective(
+    problem: Problem, space: CheckedSpace, data: Dataset, first: Config
+) -> tuple[Problem, Dataset]:
+    """Return the problem and the data with the final training loss.
+
+    The default loss depends on the module's outputs, so gputune runs the module on the data once.
+    """
+    loss = problem.default_loss(data, first)
+    if loss:
+        objective = make_objective(loss, None, problem.options.training.augment, data.task)
+        options = problem.options.changed(loss=loss)
+        problem = replace(problem, options=options, objective=objective)
+        data = data.with_one_logit()
+    if problem.objective is not None:
+        problem = replace(problem, objective=problem.objective.of_space(space))
+    return problem, data
+
+
+def _scoring(problem: Problem, data: Dataset, store: Store | None) -> Scoring:
+    """Return the scoring of the search, with a limit on the bytes of stored predictions."""
+    options = problem.options
+    # A hypergradient search has no best epoch, and outputs for a custom target have no mean.
+    has_best = (
+        options.training.epoch == "best"
+        and not options.search.differentiates
+        and data.task != "custom"
+    )
+    kept_bytes = KEPT_BYTES if options.machine.keep_predictions and has_best else 0
+    is_resumed = store is not None and "scoring" in store.meta
+    scoring = problem.scoring(_earlier_scoring(store), is_resumed=is_resumed)
+    return replace(scoring, kept_bytes=kept_bytes)
+
+
+def _check_configs(
+    problem: Problem, trials: Sequence[Candidate], configs: Sequence[Config]
+) -> None:
+    """Raise InputError if a configuration does not fit the training loss or the optimizer."""
+    is_stacked = problem.options.machine.backend == "stacked"
+    for trial, config in zip(trials, configs):
+        if problem.objective is not None:
+            problem.objective.check(trial.params)
+        check_optimizer(config, problem.choice.searched, stacked=is_stacked)
+
+
+def _earlier_scoring(store: Store | None) -> str | None:
+    """Return "r2" if the search continues a study that R2 ranks, else None.
+
+    Earlier versions ranked every regression by R2 by default.
+    """
+    return "r2" if store is not None and store.meta.get("scoring") == "r2" else None
