@@ -7,7 +7,7 @@ optimizer of a configuration.
 import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
-from inspect import signature
+from inspect import signature, unwrap
 from itertools import zip_longest
 
 import numpy as np
@@ -229,6 +229,8 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
             kwargs["foreach"] = True
     for name, value in arguments.items():
         kwargs[name] = tuple(value) if isinstance(value, list) else value
+    if not class_of(config):
+        kind = _without_compiler(kind)
     try:
         return kind(list(parameters), **kwargs)
     except Exception as error:
@@ -246,6 +248,21 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
             f"torch.optim.{kind.__name__}({shown}) raised {type(error).__name__}: {error}",
             remedy=remedy,
         ) from error
+
+
+@lru_cache
+def _without_compiler(kind: Class) -> Class:
+    """Return a subclass of an optimizer class that does not import ``torch._dynamo``.
+
+    The methods of torch.optim only tell this compiler to leave them alone, but the import takes
+    more than two seconds of CPU time. The steps are the same.
+    """
+    methods = {
+        "__module__": kind.__module__,
+        "add_param_group": unwrap(kind.add_param_group),
+        "step": torch.no_grad()(unwrap(kind.step)),
+    }
+    return type(kind.__name__, (kind,), methods)
 
 
 def _check_arguments(kind: Class, arguments: Config) -> None:

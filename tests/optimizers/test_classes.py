@@ -1,5 +1,8 @@
 """Classes of torch.optim: by name and by type, their rules, the refused ones, and their state."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -211,3 +214,47 @@ def test_a_decay_beyond_the_numbers_of_a_precision_is_held_to_them(optimizer):
     made = make_optimizer(config, [weight])
     made.step()  # which raises an OverflowError otherwise, of sgd
     assert made.param_groups[0]["weight_decay"] == torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "adam", "adamw"])
+def test_a_rule_takes_the_steps_of_its_class_and_needs_no_compiler(name):
+    (config,) = fill(
+        {"lr": 0.1, "batch_size": 8, "momentum": 0.5, "weight_decay": 0.1}, optimizer=name
+    )
+    steps = []
+    for make in (make_optimizer, reference_optimizer):
+        weight = torch.linspace(-1, 1, 12).requires_grad_()
+        optimizer = make(config, [weight])
+        for number in range(3):
+            weight.grad = torch.linspace(1, 2 + number, 12)
+            optimizer.step()
+        assert weight.requires_grad and weight.grad_fn is None
+        steps.append(weight.detach())
+    torch.testing.assert_close(*steps, rtol=0, atol=0)
+    assert type(make_optimizer(config, [weight])).__name__ == type(optimizer).__name__
+
+
+def reference_optimizer(config, parameters):
+    """The same optimizer, made by torch.optim."""
+    kwargs = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
+    if config["optimizer"].startswith("adam"):
+        kind = torch.optim.Adam if config["optimizer"] == "adam" else torch.optim.AdamW
+        return kind(parameters, betas=(0.9, config["beta2"]), fused=True, **kwargs)
+    nesterov = config["optimizer"] == "nesterov"
+    return torch.optim.SGD(
+        parameters, momentum=config["momentum"], nesterov=nesterov, foreach=True, **kwargs
+    )
+
+
+def test_steps_of_a_rule_do_not_import_the_compiler_of_torch():
+    code = """
+import sys, torch
+from gputune.optimizers.classes import make_optimizer
+from gputune.population.population import complete
+config = complete({"lr": 0.1, "batch_size": 8}, optimizer="adam", schedule="constant")
+weight = torch.ones(3, requires_grad=True)
+weight.grad = torch.ones(3)
+make_optimizer(config, [weight]).step()
+assert weight[0] < 1 and "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
