@@ -26,6 +26,9 @@ All engines must reach the same scores before their times are shown.
     python scripts/benchmark --modules [--rows GRU LSTM] [--small] [--steps]
                                                  user's modules, compared with a plain loop on all
                                                  cores and Optuna
+    python scripts/benchmark --operations [--rows Conv norm]
+                                                 steps of operations of modules in compiled code,
+                                                 compared with recorded steps
     python scripts/benchmark --many              a study file of 100,000 trials: opening and
                                                  resuming it
     python scripts/benchmark --native            the compiled code compared with a build with
@@ -75,6 +78,7 @@ STUDIES = {
     "native": "an epoch in compiled code of each level, beside -march=native",
     "optuna": "a search of 160 trials for each of 10 seeds",
     "modules": "25 searches over modules of a user's own beside a plain loop and Optuna",
+    "operations": "steps in compiled code and recorded; --rows are words in names of operations",
     "lora": "LoRA and heads on a frozen BERT beside loops that keep the base",
     "tables": "networks and boosted trees; --rows are ways, --repeats the splits (3)",
     "portfolio": "a short list of good configurations of the MLP, over the tables of --data",
@@ -82,7 +86,8 @@ STUDIES = {
 }
 """What else is measured, and what the option says of it. The ``run`` of the module of that name
 measures, prints and writes; it returns 0, or 1 where what must hold does not: then it writes
-nothing, but for ``--optuna``, and ``--modules``, which leaves out the rows that disagree."""
+nothing, but for ``--optuna``, ``--operations``, and ``--modules``, which leaves out the rows that
+disagree."""
 
 HELP = {
     "epochs": "default 20, with --hypergradients 5, --grid 10, --quality 27",

@@ -31,7 +31,7 @@ def study(script, tmp_path, capsys, monkeypatch):
         code = script("benchmark.__main__").main([f"--{name}", "--out", str(tmp_path), *options])
         said = capsys.readouterr().out
         files = list(tmp_path.iterdir())
-        if code and not (name == "modules" and files):
+        if code and not (name in ("modules", "operations") and files):
             assert not files and "|" not in said.partition("NO ")[2]
             return code, None, said
         (numbers,), (page,) = tmp_path.glob(f"{name}-*.json"), tmp_path.glob(f"{name}-*.md")
@@ -420,6 +420,29 @@ def test_the_loop_trains_a_module_like_gputune(script):
         by_loop = [modules.modules.fit(case.module_class, fold, trial, 2) for fold in folds]
         # 359 rows in a fold: at most one row differs
         np.testing.assert_allclose(by_loop, scores, atol=1.5 / 359)
+
+
+def test_operations_that_are_slower_in_compiled_code_are_named(script, study):
+    operations = script("benchmark.studies.operations")
+
+    def measure(name, operation, turns):
+        assert operation.backend == "compiled" and turns == 2
+        return operations.Row(name, 0.2, 0.25 if name == "nn.ReLU" else 0.1)
+
+    options = ("operations", "--repeats", "2", "--rows")
+    code, whole, text = study(*options, "nn.ReLU", "orthogonal", measure=measure)
+    assert code == 1 and [row["name"] for row in whole["rows"]] == ["nn.ReLU", "nn.ReLU6"]
+    assert "1 operation of 2 slower in compiled code: nn.ReLU." in text
+    assert "| `nn.ReLU` | 0.2000 | 0.2500 | **0.80** |" in text
+    assert study(*options, "nn.ReLU6", measure=measure)[0] == 0
+
+
+@needs_compiled_code
+def test_a_step_of_an_operation_is_measured_in_both_backends(script):
+    operations = script("benchmark.studies.operations")
+    relu = operations._of_tests("operations").OPERATIONS["nn.ReLU"]
+    row = operations.measure("nn.ReLU", relu, 2)
+    assert row.name == "nn.ReLU" and 0 < row.compiled < 1 and 0 < row.recorded < 1
 
 
 @pytest.mark.long
