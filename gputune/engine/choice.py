@@ -328,11 +328,13 @@ def fastest_way(
         raise loop.error  # of the module itself, which no backend can train
     fastest = min(loop.seconds, stacked.seconds)
     uncoded = _TOO_SHORT
-    # Seconds that compiled code saves: all cores train, but only one builds code.
-    saved = (1 - _CODED_SHARE) * fastest * member_steps / cores()
+    # CPU seconds that compiled steps save. A short search trains recorded steps on one core, so the
+    # user also waits that much less.
+    saved = (1 - _CODED_SHARE) * fastest * member_steps
+    recording = stacked.elapsed if stacked.seconds < loop.seconds else 0.0
 
     def check_build(build: float) -> None:
-        if build > saved:
+        if build > saved + recording:
             raise _NotWorthItError(_TOO_SHORT)
 
     if repeats_frozen_layers(job.traits.get(group.arguments), data):
@@ -382,12 +384,14 @@ class _Tried:
     train.
 
     If the timing failed, ``seconds`` is infinity, and ``sentence`` describes the error for the
-    user.
+    user. ``elapsed`` are the CPU seconds of the whole timing. Most of them are one-time work of the
+    first steps, such as a recording.
     """
 
     seconds: float
     error: Exception | None = None
     sentence: str = ""
+    elapsed: float = 0.0
 
 
 def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
@@ -396,8 +400,10 @@ def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
     ``ChunkPool.failures`` then has a sentence that the plan shows to the user, unless compiled code
     does not exist for the module, which is no failure.
     """
+    begin = time.process_time()
     try:
-        return _Tried(seconds())
+        seconds_of_a_step = seconds()
+        return _Tried(seconds_of_a_step, elapsed=time.process_time() - begin)
     except _NotWorthItError as error:
         return _Tried(math.inf, error, str(error))
     except (TraceError, NotBuiltError) as error:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
-from torch.utils._pytree import tree_map_only
 
 from gputune.modules.decompositions import OWN
 from gputune.modules.kernels.places import is_contiguous
@@ -25,6 +24,7 @@ from gputune.modules.trace import (
     Storages,
     Trace,
     TraceError,
+    mapped_leaves,
     memory_of,
     trace,
 )
@@ -57,7 +57,7 @@ def _simpler(
     if function is None or op.out in op.kwargs:
         raise refusal
     room = _Room(steps)
-    args, kwargs = tree_map_only(Place, room.tensor, (op.args, op.kwargs))
+    args, kwargs = mapped_leaves((op.args, op.kwargs), Place, room.tensor)
     targets = [None if place is None else room.tensor(place) for place in op.results]
     if not op.results:
         targets = list(map(room.tensor, op.writes))
@@ -95,7 +95,7 @@ def _simpler(
 
     for part in simpler.operations:
         places = (part.args, part.kwargs, part.results, part.writes)
-        fields = _fields(tree_map_only(Place, renamed, places))
+        fields = _fields(mapped_leaves(places, Place, renamed))
         operations.append(replace(part, replaced=replaced, **fields))
     return operations
 
@@ -158,5 +158,5 @@ _CONTIGUOUS = {
 
 def _with_contiguous(function: Function, *args: object, **kwargs: object) -> object:
     """Call an operation with contiguous copies of its tensors."""
-    args, kwargs = tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
+    args, kwargs = mapped_leaves((args, kwargs), Tensor, Tensor.contiguous)
     return function(*args, **kwargs)

@@ -10,6 +10,7 @@ kernel. The results equal the results of the step itself, because the same kerne
 order.
 """
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +19,6 @@ from math import isfinite
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from gputune.modules.trace import (
     ALIGNED,
@@ -29,6 +29,7 @@ from gputune.modules.trace import (
     TakeStep,
     Trace,
     TraceError,
+    mapped_leaves,
     memories_of,
 )
 
@@ -91,7 +92,7 @@ def simplify_trace(trace: Trace, with_out: Callable[[Operation], Operation] = _w
             and not op.writes
             and op.makes[0].memory not in changed
         ):
-            args, kwargs = tree_map_only(Place, tensor, (op.args, op.kwargs))
+            args, kwargs = mapped_leaves((op.args, op.kwargs), Place, tensor)
             result = op.function(*args, **kwargs)
             place = op.makes[0]
             if result.stride() != place.stride:
@@ -219,6 +220,7 @@ def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
     copies = set()
     makers = dict[int, int]()
     uses = Counter[int]()
+    places = [op.places for op in result]
     for i, op in enumerate(result):
         makers |= dict.fromkeys(memories_of(op.makes), i)
         uses.update(place.memory for place in op.reads + op.writes)
@@ -230,13 +232,11 @@ def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
         destination = _destination(result[maker], source, target)
         if uses[source.memory] != 1 or destination is None:
             continue
-        between: list[Place] = []
-        for other in result[maker:i]:
-            # New results are included: they may lie in the destination before its own memory is
-            # made.
-            between += other.places
+        # New results are included: they may lie in the destination before its own memory is made.
+        between = itertools.chain.from_iterable(places[maker:i])
         if not any(target.overlaps(place) for place in between):
             result[maker] = replace(result[maker], results=[], writes=[destination])
+            places[maker] = result[maker].places
             copies.add(i)
     return [op for i, op in enumerate(result) if i not in copies]
 

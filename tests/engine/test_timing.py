@@ -2,6 +2,7 @@
 is worth trying."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,13 +48,12 @@ SEARCH = {"n_trials": 2, "cv": 2, "workers": 1, "verbose": 0}
         (0.002, 0.0009, 1e9, "", 0.0001),
         (0.00105, 1.0, 1e9, "", 0.0),
         (0.0001, 0.00008, 1e9, "", 0.00002),
-        (0.0001, 0.00008, 1e4, "", 0.0),  # writing the code would take as long
+        (0.0001, 0.00008, 5e3, "", 0.0),  # writing the code would take as long
         (0.002, 0.0001, 1e3, "", 0.0),
     ],
 )
 def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, steps, slow, gain):
     monkeypatch.setattr(choice, "_compiled_seconds", lambda job, data, chunk, check_build: code)
-    monkeypatch.setattr(choice, "cores", lambda: 2)
     monkeypatch.setattr(
         choice, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked)
     )
@@ -62,28 +62,35 @@ def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, st
 
 
 @pytest.mark.parametrize(
-    ("steps", "build", "is_coded"),
+    ("steps", "recording", "build", "is_coded"),
     [
-        # Recorded steps take 2 s on 2 cores, so compiled code is estimated to save 1 s.
-        (4000, 0.9, True),
-        (4000, 1.1, False),
-        (40_000, 1.1, True),
-        (1000, 0.0, False),  # writing the code takes longer
+        # Recorded steps take 4 s, so compiled code is estimated to save 2 s.
+        (4000, 0.0, 1.9, True),
+        (4000, 0.0, 2.1, False),
+        (4000, 0.2, 2.1, True),  # and the recording
+        (40_000, 0.0, 2.1, True),
+        (500, 0.0, 0.0, False),  # writing the code takes longer
     ],
 )
 def test_code_is_built_if_the_build_takes_less_time_than_it_saves(
-    monkeypatch, steps, build, is_coded
+    monkeypatch, steps, recording, build, is_coded
 ):
-    seconds = {"loop": 0.01, "recorded": 0.001}
-    monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: seconds[backend])
-    monkeypatch.setattr(choice, "cores", lambda: 2)
+    now = 0.0
+
+    def seconds_of_a_step(job, data, chunk, backend):
+        nonlocal now
+        now += recording
+        return {"loop": 0.01, "recorded": 0.001}[backend]
+
+    monkeypatch.setattr(choice, "_seconds", seconds_of_a_step)
+    monkeypatch.setattr(choice, "time", SimpleNamespace(process_time=lambda: now))
     monkeypatch.setattr(members, "build_seconds", lambda bodies, dtype: build)
     built = []
     monkeypatch.setattr(
         members, "build_kernels", lambda *given: built.append(given) or build_kernels(*given)
     )
     found = fastest_way(JOB, DATA, CHUNK, member_steps=steps)
-    assert (len(built), "compiled" in found.seconds) == (is_coded, steps > 1000)
+    assert (len(built), "compiled" in found.seconds) == (is_coded, steps > 500)
     if not is_coded:
         assert found.uncoded == "the training is too short for compiled code to pay off"
 
