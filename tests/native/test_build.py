@@ -61,6 +61,20 @@ def test_the_seconds_of_a_build_are_estimated_from_the_last_build(monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX counts the CPU time of child processes")
+def test_a_compiler_that_waits_for_a_core_does_not_count_as_slow(monkeypatch, tmp_path):
+    waiting = tmp_path / "waiting-cc"
+    waiting.write_text(f'#!/bin/sh\nsleep 2\nexec {find_compiler()} "$@"\n')
+    waiting.chmod(0o755)
+    monkeypatch.setenv("CC", str(waiting))
+    monkeypatch.setattr(built, "_compiler_speed", [1.0])
+    source = f"{SOURCE}\n/* {'a long comment ' * 100} */\n"
+    built.build.cache_clear()
+    built.build(source, torch.float32)
+    assert built._compiler_speed[0] * len(source) < 1
+
+
+@needs_compiler
 def test_processes_that_need_the_same_code_at_once_build_it_once(monkeypatch, tmp_path, folder):
     calls = tmp_path / "calls"
     slow = tmp_path / "slow-cc"
