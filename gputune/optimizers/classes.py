@@ -69,6 +69,23 @@ _CLASS_OF_RULE = {word: _CLASSES[name] for name, word in _RULES.items() if word 
 _CLASS_OF_RULE["nesterov"] = torch.optim.SGD
 
 
+def _without_compiler(kind: Class) -> Class:
+    """Return a subclass of an optimizer class that does not import ``torch._dynamo``.
+
+    The methods of torch.optim only tell this compiler to leave them alone, but the import takes
+    more than two seconds of CPU time. The steps are the same.
+    """
+    methods = {
+        "__module__": kind.__module__,
+        "add_param_group": unwrap(kind.add_param_group),
+        "step": torch.no_grad()(unwrap(kind.step)),
+    }
+    return type(kind.__name__, (kind,), methods)
+
+
+_LIGHT_CLASSES = {kind: _without_compiler(kind) for kind in _CLASS_OF_RULE.values()}
+
+
 def optimizer_word(value: object, name: str, *, more: Collection[str] = ()) -> str:
     """Return the name under which a configuration stores an optimizer.
 
@@ -230,7 +247,7 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
     for name, value in arguments.items():
         kwargs[name] = tuple(value) if isinstance(value, list) else value
     if not class_of(config):
-        kind = _without_compiler(kind)
+        kind = _LIGHT_CLASSES[kind]
     try:
         return kind(list(parameters), **kwargs)
     except Exception as error:
@@ -248,21 +265,6 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
             f"torch.optim.{kind.__name__}({shown}) raised {type(error).__name__}: {error}",
             remedy=remedy,
         ) from error
-
-
-@lru_cache
-def _without_compiler(kind: Class) -> Class:
-    """Return a subclass of an optimizer class that does not import ``torch._dynamo``.
-
-    The methods of torch.optim only tell this compiler to leave them alone, but the import takes
-    more than two seconds of CPU time. The steps are the same.
-    """
-    methods = {
-        "__module__": kind.__module__,
-        "add_param_group": unwrap(kind.add_param_group),
-        "step": torch.no_grad()(unwrap(kind.step)),
-    }
-    return type(kind.__name__, (kind,), methods)
 
 
 def _check_arguments(kind: Class, arguments: Config) -> None:
