@@ -328,8 +328,7 @@ def fastest_way(
         raise loop.error  # of the module itself, which no backend can train
     fastest = min(loop.seconds, stacked.seconds)
     uncoded = _TOO_SHORT
-    # CPU seconds that compiled steps save. A short search trains recorded steps on one core, so the
-    # user also waits that much less.
+    # CPU seconds that compiled steps save. (Short searches train recorded steps on one core.)
     saved = (1 - _CODED_SHARE) * fastest * member_steps
     recording = stacked.elapsed if stacked.seconds < loop.seconds else 0.0
 
@@ -384,8 +383,7 @@ class _Tried:
     train.
 
     If the timing failed, ``seconds`` is infinity, and ``sentence`` describes the error for the
-    user. ``elapsed`` are the CPU seconds of the whole timing. Most of them are one-time work of the
-    first steps, such as a recording.
+    user. ``elapsed`` has the CPU seconds of the timing, mostly of one-time work such as a recording.
     """
 
     seconds: float
