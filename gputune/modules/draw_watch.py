@@ -93,11 +93,16 @@ class _OperationWatch(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Trail:
-    """Remembers the running submodule, for error messages, and the size of the largest result."""
+    """Remembers the running submodule, for error messages, and the size of the largest result.
+
+    In a module with frozen parameters, only results that depend on trained tensors count. All
+    members share the others.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.open: list[str] = []
         self.largest = 0
+        self._has_frozen = not all(w.requires_grad for w in module.parameters())
         for name, part in module.named_modules():
             if not isinstance(part, torch.jit.ScriptModule):  # a scripted module takes no hooks
                 part.register_forward_pre_hook(
@@ -108,7 +113,7 @@ class Trail:
     def _leave(self, _module: nn.Module, _args: object, result: object) -> None:
         """Forward hook: note the end of a submodule's call and the size of its ``result``."""
         self.open.pop()
-        if isinstance(result, Tensor):
+        if isinstance(result, Tensor) and (result.requires_grad or not self._has_frozen):
             self.largest = max(self.largest, result.numel())
 
     @property

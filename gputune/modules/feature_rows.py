@@ -73,13 +73,13 @@ def _check(
         raise NotKept("augment changes the inputs in each step")
     if data.scorer_rows is not None:
         raise NotKept("the custom score calls the module with rows of X")
+    if settings.reads_inputs and _has_several_targets(configs):
+        raise NotKept("trials adapt different layers (module__targets)")
     is_scaled = any(scaling is not None for scaling in data.scaling)
     if data.preparations or is_scaled or any(len(x) > 1 for x in data.inputs):
         raise NotKept("the inputs are scaled by the training rows of each fold")
     if data.on_host:
         raise NotKept("the inputs do not fit into the memory of the GPU")
-    if settings.reads_inputs and _has_several_targets(configs):
-        raise NotKept("trials adapt different layers (module__targets)")
 
 
 def _has_several_targets(configs: Sequence[Config]) -> bool:

@@ -77,7 +77,9 @@ class ModuleNetwork:
         self.loss_values = self.objective.values(
             self.configs, torch.empty(0, dtype=shape.dtype, device=shape.device)
         )
-        self.widest = max(traits.widest, shape.n_features)
+        self.widest = traits.widest
+        if not traits.common_rows:  # each member has a copy of its rows
+            self.widest = max(traits.widest, shape.n_features)
         self._lay_out()
         self.stateless = Stateless(self.template)
 

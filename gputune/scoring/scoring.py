@@ -412,7 +412,10 @@ class Validation:
         """
         if not network.alone:
             return self.data.n_rows
-        widest = max(self.data.row_numbers, network.widest)
+        row_numbers = self.data.row_numbers
+        if network.traits is not None and network.traits.common_rows:
+            row_numbers = -(-row_numbers // trials)  # one copy for all trials
+        widest = max(row_numbers, network.widest)
         if network.evaluation_draws:
             return drawing_rows(widest)
         return max(64, self.block_bytes // (trials * widest * self.data.dtype.itemsize))

@@ -6,9 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.func import vmap
+from torch.nn import functional
 
 from gputune.engine import plan
 from gputune.engine.plan import Planner
+from gputune.modules import mapped
 from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule
 from gputune.population.batches import Batches
@@ -151,3 +154,38 @@ def test_differentiable_outputs_equal_the_outputs():
     for f in range(data.n_folds):
         expected = network.outputs(params, f, [rows[0][3 * f]])
         assert torch.allclose(outputs[f], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (7, 3, 5)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_layer_with_few_outputs_on_common_rows_is_one_product(shape, has_bias, monkeypatch):
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, generator=draws, dtype=torch.float64)
+    weight = torch.randn(4, 2, 5, generator=draws, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, 2, generator=draws, dtype=torch.float64, requires_grad=True)
+    tensors = [weight, bias] if has_bias else [weight]
+    monkeypatch.setattr(mapped, "_Linear", None)  # one product for each member
+    with mapped.Mapped():
+        outputs = vmap(lambda *w: functional.linear(x, *w))(*tensors)
+    expected = torch.stack([functional.linear(x, *w) for w in zip(*tensors)])
+    assert torch.allclose(outputs, expected, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(outputs.square().sum(), tensors)
+    others = torch.autograd.grad(expected.square().sum(), tensors)
+    for gradient, other in zip(gradients, others, strict=True):
+        assert torch.allclose(gradient, other, rtol=1e-12, atol=1e-12)
+
+
+def test_shared_outputs_of_frozen_layers_are_no_memory_of_a_member():
+    data = make_data()
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(data.n_features, 1000).requires_grad_(False)
+            self.inner = nn.Linear(1000, 8)
+            self.head = nn.Linear(8, data.n_outputs)
+
+        def forward(self, x):
+            return self.head(self.inner(self.body(x)))
+
+    assert traits_of(Wide, fill({"lr": 1e-3})[0], data).widest == 8
