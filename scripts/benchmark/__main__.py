@@ -43,6 +43,7 @@ All engines must reach the same scores before their times are shown.
     python scripts/benchmark --lora [--rows "top layer"]
                                                  LoRA and heads on a frozen BERT, compared with
                                                  loops of PEFT and PyTorch
+    python scripts/benchmark --heads                LoRA and a tuned head on MiniLM: held-out scores
     python scripts/benchmark --realmlp --data FILE.py
                                                  RealMLP's space in gputune and in pytabkit
 
@@ -80,6 +81,7 @@ STUDIES = {
     "modules": "25 searches over modules of a user's own beside a plain loop and Optuna",
     "operations": "steps in compiled code and recorded; --rows are words in names of operations",
     "lora": "LoRA and heads on a frozen BERT beside loops that keep the base",
+    "heads": "LoRA and a tuned head on texts whose words do not show the class, 5 seeds",
     "tables": "networks and boosted trees; --rows are ways, --repeats the splits (3)",
     "portfolio": "a short list of good configurations of the MLP, over the tables of --data",
     "realmlp": "RealMLP's space here and in pytabkit, its authors' package; --rows are tables of --data",
