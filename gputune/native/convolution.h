@@ -13,13 +13,6 @@ typedef struct {
     int64_t block;
 } Convolution;
 
-/* Most rows of a tile of ``vectors`` vectors per row. Twelve sums hide the latency of additions. */
-#if VECTOR_BYTES == 64
-#define MOST_ROWS(vectors) ((vectors) == 3 ? 8 : 12)
-#else
-#define MOST_ROWS(vectors) (12 / (vectors))
-#endif
-
 /* Outputs of some pixels: row i is the sum over k of in[i step + at[k]] lines[k], plus the bias. */
 ALWAYS_INLINE void taps_tile(const int rows, const int vectors, long inner, const real *in, long step, const long *at,
                              const real *lines, const real *bias, real *out, long out_step) {
@@ -112,10 +105,6 @@ ALWAYS_INLINE void tap_weights_tile(const int rows, const Convolution *c, long i
     case n: \
         weights_tile(n, VECTORS, c, images, x, x_image, x_row, x_step, dy, y_image, y_row, y_step, to, to_row); \
         break;
-#define FOUR(CASE) CASE(1) CASE(2) CASE(3) CASE(4)
-#define SIX(CASE) FOUR(CASE) CASE(5) CASE(6)
-#define EIGHT(CASE) SIX(CASE) CASE(7) CASE(8)
-#define TWELVE(CASE) EIGHT(CASE) CASE(9) CASE(10) CASE(11) CASE(12)
 #define CONVOLUTION_TILES(n, EACH_ROWS) \
     static void taps_of_##n(int rows, long inner, const real *in, long step, const long *at, const real *lines, \
                             const real *bias, real *out, long out_step) { \
@@ -132,11 +121,12 @@ static void tap_weights(int rows, const Convolution *c, long images, const real 
                         long x_step, const long *at, const real *dy, long y_image, long y_row, long y_step, real *to) {
     switch (rows) { TWELVE(TAP_WEIGHTS_CASE) }
 }
-CONVOLUTION_TILES(1, TWELVE)
 #if VECTOR_BYTES == 64
+CONVOLUTION_TILES(1, TWELVE)
 CONVOLUTION_TILES(2, TWELVE)
 CONVOLUTION_TILES(3, EIGHT)
 #else
+CONVOLUTION_TILES(1, EIGHT)
 CONVOLUTION_TILES(2, SIX)
 #if TILE_VECTORS == 3
 CONVOLUTION_TILES(3, FOUR)
@@ -182,6 +172,37 @@ static void copy_images(long images, long channels, long height, long width, con
         }
 }
 
+/* The frames of zeros into which images of x are copied: numbers of a row and of a frame, and the
+   rows and columns of an image that the convolution reads. */
+typedef struct {
+    long row, size, below, right;
+} Frame;
+
+static Frame frame_of_x(const Convolution *c) {
+    long height = (c->OH - 1) * c->SH + (c->KH - 1) * c->DH + 1, width = (c->OW - 1) * c->SW + (c->KW - 1) * c->DW + 1;
+    long below = c->H < height - c->PH ? c->H : height - c->PH, right = c->W < width - c->PW ? c->W : width - c->PW;
+    return (Frame){width * c->C, height * width * c->C, below, right};
+}
+
+static void copy_to_frames(const Convolution *c, Frame f, long images, const real *x, real *frames) {
+    copy_images(images, c->C, f.below, f.right, x, c->xb, c->xc, c->xh, c->xw, frames + c->PH * f.row + c->PW * c->C,
+                f.size, 1, f.row, c->C);
+}
+
+/* Images whose channels lie next to each other. */
+typedef struct {
+    const real *from;
+    long image, row, step;
+} Pixels;
+
+/* Images of y, which are copied to ``flat`` if their channels are elsewhere. */
+static Pixels pixels_of_y(const Convolution *c, long images, const real *y, real *flat) {
+    if (c->yc == 1 || c->O == 1) return (Pixels){y, c->yb, c->yh, c->yw};
+    Pixels p = {flat, c->OH * c->OW * c->O, c->OW * c->O, c->O};
+    copy_images(images, c->O, c->OH, c->OW, y, c->yb, c->yc, c->yh, c->yw, flat, p.image, 1, p.row, p.step);
+    return p;
+}
+
 /* The number of vectors of the next tile, if ``columns`` columns are left. */
 static long vectors_of(long columns) { return panel((columns + LANES - 1) / LANES * LANES) / LANES; }
 
@@ -209,8 +230,8 @@ static Scratch scratch_of(real *w, long inner, long groups, long columns, long f
 static void convolution(const int64_t *N, const real *x, const real *weight, const real *bias, real *y, real *w) {
     const Convolution *c = (const Convolution *)N;
     long inputs = c->C / c->groups, outputs = c->O / c->groups, inner = c->KH * c->KW * inputs;
-    long height = (c->OH - 1) * c->SH + (c->KH - 1) * c->DH + 1, width = (c->OW - 1) * c->SW + (c->KW - 1) * c->DW + 1;
-    long row = width * c->C, frame = height * row, columns = padded_columns(outputs);
+    Frame f = frame_of_x(c);
+    long row = f.row, frame = f.size, columns = padded_columns(outputs);
     Scratch s = scratch_of(w, inner, c->groups, outputs, c->block * frame);
     int is_last = c->yc == 1 || c->O == 1;
     /* outputs in another layout are first computed with channels last */
@@ -234,11 +255,9 @@ static void convolution(const int64_t *N, const real *x, const real *weight, con
         }
     for (long o = 0; o < c->O && bias; o++) s.bias[o / outputs * columns + o % outputs] = bias[o];
     memset(s.frames, 0, (c->block * frame + TILE_COLUMNS) * sizeof(real));
-    long below = c->H < height - c->PH ? c->H : height - c->PH, right = c->W < width - c->PW ? c->W : width - c->PW;
     for (long b = 0, count; b < c->B; b += count) {
         count = c->B - b < c->block ? c->B - b : c->block;
-        copy_images(count, c->C, below, right, x + b * c->xb, c->xb, c->xc, c->xh, c->xw,
-                    s.frames + c->PH * row + c->PW * c->C, frame, 1, row, c->C);
+        copy_to_frames(c, f, count, x + b * c->xb, s.frames);
         real *out = is_last ? y + b * yb : s.flat;
         for (long g = 0; g < c->groups; g++)
             for (long j = 0, vectors; j < outputs; j += vectors * LANES) {
@@ -330,13 +349,10 @@ static void convolution_below(const int64_t *N, const real *y, const real *weigh
    in a group is a multiple of LANES. */
 static void few_weights(const Convolution *c, const real *y, const real *x, real *weight, real *w) {
     long inputs = c->C / c->groups, outputs = c->O / c->groups, all = c->KH * c->KW * inputs;
-    long height = (c->OH - 1) * c->SH + (c->KH - 1) * c->DH + 1, width = (c->OW - 1) * c->SW + (c->KW - 1) * c->DW + 1;
-    long row = width * c->C, frame = height * row, total = c->O * all;
+    Frame f = frame_of_x(c);
+    long row = f.row, frame = f.size, total = c->O * all;
     long *at = (long *)w;
     real *sums = w + 2 * all, *frames = sums + total, *flat = frames + c->block * frame + TILE_COLUMNS;
-    int is_last = c->yc == 1 || c->O == 1;
-    long yb = is_last ? c->yb : c->OH * c->OW * c->O, yh = is_last ? c->yh : c->OW * c->O, yw = is_last ? c->yw : c->O;
-    long below = c->H < height - c->PH ? c->H : height - c->PH, right = c->W < width - c->PW ? c->W : width - c->PW;
     for (long a = 0; a < c->KH; a++)
         for (long e = 0; e < c->KW; e++)
             for (long i = 0; i < inputs; i++)
@@ -344,19 +360,14 @@ static void few_weights(const Convolution *c, const real *y, const real *x, real
     memset(sums, 0, (total + c->block * frame + TILE_COLUMNS) * sizeof(real));
     for (long b = 0, count; b < c->B; b += count) {
         count = c->B - b < c->block ? c->B - b : c->block;
-        copy_images(count, c->C, below, right, x + b * c->xb, c->xb, c->xc, c->xh, c->xw,
-                    frames + c->PH * row + c->PW * c->C, frame, 1, row, c->C);
-        const real *above = y + b * c->yb;
-        if (!is_last) {
-            copy_images(count, c->O, c->OH, c->OW, above, c->yb, c->yc, c->yh, c->yw, flat, yb, 1, yh, yw);
-            above = flat;
-        }
+        copy_to_frames(c, f, count, x + b * c->xb, frames);
+        Pixels above = pixels_of_y(c, count, y + b * c->yb, flat);
         for (long o = 0; o < c->O; o += LANES) {
             const real *from = frames + o / outputs * inputs;
             for (long i = 0, rows, left = (all + 11) / 12; i < all; i += rows, left--) {
                 rows = (all - i + left - 1) / left;
-                tap_weights((int)rows, c, count, from, frame, c->SH * row, c->SW * c->C, at + i, above + o, yb, yh, yw,
-                            sums + o * all + i * LANES);
+                tap_weights((int)rows, c, count, from, frame, c->SH * row, c->SW * c->C, at + i, above.from + o,
+                            above.image, above.row, above.step, sums + o * all + i * LANES);
             }
         }
     }
@@ -372,8 +383,8 @@ static void few_weights(const Convolution *c, const real *y, const real *x, real
 static void convolution_weights(const int64_t *N, const real *y, const real *x, real *weight, real *w) {
     const Convolution *c = (const Convolution *)N;
     long inputs = c->C / c->groups, outputs = c->O / c->groups;
-    long height = (c->OH - 1) * c->SH + (c->KH - 1) * c->DH + 1, width = (c->OW - 1) * c->SW + (c->KW - 1) * c->DW + 1;
-    long row = width * c->C, frame = height * row;
+    Frame f = frame_of_x(c);
+    long row = f.row, frame = f.size;
     /* numbers of x that follow each other: those of a row of the kernel, if possible */
     int is_row = c->groups == 1 && c->DW == 1;
     long length = is_row ? c->KW * inputs : inputs, taps_w = is_row ? 1 : c->KW, runs = c->KH * taps_w;
@@ -385,19 +396,11 @@ static void convolution_weights(const int64_t *N, const real *y, const real *x, 
     }
     long columns = padded_columns(length), total = c->groups * runs * outputs * columns;
     real *sums = w, *frames = w + total, *flat = frames + c->block * frame + TILE_COLUMNS;
-    int is_last = c->yc == 1 || c->O == 1;
-    long yb = is_last ? c->yb : c->OH * c->OW * c->O, yh = is_last ? c->yh : c->OW * c->O, yw = is_last ? c->yw : c->O;
-    long below = c->H < height - c->PH ? c->H : height - c->PH, right = c->W < width - c->PW ? c->W : width - c->PW;
     memset(sums, 0, (total + c->block * frame + TILE_COLUMNS) * sizeof(real));
     for (long b = 0, count; b < c->B; b += count) {
         count = c->B - b < c->block ? c->B - b : c->block;
-        copy_images(count, c->C, below, right, x + b * c->xb, c->xb, c->xc, c->xh, c->xw,
-                    frames + c->PH * row + c->PW * c->C, frame, 1, row, c->C);
-        const real *above = y + b * c->yb;
-        if (!is_last) {
-            copy_images(count, c->O, c->OH, c->OW, above, c->yb, c->yc, c->yh, c->yw, flat, yb, 1, yh, yw);
-            above = flat;
-        }
+        copy_to_frames(c, f, count, x + b * c->xb, frames);
+        Pixels above = pixels_of_y(c, count, y + b * c->yb, flat);
         for (long g = 0; g < c->groups; g++)
             for (long r = 0; r < runs; r++) {
                 const real *from = frames + r / taps_w * c->DH * row + r % taps_w * c->DW * c->C + g * inputs;
@@ -406,16 +409,19 @@ static void convolution_weights(const int64_t *N, const real *y, const real *x, 
                     long most = MOST_ROWS(vectors), left = (outputs + most - 1) / most;
                     for (long o = 0, rows; o < outputs; o += rows, left--) {
                         rows = (outputs - o + left - 1) / left;
-                        const real *up = above + g * outputs + o, *line = from + j;
+                        const real *up = above.from + g * outputs + o, *line = from + j;
                         real *to = sums + ((g * runs + r) * outputs + o) * columns + j;
                         long x_row = c->SH * row, x_step = c->SW * c->C;
                         if (vectors == 1)
-                            weights_of_1((int)rows, c, count, line, frame, x_row, x_step, up, yb, yh, yw, to, columns);
+                            weights_of_1((int)rows, c, count, line, frame, x_row, x_step, up, above.image, above.row,
+                                         above.step, to, columns);
                         if (vectors == 2)
-                            weights_of_2((int)rows, c, count, line, frame, x_row, x_step, up, yb, yh, yw, to, columns);
+                            weights_of_2((int)rows, c, count, line, frame, x_row, x_step, up, above.image, above.row,
+                                         above.step, to, columns);
 #if TILE_VECTORS == 3
                         if (vectors == 3)
-                            weights_of_3((int)rows, c, count, line, frame, x_row, x_step, up, yb, yh, yw, to, columns);
+                            weights_of_3((int)rows, c, count, line, frame, x_row, x_step, up, above.image, above.row,
+                                         above.step, to, columns);
 #endif
                     }
                 }

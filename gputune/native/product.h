@@ -80,13 +80,24 @@ ALWAYS_INLINE void transpose_block(const real *a, long a_row, real *b, long b_ro
     for (int p = 0; p < LANES; p++) *(vector *)(b + p * b_row) = line[p];
 }
 
+/* Most rows of a tile of ``vectors`` vectors per row. The sums, a line and a number of a fit into the
+   registers, and the sums are enough to hide the latency of additions. */
+#if VECTOR_BYTES == 64
+#define MOST_ROWS(vectors) ((vectors) == 3 ? 8 : 12)
+#else
+#define MOST_ROWS(vectors) ((vectors) == 3 ? 4 : (vectors) == 2 ? 6 : 8)
+#endif
+
+/* c (rows, vectors) = a (rows, inner) b (inner, vectors) + added (rows, vectors). ``added_row`` is 0
+   for a bias, and ``added`` may be c. */
 ALWAYS_INLINE void tile(const int rows, const int vectors, long inner, const real *a, long a_row, long a_column,
-                        const real *b, long b_row, const real *bias, real *c, long c_row) {
-    vector sum[TILE_ROWS][TILE_VECTORS];
-#pragma GCC unroll 8
+                        const real *b, long b_row, const real *added, long added_row, real *c, long c_row) {
+    vector sum[12][TILE_VECTORS];
+#pragma GCC unroll 12
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++) sum[i][j] = bias ? *(const vector *)(bias + j * LANES) : (vector){0};
+        for (int j = 0; j < vectors; j++)
+            sum[i][j] = added ? *(const vector *)(added + i * added_row + j * LANES) : (vector){0};
     for (long p = 0; p < inner; p++) {
         vector line[TILE_VECTORS];
 #pragma GCC unroll 4
@@ -94,14 +105,14 @@ ALWAYS_INLINE void tile(const int rows, const int vectors, long inner, const rea
             line[j] = *(const vector *)(b + p * b_row + j * LANES);
             IN_REGISTER(line[j]);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
             real x = a[i * a_row + p * a_column];
 #pragma GCC unroll 4
             for (int j = 0; j < vectors; j++) sum[i][j] += x * line[j];
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++) *(vector *)(c + i * c_row + j * LANES) = sum[i][j];
@@ -109,32 +120,45 @@ ALWAYS_INLINE void tile(const int rows, const int vectors, long inner, const rea
 
 /* One function for each width of a tile. The number of rows is a constant in each case, so the sums
    stay in registers. */
-#define CASE(n) \
-    case n: tile(n, WIDTH, inner, a, a_row, a_column, b, b_row, bias, c, c_row); break;
-#if TILE_ROWS == 8
-#define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-#else
-#define CASES CASE(1) CASE(2) CASE(3) CASE(4)
-#endif
-#define TILES(name, width) \
+#define FOUR(CASE) CASE(1) CASE(2) CASE(3) CASE(4)
+#define SIX(CASE) FOUR(CASE) CASE(5) CASE(6)
+#define EIGHT(CASE) SIX(CASE) CASE(7) CASE(8)
+#define TWELVE(CASE) EIGHT(CASE) CASE(9) CASE(10) CASE(11) CASE(12)
+#define TILE_CASE(n) \
+    case n: tile(n, WIDTH, inner, a, a_row, a_column, b, b_row, added, added_row, c, c_row); break;
+#define TILES(name, width, EACH_ROWS) \
     static void name(int rows, long inner, const real *a, long a_row, long a_column, const real *b, long b_row, \
-                     const real *bias, real *c, long c_row) { \
+                     const real *added, long added_row, real *c, long c_row) { \
         enum { WIDTH = width }; \
-        switch (rows) { CASES } \
+        switch (rows) { EACH_ROWS(TILE_CASE) } \
     }
-TILES(tiles_of_1, 1)
-TILES(tiles_of_2, 2)
+#if VECTOR_BYTES == 64
+TILES(tiles_of_1, 1, TWELVE)
+TILES(tiles_of_2, 2, TWELVE)
+TILES(tiles_of_3, 3, EIGHT)
+#else
+TILES(tiles_of_1, 1, EIGHT)
+TILES(tiles_of_2, 2, SIX)
 #if TILE_VECTORS == 3
-TILES(tiles_of_3, 3)
+TILES(tiles_of_3, 3, FOUR)
+#endif
 #endif
 
-ALWAYS_INLINE void tiles(long width, int rows, long inner, const real *a, long a_row, long a_column, const real *b,
-                         long b_row, const real *bias, real *c, long c_row) {
-    if (width == LANES) tiles_of_1(rows, inner, a, a_row, a_column, b, b_row, bias, c, c_row);
-    if (width == 2 * LANES) tiles_of_2(rows, inner, a, a_row, a_column, b, b_row, bias, c, c_row);
+/* Computes ``width`` columns of ``rows`` rows of c, in tiles of nearly equal numbers of rows. */
+ALWAYS_INLINE void tiles(long width, long rows, long inner, const real *a, long a_row, long a_column, const real *b,
+                         long b_row, const real *added, long added_row, real *c, long c_row) {
+    long most = MOST_ROWS(width / LANES), left = (rows + most - 1) / most;
+    for (long count; rows > 0; rows -= count, left--) {
+        count = (rows + left - 1) / left;
+        int n = (int)count;
+        if (width == LANES) tiles_of_1(n, inner, a, a_row, a_column, b, b_row, added, added_row, c, c_row);
+        if (width == 2 * LANES) tiles_of_2(n, inner, a, a_row, a_column, b, b_row, added, added_row, c, c_row);
 #if TILE_VECTORS == 3
-    if (width == 3 * LANES) tiles_of_3(rows, inner, a, a_row, a_column, b, b_row, bias, c, c_row);
+        if (width == 3 * LANES) tiles_of_3(n, inner, a, a_row, a_column, b, b_row, added, added_row, c, c_row);
 #endif
+        a += count * a_row, c += count * c_row;
+        if (added) added += count * added_row;
+    }
 }
 
 /* The number of columns of the next tile, if ``left`` columns are left. Four vectors are split into
@@ -157,11 +181,6 @@ static void product(long rows, long columns, long inner, const real *a, long a_r
                     long b_rows, const real *bias, real *c, long c_row) {
     for (long j = 0; j < columns; j += panel(columns - j)) {
         long width = panel(columns - j);
-        const real *lines = b + j * b_rows, *shift = bias ? bias + j : 0;
-        for (long i = 0; i < rows; i += TILE_ROWS) {
-            int count = rows - i < TILE_ROWS ? (int)(rows - i) : TILE_ROWS;
-            const real *from = a + i * a_row;
-            tiles(width, count, inner, from, a_row, a_column, lines, width, shift, c + i * c_row + j, c_row);
-        }
+        tiles(width, rows, inner, a, a_row, a_column, b + j * b_rows, width, bias ? bias + j : 0, 0, c + j, c_row);
     }
 }

@@ -41,21 +41,23 @@ OF_VECTORS(cosh)
 #endif
 
 #include "product.h"
-#include "functions.h"
-#include "convolution.h"
-#include "images.h"
-#include "norms.h"
-#include "selection.h"
 
-/* c (rows, columns) = a (rows, inner) b (inner, columns) + bias (columns), as in "strided.h". The
+/* c (rows, columns) = a (rows, inner) b (inner, columns) + added (rows, columns), as in "strided.h". The
    library that comes with gputune has this function, because a compiler needs as long for it as for
    dozens of kernels. */
 static void (*matrix_product)(long rows, long columns, long inner, const real *a, long a_row, long a_column,
-                              const real *b, long b_row, long b_column, const real *bias, real *c, long c_row,
-                              real *room);
+                              const real *b, long b_row, long b_column, const real *added, long added_row, real *c,
+                              long c_row, real *room);
 
 /* Sets the matrix product that the kernels call. It must be called before the first step. */
 void use_product(void *product) { matrix_product = product; }
+
+#include "functions.h"
+#include "convolution.h"
+#include "winograd.h"
+#include "images.h"
+#include "norms.h"
+#include "selection.h"
 
 /* Outputs (rows, n) of a layer norm of x (rows, n) along n, with the mean and 1 / deviation of each
    row. */

@@ -16,30 +16,35 @@ static void packed(long inner, long wanted, long width, const real *b, long b_ro
         for (long q = p < whole ? across : 0; q < wanted; q++) room[p * width + q] = b[p * b_row + q * b_column];
 }
 
-/* c (rows, columns) = a (rows, inner) b (inner, columns) + bias (columns). A bias of NULL is left
-   out. ``room`` is scratch memory of TILE_COLUMNS x (inner + TILE_ROWS + 1) numbers. */
+/* c (rows, columns) = a (rows, inner) b (inner, columns) + added (rows, columns). An ``added`` of NULL
+   is left out, and may be c; ``added_row`` is 0 for a bias. ``room`` is scratch memory of
+   TILE_COLUMNS x (inner + 12) numbers. */
 static void matrix_product(long rows, long columns, long inner, const real *a, long a_row, long a_column,
-                           const real *b, long b_row, long b_column, const real *bias, real *c, long c_row,
-                           real *room) {
-    real *held = room + TILE_COLUMNS * inner, *shift = held + TILE_COLUMNS * TILE_ROWS;
+                           const real *b, long b_row, long b_column, const real *added, long added_row, real *c,
+                           long c_row, real *room) {
+    real *held = room + TILE_COLUMNS * inner;
     for (long j = 0, width; j < columns; j += width) {
         width = panel((columns - j + LANES - 1) / LANES * LANES);
         long wanted = columns - j < width ? columns - j : width, line = b_row;
-        const real *lines = b + j * b_column, *add = bias ? bias + j : 0;
+        const real *lines = b + j * b_column;
         if (b_column != 1 || wanted < width) {
             packed(inner, wanted, width, lines, b_row, b_column, room);
             lines = room, line = width;
-            if (add && wanted < width) add = memcpy(shift, add, wanted * sizeof(real));
         }
-        for (long i = 0; i < rows; i += TILE_ROWS) {
-            int count = rows - i < TILE_ROWS ? (int)(rows - i) : TILE_ROWS;
-            real *to = c + i * c_row + j;
-            if (wanted == width) {
-                tiles(width, count, inner, a + i * a_row, a_row, a_column, lines, line, add, to, c_row);
-                continue;
-            }
-            tiles(width, count, inner, a + i * a_row, a_row, a_column, lines, line, add, held, width);
-            for (long r = 0; r < count; r++) memcpy(to + r * c_row, held + r * width, wanted * sizeof(real));
+        const real *add = added ? added + j : 0;
+        if (wanted == width) {
+            tiles(width, rows, inner, a, a_row, a_column, lines, line, add, added_row, c + j, c_row);
+            continue;
+        }
+        /* Tiles with more columns than c are computed in scratch memory. */
+        long most = MOST_ROWS(width / LANES);
+        for (long i = 0; i < rows; i += most) {
+            long count = rows - i < most ? rows - i : most;
+            for (long r = 0; r < count && add; r++)
+                memcpy(held + r * width, add + (i + r) * added_row, wanted * sizeof(real));
+            tiles(width, count, inner, a + i * a_row, a_row, a_column, lines, line, add ? held : 0, width, held, width);
+            for (long r = 0; r < count; r++)
+                memcpy(c + (i + r) * c_row + j, held + r * width, wanted * sizeof(real));
         }
     }
 }

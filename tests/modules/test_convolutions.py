@@ -91,6 +91,20 @@ def convolution_of_few_channels(draw):
     return partial(F.conv2d, **options), [x, weight, draw.tensor(groups * outputs)]
 
 
+def convolution_in_tiles(draw):
+    """Convolutions with kernels of 3 x 3 and enough channels for Winograd's algorithm."""
+    inputs = draw.choice((8, 9, 16, 21))
+    outputs = draw.choice((8, 10, 16, 28))
+    padding = draw.each(2, 0, 1, 2)
+    size = [3 - 2 * p + draw.choice((3, 4, 6, 8, 12)) - 1 for p in padding]
+    x = draw.images(draw.choice((1, 2, 5, 14)), inputs, *map(partial(max, 1), size))
+    bias = draw.tensor(outputs) if draw.random() < 0.5 else None
+    if draw.random() < 0.7:
+        return partial(F.conv2d, padding=padding), [x, draw.tensor(outputs, inputs, 3, 3), bias]
+    weight = draw.tensor(inputs, outputs, 3, 3)
+    return partial(F.conv_transpose2d, padding=[min(1, p) for p in padding]), [x, weight, bias]
+
+
 def max_pool(draw):
     axes = draw.choice((1, 2, 2))
     kernel = draw.each(axes, 1, 2, 3)
@@ -197,10 +211,13 @@ KINDS = {
     "moving pixels": moving,
     "convolutions": convolution,
     "convolutions of few channels": convolution_of_few_channels,
+    "convolutions in tiles": convolution_in_tiles,
     "max pooling": max_pool,
     "max pooling of 2 x 2": halving_pool,
     "norms": norm,
 }
+FUNCTIONS = {"convolutions in tiles": ("winograd(", "winograd_below(", "winograd_weights(")}
+"""C functions that the code of a kind calls."""
 COUNTS = {"convolutions": 40, "convolutions of few channels": 8, "max pooling of 2 x 2": 8}
 
 
@@ -242,6 +259,8 @@ def test_an_operation_and_its_gradients_are_those_of_torch(kind, seed):
 
         memories = {}
         written.append((code.add(trace(step), memories), memories, results, expected, function))
+    for function in FUNCTIONS.get(kind, ()):
+        assert any(function in body for body in code.kernels)
     kernels = built.build_kernels(list(code.kernels), torch.float64)
     for coded, memories, results, expected, function in written:
         take(coded, memories, kernels)

@@ -21,6 +21,17 @@ _WIDE = 8
 _MOST_IMAGES = 12
 # Numbers of the images that stay in the fastest cache for the gradients of weights.
 _CACHED = 6144
+# Sizes of Winograd's algorithm (native/winograd.h): the pixels of a tile of outputs along an axis, the
+# frequencies of a tile, and the tiles that are transformed at once.
+_TILE_PIXELS = 4
+_FREQUENCIES = 36
+_TILES_AT_ONCE = 32
+# The algorithm pays off with enough channels, because it also adds and copies numbers of each channel.
+# With 8 channels of x and of y, the gradient in the weight takes longer than a direct sum.
+_FEWEST_CHANNELS = 8
+_FEWEST_WEIGHTS = 128
+# Most pixels of whole tiles per pixel of an image. The algorithm takes a quarter of the products.
+_MOST_PIXELS = 1.8
 # The widest vector of a processor in numbers, and the widest tile.
 _VECTOR = 16
 _TILE = 48
@@ -91,8 +102,41 @@ class _Convolution:
             numbers *= (kernel - 1) * dilation // stride + (size - 1 + padding) // stride + 1
         return numbers
 
+    def _takes_tiles(self, images: Place) -> bool:
+        """Return whether Winograd's algorithm computes the convolution, or its gradient in its
+        inputs, in tiles of ``images``."""
+        kernel = [*self.weight.shape[2:]]
+        strides, paddings, dilations = self.options
+        is_plain = (*strides, *dilations, self.groups) == (1, 1, 1, 1, 1) and max(paddings) <= 2
+        if kernel != [3, 3] or not is_plain:
+            return False
+        pixels = math.prod(images.shape[2:])
+        is_filled = _tiles(images) * _TILE_PIXELS**2 <= _MOST_PIXELS * pixels
+        return is_filled and min(self.x.shape[1], self.y.shape[1]) >= _FEWEST_CHANNELS
+
+    def _in_tiles(
+        self, writer: Writer, function: str, images: Place, places: Sequence[Place | None]
+    ) -> Line:
+        """Return the call of a kernel that computes a convolution, or a gradient, in tiles of
+        ``images``. The kernel writes the first of the places."""
+        tiles = _tiles(images)
+        block = max(1, min(images.shape[0], _TILES_AT_ONCE // tiles))
+        inputs = self.x.shape[1] + _VECTOR
+        outputs = self.y.shape[1] + _VECTOR
+        pixels = tiles * _TILE_PIXELS**2
+        # Each side of an image may have 2 pixels of padding.
+        frame = pixels + 4 * sum(images.shape[2:]) + 16
+        workspace = (9 + _FREQUENCIES) * inputs * outputs
+        workspace += _FREQUENCIES * (_TILES_AT_ONCE * (inputs + outputs) + 2 * _VECTOR)
+        workspace += block * (pixels + frame) * max(inputs, outputs) + 4 * _VECTOR
+        names = ", ".join(f"p{i}" for i in range(1, len(places)))
+        body = f"{function}(N, {names}, p0, w);"
+        return writer.call(places, body, sizes=self.sizes(block), workspace=workspace)
+
     def forward(self, writer: Writer, bias: Place | None) -> Line:
         """Return the kernel call that computes y."""
+        if self._takes_tiles(self.y):
+            return self._in_tiles(writer, "winograd", self.y, [self.y, self.x, self.weight, bias])
         block = _images(self.x.shape[0], self.y.shape[-1])
         body = "convolution(N, p1, p2, p3, p0, w);"
         workspace = self._tables(self.y.shape[1], self.x.shape[1], math.prod(self._kernel))
@@ -102,6 +146,9 @@ class _Convolution:
 
     def below(self, writer: Writer, bias: Place | None = None) -> Line:
         """Return the kernel call that computes the gradient in x from y."""
+        if self._takes_tiles(self.x):
+            places = [self.x, self.y, self.weight, bias]
+            return self._in_tiles(writer, "winograd_below", self.x, places)
         stride = self.options[0][1]
         block = _images(self.x.shape[0], self.x.shape[-1] // stride)
         body = "convolution_below(N, p1, p2, p3, p0, w);"
@@ -112,6 +159,10 @@ class _Convolution:
 
     def weights(self, writer: Writer) -> Line:
         """Return the kernel call that computes the gradient in the weight from x and y."""
+        is_large = self.x.shape[1] * self.y.shape[1] >= _FEWEST_WEIGHTS
+        if is_large and self._takes_tiles(self.y):
+            places = [self.weight, self.y, self.x]
+            return self._in_tiles(writer, "winograd_weights", self.y, places)
         frame = self._frame_of_x()
         pixels = math.prod(self.y.shape[1:])
         block = max(1, min(self.x.shape[0], _CACHED // (frame + pixels)))
@@ -131,6 +182,12 @@ class _Convolution:
         inner = inner // self.groups * kernel
         padded = columns + self.groups * _VECTOR
         return 2 * inner + (inner + 1) * padded + 13 * _TILE
+
+
+def _tiles(images: Place) -> int:
+    """Return the number of tiles of an image."""
+    height, width = images.shape[2:]
+    return -(-height // _TILE_PIXELS) * -(-width // _TILE_PIXELS)
 
 
 def _images(batch: int, width: int) -> int:

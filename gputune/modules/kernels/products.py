@@ -24,14 +24,16 @@ def product(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterat
     require(is_plain and a.dtype == b.dtype == out.dtype, op, "other factors")
     if out.dtype != writer.dtype:
         raise TraceError(f"a product of {out.dtype} is not supported")
-    # A bias: one row that is added to all rows of the product.
-    is_bias = (
+    # A matrix or a bias that the kernel can add.
+    matrix: Place | None = None
+    if (
         added is not None
-        and (len(added.shape) == 1 or added.shape[-2] == 1 or added.stride[-2] == 0)
+        and added.dtype == out.dtype
         and (added.stride[-1], added.shape[-1]) == (1, out.shape[-1])
-        and added.memory != out.memory
-    )
-    factors = [out, a, b, added] if is_bias else [out, a, b]
+        and (added.memory != out.memory or added == out)
+    ):
+        matrix = added
+    factors = [out, a, b] if matrix is None else [out, a, b, matrix]
     begins = [p.stride[0] if len(p.shape) > 2 and p.shape[0] > 1 else 0 for p in factors]
     sizes = [
         out.shape[0] if len(out.shape) > 2 else 1,
@@ -42,11 +44,18 @@ def product(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterat
         *begins,
         out.stride[-2],
     ]
+    if matrix is None:
+        addition = "0, 0"
+    else:
+        # A bias is one row that is added to all rows of the product.
+        is_bias = len(matrix.shape) == 1 or matrix.shape[-2] == 1
+        addition = f"p3 + i * n11, n{len(sizes)}"
+        sizes.append(0 if is_bias else matrix.stride[-2])
     body = (
         "for (long i = 0; i < n0; i++) matrix_product(n1, n2, n3, p1 + i * n9, n4, n5, p2 + i * "
-        f"n10, n6, n7, {'p3 + i * n11' if is_bias else '0'}, p0 + i * n8, n{len(sizes) - 1}, w);"
+        f"n10, n6, n7, {addition}, p0 + i * n8, n{8 + len(begins)}, w);"
     )
     workspace = _TILE * (a.shape[-1] + _TILE)
     yield writer.call(factors, body, sizes=sizes, workspace=workspace)
-    if added is not None and not is_bias:
+    if added is not None and matrix is None:
         yield writer.pointwise("add", {"self": out, "other": added, "alpha": 1}, out)
