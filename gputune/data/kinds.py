@@ -44,6 +44,20 @@ def is_missing(value: object) -> bool:
     return isinstance(value, float | np.floating) and math.isnan(value)
 
 
+def refuse_infinite(values: np.ndarray, name: str) -> None:
+    """Raise InputError if the numbers (n,) of a column have an infinite value."""
+    is_infinite = np.isinf(values)
+    if not is_infinite.any():
+        return
+    row = int(is_infinite.argmax())
+    place = f"row {row} (the first row is row 0)" if row else "row 0"
+    raise InputError(
+        None,
+        f"Column {name!r} has an infinite value in {place}",
+        remedy="Clip it, or leave it empty.",
+    )
+
+
 def checked_labels(values: np.ndarray, name: str) -> np.ndarray:
     """Return the values (n,) of a target, after checking that text is not mixed with other types.
 
@@ -106,7 +120,8 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
     """Convert a column to the kind ``wanted``, which the user chose for the column.
 
     Raises:
-        InputError: a value cannot be converted. The message shows the first such value.
+        InputError: a value cannot be converted, or is infinite. The message shows the first such
+            value.
     """
     if kind == wanted or (wanted, kind) == ("number", "boolean"):
         return values
@@ -120,6 +135,7 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
         return texts
     amounts = read_amounts(texts) if wanted == "number" else None
     if amounts is not None:
+        refuse_infinite(amounts[0], name)
         return amounts[0]
     read = float if wanted == "number" else _read_date
     numbers = np.full(len(texts), np.nan)
@@ -132,6 +148,7 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
                 f"{rule} has {text!r:.100} in row {row}",
                 remedy="Leave the cell empty if the value is missing, or choose a different kind.",
             ) from None
+    refuse_infinite(numbers, name)
     return numbers
 
 
@@ -346,6 +363,7 @@ def convert(
     if kind == "category":  # texts that may be read as another kind
         kind, read = _read(values)
         if kind != "category":
+            refuse_infinite(read, name)
             return convert(read, kind, wanted, name)
         unread = (text for text in values[known] if _read([text])[0] == "category")
         got = f"text such as {next(unread, values[known][0])!r:.100}"

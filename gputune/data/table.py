@@ -15,7 +15,14 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from gputune.data.kinds import Kind, from_column, from_series, read_amounts, read_as
+from gputune.data.kinds import (
+    Kind,
+    from_column,
+    from_series,
+    read_amounts,
+    read_as,
+    refuse_infinite,
+)
 from gputune.data.ragged import refuse_ragged
 from gputune.data.readings import frame_remark
 from gputune.errors import InputError
@@ -345,14 +352,8 @@ def checked_table(
     kinds = list[Kind]()
     read_columns = list[np.ndarray]()
     for name, (kind, values) in zip(names, columns):
-        if kind != "category" and np.isinf(values).any():
-            row = int(np.isinf(values).argmax())
-            place = f"row {row} (the first row is row 0)" if row else "row 0"
-            raise InputError(
-                None,
-                f"Column {name!r} has an infinite value in {place}",
-                remedy="Clip it, or leave it empty.",
-            )
+        if kind != "category":
+            refuse_infinite(values, name)
         numbers = None
         if kind == "category" and name not in typed:
             numbers = read_amounts(values)

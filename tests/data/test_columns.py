@@ -143,6 +143,7 @@ def test_values_of_another_kind_that_fit():
             ["$1", "abc"],
             "must be a number as in training, got text such as 'abc'",
         ),
+        ("number", "category", ["inf"], "has an infinite value in row 0"),
         ("number", "date", [0.0], "must be a number as in training, got a date"),
         ("boolean", "number", [2.0], "must be a boolean as in training, got a number"),
         ("date", "number", [1.0], "must be a date as in training, got a number"),

@@ -140,6 +140,13 @@ def test_a_column_is_read_as_its_owner_says(wanted, kind, values, read):
             r"kinds={'c': 'date'} does not fit the column 'c', which has '7' in row 0",
         ),
         ("number", "date", column(0), "holds dates. Convert the column"),
+        (
+            "number",
+            "category",
+            column("0.5", "-inf"),
+            r"Column 'c' has an infinite value in row 1 \(the first row is row 0\). Clip it",
+        ),
+        ("number", "category", column(f"${'9' * 400}"), "has an infinite value in row 0. Clip it"),
     ],
 )
 def test_a_column_that_cannot_be_read_as_its_owner_says(wanted, kind, values, words):

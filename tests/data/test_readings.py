@@ -6,7 +6,7 @@ import pandas as pd
 import polars as pl
 import pytest
 
-from command_line import FAST, kinds, run, write_table
+from command_line import FAST, kinds, refusal, run, write_table
 from gputune.data.columns import fit_layout
 from gputune.data.files import read_table
 from gputune.data.source import read_source
@@ -88,3 +88,12 @@ def test_the_command_line_names_its_own_option(tmp_path):
     command = ["tune", table, "--target", "kind", "--out", tmp_path / "o", *FAST]
     out = " ".join(run(*command)[1].split())
     assert "Column 'zip': leading zeros are lost" in out and "set --kind zip=category." in out
+
+
+def test_an_infinite_value_of_a_chosen_kind_is_refused_as_without_it(tmp_path):
+    a = ["inf", *map(str, range(39))]
+    table = write_table(tmp_path / "t.csv", a=a, kind=kinds())
+    command = ["tune", table, "--target", "kind", "--out", tmp_path / "o", *FAST]
+    message = refusal(*command)
+    assert "Column 'a' has an infinite value in row 0. Clip it, or leave it empty." in message
+    assert refusal(*command, "--kind", "a=number") == message
