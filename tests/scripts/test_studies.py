@@ -56,6 +56,17 @@ def test_the_speeds_of_modules_in_the_docs_are_those_of_the_results():
         assert f"| {row['name']} | {row['work']} | {numbers} |" in page
 
 
+def test_the_speeds_of_operations_in_the_docs_are_those_of_the_results():
+    page = (ROOT / "docs/benchmark-modules.md").read_text()
+    (path,) = (ROOT / "scripts/benchmark/results").glob("operations-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    ratios = sorted(row["recorded"] / row["compiled"] for row in rows)
+    assert f"recorded steps for {len(rows)} [common operations]" in page and ratios[0] > 1
+    median = statistics.median(ratios)
+    assert f"{ratios[0]:.1f}x to {ratios[-1]:.0f}x faster, {median:.1f}x in the median" in page
+    assert f"({ratios[0]:.1f}x to {ratios[2]:.1f}x)" in page
+
+
 def test_what_is_measured_is_the_commit_of_when_it_was_read(script, monkeypatch):
     report = script("benchmark.report")
     before = report.describe_machine()

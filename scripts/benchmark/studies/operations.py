@@ -1,10 +1,10 @@
 """Operations of modules: a training step in compiled code, compared with a recorded step.
 
 Each operation of ``tests/operations.py`` that trains in compiled code is in a small net between two
-linear layers, in float64, with 50 batches of 32 rows in an epoch. Both backends train 4 trials on 2 folds, on one
-core, and take turns. A time is the CPU time of one training step of one member, and the smallest of
-all turns counts. Other programs on the machine hardly change it. Operations that are slower in
-compiled code are in bold.
+linear layers, in float64, with 50 batches of 32 rows in an epoch. Both backends train 4 trials on 2
+folds, on one core, and take turns. A time is the CPU time of one training step of one member, and
+the smallest of all turns counts. Other programs on the machine hardly change it. Operations that
+are slower in compiled code are in bold.
 """
 
 import sys
