@@ -29,7 +29,10 @@ ADAPTER_DEFAULTS: Config = {"rank": 8, "alpha": 8.0, "rslora": False}
 """The keys of a space that only LoRA has, with PEFT's defaults."""
 
 ALL_LINEAR = "all-linear"
-_HEADS = ("score", "classifier")  # PEFT's names for the head of a sequence classifier
+_HEADS = ("classifier", "score")  # PEFT's names for the head of a classifier
+_TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+"""PEFT's task types, by the end of the name of a class of transformers. PEFT trains the head of
+these models by default."""
 
 Targets: TypeAlias = str | Sequence[str]
 
@@ -86,10 +89,14 @@ class LoraLinear(nn.Module):
         rank."""
         values = ADAPTER_DEFAULTS | config
         rank = values["rank"]
-        divisor = math.sqrt(rank) if values["rslora"] else rank
-        tensors["scale"].fill_(values["alpha"] / divisor)
+        tensors["scale"].fill_(scale_of(values["alpha"], rank, rslora=values["rslora"]))
         tensors["A"][:, rank:] = 0
         tensors["B"][rank:] = 0
+
+
+def scale_of(alpha: float, rank: int, *, rslora: bool) -> float:
+    """Return the factor on the update of a LoRA."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 @dataclass(frozen=True)
@@ -133,12 +140,22 @@ class Adapters(Pretrained):
         paths = [f"module.{path}" for path in trained]
         return Adapted(module, dtype, paths, self.moved, self.store)
 
+    def remarks(self) -> tuple[str, ...]:
+        """Return a sentence about the modules that train as a whole."""
+        trained = self._trained_modules(self.base)
+        if trained:
+            return (f"next to the adapters, gputune trains as a whole: {', '.join(trained)}",)
+        return (
+            f"only the adapters of {type(self.base).__name__} train; modules_to_save names modules "
+            "that train as a whole, such as a new head",
+        )
+
     def _trained_modules(self, module: nn.Module) -> list[str]:
         """Return the paths of the modules that train as a whole."""
         paths = [path for path, _ in module.named_modules() if path]
         found = []
         for name in self.modules_to_save:
-            ends = [path for path in paths if path == name or path.endswith(f".{name}")]
+            ends = [path for path in paths if path.endswith(name)]  # as PEFT
             if not ends:
                 raise InputError(
                     "modules_to_save",
@@ -273,8 +290,30 @@ def _has_adapter_by_default(base: nn.Module, path: str, layer: nn.Module) -> boo
     output = getattr(base, "get_output_embeddings", lambda: None)()
     if output is not None and dict(base.named_modules()).get(path) is output:
         return False
-    is_classifier = type(base).__name__.endswith("ForSequenceClassification")
+    is_classifier = task_type(base) == "SEQ_CLS"
     return not (is_classifier and path.partition(".")[0] in _HEADS)
+
+
+def task_type(base: nn.Module) -> str | None:
+    """Return PEFT's task type of a classifier of transformers, "SEQ_CLS" or "TOKEN_CLS", or None
+    for another module."""
+    if not hasattr(base, "config"):
+        return None
+    for kind in type(base).__mro__:
+        for end, task in _TASKS.items():
+            if kind.__name__.endswith(end):
+                return task
+    return None
+
+
+def default_heads(base: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the modules that PEFT trains as a whole by default.
+
+    They are the head of a sequence or token classifier of transformers.
+    """
+    if task_type(base) is None:
+        return ()
+    return tuple(path for path, _ in base.named_modules() if path.endswith(_HEADS))
 
 
 def _disable_fast_path(module: nn.Module) -> None:
@@ -288,7 +327,9 @@ def _disable_fast_path(module: nn.Module) -> None:
 
 
 def lora(
-    base: nn.Module, targets: Targets = ALL_LINEAR, modules_to_save: Sequence[str] = ()
+    base: nn.Module,
+    targets: Targets = ALL_LINEAR,
+    modules_to_save: Sequence[str] | None = None,
 ) -> Callable[..., nn.Module]:
     """Return a builder of ``base`` with LoRA adapters, to pass to ``gputune.tune``.
 
@@ -303,7 +344,10 @@ def lora(
         targets: The linear layers that get an adapter, with PEFT's meaning: a list with the ends of
             their names, a regular expression for the whole name, or "all-linear". The key
             ``module__targets`` searches it.
-        modules_to_save: Names of modules that train as a whole, such as the head.
+        modules_to_save: The ends of the names of modules that train as a whole, such as the head.
+            The default is PEFT's: the modules "classifier" and "score" of a sequence or token
+            classifier of transformers, and no module of another base. With an empty list, only the
+            adapters train.
 
     Returns:
         A function that builds one adapted module.
@@ -323,6 +367,8 @@ def lora(
         4
     """
     check_base(base)
+    if modules_to_save is None:
+        modules_to_save = default_heads(base)
     settings = Adapters(base, _plain(targets), tuple(modules_to_save))
     default_targets = settings.targets
 

@@ -147,6 +147,10 @@ class Pretrained:
         del inputs, names
         return {}
 
+    def remarks(self) -> tuple[str, ...]:
+        """Return remarks for the user on what trains, one sentence each."""
+        return ()
+
     def check_traits(self, traits: Traits, module: nn.Module) -> None:
         """Raise InputError for a module that cannot train as the user expects."""
 

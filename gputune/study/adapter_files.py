@@ -5,6 +5,8 @@ Source of the format: PEFT 0.21, https://huggingface.co/docs/peft/developer_guid
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +16,18 @@ from torch import Tensor, nn
 from gputune.annotations import StrPath
 from gputune.data.source import bytes_of
 from gputune.errors import InputError
-from gputune.modules.adapters import LoraLinear, is_transposed, member_parts
+from gputune.modules.adapters import (
+    ADAPTER_DEFAULTS,
+    LoraLinear,
+    default_heads,
+    is_transposed,
+    member_parts,
+    scale_of,
+    task_type,
+)
 from gputune.modules.pretrained import Adapted
 from gputune.scratch import naming_folder, write_files
-from gputune.types import Json, Params
+from gputune.types import Config, Json, Params
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -75,6 +85,9 @@ class AdapterFiles:
     if TYPE_CHECKING:
         module: nn.Module
 
+        @property
+        def params(self) -> Config: ...
+
     def save_adapter(self, folder: StrPath) -> None:
         """Write ``adapter_model.safetensors`` and ``adapter_config.json`` into ``folder``, in PEFT's
         format.
@@ -99,7 +112,7 @@ class AdapterFiles:
                 remedy="Search gputune.lora(base), and save one of its models. Save an ensemble "
                 "with save().",
             )
-        tensors, config = _adapter(adapted)
+        tensors, config = _adapter(adapted, self.params)
         # PEFT reads the format from the metadata.
         raw = safetensors.torch.save(tensors, metadata={"format": "pt"})
         path = Path(folder)
@@ -111,11 +124,14 @@ class AdapterFiles:
             write_files(path, files, prefix=_DRAFTS)
 
 
-def _adapter(adapted: Adapted) -> tuple[Params, Json]:
-    """Return the tensors of an adapter under PEFT's names, and PEFT's configuration."""
+def _adapter(adapted: Adapted, params: Config) -> tuple[Params, Json]:
+    """Return the tensors of an adapter under PEFT's names, and PEFT's configuration.
+
+    ``params`` are the hyperparameters of the trial.
+    """
     tensors: dict[str, Tensor] = {}
     ranks = {}
-    scales = {}
+    scales = list[float]()
     transposed = []
     inside = set[str]()
     for path, part in adapted.named_modules():
@@ -126,7 +142,7 @@ def _adapter(adapted: Adapted) -> tuple[Params, Json]:
         used = part.A.detach().any(0).nonzero()
         rank = int(used.max()) + 1
         ranks[name] = rank
-        scales[name] = float(part.scale) * rank
+        scales.append(float(part.scale))
         transposed.append(is_transposed(part.base))
         tensors[f"base_model.model.{name}.lora_A.weight"] = part.A[:, :rank].T
         tensors[f"base_model.model.{name}.lora_B.weight"] = part.B[:rank].T
@@ -138,13 +154,12 @@ def _adapter(adapted: Adapted) -> tuple[Params, Json]:
     for path in adapted.trained:
         saved.append(_name_in_base(path))
     base = adapted.module
-    is_classifier = type(base).__name__.endswith("ForSequenceClassification")
     config: Json = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if is_classifier else None,
+        "task_type": _task_type(base, saved),
         "r": max(ranks.values()),
-        "lora_alpha": max(scales.values()),
-        "lora_dropout": 0.0,
+        **_scaling(params, max(ranks.values()), scales[0]),
+        "lora_dropout": float(params.get("dropout", 0.0)),
         "target_modules": list(ranks),
         "modules_to_save": saved or None,
         "fan_in_fan_out": any(transposed),
@@ -154,3 +169,27 @@ def _adapter(adapted: Adapted) -> tuple[Params, Json]:
     }
     contiguous = {name: w.detach().cpu().clone().contiguous() for name, w in tensors.items()}
     return contiguous, config
+
+
+def _task_type(base: nn.Module, saved: Sequence[str]) -> str | None:
+    """Return PEFT's task type of an adapter, or None.
+
+    With a task type, PEFT expects the tensors of the classifier's head in the file.
+    """
+    heads = default_heads(base)
+    return task_type(base) if set(heads) <= set(saved) else None
+
+
+def _scaling(params: Config, rank: int, scale: float) -> Json:
+    """Return PEFT's entries for the scale of an adapter.
+
+    They are the values of the trial if these give the scale. Another scale, such as the scale of a
+    module that was changed after the search, is written as a value of ``lora_alpha``.
+    """
+    values = ADAPTER_DEFAULTS | params
+    alpha = values["alpha"]
+    rslora = values["rslora"]
+    if not math.isclose(scale_of(alpha, rank, rslora=rslora), scale, rel_tol=1e-6):
+        alpha = scale * rank
+        rslora = False
+    return {"lora_alpha": alpha, "use_rslora": rslora}

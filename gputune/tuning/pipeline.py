@@ -17,6 +17,7 @@ from gputune.engine.stop import Stop, entry, stop_after
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.executors.cluster import Cluster, Connection
 from gputune.garbage import without_collector
+from gputune.modules.pretrained import pretrained_of
 from gputune.scoring.baseline import baseline, remark_on_accuracy
 from gputune.spaces.distributions import CheckedSpace
 from gputune.spaces.edges import edge_remarks
@@ -293,8 +294,10 @@ def _record(setup: Setup, context: Context) -> SearchRecord:
     limit = setup.scoring.kept_bytes
     without_model = baseline(data, setup.scoring, problem.target.classes)
     defaults = default_params(problem.choice, options)
+    pretrained = pretrained_of(problem.choice.module_class)
     remarks = [
         *problem.remarks_on_target(),
+        *(() if pretrained is None else pretrained.remarks()),
         *notes(
             setup.trials,
             setup.space,

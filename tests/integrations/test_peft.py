@@ -203,3 +203,94 @@ def test_peft_loads_a_saved_adapter_and_predicts_the_same(name, tmp_path):
         logits = model.module(**inputs)
     assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(logits.argmax(1), expected.argmax(1))
+
+
+def token_bert():
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_labels=CLASSES,
+    )
+    return transformers.BertForTokenClassification(config), ["query"], "classifier"
+
+
+def distilbert():
+    config = transformers.DistilBertConfig(
+        vocab_size=50, dim=32, n_layers=1, n_heads=4, hidden_dim=64, num_labels=CLASSES
+    )
+    return transformers.DistilBertForSequenceClassification(config), ["q_lin", "lin2"], "classifier"
+
+
+@pytest.mark.parametrize("heads", [None, (), ["pooler"]])
+@pytest.mark.parametrize("make_model", [bert, distilbert, vit])
+def test_peft_loads_an_adapter_with_any_modules_to_save(make_model, heads, tmp_path):
+    torch.manual_seed(0)
+    base, targets, _ = make_model()
+    if make_model is not bert and heads:
+        pytest.skip("only BERT has a pooler")
+    draws = torch.Generator().manual_seed(1)
+    y = torch.arange(20) % CLASSES
+    if make_model is vit:
+        inputs = {"pixel_values": torch.randn(20, 3, 8, 8, generator=draws)}
+    else:
+        inputs = {"input_ids": torch.randint(50, (20, 8), generator=draws)}
+    builder = gputune.lora(base, targets=targets, modules_to_save=heads)
+    space = {"rank": [2], "lr": [1e-2], "batch_size": [4]}
+    words = {"n_trials": 1, "max_epochs": 1, "verbose": 0, "cv": 2, "space": space}
+    study = gputune.tune(builder, inputs, y, **words)
+    model = study.best_model()
+    expected_names = {
+        bert: {None: "classifier", (): "", ("pooler",): "bert.pooler"},
+        distilbert: {None: "pre_classifier, classifier", (): ""},
+        vit: {None: "", (): ""},
+    }[make_model][heads if heads is None else tuple(heads)]
+    expected_note = f"gputune trains as a whole: {expected_names}"
+    if not expected_names:
+        expected_note = f"only the adapters of {type(base).__name__} train; modules_to_save names"
+    assert any(expected_note in note for note in study.record.notes), study.record.notes
+    trained = {path.removeprefix("module.") for path in model.module.trained}
+    assert trained == set(filter(None, expected_names.split(", ")))
+    model.save_adapter(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = loaded(**inputs).logits
+        logits = model.module(**inputs)
+        untuned = base.eval()(**inputs).logits
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    assert (logits - expected).abs().max() * 10 < (logits - untuned).abs().max()
+    model.save(tmp_path / "model")
+    again = gputune.load_model(tmp_path / "model", base=base)
+    assert (again.predict(inputs) == model.predict(inputs)).all()
+
+
+def test_peft_trains_the_same_modules_by_default():
+    for make_model, task in ((bert, "SEQ_CLS"), (distilbert, "SEQ_CLS"), (token_bert, "TOKEN_CLS")):
+        base, targets, _ = make_model()
+        with_peft = peft.get_peft_model(
+            copy.deepcopy(base), peft.LoraConfig(task_type=task, target_modules=targets)
+        )
+        expected = set()
+        for path, part in with_peft.base_model.model.named_modules():
+            if hasattr(part, "modules_to_save"):
+                expected.add(path)
+        trained = gputune.lora(base, targets=targets)().trained
+        assert {path.removeprefix("module.") for path in trained} == expected
+
+
+def test_the_configuration_of_an_adapter_has_the_values_of_its_trial(tmp_path):
+    base, targets, _, inputs, y = make("bert", torch.float32)
+    builder = gputune.lora(base, targets=targets)
+    space = {"rank": [3], "alpha": [8], "rslora": [True], "dropout": [0.1], "batch_size": [4]}
+    words = {"n_trials": 1, "max_epochs": 1, "verbose": 0, "cv": 2, "space": space}
+    model = gputune.tune(builder, inputs, y, **words).best_model()
+    model.save_adapter(tmp_path)
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    assert (config.r, config.lora_alpha) == (3, 8)
+    assert config.use_rslora and config.lora_dropout == 0.1
+    assert config.task_type == "SEQ_CLS"
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.allclose(model.module(**inputs), loaded(**inputs).logits, rtol=1e-4, atol=1e-5)
