@@ -15,9 +15,8 @@ numbers. It is checked and summarized on its own device.
 """
 
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Literal, TypeAlias, overload
@@ -27,11 +26,11 @@ import torch
 from torch import Tensor
 
 from gputune.data.arrays import Arrays, refuse_kind
-from gputune.data.kinds import Kind, convert
-from gputune.data.readings import EXAMPLE
+from gputune.data.kinds import Kind, convert, text_of
+from gputune.data.readings import EXAMPLE, LOST_ZEROS, misread_remarks
 from gputune.data.table import Table, nameless, quoted, two_axes
 from gputune.errors import InputError, warn
-from gputune.text import count, is_number
+from gputune.text import count
 from gputune.types import Json, Numbers
 from gputune.wording import Verbatim, option
 
@@ -140,7 +139,9 @@ def fit_column(
     ``keep``, a number or boolean is always one feature, whatever its values are.
     """
     if kind == "category":
-        return _fit_category(name, values, max_levels=max_levels, min_count=min_count)
+        counts = Counter(values.tolist())
+        del counts[None]
+        return _fit_category(name, counts, len(values), max_levels, min_count)
     known = values[~np.isnan(values)]
     missing = len(known) < len(values)
     remarks = []
@@ -167,20 +168,20 @@ def fit_column(
 
 
 def _fit_category(
-    name: str, values: np.ndarray, *, max_levels: int, min_count: int
+    name: str, counts: Counter[str], n_rows: int, max_levels: int, min_count: int
 ) -> tuple[Column, tuple[str, ...]]:
-    counts = Counter(values.tolist())
-    del counts[None]
+    """Return a category for a column with these numbers of rows by level, and remarks for the
+    user."""
     if not counts:
         return Column(name, "category"), ("left out, all values missing",)
     n_known = sum(counts.values())
-    remarks = _misread_remarks(counts)
-    missing = n_known < len(values)
+    remarks = misread_remarks(counts)
+    missing = n_known < n_rows
     # Every value is distinct: an identifier or free text.
     if len(counts) == n_known and n_known > 1:
         reason = f"left out, text with all {n_known} values distinct"
         return Column(name, "category"), (reason, *remarks)
-    least = min(min_count, math.ceil(len(values) / 100))
+    least = min(min_count, math.ceil(n_rows / 100))
     # By count, then by name: the order of the rows has no influence.
     ranked = sorted(counts, key=lambda level: (-counts[level], level))
     frequent = [level for level in ranked if counts[level] >= least]
@@ -193,34 +194,14 @@ def _fit_category(
     if missing:
         remarks = (*remarks, "missing values become a level")
     if n_rare:
-        n_rows = n_known - sum(counts[level] for level in levels)
-        remark = f"rare levels share one feature ({n_rare} of {len(counts)} levels, {n_rows} rows)"
+        n_rare_rows = n_known - sum(counts[level] for level in levels)
+        rare = f"{n_rare} of {len(counts)} levels, {n_rare_rows} rows"
+        remark = f"rare levels share one feature ({rare})"
         if len(frequent) > max_levels:
             limit = option("max_levels", max_levels)
             remark = f"{remark}. {limit} keeps only the most frequent levels"
         remarks = (*remarks, remark)
     return column, remarks
-
-
-def _misread_remarks(counts: Counter[str]) -> tuple[str, ...]:
-    """Return remarks on a column of text that was probably meant as numbers or dates.
-
-    One odd cell turns a whole column into text.
-    """
-
-    def are_most(fits: Callable[[str], object]) -> bool:
-        n_fitting = sum(number for level, number in counts.items() if fits(level))
-        return n_fitting >= 0.8 * sum(counts.values())
-
-    text = min((level for level in counts if not is_number(level)), default=None)
-    if text is not None and are_most(is_number):
-        return (f"read as text because of {text!r:.100}, though most of its values are numbers",)
-    if text is not None and are_most(lambda level: is_number(level.replace(",", ""))):
-        remedy = "Write numbers without commas, and decimals with a point"
-        return (f"read as text because of commas as in {text!r:.100}. {remedy}",)
-    if are_most(re.compile(r"\d{1,2}[/.-]\d{1,2}[/.-](\d{4}|\d{2})").fullmatch):
-        return (f"read as text. Write dates such as {min(counts)!r} as year-month-day",)
-    return ()
 
 
 def _is_row_counter(values: np.ndarray) -> bool:
@@ -479,7 +460,11 @@ def fit_layout(
         X = _summary(checked_tensor(X))
     fit = partial(fit_column, max_levels=max_levels, min_count=min_count, keep=columns == "keep")
     used = []
-    remarks = [*X.amounts.items(), *X.readings.items()]
+    readings = dict(X.readings)
+    for name, remark in X.readings.items():
+        if remark == LOST_ZEROS and name in X.names:
+            readings[name] += _advice_on_zeros(name, X.column(name), max_levels, min_count)
+    remarks = [*X.amounts.items(), *readings.items()]
     for name, kind, values in zip(X.names, X.kinds, X.columns):
         column, column_remarks = fit(name, kind, values)
         remarks += [(name, remark) for remark in column_remarks]
@@ -492,6 +477,19 @@ def fit_layout(
     if not used:
         raise InputError("X", "has no usable column", remedy=" ".join(notes))
     return Layout(tuple(used), X.names, notes)
+
+
+def _advice_on_zeros(name: str, values: np.ndarray, max_levels: int, min_count: int) -> str:
+    """Return a sentence that says how a column of codes (n,) keeps its leading zeros.
+
+    The sentence is "" if the column as a category would be left out.
+    """
+    codes, numbers = np.unique(values[~np.isnan(values)], return_counts=True)
+    counts = Counter(dict(zip(map(text_of, codes.tolist()), numbers.tolist())))
+    category, _ = _fit_category(name, counts, len(values), max_levels, min_count)
+    if not category.feature_names:
+        return ""
+    return f". To keep them, set {option('kinds', {EXAMPLE: 'category'})}"
 
 
 def _note(remark: str, names: Sequence[str]) -> str:

@@ -1,17 +1,22 @@
-"""Remarks on columns that gputune reads in one way from a text file and in another from a data
-frame.
+"""Remarks on columns that gputune may read differently from what the user means.
+
+Most of them are on columns that gputune reads in one way from a text file and in another from a
+data frame.
 
 A text file has no types. As in pandas.read_csv, a column of only numeric text becomes numbers, and
 texts such as NA are missing values. In a data frame the owner chose the type of each column. So
 text stays text, and "NA" is a category level like any other text.
 """
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gputune.data.kinds import MISSING_TEXT, Kind, parse_text
+from gputune.text import is_number
 from gputune.wording import option
 
 if TYPE_CHECKING:
@@ -23,6 +28,10 @@ America."""
 
 EXAMPLE = "<column>"
 """A placeholder for the column name in the text of a remark."""
+
+LOST_ZEROS = "leading zeros are lost, because all values are numbers"
+"""The remark on a column of codes such as 00501. ``fit_layout`` adds how to keep the zeros, if a
+category of these codes has features."""
 
 _LEADING_ZERO = r"^\s*[-+]?0[0-9]"
 
@@ -55,8 +64,7 @@ def file_remark(kind: Kind, texts: "pl.Series") -> str:
     The remark is "" if gputune reads the column in the same way from a data frame.
     """
     if kind == "number" and texts.str.contains(_LEADING_ZERO).any():
-        kinds = option("kinds", {EXAMPLE: "category"})
-        return f"leading zeros are lost, because all values are numbers. To keep them, set {kinds}"
+        return LOST_ZEROS
     if kind == "category":
         stripped = texts.str.strip_chars()
         missing = stripped.filter(stripped.is_in(_WORDS))
@@ -92,3 +100,24 @@ def frame_remark(values: np.ndarray) -> str:
             "file. Write None for a missing value"
         )
     return ""
+
+
+def misread_remarks(counts: Counter[str]) -> tuple[str, ...]:
+    """Return remarks on a column of text that was probably meant as numbers or dates.
+
+    One odd cell turns a whole column into text.
+    """
+
+    def are_most(fits: Callable[[str], object]) -> bool:
+        n_fitting = sum(number for level, number in counts.items() if fits(level))
+        return n_fitting >= 0.8 * sum(counts.values())
+
+    text = min((level for level in counts if not is_number(level)), default=None)
+    if text is not None and are_most(is_number):
+        return (f"read as text because of {text!r:.100}, though most of its values are numbers",)
+    if text is not None and are_most(lambda level: is_number(level.replace(",", ""))):
+        remedy = "Write numbers without commas, and decimals with a point"
+        return (f"read as text because of commas as in {text!r:.100}. {remedy}",)
+    if are_most(re.compile(r"\d{1,2}[/.-]\d{1,2}[/.-](\d{4}|\d{2})").fullmatch):
+        return (f"read as text. Write dates such as {min(counts)!r} as year-month-day",)
+    return ()

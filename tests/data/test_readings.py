@@ -45,6 +45,19 @@ def test_a_file_says_what_a_frame_would_keep(path):
     assert "zip" not in notes and "'NA'" not in notes
 
 
+@pytest.mark.parametrize("n_levels", [60, 4, 202])
+def test_the_advice_to_keep_zeros_is_given_only_where_it_keeps_the_column(tmp_path, n_levels):
+    n_rows = 60 if n_levels < 202 else 240
+    zips = [f"{i % n_levels:05}" for i in range(n_rows)]
+    frame = pd.DataFrame({"n": range(n_rows), "zip": zips, "y": [0, 1] * (n_rows // 2)})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    notes = notes_of(tmp_path / "t.csv")
+    assert "Column 'zip': leading zeros are lost, because all values are numbers." in notes
+    is_left_out = "'zip': left out" in notes_of(tmp_path / "t.csv", kinds={"zip": "category"})
+    assert is_left_out == (n_levels != 4)
+    assert ("To keep them, set kinds={'zip': 'category'}." in notes) == (not is_left_out)
+
+
 def test_a_frame_says_what_a_file_would_read(tmp_path):
     pl.from_pandas(FRAME).write_parquet(tmp_path / "t.parquet")
     for X in (FRAME, pl.from_pandas(FRAME), tmp_path / "t.parquet"):
