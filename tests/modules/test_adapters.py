@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
+from gputune.engine.stacked import StackedChunk
 from gputune.modules import inspection
 from gputune.modules.adapters import LoraLinear, is_target
 from gputune.modules.inspection import traits_of
@@ -310,3 +311,47 @@ def test_the_keys_of_a_lora_are_refused_for_other_modules():
     x, y = torch.randn(20, 5), torch.arange(20) % 2
     with pytest.raises(gputune.InputError, match="must have only the keys"):
         gputune.tune(Base, x, y, space={"rank": [2, 4]}, verbose=0)
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL."""
+
+
+@pytest.mark.parametrize(
+    "targets",
+    # without and with kept features
+    [pytest.param(TARGETS, marks=pytest.mark.long), ["inner"]],
+)
+def test_a_killed_search_resumes_in_the_middle_and_equals_an_uninterrupted_one(
+    targets, tmp_path, monkeypatch
+):
+    x = torch.randn(48, 1, 5, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0, :2].sum(1) > 0).long()
+    base = nn.Sequential(nn.Flatten(), make_base(n_outputs=2))
+    builder = gputune.lora(base, targets=targets, modules_to_save=["head"])
+    space = {"rank": [1, 2, 4], "alpha": [4, 8], "lr": [1e-3, 1e-2], "batch_size": [8]}
+    words = {"space": space, "n_trials": 5, "max_epochs": 8, "cv": 2, "random_state": 1}
+    words |= {"verbose": 0, "workers": 1, "checkpoint_seconds": 1e-9}
+    whole = gputune.tune(builder, x, y, study=tmp_path / "whole.db", **words)
+    trained = []
+    advance = StackedChunk.advance
+    for moment in (3, 2, 3):  # the epochs before each kill
+        left = [moment]
+
+        def killed(chunk, epoch, left=left):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            trained.append(epoch)
+            advance(chunk, epoch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StackedChunk, "advance", killed)
+            with pytest.raises(Killed):
+                gputune.tune(builder, x, y, study=tmp_path / "killed.db", **words)
+    assert max(trained) > 3  # a resumed search continues from a checkpoint
+    resumed = gputune.tune(builder, x, y, study=tmp_path / "killed.db", **words)
+    assert [t.params for t in resumed.trials] == [t.params for t in whole.trials]
+    for curve, other in zip(resumed.curves, whole.curves, strict=True):
+        assert curve.tobytes() == other.tobytes()
+    assert resumed.best_score == whole.best_score
