@@ -126,7 +126,8 @@ def published(
 ) -> list[Kind]:
     """Return the values of this name among the published numbers; none if there is no file."""
     file = out / f"{file_stem(machine, what)}.json"
-    return [kind(**one) for one in json.loads(file.read_text())[name]] if file.exists() else []
+    numbers = json.loads(file.read_text()) if file.exists() else {}
+    return [kind(**one) for one in numbers.get(name, [])]
 
 
 class Clock:
