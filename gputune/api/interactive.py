@@ -21,6 +21,7 @@ _OTHER_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("param_distributions", "param_grid", "search_space"), "space"),
     **dict.fromkeys(("metric", "score", "scorer"), "scoring"),
     "folds": "cv",
+    "budget": "timeout",
     "seed": "random_state",
     "criterion": "loss",
     "n_jobs": "workers",

@@ -24,7 +24,7 @@ def search(
     warm_start: str | Path | Study | Sequence[str | Path | Study] = (),
     method: Method | Literal["random", "halving", "median", "tpe"] = "random",
     max_epochs: int | None = None,
-    timeout: float | None = None,
+    timeout: float | str | None = None,
     target_score: float | None = None,
     patience_trials: int | None = None,
     study: str | Path | None = None,
@@ -68,9 +68,9 @@ def search(
 
         max_epochs: number of times that a full training run calls ``report``. Halving and the
             median rule need it.
-        timeout: seconds (above 0) after which no trial starts. Running trials end at their next
-            report. A later call with the same ``study`` trains these trials again from the
-            beginning.
+        timeout: time (above 0) after which no trial starts: seconds, text such as "5m", or "auto",
+            as in ``gputune.tune``. Running trials end at their next report. A later call with the
+            same ``study`` trains these trials again from the beginning.
         target_score: no trial starts after the objective has returned this value or a better one.
             Trials are compared in order of number. Trials that are running in other workers train
             to their end.

@@ -71,7 +71,7 @@ def tune(
     max_epochs: int = 50,
     patience: int | None = None,
     epoch: Literal["best", "last"] = "best",
-    timeout: float | None = None,
+    timeout: float | str | None = None,
     target_score: float | None = None,
     patience_trials: int | None = None,
     study: str | Path | None = None,
@@ -261,9 +261,10 @@ def tune(
             epoch. None: all trials train for ``max_epochs``.
         epoch: "best" takes the mean validation score at the best epoch, "last" the one after the
             last epoch.
-        timeout: seconds (above 0) after which training stops at the end of the running epoch.
-            Trials that were cut short are scored at the epochs they have. A later call with the
-            same ``study`` trains them further. None: no limit.
+        timeout: time (above 0) after which training stops at the end of the running epoch: a number
+            of seconds, text such as "60s", "5m" or "1h30m", or "auto" for the time until the SLURM
+            job ends. Trials that were cut short are scored at the epochs they have. A later call
+            with the same ``study`` trains them further. None: no limit.
         target_score: the search ends when a trial reaches this score. Greater is better: use -0.3 for a
             neg_log_loss of -0.3. Trials are compared in order of number, after all trials with
             lower numbers have ended.

@@ -213,6 +213,7 @@ READERS: dict[Takes, Callable[[str], object]] = {
     "specs": str,
     "config": str,
     "number": _reader(float, "a number such as 0.5"),
+    "duration": str,
     "0..": _reader(int, f"{_WHOLE} 0", 0),
     "1..": _reader(int, f"{_WHOLE} 1", 1),
     "integers": _integers,

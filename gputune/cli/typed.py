@@ -19,10 +19,13 @@ word after the flag may be the data file."""
 
 
 def aliases(command: Command) -> dict[str, str]:
-    """Return a map from flags with Python's argument names to gputune's own flags."""
+    """Return a map from other names of flags, such as Python's argument names, to gputune's own
+    flags."""
     names = {}
     for rules in command.groups.values():
         for name, rule in rules.items():
+            if name == "timeout":
+                names["--budget"] = rule.name
             alias = f"--{name.replace('_', '-')}"
             if alias == rule.name or name in _WITHOUT_ALIAS:
                 continue

@@ -5,8 +5,12 @@ raises InputError. Slow modules are imported only when they are needed, because 
 must not wait for torch.
 """
 
+import math
 import os
+import re
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +18,7 @@ from typing import TYPE_CHECKING
 from gputune.engine.backends.table import backend_words, is_backend_word
 from gputune.errors import InputError, check_count
 from gputune.text import did_you_mean
-from gputune.wording import Verbatim, per_interface
+from gputune.wording import Verbatim, option, per_interface
 
 if TYPE_CHECKING:
     from gputune.data.kinds import Kind
@@ -77,16 +81,80 @@ def verbosity(name: str, value: object) -> object:
     return int(value)
 
 
-def seconds(name: str, value: object, *, none: bool = False) -> object:
-    """Raise InputError unless an option's value is a duration above 0 seconds.
+def seconds(name: str, value: object) -> object:
+    """Raise InputError unless an option's value is a number of seconds above 0.
 
-    None is valid only with ``none=True``. Returns the unchanged value.
+    Returns the unchanged value.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
-    if not (is_number or (none and value is None)):
-        or_none = _OR_NONE if none else ""
-        raise InputError(name, f"must be a number of seconds above 0{or_none}", got=value)
+    if not (isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0):
+        raise InputError(name, "must be a number of seconds above 0", got=value)
     return value
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+"""The units of a duration, in seconds."""
+
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
+_JOB_END = "SLURM_JOB_END_TIME"
+# The part of a SLURM job's remaining time that is left for the refit and for saving.
+_REFIT_SHARE = 0.05
+_REFIT_SECONDS = 60
+
+
+def duration(name: str, value: object) -> object:
+    """Return the seconds of an option's duration, or None.
+
+    The value is a number of seconds, text such as "90", "60s", "5m" or "1h30m", or "auto" for the
+    time until the SLURM job ends. Raises InputError for other values, and for a job without a time
+    limit.
+    """
+    if value is None:
+        return None
+    if value == "auto":
+        return _until_job_ends(name)
+    total = math.nan
+    if isinstance(value, Real) and not isinstance(value, bool):
+        total = float(value)
+    elif isinstance(value, str) and _DURATION.fullmatch(value):
+        parts = re.findall(r"([\d.]+)([smhd])", value)
+        total = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    elif isinstance(value, str):
+        with suppress(ValueError):
+            total = float(value)
+    if not total > 0:
+        raise InputError(
+            name,
+            "must be a number of seconds above 0, or a time such as '60s', '5m' or "
+            f"'1h30m'{_OR_NONE}",
+            got=value,
+        )
+    return total
+
+
+def _until_job_ends(name: str) -> float:
+    """Return the seconds until the SLURM job of this process ends, less the time for the refit.
+
+    Raises InputError outside a job with a time limit, and shortly before its end.
+    """
+    text = os.environ.get(_JOB_END, "")
+    if not text.isdecimal():
+        raise InputError(
+            option(name, "auto"),
+            f"reads the environment variable {_JOB_END}, which SLURM sets in a job with a time "
+            "limit",
+            got=Verbatim("no such variable" if not text else f"{text!r}"),
+            remedy="Pass a time, such as '30m'.",
+        )
+    left = int(text) - time.time()
+    usable = left - max(_REFIT_SECONDS, _REFIT_SHARE * left)
+    if usable <= 0:
+        raise InputError(
+            option(name, "auto"),
+            f"needs more than {_REFIT_SECONDS} s until the SLURM job ends",
+            got=Verbatim(f"{max(0.0, left):.0f} s"),
+            remedy="Submit the job with a longer --time.",
+        )
+    return usable
 
 
 def path(name: str, value: object) -> Path | None:

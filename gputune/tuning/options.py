@@ -124,10 +124,11 @@ class SearchOptions(OptionGroup):
     )
     timeout: float | None = _stopping(
         None,
-        "--timeout <SECONDS>",
+        "--timeout <TIME>",
         "Stop training after this time",
-        takes="number",
-        check=partial(checks.seconds, none=True),
+        "A number of seconds, or a time such as 60s, 5m or 1h30m. auto: until the SLURM job ends.",
+        takes="duration",
+        check=checks.duration,
         resume=True,
     )
     target_score: float | None = _stopping(

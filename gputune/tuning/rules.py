@@ -19,6 +19,7 @@ OUTPUT = "Output"
 Takes = Literal[
     "text",
     "number",
+    "duration",
     "0..",
     "1..",
     "integers",

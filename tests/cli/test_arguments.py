@@ -49,6 +49,7 @@ def test_every_argument_that_has_an_option_is_known():
         ("--study there --kinds zip=category", "--out there --kind zip=category"),
         ("--no-include-default --no-keep-predictions", "--no-default --no-predictions"),
         ("--hyperparameters lr,momentum", "--descend-on lr,momentum"),
+        ("--budget 5m", "--timeout 5m"),
         ("--include-default --keep-predictions", ""),
     ],
 )

@@ -731,7 +731,12 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
             {"patience": 3, "model": "logistic"},
             "but the logistic regression solved .* has no epochs",
         ),
-        ({"timeout": -1}, "timeout must be a number of seconds above 0, or None, got -1"),
+        (
+            {"timeout": -1},
+            "timeout must be a number of seconds above 0, or a time such as '60s', '5m' or "
+            "'1h30m', or None, got -1",
+        ),
+        ({"timeout": "5x"}, "timeout must be a number of seconds above 0.*got '5x'"),
         (
             {"memory": "lots"},
             "memory must be a positive number of bytes, or text such as '8GB', got 'lots'",
