@@ -194,6 +194,8 @@ class Context(Session):
                 n_trials = sum(len(chunk.index) for chunk in chunks)
                 steps = n_trials * epochs * n_rows / chunks[0].configs[0]["batch_size"]
                 group = next(group for group in groups if chunks[0].index[0] in group.index)
+                # More trials than a chunk has could need more memory than the training.
+                group = group.part(0, max(len(chunk.index) for chunk in chunks))
                 job = self.trainer.job(Job, epochs=epochs)
                 self.timed[key] = fastest_way(job, data, group, member_steps=steps)
                 if slow := self.timed[key].slow:
