@@ -63,6 +63,14 @@ def test_only_tune_has_a_flag_for_the_study():
     assert CommandLine("train").render(option("include[0]")) == "--set"
 
 
+def test_the_check_of_a_module_has_its_own_flags():
+    check = CommandLine("check")
+    assert check.render(option("space['lr']")) == "--set lr"
+    assert check.render(option("numbers", "standard")) == "--set numbers=standard"
+    assert check.render(option("model")) == "--module"
+    assert CommandLine("train").render(option("space")) == "--set"
+
+
 def test_a_text_of_its_own_for_an_interface_may_hold_references():
     message = per_interface(f"Pass {option('cv', 5)}.", f"Add {option('cv', 5)} to it.")
     assert PYTHON.render(message) == "Pass cv=5."

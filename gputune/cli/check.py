@@ -12,7 +12,7 @@ from gputune.cli.options import parse_specs
 from gputune.engine.backend import choose_device
 from gputune.errors import CheckFailedError, InputError
 from gputune.text import count
-from gputune.tuning.choices import choose_model
+from gputune.tuning.choices import BUILT_IN, NAMED, choose_model
 from gputune.tuning.options import make_options
 from gputune.tuning.record import SearchCall, read_rows
 from gputune.types import Say
@@ -52,14 +52,13 @@ def _check_device(arguments: Namespace) -> str:
 
 def _check_module(arguments: Namespace) -> str:
     """Return the backend and the speeds of a user's module."""
-    choice = choose_model(arguments.module, None)
-    if choice.module_class is None:
-        raise InputError(
-            "--module",
-            "must be a module, FILE.py:NAME",
-            got=arguments.module,
-            remedy="Built-in models are part of the check without --module.",
-        )
+    module = arguments.module
+    if ":" not in module and module not in NAMED:
+        remedy = "Built-in models are part of the check without --module."
+        if module not in BUILT_IN:
+            remedy = "Write the file and the name of the class, such as net.py:Net."
+        raise InputError("--module", "must be a module, FILE.py:NAME", got=module, remedy=remedy)
+    choice = choose_model(module, None)
     options = make_options(
         device=arguments.device,
         n_trials=0,
@@ -74,7 +73,7 @@ def _check_module(arguments: Namespace) -> str:
         raise InputError("--target", "is a column of a file", remedy="Add the FILE.")
     else:
         source = read_rows(choice, options.rows, *made_table())
-    interface = CommandLine("train", arguments.file or "FILE")
+    interface = CommandLine("check", arguments.file or "FILE")
     with _bar(len(MEASUREMENTS), "measurement") as bar:
         report = check_module(SearchCall(choice, source, options), _shown_in(bar), interface)
     return report.json() if arguments.json else interface.render(str(report))

@@ -202,6 +202,19 @@ _OF_CALLS = {
 }
 """The flags that messages show for arguments of functions other than ``gputune.tune``."""
 
+_OF_COMMANDS = {
+    "train": {"include": "--set", "space": "--set"},
+    "check": {
+        "include": "--set",
+        "space": "--set",
+        "model": "--module",
+        "numbers": "--set numbers",
+        "optimizer": "--set optimizer",
+        "schedule": "--set schedule",
+    },
+}
+"""The flags of some commands that differ from those of ``gputune tune``, by argument name."""
+
 
 class CommandLine(Interface):
     """The command-line names of arguments, which messages show instead of the Python names.
@@ -214,9 +227,8 @@ class CommandLine(Interface):
     name = "command"
 
     def __init__(self, command: str = "tune", file: str = "FILE") -> None:
-        configuration = "--set" if command == "train" else "--include"
         self.file = file
-        self.known = {**flags(), "include": configuration}
+        self.known = {**flags(), **_OF_COMMANDS.get(command, {})}
         self.known["y"] = self.known["target"]
         self.calls = dict(_OF_CALLS)
         for name in integrations("clusters"):
@@ -260,7 +272,8 @@ class CommandLine(Interface):
             folder = Path(text).parent
             here = Path.cwd()
             text = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
-        return f"{flag} {shlex.quote(text)}"
+        separator = "=" if flag.startswith("--set ") else " "  # --set KEY=VALUE
+        return f"{flag}{separator}{shlex.quote(text)}"
 
 
 def _unquoted(value: str) -> str:

@@ -332,7 +332,7 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
                 "derive from the data",
                 remedy=per_interface(
                     f"Put 'module__{name}' with one or several values into the space, {rest}",
-                    f"Put module__{name}=... into --space, or give it a default.",
+                    f"Put module__{name}=... into {option('space')}, or give it a default.",
                     f"Pass module__{name}=..., {rest}",
                 ),
             )

@@ -35,6 +35,16 @@ class Reader(Net):
     def hidden(self, x):
         h = self.first(x)
         return h * float(h.detach().abs().sum() > 0)
+
+
+class Nan(Net):
+    def forward(self, x):
+        return super().forward(x) / 0
+
+
+class Vocabulary(Net):
+    def __init__(self, n_features, n_outputs, vocab):
+        super().__init__(n_features, n_outputs)
 """
 
 TIMES = {"loop": 1e-3, "recorded": 1e-4, "eager": 2e-4}
@@ -104,10 +114,19 @@ def test_a_module_that_cannot_be_stacked_trains_in_a_loop(module, known_times, t
         (["--target=y"], "--target is for the check of your own module"),
         (["rows.csv"], "FILE is for the check of your own module"),
         (["--set", "lr=1"], "--set is for the check of your own module"),
-        (["MODULE", "--target=y"], "--target is a column of a file"),
+        (["Net", "--target=y"], "--target is a column of a file"),
+        (
+            ["--module=net.py"],
+            "--module must be a module, FILE.py:NAME, got 'net.py'. Write the file and the name",
+        ),
+        (["Net", "--set", "ch=4"], "error: --set must have only the keys "),
+        (["Net", "--set", "lr=-1"], "error: lr must be "),
+        (["Vocabulary"], "Put module__vocab=... into --set, or give it a default."),
+        (["Nan"], "error: --module: Nan() returns outputs that are not finite"),
+        (["Nan"], "If inputs are too large, --set numbers=standard scales them."),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message, module):
-    typed = [module("Net") if word == "MODULE" else word for word in arguments]
+    typed = [module(word) if word.isalpha() else word for word in arguments]
     code, _, err = run("check", *typed)
     assert code == 2 and message in err
