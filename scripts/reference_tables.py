@@ -121,6 +121,8 @@ def _default(key: str) -> str:
         return f"{DEFAULT_LR:g}"
     if key in ("weight_decay", "momentum"):
         return "see [optimizers](optimizers.md)"
+    if key == "rank":
+        return f"{ADAPTER_DEFAULTS[key]}, or the smallest side of the adapted layers if smaller"
     if key == "optimizer":
         return "`optimizer=` of the search"
     if key == "numbers":

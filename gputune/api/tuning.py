@@ -225,8 +225,10 @@ def tune(
             - "robust", "quantile" or "none".
             - "piecewise": 16 bins between quantiles, one feature per bin (arXiv:2203.05556).
             - "piecewise-tree": bins between the thresholds of a decision tree on the target.
-            - "auto": "standard" for tables. Images, sequences and other inputs of a module are not
-              scaled. For them "standard" gives each channel mean 0 and variance 1.
+            - "auto": "standard" for tables, "robust" for RealMLP, and "none" for a pretrained
+              base, which expects the scaling of its own training. Images, sequences and other
+              inputs of a module are not scaled. For them "standard" gives each channel mean 0 and
+              variance 1.
 
         optimizer: name of an optimizer. None is "adamw", and "exact" for "logistic", which is
             solved to convergence.

@@ -254,6 +254,7 @@ class ArrayLayout:
                     raise InputError(
                         "X",
                         f"has no input {name!r}",
+                        got=Verbatim(f"the inputs {', '.join(map(repr, arrays.names))}"),
                         remedy=f"The inputs in training were {', '.join(map(repr, self.names))}.",
                     )
             parts = tuple(by_name[name] for name in self.names)
@@ -263,8 +264,24 @@ class ArrayLayout:
         # Floats of another precision are converted later, other numbers are not.
         are_floats = [getattr(torch, dtype).is_floating_point for dtype in self.dtypes]
         if not is_same or are_floats != [x.is_floating_point() for x in arrays.parts]:
-            raise InputError("X", f"must be as in training, {self}", got=Verbatim(layout))
+            raise InputError(
+                "X",
+                f"must be as in training, {self}",
+                got=Verbatim(layout),
+                remedy=self._remedy_for_names(layout),
+            )
         return arrays
+
+    def _remedy_for_names(self, layout: "ArrayLayout") -> str:
+        """Return advice for inputs that have no names, although the training inputs have names, or
+        the reverse."""
+        if self.names is not None and layout.names is None:
+            names = ", ".join(f"{name!r}: ..." for name in self.names)
+            return f"Pass a dict, {{{names}}}, because the module takes its inputs by name."
+        if self.names is None and layout.names is not None:
+            form = "a tuple of the arrays" if len(self.shapes) > 1 else "the array itself"
+            return f"Pass {form} instead of a dict."
+        return ""
 
     @property
     def feature_names(self) -> tuple[str, ...]:

@@ -10,9 +10,9 @@ https://arxiv.org/abs/2106.09685. The targets and the saved files are those of P
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gputune.errors import InputError
 from gputune.models import Dropout
+from gputune.modules.argument_hints import with_argument_hints
 from gputune.modules.pretrained import Adapted, Pretrained, check_base, pretrained_of
 from gputune.population.traits import Traits
 from gputune.text import did_you_mean
 from gputune.types import Config, Params
 
 ADAPTER_DEFAULTS: Config = {"rank": 8, "alpha": 8.0, "rslora": False}
-"""The keys of a space that only LoRA has, with PEFT's defaults."""
+"""The keys of a space that only LoRA has, with PEFT's defaults.
+
+The default rank is smaller if an adapted layer has a smaller side.
+"""
 
 ALL_LINEAR = "all-linear"
 _HEADS = ("classifier", "score")  # PEFT's names for the head of a classifier
@@ -105,6 +109,22 @@ class Adapters(Pretrained):
 
     targets: Targets = ALL_LINEAR
     modules_to_save: tuple[str, ...] = ()
+    ranks: dict[Targets, int] = field(default_factory=dict, repr=False, kw_only=True)
+    """The default rank, by targets."""
+
+    def defaults(self, params: Mapping[str, object]) -> Config:
+        """Return the default values of ``ADAPTER_DEFAULTS`` for a configuration.
+
+        The rank is at most the smallest side of the adapted layers.
+        """
+        targets = plain_targets(params.get("module__targets", self.targets))
+        if targets not in self.ranks:
+            trained = self._trained_modules(self.base)
+            rank: int = ADAPTER_DEFAULTS["rank"]
+            for path in self._targets(self.base, targets, trained):
+                rank = min(rank, *sizes_of(self.base.get_submodule(path)))
+            self.ranks[targets] = rank
+        return ADAPTER_DEFAULTS | {"rank": self.ranks[targets]}
 
     def build(self, targets: Targets, max_rank: int, drops: bool) -> Adapted:
         """Return a module with new adapters and with the frozen tensors of the base."""
@@ -326,6 +346,16 @@ def _disable_fast_path(module: nn.Module) -> None:
             part.activation_relu_or_gelu = 0
 
 
+@with_argument_hints(
+    {"target_modules": "targets", "model": "base", "module": "base"},
+    keys={
+        **dict.fromkeys(("r", "rank", "lora_r"), "rank"),
+        **dict.fromkeys(("alpha", "lora_alpha"), "alpha"),
+        **dict.fromkeys(("dropout", "lora_dropout"), "dropout"),
+        **dict.fromkeys(("rslora", "use_rslora"), "rslora"),
+        "lr": "lr",
+    },
+)
 def lora(
     base: nn.Module,
     targets: Targets = ALL_LINEAR,
@@ -333,10 +363,14 @@ def lora(
 ) -> Callable[..., nn.Module]:
     """Return a builder of ``base`` with LoRA adapters, to pass to ``gputune.tune``.
 
-    All trials share the frozen tensors of ``base``. The space of the search may have the keys
-    ``rank`` [default: 8], ``alpha`` [default: 8], ``rslora`` [default: False], ``dropout`` (of the
-    adapters' inputs) [default: 0] and ``lr_factor__B`` (LoRA+), and all keys of a training. Trials
-    of different ranks and alphas train together.
+    All trials share the frozen tensors of ``base``. Trials of different ranks and alphas train
+    together. The space of the search may have all keys of a training, and these keys:
+
+    - ``rank`` [default: 8, or the smallest side of the adapted layers if that is smaller]
+    - ``alpha`` [default: 8]
+    - ``rslora`` [default: False]
+    - ``dropout`` of the adapters' inputs [default: 0]
+    - ``lr_factor__B``, a factor on the learning rate of the second matrix (LoRA+) [default: 1]
 
     Args:
         base: The pretrained module. gputune does not change it, and ignores ``requires_grad``. A
@@ -353,7 +387,8 @@ def lora(
         A function that builds one adapted module.
 
     Raises:
-        InputError: ``base`` is not a module, or a name matches nothing.
+        InputError: ``base`` is not a module, a name matches nothing, or a regular expression is
+            not valid.
 
     Example:
         >>> import gputune, torch
@@ -369,13 +404,21 @@ def lora(
     check_base(base)
     if modules_to_save is None:
         modules_to_save = default_heads(base)
-    settings = Adapters(base, _plain(targets), tuple(modules_to_save))
+    elif not _are_names(modules_to_save):
+        is_name = isinstance(modules_to_save, str)
+        raise InputError(
+            "modules_to_save",
+            "must be a list of names",
+            got=modules_to_save,
+            remedy=f"Pass {[modules_to_save]!r}." if is_name else "For example ['classifier'].",
+        )
+    settings = Adapters(base, plain_targets(targets), tuple(modules_to_save))
     default_targets = settings.targets
 
     def build(
         *, targets: Targets = default_targets, max_rank: int = 16, drops: bool = False
     ) -> nn.Module:
-        return settings.build(_plain(targets), max_rank, drops)
+        return settings.build(plain_targets(targets), max_rank, drops)
 
     build.__name__ = f"lora({type(base).__name__})"
     vars(build)["pretrained"] = settings
@@ -383,9 +426,38 @@ def lora(
     return build
 
 
-def _plain(targets: Targets) -> Targets:
-    """Return targets as text or as a tuple of texts."""
-    return targets if isinstance(targets, str) else tuple(targets)
+def _are_names(value: object) -> TypeGuard[Collection[str]]:
+    """Return whether a value is a list, tuple or set of texts."""
+    if isinstance(value, str) or not isinstance(value, Sequence | Set):
+        return False
+    return all(isinstance(name, str) for name in value)
+
+
+def plain_targets(targets: object) -> Targets:
+    """Return targets as text or as a tuple of texts.
+
+    Raises InputError for another value, and for a text that is not a regular expression.
+    """
+    if _are_names(targets):
+        return tuple(sorted(targets)) if isinstance(targets, Set) else tuple(targets)
+    if not isinstance(targets, str):
+        raise InputError(
+            "targets",
+            f"must be {ALL_LINEAR!r}, a regular expression or a list with the ends of layer names",
+            got=targets,
+            remedy="For example ['query', 'value'].",
+        )
+    try:
+        re.compile(targets)
+    except re.error as error:
+        raise InputError(
+            "targets",
+            f"must be a valid regular expression for the whole name of a layer ({error})",
+            got=targets,
+            remedy="Correct it, or pass a list with the ends of layer names, such as "
+            "['query', 'value'].",
+        ) from error
+    return targets
 
 
 def adapters_of(builder: object) -> Adapters | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.errors import InputError
+from gputune.modules.argument_hints import with_argument_hints
 from gputune.modules.pretrained import Adapted, Pretrained, check_base, dtype_of, pretrained_of
 from gputune.population.population import InputKind, call_module
 from gputune.types import Config
@@ -115,6 +116,7 @@ class FrozenBody(Pretrained):
         return features.shape[-1]
 
 
+@with_argument_hints({"model": "base", "module": "base", "body": "base"})
 def frozen(base: nn.Module, head: Head | None = None) -> Callable[..., nn.Module]:
     """Return a builder of a frozen ``base`` and a head that trains, to pass to ``gputune.tune``.
 

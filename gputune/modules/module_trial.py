@@ -143,6 +143,14 @@ class ModuleTrial:
                 row = f" in row {int(rows[place])}"
                 searched = [x[place] for x in inputs]
             remedy = f"Give it num_embeddings={number + 1} or more."
+            base = pretrained_of(self.builder)
+            if base is not None:
+                path = path.removeprefix("module.")
+                remedy = (
+                    f"The vocabulary of the pretrained {type(base.base).__name__} does not contain "
+                    "this id. Check that X comes from the tokenizer of the base, and that the rows "
+                    "are not too long for it."
+                )
             if number < 0:
                 remedy = "Give such ids other numbers."
             places = (
@@ -153,7 +161,7 @@ class ModuleTrial:
                 if bool((x == number).any()):
                     errors.append(InputError(label, f"has the id {places}", remedy=remedy))
                     return
-            if any(x.is_floating_point() for x in searched):
+            if base is None and any(x.is_floating_point() for x in searched):
                 remedy += _SCALED
             rule = f"The forward pass of {self.name} computes the id {places}"
             errors.append(InputError(None, rule, remedy=remedy))

@@ -104,13 +104,18 @@ _FACTOR = Range("a finite number >= 0", "0.1", 0)
 
 INTEGER_REMEDY = "Use a list, scipy.stats.randint(low, high + 1) or gputune.log_int(low, high)."
 
-# Names of our keys in scikit-learn, skorch and papers, which a spell checker would not match.
+# Names of our keys in scikit-learn, skorch, PEFT and papers, which a spell checker would not match.
 _OTHER_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("learning_rate", "learning_rate_init"), "lr"),
     **dict.fromkeys(("hidden_layer_sizes", "hidden_size", "units"), "width"),
     **dict.fromkeys(("n_layers", "num_layers"), "depth"),
     "alpha": "weight_decay",
     "solver": "optimizer",
+    # PEFT
+    **dict.fromkeys(("r", "lora_r"), "rank"),
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
 }
 
 

@@ -26,8 +26,11 @@ from gputune.spaces.space import check_include
 from gputune.study.store import Candidate
 from gputune.study.study import Trial
 from gputune.text import count
-from gputune.types import Config
+from gputune.types import DECAY_FACTOR, LR_FACTOR, Config
 from gputune.wording import Verbatim, option
+
+NO_DEFAULT = "gputune runs no default configuration"
+"""The beginning of the note of a search without a trial of the default configuration."""
 
 
 def draw(
@@ -188,11 +191,9 @@ def notes(
     """Return remarks for the user about default values and unused hyperparameters, one sentence
     each."""
     sentences = []
+    defaults = _with_factors(space, defaults)
     if include_default and (missing := _fill_for_space({}, space, defaults)[1]):
-        sentences.append(
-            f"gputune runs no default configuration, because {', '.join(missing)} has no default "
-            "value."
-        )
+        sentences.append(f"{NO_DEFAULT}, because {', '.join(missing)} has no default value.")
     # A fixed value in the space needs no remark.
     fixed = {key for part in space for key, choices in part.items() if is_fixed(choices)}
     for trial in trials:
@@ -202,7 +203,7 @@ def notes(
         plain = _with_plain_defaults({"optimizer": optimizer}, defaults)
         moved = []
         for key, value in trial.params.items():
-            if key in plain and key not in fixed and plain[key] != value:
+            if key in plain and key not in fixed and _hashable(plain[key]) != _hashable(value):
                 moved.append(f"{key}={value!r} in place of {plain[key]!r}")
         if moved:
             sentences.append(
@@ -312,6 +313,7 @@ def _fill_for_space(
 ) -> tuple[Config, list[str]]:
     """Add default values for the missing keys of a configuration. Returns the configuration and the
     keys without a default."""
+    defaults = _with_factors(space, defaults)
     full = _with_defaults_in_space(config, space, defaults)
     keys = set().union(*space)
     if "penalty" in keys:
@@ -359,6 +361,9 @@ def _nearest(key: str, choices: Choices, value: object) -> object:
     if isinstance(choices, list):
         if value in choices:
             return value
+        for choice in choices:
+            if _hashable(choice) == _hashable(value):  # a list instead of a tuple
+                return choice
         numbers = [choice for choice in choices if isinstance(choice, int | float)]
         # Tuples are widths of several layers, which are not compared with a number.
         has_words = any(not isinstance(choice, int | float | tuple) for choice in choices)
@@ -376,6 +381,16 @@ def _nearest(key: str, choices: Choices, value: object) -> object:
         if not hasattr(choices, "pmf") or choices.pmf(inside) > 0:
             return inside
     return draw([{key: choices}], 1, 0)[0][key]
+
+
+def _with_factors(space: CheckedSpace, defaults: Mapping[str, object]) -> Mapping[str, object]:
+    """Add the default value 1 of the factors on learning rates and weight decays in a space."""
+    factors = {}
+    for part in space:
+        for key in part:
+            if key.startswith((LR_FACTOR, DECAY_FACTOR)):
+                factors[key] = 1.0
+    return {**factors, **defaults}
 
 
 def _with_plain_defaults(config: Config, defaults: Mapping[str, object]) -> Config:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from gputune.annotations import StrPath
+from gputune.data.arrays import ArrayStatistics
+from gputune.data.encode import Statistics
 from gputune.data.source import bytes_of
-from gputune.errors import InputError
+from gputune.errors import InputError, InputWarning, warn
 from gputune.modules.adapters import (
     ADAPTER_DEFAULTS,
     LoraLinear,
@@ -28,6 +30,7 @@ from gputune.modules.adapters import (
 from gputune.modules.pretrained import Adapted
 from gputune.scratch import naming_folder, write_files
 from gputune.types import Config, Json, Params
+from gputune.wording import option
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -84,6 +87,7 @@ class AdapterFiles:
 
     if TYPE_CHECKING:
         module: nn.Module
+        statistics: Statistics | ArrayStatistics
 
         @property
         def params(self) -> Config: ...
@@ -93,7 +97,8 @@ class AdapterFiles:
         format.
 
         ``peft.PeftModel.from_pretrained(base, folder)`` loads the adapter into the base. The model
-        must come from a search of ``gputune.lora``.
+        must come from a search of ``gputune.lora``. An ``InputWarning`` says if the search scaled the
+        inputs, because PEFT does not scale them.
 
         Args:
             folder: the folder, which is created if it does not exist.
@@ -112,6 +117,13 @@ class AdapterFiles:
                 remedy="Search gputune.lora(base), and save one of its models. Save an ensemble "
                 "with save().",
             )
+        if _scales_inputs(self.statistics):
+            warn(
+                "The adapter expects inputs as gputune scaled them in the search, but PEFT scales "
+                "no inputs, so it will predict differently. Search again with "
+                f"{option('numbers', 'none')} on inputs with your own scaling.",
+                InputWarning,
+            )
         tensors, config = _adapter(adapted, self.params)
         # PEFT reads the format from the metadata.
         raw = safetensors.torch.save(tensors, metadata={"format": "pt"})
@@ -122,6 +134,15 @@ class AdapterFiles:
             text = json.dumps(config, indent=2, sort_keys=True)
             files = {TENSORS: raw, CONFIG: text.encode()}
             write_files(path, files, prefix=_DRAFTS)
+
+
+def _scales_inputs(statistics: Statistics | ArrayStatistics) -> bool:
+    """Return whether gputune changes the numbers of the inputs before the module."""
+    if isinstance(statistics, ArrayStatistics):
+        return any(channels is not None for channels in statistics.channels)
+    is_plain = not statistics.center.any() and bool((statistics.scale == 1).all())
+    changed = (statistics.ranked, statistics.clipped, statistics.places, statistics.least)
+    return not is_plain or any(len(part) > 0 for part in changed)
 
 
 def _adapter(adapted: Adapted, params: Config) -> tuple[Params, Json]:

@@ -1,5 +1,6 @@
 """Checks of the argument ``model``, and its conversion to and from a study file."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -9,7 +10,7 @@ from torch import nn
 from gputune.data.target import Target
 from gputune.errors import InputError
 from gputune.models import CNN, GRU, RealMLP
-from gputune.modules.adapters import ADAPTER_DEFAULTS, adapters_of
+from gputune.modules.adapters import adapters_of
 from gputune.modules.construction import Builder, name_of, what_to_pass
 from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
 from gputune.population.kinds import ModelKind
@@ -58,14 +59,16 @@ class ModelChoice:
         """The default hyperparameters of this model, which replace gputune's common defaults."""
         return recipe_of(self.module_class, self.goal)
 
-    def defaults(self, schedule: str) -> Config:
+    def defaults(self, schedule: str, params: Mapping[str, object] = ({})) -> Config:
         """Return the default hyperparameters of the model, with the optimizer and the schedule.
 
+        ``params`` are the hyperparameters of a trial. The default rank of a LoRA depends on them.
         The argument ``schedule="constant"`` does not replace a schedule among the model's defaults.
         """
         defaults = {**self.recipe, "optimizer": self.optimizer}
-        if adapters_of(self.module_class) is not None:
-            defaults |= ADAPTER_DEFAULTS
+        adapters = adapters_of(self.module_class)
+        if adapters is not None:
+            defaults |= adapters.defaults(params)
         if schedule != "constant" or "schedule" not in self.recipe:
             defaults["schedule"] = schedule
         return defaults
@@ -73,7 +76,9 @@ class ModelChoice:
     def complete(self, params: Config, schedule: str) -> Config:
         """Return the hyperparameters of a trial, with default values for all missing keys."""
         return complete(
-            {**self.defaults(schedule), **params}, optimizer=self.optimizer, schedule=schedule
+            {**self.defaults(schedule, params), **params},
+            optimizer=self.optimizer,
+            schedule=schedule,
         )
 
     @property

@@ -245,7 +245,7 @@ class RowOptions(OptionGroup):
         "Scaling of numeric columns",
         "robust: median, quartiles and a smooth clip. piecewise: 16 bins between quantiles. "
         "piecewise-tree: bins of a decision tree on the target. auto: standard for tables, none "
-        "for images and sequences.",
+        "for images, sequences and a pretrained base.",
         "auto",
         values=("auto", *NUMBERS),
         check=checks.one_of("auto", *NUMBERS),

@@ -32,6 +32,7 @@ from gputune.data.weights import check_weights
 from gputune.engine.choice import DeviceChoice, Workload, device_for
 from gputune.errors import InputError
 from gputune.modules.inspection import returns_one_logit
+from gputune.modules.pretrained import pretrained_of
 from gputune.population.kinds import is_module
 from gputune.scoring.losses import takes_probabilities
 from gputune.scoring.metrics import loss_scoring, make_scoring
@@ -301,6 +302,13 @@ class Problem:
                 "standardized target"
             )
         if not isinstance(self.raw, Arrays):
+            is_pretrained = pretrained_of(self.choice.module_class) is not None
+            if is_pretrained and self.numbers == "none":
+                scaling = option("numbers", "standard")
+                remarks.append(
+                    "the columns are not scaled, because the base is pretrained; "
+                    f"{scaling} scales by column"
+                )
             return remarks
         scalable = list[str]()
         others = list[str]()
@@ -425,6 +433,9 @@ def make_problem(
     columns: Columns = "keep" if keeps else "drop-constant"
     # RealMLP uses robust scaling of tables, as in its paper.
     default: Numbers = "robust" if choice.recipe and not isinstance(X, Tensor) else "standard"
+    if pretrained_of(choice.module_class) is not None:
+        # The base was trained on inputs with the user's own scaling.
+        default = "none"
     layout: Layout | ArrayLayout
     raw: np.ndarray | Tensor | Arrays
     if isinstance(X, Arrays):

@@ -22,7 +22,7 @@ from gputune.optimizers.classes import argument_defaults
 from gputune.scoring.objective import loss_defaults
 from gputune.spaces.config import ConfigCheck, check_config, legal_keys
 from gputune.spaces.distributions import CheckedSpace, is_inside, space_text, to_scipy
-from gputune.spaces.random import first_candidates, n_counted, numbered, remarks, top_up
+from gputune.spaces.random import NO_DEFAULT, first_candidates, n_counted, numbered, remarks, top_up
 from gputune.spaces.space import (
     PORTFOLIOS,
     SPACES,
@@ -144,7 +144,7 @@ def first_trials(
         space,
         n_trials=search.n_trials,
         include=search.include,
-        include_default=search.include_default,
+        include_default=search.include_default and not _lacks_default(store),
         defaults=default_params(choice, options),
         portfolio=portfolio,
     )
@@ -160,6 +160,18 @@ def first_trials(
             stored = tuple(trial for trial in store.candidates() if trial.origin == "random")
     known = first + stored[: max(0, search.n_trials - n_counted(first))]
     return known + draw_trials(known, space, search, check_config)
+
+
+def _lacks_default(store: Store | None) -> bool:
+    """Return whether a study says in its notes that it runs no default configuration.
+
+    Factors on learning rates had no default value in earlier versions.
+    """
+    if store is None:
+        return False
+    with suppress(OSError, StudyCorruptError):  # reported when the study is opened
+        return any(str(note).startswith(NO_DEFAULT) for note in store.meta.get("notes") or ())
+    return False
 
 
 def draw_trials(

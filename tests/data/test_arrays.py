@@ -383,7 +383,15 @@ class TestLayout:
     @pytest.mark.parametrize(
         ("X", "message"),
         [
-            ({"ids": IDS}, "X has no input 'image'. The inputs in training were 'ids', 'image'"),
+            (
+                {"ids": IDS, "pixels": IMAGES},
+                "X has no input 'image', got the inputs 'ids', 'pixels'. The inputs in training "
+                "were 'ids', 'image'",
+            ),
+            (
+                (IDS, IMAGES),
+                r"must be as in training, .* Pass a dict, \{'ids': ..., 'image': ...\}, because",
+            ),
             (
                 {"ids": IDS, "image": IMAGES[:, :1]},
                 r"must be as in training, .*float32 \(rows, 2, 3, 3\)",
@@ -394,3 +402,12 @@ class TestLayout:
     def test_others_are_refused(self, X, message):
         with refused(message):
             self.LAYOUT.raw(X)
+
+
+def test_a_dict_is_refused_if_the_inputs_of_training_had_no_names():
+    one = ArrayLayout.of(as_arrays(IDS))
+    with refused("must be as in training, .* Pass the array itself instead of a dict"):
+        one.raw({"ids": IDS})
+    two = ArrayLayout.of(as_arrays((IDS, IMAGES)))
+    with refused("must be as in training, .* Pass a tuple of the arrays instead of a dict"):
+        two.raw({"ids": IDS, "image": IMAGES})

@@ -199,6 +199,7 @@ def test_missing_keys_take_the_default_held_to_the_space():
         ([None, 0.5], 0.2, None),
         ([(8,), (8, 8)], 4, (8,)),
         ([(8, 8), 32, 64], 128, 64),
+        ([[4], [8]], (8,), [8]),  # a list in place of a tuple
         (stats.loguniform(0.1, 1.0), 1e-3, 0.1),
         (stats.loguniform(1e-5, 1e-4), 1e-3, 1e-4),
         (stats.loguniform(1e-4, 1.0), 1e-3, 1e-3),
@@ -223,7 +224,7 @@ def test_a_default_is_held_to_what_the_space_names(choices, default, held):
     ) or ("",)
     moved = (
         ""
-        if held == default
+        if held == default or held == [8]
         else "Trial 0 is the default configuration, moved into the space: module__k="
     )
     assert said.startswith(moved) and bool(said) == bool(moved)
@@ -412,3 +413,20 @@ def test_what_an_older_study_holds_is_counted_and_numbered_on():
     assert params(top_up(other, space, 5, 0)) == draw(space, 5, 0)[:2]
     old = (Candidate(5, {"lr": 0.3}, "include"), Candidate(2, {"lr": 0.1}, "random"))
     assert top_up(old, checked({"lr": [0.1, 0.2]}), 2, 0) == (Candidate(6, {"lr": 0.2}, "random"),)
+
+
+def test_a_factor_on_the_learning_rate_or_weight_decay_is_1_by_default():
+    space = checked({"lr_factor__B": [4, 1], "weight_decay_factor__bias": [0.0, 1.0]}, MODULE, True)
+    (trial,) = search(space)
+    assert trial.origin == "default"
+    assert trial.params == {"lr_factor__B": 1, "weight_decay_factor__bias": 1}
+    assert notes([trial], space, include_default=True, defaults=MLP_DEFAULTS) == ()
+    # moved into the space
+    space = checked({"lr_factor__B": [4, 2]}, MODULE, True)
+    (trial,) = search(space)
+    assert trial.params == {"lr_factor__B": 2}
+    (said,) = notes([trial], space, include_default=True, defaults=MLP_DEFAULTS)
+    assert "lr_factor__B=2.0 in place of 1.0" in said
+    # the default of a recipe
+    recipe = MLP_DEFAULTS | {"lr_factor__B": 4.0}
+    assert search(space, defaults=recipe)[0].params == {"lr_factor__B": 4}

@@ -81,3 +81,21 @@ def test_other_models_have_no_adapter_and_no_base(tmp_path):
     model.save(tmp_path / "model")
     with refused("load_model(base=...)", "is only for a model of gputune.lora", "Leave it out."):
         gputune.load_model(tmp_path / "model", base=Base())
+
+
+def test_an_adapter_of_scaled_inputs_warns(tmp_path, recwarn):
+    words = {"n_trials": 1, "max_epochs": 1, "cv": 2, "verbose": 0, "space": {"lr": [1e-2]}}
+    builder = gputune.lora(Base(), targets=["inner"])
+    for X_given, scales in ((X, ("standard",)), (X[:, None], ("standard",)), (X, ("auto", "none"))):
+        base = builder if X_given is X else gputune.lora(nn.Sequential(nn.Flatten(), Base()))
+        for numbers in scales:
+            scaled = gputune.tune(base, X_given, Y, numbers=numbers, **words).best_model()
+            recwarn.clear()
+            scaled.save_adapter(tmp_path)
+            messages = [str(w.message) for w in recwarn if w.category is gputune.InputWarning]
+            if numbers == "standard":
+                (message,) = messages
+                assert "expects inputs as gputune scaled them" in message
+                assert "Search again with numbers='none'" in message
+            else:
+                assert not messages
