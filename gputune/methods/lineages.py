@@ -9,7 +9,7 @@ A resumed search continues from the latest comparison of which all checkpoints e
 
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -134,12 +134,20 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         )
 
     def explain(self) -> None:
-        """Tell the user if no trial can copy another trial."""
-        shapes = {trial.architecture for trial in self.running}
+        """Tell the user if no trial can copy another trial, or if some trials cannot."""
+        n_by_shape = Counter(trial.architecture for trial in self.running)
         n_running = len(self.running)
+        n_alone = list(n_by_shape.values()).count(1)
         # Without a fraction, no trial would copy one of many trials either.
         is_control = not self.method.n_exchanged(n_running + 2)
-        if len(shapes) < n_running or not n_running or is_control:
+        if not n_alone or is_control:
+            return
+        if n_alone < n_running:
+            trials = "1 trial has" if n_alone == 1 else f"{n_alone} trials have"
+            self.context.progress.say(
+                f"note: {trials} an architecture that no other trial has, and can neither copy nor "
+                "be copied"
+            )
             return
         reason = no_copy_reason([trial.first_config for trial in self.running])
         reason = reason or "each trial has a different architecture"
@@ -169,7 +177,8 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         for trial in trials:
             config = trial.config
             loss = config.get("loss__label_smoothing")
-            key.append((trial.number, config["batch_size"], loss))
+            drops = config["dropout"] > 0
+            key.append((trial.number, config["batch_size"], loss, drops))
         if self.latest_plan is None or self.latest_plan[0] != key:
             self.latest_plan = (key, super().plan(trials, epochs))
         plan = self.latest_plan[1]
@@ -272,9 +281,10 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         if values is not weights:
             keys = movable_keys(params, self.space, batch_size=self.perturbation.batch_size)
             for key in keys:
-                # The optimizer keeps other tensors for a zero than for a positive number.
-                if bool(values.params.get(key)) == bool(params[key]):
-                    params[key] = values.params.get(key, params[key])
+                value = values.params.get(key, params[key])
+                # A zero stays zero, except the dropout rate of a copy, see ``architecture``.
+                if key == "dropout" or bool(value) == bool(params[key]):
+                    params[key] = value
         if not change.is_perturbed:
             return params
         seed = self.context.options.search.random_state
@@ -367,9 +377,11 @@ class _PopulationTraining(PausedTraining[_Lineage]):
 def architecture(config: Config, kind: ModelKind) -> tuple[object, ...]:
     """Return a lookup key for the tensor shapes of a configuration before padding.
 
-    Only trials with equal keys copy each other.
+    Only trials with equal keys copy each other. Dropout needs no tensors, so trials with and without
+    dropout have equal keys.
     """
-    return (*shape_of_tensors(config, kind), hidden_layers(config, kind))
+    shape = shape_of_tensors({**config, "dropout": 0.0}, kind)
+    return (*shape, hidden_layers(config, kind))
 
 
 def no_copy_reason(configs: Sequence[Config]) -> str:
@@ -379,13 +391,24 @@ def no_copy_reason(configs: Sequence[Config]) -> str:
     shapes = set()
     values = defaultdict(set)
     for config in configs:
-        shape = []
-        for key, value in sorted(config.items()):
-            if key in _OF_SHAPES or key.startswith(MODULE_PREFIX):
-                shape.append((key, repr(value)))
-                values[key].add(repr(value))
-        shapes.add(tuple(shape))
+        parts = _parts_of_shape(config)
+        for key, value in parts.items():
+            values[key].add(value)
+        shapes.add(tuple(parts.items()))
     if len(shapes) < len(configs):
         return ""
     names = ", ".join(key for key in sorted(values) if len(values[key]) > 1)
     return f"each trial has a different architecture ({names})"
+
+
+def _parts_of_shape(config: Config) -> dict[str, str]:
+    """Return the hyperparameters on which the tensors of a trial depend, as text, by key."""
+    parts = {}
+    for key, value in sorted(config.items()):
+        if key in _OF_SHAPES or key.startswith(MODULE_PREFIX):
+            parts[key] = repr(value)
+        elif key in ("momentum", "ema"):
+            parts[key] = "0" if value == 0 else "above 0"
+        elif key == "clip_norm":
+            parts[key] = "none" if value == math.inf else "some"
+    return parts

@@ -34,7 +34,9 @@ class PopulationBased(Method):
     Values stay within the bounds of the space.
 
     A trial copies only a trial with the same architecture: equal shapes of all tensors, and equal
-    ``module__*`` values. If the best quarter has no such trial, the trial only perturbs its values.
+    ``module__*`` values. The optimizer has tensors too, so the optimizers must be equal, and the
+    values of ``momentum``, ``ema`` and ``clip_norm`` must be on or off in both trials. If the best
+    quarter has no such trial, the trial only perturbs its values.
     The trial with the best score of all epochs is not replaced, so the best score never falls.
 
     The result of a trial is one training run with a schedule of hyperparameters,
@@ -99,7 +101,7 @@ class PopulationBased(Method):
         ),
         "factors": Rule(
             "--factors <NUM,...>",
-            "Factors of which a copy multiplies each number by one",
+            "Factors by which a copy changes a number; one is drawn for each number",
             "For --method pbt. In a sorted list of numbers, a factor above 1 chooses the next higher "
             "number, and any other factor the next lower number.",
             "0.8,1.25",

@@ -327,6 +327,29 @@ def test_other_architectures_are_not_copied():
     assert model.predict(load_iris().data).shape == (150,)
 
 
+@pytest.mark.cpu  # equal bits
+@pytest.mark.parametrize("interval", [2, [1, 2]])
+def test_trials_with_and_without_dropout_copy_each_other(monkeypatch, tmp_path, interval):
+    method = gputune.PopulationBased(interval=interval)
+    space = {**SPACE, "dropout": [0.0, 0.2]}
+    options = {"space": space, "n_trials": 10, "epoch": "last", "dtype": "float64"}
+    first = [trial.params["dropout"] for trial in many(method="random", **options).trials]
+    found = members_of_search(monkeypatch)
+    study = many(method=method, **options)
+    copies = set()
+    for trial in study.trials:
+        for _, source in trial.detail.get("copies", ()):
+            copies.add((first[trial.number] > 0, first[source] > 0))
+    assert (True, False) in copies or (False, True) in copies
+    members = [found[number] for number in range(10)]
+    assert difference(members, replayed(study)) == 0
+    resumed = partial(many, method=method, **options, study=tmp_path / "s.db")
+    with pytest.MonkeyPatch.context() as patch:
+        time_is_over(patch, 5)
+        assert any(trial.state == "stopped" for trial in resumed(timeout=600).trials)
+    assert_same_table(study, resumed())
+
+
 def test_intervals_make_subpopulations():
     study = many(method=gputune.PopulationBased(interval=[1, 3]), n_trials=16)
     epochs = {0: set(), 1: set()}
@@ -368,6 +391,17 @@ def test_a_search_without_copies_says_why(capsys):
     space = {"width": [5, 6], "batch_size": [16]}
     found = notes(n_trials=2, space=space, include_default=False)
     assert f"{start} each trial has a different architecture (width)\n" in found
+    # The population of momentum 0 has no buffer for momentum.
+    space = {"momentum": [0.0, 0.9], "batch_size": [16]}
+    found = notes(n_trials=2, space=space, include_default=False, optimizer="sgd")
+    assert f"{start} each trial has a different architecture (momentum)\n" in found
+    alone = "an architecture that no other trial has, and can neither copy nor be copied\n"
+    space = {"lr": loguniform(1e-3, 0.1)}
+    include = [{"width": 5}, {"width": 6}]
+    found = notes(n_trials=6, include=include, space=space)
+    assert f"note: 2 trials have {alone}" in found and start not in found
+    assert f"note: 1 trial has {alone}" in notes(n_trials=6, include=include[1:], space=space)
+    assert alone not in notes(n_trials=4, space=space)
     assert start not in notes(n_trials=1, method=gputune.PopulationBased(interval=2, fraction=0))
 
 
