@@ -1,4 +1,4 @@
-"""169 common operations, each in a small net, and the backend that trains it.
+"""172 common operations, each in a small net, and the backend that trains it.
 
 An operation is between two linear layers, or it is a loss, an optimizer or an option.
 """
@@ -292,6 +292,18 @@ class Cell(nn.Module):
         h = torch.zeros_like(x[:, 0])
         for i in range(x.shape[1]):
             h = self.cell(x[:, i], h)
+        return h
+
+
+class LSTMCell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(WIDTH, WIDTH)
+
+    def forward(self, x):
+        h, c = self.cell(x[:, 0])
+        for i in range(1, x.shape[1]):
+            h, c = self.cell(x[:, i], (h, c))
         return h
 
 
@@ -607,6 +619,7 @@ OPERATIONS = {
         partial(nn.GRU, WIDTH, WIDTH, batch_first=True, bidirectional=True),
         out=2 * WIDTH,
     ),
+    "nn.LSTMCell": sequence(COMPILED, LSTMCell),
     "nn.GRUCell": sequence(COMPILED, partial(Cell, nn.GRUCell)),
     "nn.RNNCell": sequence(COMPILED, partial(Cell, nn.RNNCell)),
     "rotary embedding": sequence(COMPILED, Rotary),

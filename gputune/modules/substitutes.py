@@ -229,6 +229,8 @@ def make_mappable(module: nn.Module) -> None:
             part.forward = partial(_cumulative_batch_norm, part)  # type: ignore[method-assign]
         if isinstance(part, nn.RNNBase) and type(part) in (nn.RNN, nn.GRU, nn.LSTM):
             part.forward = partial(run_recurrent, part)
+        if type(part) is nn.LSTMCell:
+            part.forward = partial(run_lstm_cell, part)  # type: ignore[method-assign]
 
 
 def _averages(module: nn.Module) -> TypeGuard[_BatchNorm]:
@@ -364,6 +366,22 @@ def run_recurrent(
     elif rnn.batch_first:
         x = x.transpose(0, 1)
     return x, ends[0] if len(ends) == 1 else (ends[0], ends[1])
+
+
+def run_lstm_cell(
+    cell: nn.LSTMCell, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute ``cell(input, hx)`` by operations that vmap supports.
+
+    The input is (B, D) or (D,), and a state (B, H) or (H,). Returns the next hidden state and cell.
+    """
+    if hx is None:
+        zeros = input.new_zeros(*input.shape[:-1], cell.hidden_size)
+        hx = (zeros, zeros)
+    bias = cell.bias_ih + cell.bias_hh if cell.bias else None
+    gates = functional.linear(input, cell.weight_ih, bias)
+    h, c = _lstm(cell.weight_hh, None, gates, *hx)
+    return h, c
 
 
 def _run_direction(

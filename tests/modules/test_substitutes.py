@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from gputune.modules.inspection import traits_of
 from gputune.modules.mapped import Mapped
 from gputune.modules.module import StackedModule
-from gputune.modules.substitutes import Substitutes, run_recurrent
+from gputune.modules.substitutes import Substitutes, run_lstm_cell, run_recurrent
 from problems import fill, largest_difference, make_data, module_loop, train_modules
 
 MEMBERS = 3
@@ -199,6 +199,23 @@ def test_what_is_written_out_equals_torch(kind, words):
         torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
     one = [call(x[0], None)[0] for call in (rnn.eval(), partial(run_recurrent, rnn))]
     torch.testing.assert_close(*one)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 3), (3,)])
+def test_the_substitute_of_an_lstm_cell_equals_torch(shape, bias):
+    torch.manual_seed(0)
+    cell = nn.LSTMCell(3, 4, bias=bias).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    state = [torch.randn(*shape[:-1], 4, dtype=torch.float64, requires_grad=True) for _ in "hc"]
+    for begin in (None, tuple(state)):
+        results = []
+        for call in (cell, partial(run_lstm_cell, cell)):
+            h, c = call(x, begin)
+            sources = (x, *cell.parameters(), *(begin or ()))
+            slopes = torch.autograd.grad(h.square().sum() + c.sin().sum(), sources)
+            results.append((h, c, *slopes))
+        torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
 def _states(end):
