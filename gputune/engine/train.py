@@ -132,11 +132,7 @@ class Trained:
         alive: Positions in the chunk of the trials that can still train. ``member(fold, trial)``
             returns one of their members, and ``state`` has a copy of their state.
         network: The stacked model of these trials.
-        flat: Parameters and buffers in one tensor.
-        scored: The part of ``flat`` that is scored and saved.
-        moments: The flat buffers of the optimizer. ``moments`` and ``flat`` are not copies: the
-            next chunk may train in these tensors.
-        chunk: The trials in their tensors.
+        chunk: The trials in their tensors. The next chunk may train in these tensors.
         spent: Time and operations of the training.
         best: The outputs that a scoring keeps.
     """
@@ -145,19 +141,29 @@ class Trained:
     epochs: int
     alive: tuple[int, ...]
     network: Network
-    flat: Tensor
-    scored: Tensor
-    moments: tuple[Tensor, ...]
     chunk: Chunk
     spent: Spent = Spent()
     best: BestOutputs | None = None
+
+    # Read only when needed: members that train one by one join their rows for each of these
+    # tensors, which after every epoch took longer than a training step.
+    @property
+    def flat(self) -> Tensor:
+        """The parameters and buffers of all members in one tensor."""
+        return self.chunk.flat
+
+    @property
+    def scored(self) -> Tensor:
+        """The values of ``flat`` that are scored and saved."""
+        return self.chunk.scored
 
     @property
     def state(self) -> State:
         """Training state of the trials that can still train, from which a ``BegunChunk``
         continues."""
         steps = self.chunk.steps_taken
-        state = State.of(self.network, self.flat, self.moments, self.epochs, steps)
+        moments = self.chunk.moments
+        state = State.of(self.network, self.flat, moments, self.epochs, steps)
         # No row if all trials have ended: a chunk does not remove its last trials from the tensors.
         return state if self.alive else state.select([])
 
@@ -226,9 +232,6 @@ def train(
             epoch,
             alive.trials,
             members.network,
-            members.flat,
-            members.scored,
-            members.moments,
             members,
             spent,
             best,

@@ -420,15 +420,14 @@ class LoopChunk:
         """Train all members for one epoch."""
         self.epoch = epoch + 1
         order = row_order(self.data, self.seed, epoch)
-        for (f, c), member in self.members.items():
-            minibatches = torch.split(order[f, : self.lengths[f]], int(self.sizes[f, c]))[
-                : self.steps[f, c]
-            ]
-            draws: AbstractContextManager[None] = nullcontext()
-            if self.network.traits.draws:
-                host = self.network.traits.host_draws
-                draws = keyed_draws(self.data.device, self.seed, "dropout", host=host)
-            with draws, torch.enable_grad():
+        draws: AbstractContextManager[None] = nullcontext()
+        if self.network.traits.draws:
+            host = self.network.traits.host_draws
+            draws = keyed_draws(self.data.device, self.seed, "dropout", host=host)
+        with draws, torch.enable_grad():
+            for (f, c), member in self.members.items():
+                rows = order[f, : self.lengths[f]]
+                minibatches = torch.split(rows, int(self.sizes[f, c]))[: self.steps[f, c]]
                 self._train(member, f, epoch, minibatches)
 
     def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:

@@ -106,6 +106,8 @@ def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
         or outputs.shape[-1] >= _FULL_REGISTER
         or outputs.numel() < _FEW
     ):
+        if outputs.dim() == 2:
+            return functional.cross_entropy(outputs, y, reduction="none")
         flat = functional.cross_entropy(outputs.flatten(0, -2), y.flatten(), reduction="none")
         return flat.view(y.shape)
     # log(sum(exp(z))) - z[y] from plain operations, which are faster here: see _FULL_REGISTER

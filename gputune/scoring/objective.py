@@ -275,8 +275,10 @@ class Objective:
             outputs = outputs.float()
         if absent is not None:
             outputs = outputs.masked_fill(absent, -torch.inf)
-        # (B, K) -> (1, B, K): the named losses have an axis of members
-        return self.rows(outputs[None], y[None], self.values([config], outputs))[0]
+        values = self.values([config], outputs)
+        if values:  # (C, 1) for C members, so the rows get the same axis: (B, K) -> (1, B, K)
+            return self.rows(outputs[None], y[None], values)[0]
+        return self.rows(outputs, y, values)
 
     def augmented(
         self, inputs: Sequence[Tensor], names: Sequence[str] | None, seed: int, key: StepKey

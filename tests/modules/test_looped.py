@@ -17,7 +17,7 @@ from torch.nn import functional
 import gputune
 from gputune.errors import InputError
 from gputune.modules.inspection import inspect_module, traits_of
-from gputune.modules.looped import LoopedModule
+from gputune.modules.looped import LoopChunk, LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.modules.module_trial import ModuleTrial
 from gputune.population.population import populations
@@ -561,3 +561,16 @@ def test_a_class_of_torch_optim_trains_one_by_one_in_a_search(tmp_path, capsys):
     assert isinstance(model.module, Linear) and alone.params["optimizer__betas"] in betas
     again.report(tmp_path / "page.html")
     assert "optimizer__betas" in (tmp_path / "page.html").read_text()
+
+
+def test_an_epoch_does_not_join_the_states_of_all_members(monkeypatch):
+    """Only a checkpoint needs one tensor with the optimizer's state of all members."""
+    calls = []
+    moments = LoopChunk.moments
+    counted = property(lambda chunk: calls.append(chunk) or moments.fget(chunk))
+    monkeypatch.setattr(LoopChunk, "moments", counted)
+    configs = fill({"batch_size": 16, "lr": 0.01})
+    trained = train_modules(LoopedModule, Gated, configs, make_data(), 3, backend="loop")
+    assert not calls
+    assert trained.state.epoch == 3
+    assert calls
