@@ -119,12 +119,11 @@ def check_room(path: Path, needed: int, free: int | None = None) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise InputError if the folder of a saved model does not exist."""
+    """Raise FileNotFoundError if the folder of a saved model does not exist."""
     if not folder.is_dir():
-        rule = f"there is no model folder {str(folder)!r}"
         near = nearest_entry(folder)
         remedy = "Check the path." if near is None else f"Did you mean {str(near)!r}?"
-        raise InputError(None, rule, remedy=remedy)
+        raise FileNotFoundError(f"there is no model folder {str(folder)!r}. {remedy}")
 
 
 def _check_mode(path: Path, mode: int, folder: str) -> None:

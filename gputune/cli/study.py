@@ -32,7 +32,7 @@ from gputune.scratch import write_text
 from gputune.study.claims import Claims
 from gputune.study.rows import FoldReport
 from gputune.study.store import Store, has_checkpoints
-from gputune.study.study import Study, Trial, best_trial
+from gputune.study.study import Study, Trial, best_trial, how_to_continue
 from gputune.text import GAP, Measure, blocks, clean, count, is_formula, paragraph, short, table
 from gputune.views.default_trial import improvement_json, improvement_text
 from gputune.views.scores import measures, other_measures, pareto_trials, ranked_by, score_view
@@ -330,7 +330,9 @@ def _look(file: Path, *, most: int) -> tuple[str, bool]:
     running = [f"Running  {line}" for line in _running_lines(file, study)]
     best_text = _best(study, trains_on=trials["waiting"] > 0)
     if not running and trials["waiting"] == trials.total() and has_checkpoints(file):
-        best_text += "; all training waits in checkpoints, and 'gputune resume' continues it"
+        best_text += (
+            f"; all training waits in checkpoints, and {how_to_continue(study.record)} continues it"
+        )
     lines = [
         f"Study    {clean(file)}",
         f"Trials   {progress}",

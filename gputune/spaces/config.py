@@ -50,7 +50,7 @@ RANGES: Mapping[str, Range] = {
     "hypergrad_lr": Range("a number in [0, 1)", "0.02", 0, 1),
     "batch_size": Range("an integer >= 1", "32", 1, integer=True),
     "width": Range("an integer >= 1", "128", 1, integer=True),
-    "depth": Range("an integer >= 1, the number of hidden layers", "2", 1, integer=True),
+    "depth": Range("an integer >= 1", "2", 1, integer=True),
     "dropout": Range("a number in [0, 1)", "0.1", 0, 1),
     "weight_decay": Range("a finite number >= 0", "0.01", 0),
     "momentum": Range("a number in [0, 1)", "0.9", 0, 1),
@@ -60,7 +60,7 @@ RANGES: Mapping[str, Range] = {
     "C": Range("a number > 0, inf for no penalty", "1.0", 0, ends="(]"),
     "l1_ratio": Range("a number in [0, 1], 0 for l2 and 1 for l1", "0.5", 0, 1, "[]"),
     "rank": Range("an integer >= 1, the rank of a LoRA", "8", 1, integer=True),
-    "alpha": Range("a finite number > 0, the scale of a LoRA times its rank", "16", 0, ends="()"),
+    "alpha": Range("a finite number > 0", "16", 0, ends="()"),
     "init_seed": Range("an integer >= 0, the seed of the initial weights", "1", 0, integer=True),
 }
 

@@ -43,7 +43,8 @@ def load_model(
         The model, with the predictions that it had when it was saved.
 
     Raises:
-        InputError: the folder is missing, incomplete, damaged or of a newer gputune, or the class
+        FileNotFoundError: the folder does not exist.
+        InputError: the folder is incomplete, damaged or of a newer gputune, or the class
             is missing or does not fit the state. The message names the file and the remedy.
         UntrustedCodeError: the class is not trusted. It is an InputError.
 

@@ -378,8 +378,8 @@ def read_description(path: Path) -> Json:
     """Return the description of a model from its file, without the tensors.
 
     Raises:
-        InputError: the folder is missing, incomplete, damaged or of a newer gputune. The message
-            names the file and the remedy.
+        FileNotFoundError: the folder does not exist.
+        InputError: the folder is incomplete, damaged or of a newer gputune. The message names the file and the remedy.
     """
     with file_errors(path):
         head = json.loads(_read(path, bytes_per_byte=_JSON_BYTES))

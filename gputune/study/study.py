@@ -304,8 +304,7 @@ class Study:
         if waiting == len(trials) and self.file is not None and has_checkpoints(self.file):
             return (
                 f"the study has {n_trials}, and none has ended yet. Their training waits in "
-                "checkpoints. Run the search again, or on the command line 'gputune resume', to "
-                "continue it."
+                f"checkpoints, and {how_to_continue(self.record)} continues it."
             )
         if waiting == len(trials):
             return f"the study has {n_trials}, but none has been trained yet. Run the search."
@@ -346,6 +345,20 @@ class Study:
             number = self.rows[best][0].number
             parts.append(f"best {score} {self.scores[best]:.4g} in trial {number}")
         return f"Study({', '.join(parts)})"
+
+
+def how_to_continue(record: SearchRecord) -> str:
+    """Return the subject of "continues the search" for a message, such as "'gputune resume'".
+
+    The command can continue a search only if the study file stores all of its arguments.
+    """
+    if record.face == "loop":
+        return "repeating the call of gputune.search"
+    if record.face == "sklearn":
+        return "repeating the call of fit"
+    if record.arguments.lacking:
+        return "repeating the call of gputune.tune"
+    return "'gputune resume'"
 
 
 def best_trial(study: Study) -> Trial | None:

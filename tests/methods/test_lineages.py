@@ -12,6 +12,7 @@ from sklearn.datasets import load_diabetes, load_iris
 import gputune
 from gputune.cli.main import main
 from gputune.methods.lineages import _PopulationTraining
+from gputune.study.study import how_to_continue
 from gputune.tuning.context import Context
 from gputune.tuning.predictions import members_of
 from gputune.tuning.progress import Progress
@@ -438,8 +439,18 @@ def test_status_after_a_kill_names_the_checkpoints(tmp_path, monkeypatch, capsys
     with pytest.raises(Killed):
         many(study=file, checkpoint_seconds=1e-9)
     assert main(["status", str(file)]) == 0
-    text = "none yet; all training waits in checkpoints, and 'gputune resume' continues it"
-    assert text in capsys.readouterr().out
+    # Its X and y were in memory, so that the command cannot read them again.
+    text = "training waits in checkpoints, and repeating the call of gputune.tune continues it"
+    assert f"none yet; all {text}" in capsys.readouterr().out
+    assert main(["best", str(file)]) == 1
+    assert text in capsys.readouterr().err
+    study = gputune.Study.open(file)
+    for face, repeated in (("loop", "gputune.search"), ("sklearn", "fit"), ("", "gputune.tune")):
+        record = replace(study.record, face=face or study.record.face)
+        words = how_to_continue(record)
+        assert words == f"repeating the call of {repeated}"
+    record = replace(study.record, arguments=replace(study.record.arguments, lacking=[]))
+    assert how_to_continue(record) == "'gputune resume'"
 
 
 def test_the_solved_regression_is_refused():

@@ -219,7 +219,9 @@ def test_what_cannot_be_written_is_named_before_anything_is(frame, folder):
 
 
 def test_a_missing_changed_or_cut_file_is_named(frame, folder):
-    with refused(r"there is no model folder '.*model'. Check the path"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no model folder '.*model'. Check the path"
+    ):
         load_model(folder)
     for name in ("model.json", "model.safetensors"):
         make_model(frame).save(folder)
