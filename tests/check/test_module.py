@@ -63,11 +63,13 @@ def known_times(monkeypatch):
     """No backend is timed, except for compiled code."""
     monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: TIMES[backend])
     monkeypatch.setattr("gputune.check.module._PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("gputune.check.module._IN_TURN_SECONDS", 0.0)
 
 
 @pytest.mark.cpu
 def test_all_ways_of_a_module_are_timed(module, monkeypatch):
     monkeypatch.setattr("gputune.check.module._PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("gputune.check.module._IN_TURN_SECONDS", 0.1)
     code, out, err = run("check", module("Net"), "--json")
     assert code == 0, err
     found = json.loads(out)
@@ -90,6 +92,16 @@ def test_the_reason_names_the_first_operation_without_c_code(module, known_times
     times = found["milliseconds"]
     assert times.pop("plain loop") > 0
     assert times == pytest.approx({name: 1e3 * value for name, value in TIMES.items()})
+
+
+@pytest.mark.cpu
+def test_the_loop_and_the_plain_loop_are_timed_in_turn(module, known_times, monkeypatch):
+    times = iter([8.0])
+    monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: next(times, 2.0))
+    monkeypatch.setattr("gputune.check.module._IN_TURN_SECONDS", 0.001)
+    code, out, err = run("check", module("Reader"), "--json")
+    assert code == 0, err
+    assert json.loads(out)["milliseconds"]["loop"] == 2000
 
 
 @pytest.mark.cpu
