@@ -1,7 +1,7 @@
 """The function ``train_many``, which trains given configurations of a module together."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from gputune.tuning.options import make_options
 from gputune.tuning.record import read_rows
 from gputune.types import BackendWord, Precision, ScheduleWord
 
-Arrays = np.ndarray | Tensor
+Arrays: TypeAlias = np.ndarray | Tensor
 
 
 @public
