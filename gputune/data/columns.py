@@ -385,6 +385,9 @@ class Layout:
         present = set(names)
         missing = [column.name for column in self.columns if column.name not in present]
         if missing:
+            if names == nameless(len(names)) and self.inputs == nameless(len(self.inputs)):
+                rule = f"must have {len(self.inputs)} columns as in training"
+                raise InputError("X", rule, got=Verbatim(count(len(names), "column")))
             raise InputError(
                 "X",
                 f"has no column {quoted(missing)}",

@@ -387,12 +387,15 @@ class ModuleTrial:
             custom = "With task='custom' and scoring=callable(outputs, y)"
             custom = per_interface(custom, custom, "In gputune.sklearn.NeuralNet")
             cause += f" {custom}, the module of a {function} may return any outputs."
+        last_layer = ""
+        if isinstance(shape, tuple):
+            logits = "" if self.shape.regression else " (logits for classes)"
+            last_layer = f"Its last layer must have n_outputs outputs{logits}."
         raise InputError(
             None,
             f"{self.name} must return a tensor of shape (rows, {n_outputs})",
             got=Verbatim(f"{shape} for {rows} rows"),
-            remedy="Its last layer must have n_outputs outputs (logits for classes)."
-            f"{cause}{self.columns}",
+            remedy=f"{last_layer}{cause}{self.columns}".strip(),
         )
 
     def fits(self, outputs: object, rows: int) -> bool:

@@ -4,8 +4,9 @@ prediction."""
 import numpy as np
 import pytest
 
-from gputune.data.columns import Column, fit_column
+from gputune.data.columns import Column, fit_column, fit_layout
 from gputune.data.kinds import convert, parse_text
+from gputune.data.table import as_table
 from refused import refused
 
 
@@ -165,6 +166,12 @@ def test_values_of_another_kind_that_do_not_fit(wanted, kind, values, message):
     column = Column("c", wanted, parts=("value",))
     with refused(f"Column 'c' {message}"):
         column.features(kind, np.array(values, dtype=object if kind == "category" else float))
+
+
+def test_an_array_with_too_few_columns_is_refused_by_their_number():
+    layout = fit_layout(as_table(np.random.default_rng(0).normal(size=(20, 6))))
+    with refused("X must have 6 columns as in training, got 4 columns.$"):
+        layout.raw(as_table(np.zeros((2, 4))))
 
 
 @pytest.mark.parametrize(

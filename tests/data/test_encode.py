@@ -342,7 +342,7 @@ def test_columns_without_names_are_as_many_as_in_training(read):
     layout = fit_layout(read(X[:, :3]))
     with refused("X must have 3 columns as in training, or column names, got 4 columns"):
         layout.raw(read(X))
-    with refused("X has no column 'x2'"):
+    with refused("X must have 3 columns as in training, got 2 columns"):
         layout.raw(read(X[:, :2]))
 
 
