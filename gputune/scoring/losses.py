@@ -270,7 +270,7 @@ LOSS_OF_TASK: Mapping[Task, str] = {
 NUMBERS_INSTEAD: tuple[Task, ...] = ("binary", "multiclass", "multilabel")
 """Tasks for which the user may have meant a regression, although y looks like classes or labels."""
 _TASK = option("task", "regression")
-SAY_REGRESSION = f"If they are numbers, {per_interface(f'say {_TASK}', f'say {_TASK}', 'use NeuralNetRegressor')}."
+SAY_REGRESSION = f"If the values of y are numbers, {per_interface(f'say {_TASK}', f'say {_TASK}', 'use NeuralNetRegressor')}."
 
 
 _CLASS_LOSSES: Mapping[Task, str] = {

@@ -289,9 +289,18 @@ def _difference(name: str, stored: Any, current: Any) -> str:
     # search() calls this option ``direction``.
     if name == "scoring" and DIRECTIONS.keys() >= {stored, current}:
         return f"direction{_short_pair(DIRECTIONS[stored], DIRECTIONS[current])}"
+    if name == "method":
+        names = [_method_name(stored), _method_name(current)]
+        if names[0] != names[1]:
+            return f"method{_short_pair(*names)}"
     is_loop = name == "spec" and (current or {}).get("kind") == "objective"
     label = "objective" if is_loop else IDENTITY[name]
     return f"{label}{_short_pair(stored, current)}"
+
+
+def _method_name(method: Any) -> str:
+    """Return the name of a search method from its form in a study file."""
+    return str(method["name"] if isinstance(method, dict) else method)
 
 
 def _without_steps(value: object) -> object:

@@ -188,6 +188,8 @@ def check_method(method: object) -> Method:
     ]
     values = ", ".join([*map(repr, names), *objects])
     suggestion = did_you_mean(method, names).strip() if isinstance(method, str) else ""
+    if type(method).__module__.startswith("optuna."):
+        suggestion = "Wrap a sampler of Optuna: method=gputune.OptunaSampler(sampler)."
     rule = f"must be {values} or gputune.OptunaSampler(...)"
     raise InputError("method", rule, got=method, remedy=suggestion)
 

@@ -266,7 +266,8 @@ def test_more_starts_and_longer_descents_join_a_study(iris, tmp_path):
         t.score for t in second.trials
     ]
     assert len(longer.trials) > len(second.trials)
-    with refused("holds a different search. It differs from this call in: method, scoring"):
+    words = r"in: method \('hypergradient' in the study, 'random' now\), scoring"
+    with refused(f"holds a different search. It differs from this call {words}"):
         search(n_trials=1, method="random")
 
 

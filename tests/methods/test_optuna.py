@@ -330,3 +330,9 @@ def test_a_study_that_cannot_be_written_whole_goes_again_and_without_optuna_none
         MissingExtraError, match=r'to_optuna\(\) needs optuna.*pip install "\.\[optuna\]"'
     ):
         study.to_optuna()
+
+
+def test_a_sampler_without_its_wrapper_is_refused():
+    words = r"method must be .* Wrap a sampler of Optuna: method=gputune.OptunaSampler\(sampler\)"
+    with refused(words):
+        gputune.tune("mlp", X, Y, method=optuna.samplers.TPESampler(), verbose=0)

@@ -720,7 +720,8 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ({"patience": 3, "method": "median"}, "but method='median' decides how"),
         (
             {"patience": 3, "method": "pbt"},
-            "but method='pbt' compares trials that have trained equ",
+            "but method='pbt' compares all trials after the same number of epochs, so none of them "
+            "can end early",
         ),
         ({"patience": 3, "method": OPTUNA}, "but method='optuna' decides how"),
         (
