@@ -35,7 +35,7 @@ def read_saved_description(folder: Path) -> Json:
     """Return the description of the model in a folder, or {} if no description can be read."""
     try:
         return read_description(folder / DESCRIPTION)
-    except InputError:
+    except (FileNotFoundError, InputError):
         return {}
 
 
