@@ -79,6 +79,7 @@ def test_a_lora_draws_its_first_matrix_with_the_seed():
         ROWS.astype(np.float32),
         LABELS,
         space={"lr": 0.1, "rank": 2, "init_seed": [0, 1, 2]},
+        scoring="neg_log_loss",
         n_trials=3,
         include_default=False,
         max_epochs=2,

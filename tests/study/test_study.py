@@ -67,8 +67,8 @@ def test_a_killed_study_says_that_its_training_waits_in_checkpoints(tmp_path):
     (tmp_path / "s.db.state").mkdir()
     (tmp_path / "s.db.state" / "0-0123456789abcdef.safetensors").touch()
     assert waiting.failure_message() == (
-        "the study has 1 trial, and none has ended yet. Their training waits in checkpoints. Run "
-        "the search again, or on the command line 'gputune resume', to continue it."
+        "the study has 1 trial, and none has ended yet. Their training waits in checkpoints, and "
+        "'gputune resume' continues it."
     )
 
 
