@@ -600,7 +600,8 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
         (
             LABELS[:, 0],
             {"loss": functional.mse_loss},
-            "mse_loss is a loss for numbers, but y holds classes. If the values of y are numbers, say task='regression'",
+            "mse_loss is a loss for numbers, but y holds classes. If the values of y are numbers, "
+            "say task='regression'",
         ),
         (SEVERAL, {"loss": lambda o, y: (o * math.inf).mean(1)}, "is not finite on the first rows"),
         (

@@ -80,7 +80,9 @@ class PopulationBased(Method):
     """
 
     name = "pbt"
-    about_length = "compares all trials after the same number of epochs, so none of them can end early"
+    about_length = (
+        "compares all trials after the same number of epochs, so none of them can end early"
+    )
     help = "every few epochs, the worst trials copy the best trials, with perturbed values"
     flags: ClassVar[Mapping[str, Rule]] = {
         "interval": Rule(

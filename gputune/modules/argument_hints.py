@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import signature
+from types import MappingProxyType
 from typing import ParamSpec, TypeVar
 
 from gputune.text import did_you_mean
@@ -12,7 +13,7 @@ Value = TypeVar("Value")
 
 
 def with_argument_hints(
-    others: Mapping[str, str], *, keys: Mapping[str, str] = ({})
+    others: Mapping[str, str], *, keys: Mapping[str, str] = MappingProxyType({})
 ) -> Callable[[Callable[Given, Value]], Callable[Given, Value]]:
     """Return a decorator of a function, which raises a TypeError for an unknown keyword argument.
 

@@ -270,7 +270,8 @@ LOSS_OF_TASK: Mapping[Task, str] = {
 NUMBERS_INSTEAD: tuple[Task, ...] = ("binary", "multiclass", "multilabel")
 """Tasks for which the user may have meant a regression, although y looks like classes or labels."""
 _TASK = option("task", "regression")
-SAY_REGRESSION = f"If the values of y are numbers, {per_interface(f'say {_TASK}', f'say {_TASK}', 'use NeuralNetRegressor')}."
+_INSTEAD = per_interface(f"say {_TASK}", f"say {_TASK}", "use NeuralNetRegressor")
+SAY_REGRESSION = f"If the values of y are numbers, {_INSTEAD}."
 
 
 _CLASS_LOSSES: Mapping[Task, str] = {

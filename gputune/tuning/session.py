@@ -92,8 +92,10 @@ def checked_space(choice: ModelChoice, options: Options) -> CheckedSpace:
 
 
 def keys_of(choice: ModelChoice) -> tuple[str, ...]:
-    """Return the keys of a configuration that the model and its optimizer use, without those that
-    end in a name of the user's choice."""
+    """Return the keys that a configuration of the model may have.
+
+    Keys with a prefix, such as ``module__hidden``, are not included.
+    """
     keys = legal_keys(choice.searched, choice.optimizer)
     return keys if adapters_of(choice.module_class) is None else (*keys, *ADAPTER_DEFAULTS)
 
