@@ -110,12 +110,12 @@ def test_the_remedy_for_a_gaussian_likelihood_works():
         (
             functional.mse_loss,
             "binary",
-            "mse_loss is a loss for numbers, but y holds classes. If they are numbers, say task='reg",
+            "mse_loss is a loss for numbers, but y holds classes. If the values of y are numbers, say task='reg",
         ),
         (
             nn.MSELoss,
             "multilabel",
-            "is a loss for numbers, but y holds labels. If they are numbers, say task='regression'",
+            "is a loss for numbers, but y holds labels. If the values of y are numbers, say task='regression'",
         ),
         (
             functional.cross_entropy,
@@ -126,12 +126,12 @@ def test_the_remedy_for_a_gaussian_likelihood_works():
         (
             "mse",
             "multiclass",
-            "target. Choose 'cross_entropy'. If they are numbers, say task='regression'",
+            "target. Choose 'cross_entropy'. If the values of y are numbers, say task='regression'",
         ),
         (
             "quantile:0.9",
             "binary",
-            "Choose 'cross_entropy', 'bce'. If they are numbers, say task='regression'",
+            "Choose 'cross_entropy', 'bce'. If the values of y are numbers, say task='regression'",
         ),
     ],
 )
