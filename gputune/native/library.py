@@ -63,7 +63,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
         loaded = ctypes.CDLL(next(path for level, path in built.items() if level <= best))
         loaded.train_members.restype = ctypes.c_int
         loaded.draw_uniform.restype = None
-        loaded.strided_product.restype = None
+        loaded.step_functions.restype = ctypes.c_void_p
     except (OSError, AttributeError) as error:
         raise NotBuiltError(
             f"gputune's compiled code cannot be loaded, install gputune again: {error}"
@@ -230,7 +230,7 @@ def build_kernels(bodies: Sequence[str], dtype: torch.dtype) -> Kernels:
     new = _not_built(bodies, dtype)
     if new:
         made = build(_source_of(new, dtype), dtype)
-        made.use_product(ctypes.cast(library(dtype).strided_product, ctypes.c_void_p))
+        made.use_library(ctypes.c_void_p(library(dtype).step_functions()))
         for i, body in enumerate(new):
             _kernels[body, dtype] = ctypes.cast(made[f"k{i}"], ctypes.c_void_p).value, made
     built = [_kernels[body, dtype] for body in bodies]

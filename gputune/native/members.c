@@ -18,7 +18,6 @@ typedef float real;
 #endif
 
 #include "product.h"
-#include "strided.h"
 #include "functions.h"
 #include "member.h"
 
@@ -104,12 +103,6 @@ int train_members(const Work *w, int64_t *next, const int32_t *stop) {
     }
     free(memory);
     return 0;
-}
-
-/* The matrix product that the kernels of modules call (steps.h). */
-void strided_product(long rows, long columns, long inner, const real *a, long a_row, long a_column, const real *b,
-                     long b_row, long b_column, const real *added, long added_row, real *c, long c_row, real *room) {
-    matrix_product(rows, columns, inner, a, a_row, a_column, b, b_row, b_column, added, added_row, c, c_row, room);
 }
 
 /* The x86-64 level of this processor: 4 (AVX-512), 3 (AVX2 with FMA) or 1 (all other processors). */

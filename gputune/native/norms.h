@@ -1,5 +1,5 @@
-/* Norms in a member's step (modules/kernels/norms.py): of a table's columns, or of the channels of
-   images and sequences. */
+/* Norms in a member's step (modules/kernels/norms.py): of a table's rows or columns, or of the channels
+   of images and sequences. */
 
 /* The sizes of a norm of x (B, C, L), where L counts the pixels of a channel. The strides are those
    of x, of the outputs y (or of the gradient in x), and of the gradient in the outputs. */
@@ -250,4 +250,34 @@ static void group_norm_slope(const int64_t *N, const real *d, const real *x, con
                     to[l * p->yl] = (above[j * p->dc + l * p->dl] * factor - total - (from[j * p->xc + l * p->xl] - m) * along) * s;
             }
         }
+}
+
+/* Outputs (rows, n) of a layer norm of x (rows, n) along n, with the mean and 1 / deviation of each
+   row. */
+static void layer_norm(long rows, long n, real epsilon, const real *x, real *outputs, real *mean, real *scale) {
+    for (long i = 0; i < rows; i++, x += n, outputs += n) {
+        real m = 0, v = 0;
+#pragma omp simd reduction(+ : m)
+        for (long j = 0; j < n; j++) m += x[j];
+        m /= n;
+#pragma omp simd reduction(+ : v)
+        for (long j = 0; j < n; j++) v += (x[j] - m) * (x[j] - m);
+        real s = 1 / sqrt(v / n + epsilon);
+        mean[i] = m, scale[i] = s;
+#pragma GCC ivdep
+        for (long j = 0; j < n; j++) outputs[j] = (x[j] - m) * s;
+    }
+}
+
+/* The gradient in x (rows, n) of a layer norm along n, from the gradient in its outputs. */
+static void layer_norm_slope(long rows, long n, const real *gradient, const real *x, const real *mean, const real *scale,
+                             real *below) {
+    for (long i = 0; i < rows; i++, gradient += n, x += n, below += n) {
+        real total = 0, along = 0, m = mean[i], s = scale[i];
+#pragma omp simd reduction(+ : total, along)
+        for (long j = 0; j < n; j++) total += gradient[j], along += gradient[j] * (x[j] - m);
+        total /= n, along *= s * s / n;
+#pragma GCC ivdep
+        for (long j = 0; j < n; j++) below[j] = (gradient[j] - total - (x[j] - m) * along) * s;
+    }
 }

@@ -1,6 +1,5 @@
-/* The functions that the generated kernels of a member's step call (modules/kernels/writer.py):
-   products of matrices with any strides, and norms. Also the function that runs the steps. The
-   kernels follow after this header. */
+/* The functions that the generated kernels of a member's step call (modules/kernels/writer.py), and
+   the function that runs the steps. The kernels follow after this header. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -41,53 +40,14 @@ OF_VECTORS(cosh)
 #endif
 
 #include "product.h"
-
-/* c (rows, columns) = a (rows, inner) b (inner, columns) + added (rows, columns), as in "strided.h". The
-   library that comes with gputune has this function, because a compiler needs as long for it as for
-   dozens of kernels. */
-static void (*matrix_product)(long rows, long columns, long inner, const real *a, long a_row, long a_column,
-                              const real *b, long b_row, long b_column, const real *added, long added_row, real *c,
-                              long c_row, real *room);
-
-/* Sets the matrix product that the kernels call. It must be called before the first step. */
-void use_product(void *product) { matrix_product = product; }
-
 #include "functions.h"
-#include "convolution.h"
-#include "winograd.h"
-#include "images.h"
-#include "norms.h"
 #include "selection.h"
+#include "step_functions.h"
 
-/* Outputs (rows, n) of a layer norm of x (rows, n) along n, with the mean and 1 / deviation of each
-   row. */
-static void layer_norm(long rows, long n, real epsilon, const real *x, real *outputs, real *mean, real *scale) {
-    for (long i = 0; i < rows; i++, x += n, outputs += n) {
-        real m = 0, v = 0;
-#pragma omp simd reduction(+ : m)
-        for (long j = 0; j < n; j++) m += x[j];
-        m /= n;
-#pragma omp simd reduction(+ : v)
-        for (long j = 0; j < n; j++) v += (x[j] - m) * (x[j] - m);
-        real s = 1 / sqrt(v / n + epsilon);
-        mean[i] = m, scale[i] = s;
-#pragma GCC ivdep
-        for (long j = 0; j < n; j++) outputs[j] = (x[j] - m) * s;
-    }
-}
+/* The functions of gputune's library. They must be set before the first step. */
+static const StepFunctions *library;
 
-/* The gradient in x (rows, n) of a layer norm along n, from the gradient in its outputs. */
-static void layer_norm_slope(long rows, long n, const real *gradient, const real *x, const real *mean, const real *scale,
-                             real *below) {
-    for (long i = 0; i < rows; i++, gradient += n, x += n, below += n) {
-        real total = 0, along = 0, m = mean[i], s = scale[i];
-#pragma omp simd reduction(+ : total, along)
-        for (long j = 0; j < n; j++) total += gradient[j], along += gradient[j] * (x[j] - m);
-        total /= n, along *= s * s / n;
-#pragma GCC ivdep
-        for (long j = 0; j < n; j++) below[j] = (gradient[j] - total - (x[j] - m) * along) * s;
-    }
-}
+void use_library(const StepFunctions *functions) { library = functions; }
 
 /* The interpreter of a member's steps (modules/member_code.py). A step is a list of numbers: the
    number of entries that follow, then runs of calls.

@@ -130,7 +130,7 @@ class _Convolution:
         workspace += _FREQUENCIES * (_TILES_AT_ONCE * (inputs + outputs) + 2 * _VECTOR)
         workspace += block * (pixels + frame) * max(inputs, outputs) + 4 * _VECTOR
         names = ", ".join(f"p{i}" for i in range(1, len(places)))
-        body = f"{function}(N, {names}, p0, w);"
+        body = f"library->{function}(N, {names}, p0, w);"
         return writer.call(places, body, sizes=self.sizes(block), workspace=workspace)
 
     def forward(self, writer: Writer, bias: Place | None) -> Line:
@@ -138,7 +138,7 @@ class _Convolution:
         if self._takes_tiles(self.y):
             return self._in_tiles(writer, "winograd", self.y, [self.y, self.x, self.weight, bias])
         block = _images(self.x.shape[0], self.y.shape[-1])
-        body = "convolution(N, p1, p2, p3, p0, w);"
+        body = "library->convolution(N, p1, p2, p3, p0, w);"
         workspace = self._tables(self.y.shape[1], self.x.shape[1], math.prod(self._kernel))
         workspace += block * (self._frame_of_x() + math.prod(self.y.shape[1:]))
         places = [self.y, self.x, self.weight, bias]
@@ -151,7 +151,7 @@ class _Convolution:
             return self._in_tiles(writer, "winograd_below", self.x, places)
         stride = self.options[0][1]
         block = _images(self.x.shape[0], self.x.shape[-1] // stride)
-        body = "convolution_below(N, p1, p2, p3, p0, w);"
+        body = "library->convolution_below(N, p1, p2, p3, p0, w);"
         workspace = self._tables(self.x.shape[1], self.y.shape[1], math.prod(self._kernel))
         workspace += block * (self._frame_of_y() + math.prod(self.x.shape[1:]))
         places = [self.x, self.y, self.weight, bias]
@@ -171,7 +171,7 @@ class _Convolution:
         columns = kernel * (self.x.shape[1] // self.groups + _VECTOR)
         workspace = columns * self.y.shape[1] + block * (frame + pixels) + _TILE
         places = [self.weight, self.y, self.x]
-        body = "convolution_weights(N, p1, p2, p0, w);"
+        body = "library->convolution_weights(N, p1, p2, p0, w);"
         return writer.call(places, body, sizes=self.sizes(block), workspace=workspace)
 
     def _tables(self, columns: int, inner: int, kernel: int) -> int:

@@ -23,7 +23,7 @@ def layer_norm_gradient(
     is_plain = kwargs["weight"] is None and op.makes == [out]
     require(is_plain and all(map(is_contiguous, places)), op)
     n = math.prod(kwargs["normalized_shape"])
-    body = "layer_norm_slope(n0, n1, p1, p2, p3, p4, p0);"
+    body = "library->layer_norm_slope(n0, n1, p1, p2, p3, p4, p0);"
     sizes = [math.prod(kwargs["input"].shape) // n, n]
     yield writer.call(places, body, sizes=sizes)
 
@@ -37,7 +37,7 @@ def layer_norm(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Ite
     bias = kwargs["bias"]
     n = math.prod(kwargs["normalized_shape"])
     shape = (math.prod(x.shape) // n, n)
-    body = "layer_norm(n0, n1, s0, p3, p0, p1, p2);"
+    body = "library->layer_norm(n0, n1, s0, p3, p0, p1, p2);"
     yield writer.call(places, body, [kwargs["eps"]], sizes=shape)
     flat = replace(out, shape=shape, stride=(n, 1))
     for name, factor in (("mul", weight), ("add", bias)):
@@ -76,7 +76,7 @@ def batch_norm(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Ite
     places += op.results[1:] if is_training else [None, None]
     for place in places[2:]:
         require(place is None or is_contiguous(place), op)
-    body = "batch_norm(N, s0, s1, p1, p2, p3, p4, p5, p0, p6, p7, w);"
+    body = "library->batch_norm(N, s0, s1, p1, p2, p3, p4, p5, p0, p6, p7, w);"
     numbers = [kwargs["momentum"], kwargs["eps"]]
     yield writer.call(places, body, numbers, sizes=sizes, workspace=_tables(x))
 
@@ -95,7 +95,7 @@ def batch_norm_gradient(
     places = [out, gradient, x, *map(kwargs.get, names.split()), *in_tables]
     for place in places[3:]:
         require(place is None or is_contiguous(place), op)
-    body = "batch_norm_slope(N, s0, p1, p2, p3, p4, p5, p6, p7, p0, p8, p9, w);"
+    body = "library->batch_norm_slope(N, s0, p1, p2, p3, p4, p5, p6, p7, p0, p8, p9, w);"
     yield writer.call(places, body, [kwargs["eps"]], sizes=sizes, workspace=_tables(x))
 
 
@@ -113,7 +113,7 @@ def group_norm(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Ite
     places = [out, x, kwargs["weight"], kwargs["bias"], *op.results[1:]]
     for place in places[2:]:
         require(place is None or is_contiguous(place), op)
-    body = "group_norm(N, s0, p1, p2, p3, p0, p4, p5);"
+    body = "library->group_norm(N, s0, p1, p2, p3, p0, p4, p5);"
     yield writer.call(places, body, [kwargs["eps"]], sizes=sizes)
 
 
@@ -129,5 +129,5 @@ def group_norm_gradient(
     places = [gradient, x, *map(kwargs.get, "weight mean rstd".split()), *op.results]
     for place in (*places[2:5], *places[6:]):
         require(place is None or is_contiguous(place), op)
-    body = "group_norm_slope(N, p0, p1, p2, p3, p4, p5, p6, p7);"
+    body = "library->group_norm_slope(N, p0, p1, p2, p3, p4, p5, p6, p7);"
     yield writer.call(places, body, sizes=sizes)

@@ -41,7 +41,7 @@ def max_pool(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Itera
     positions = op.makes[1]
     require(x.dtype == writer.dtype, op, str(x.dtype))
     sizes = _sizes(x, out, positions, _options(kwargs))
-    yield writer.call([out, x, positions], "max_pool(N, p1, p0, p2);", sizes=sizes)
+    yield writer.call([out, x, positions], "library->max_pool(N, p1, p0, p2);", sizes=sizes)
 
 
 def max_pool_gradient(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
@@ -50,4 +50,6 @@ def max_pool_gradient(writer: Writer, kwargs: Kwargs, op: Operation, out: Place)
     positions = kwargs["indices"]
     require(gradient.dtype == writer.dtype, op, str(gradient.dtype))
     sizes = _sizes(out, gradient, positions, _options(kwargs))
-    yield writer.call([out, gradient, positions], "max_pool_below(N, p1, p2, p0);", sizes=sizes)
+    yield writer.call(
+        [out, gradient, positions], "library->max_pool_below(N, p1, p2, p0);", sizes=sizes
+    )

@@ -52,7 +52,7 @@ def product(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterat
         addition = f"p3 + i * n11, n{len(sizes)}"
         sizes.append(0 if is_bias else matrix.stride[-2])
     body = (
-        "for (long i = 0; i < n0; i++) matrix_product(n1, n2, n3, p1 + i * n9, n4, n5, p2 + i * "
+        "for (long i = 0; i < n0; i++) library->matrix_product(n1, n2, n3, p1 + i * n9, n4, n5, p2 + i * "
         f"n10, n6, n7, {addition}, p0 + i * n8, n{8 + len(begins)}, w);"
     )
     workspace = _TILE * (a.shape[-1] + _TILE)

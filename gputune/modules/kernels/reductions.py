@@ -28,7 +28,7 @@ def reduced(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterat
     rows = over(pick(x.shape, reduced_axes), [pick(x.stride, reduced_axes)], "j")
     if _is_narrow(columns, rows) and x.dtype == out.dtype == writer.dtype:
         sizes.append(int(columns.sizes[0]))
-        body = "column_sums(n0, n1, p1, p0, w);"
+        body = "library->column_sums(n0, n1, p1, p0, w);"
         if op.name == "mean":
             body += "\nfor (long j = 0; j < n1; j++) p0[j] /= n0;"
         yield writer.call([out, x], body, sizes=sizes, workspace=_JOINED)

@@ -112,7 +112,7 @@ def resized(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterat
     for place in (x, out):
         sizes += _as_images(place.stride, is_sequence, 0)
     sizes.append(len(tables[0]))
-    body = "resize(N, S, p1, p0);"
+    body = "library->resize(N, S, p1, p0);"
     yield writer.call([out, x], body, sizes=sizes, table=tables[0] + tables[1])
 
 
