@@ -9,6 +9,8 @@ import inspect
 import pytest
 
 import gputune
+from gputune.integrations.lightning import LightningCallback
+from gputune.integrations.transformers import TrainerCallback
 
 PLACES = {
     "gputune": gputune,
@@ -17,11 +19,15 @@ PLACES = {
     "optim": gputune.optim,
     "sklearn": gputune.sklearn,
 }
+INTEGRATIONS = [LightningCallback, TrainerCallback]
+"""Public objects that only the pages of other libraries name."""
 NEEDED = {
+    "LightningCallback": "lightning",
     "MLflow": "mlflow",
     "OptunaSampler": "optuna",
     "Study": "matplotlib",
     "TensorBoard": "tensorboard",
+    "TrainerCallback": "accelerate",
     "WandB": "wandb",
 }
 """Objects whose example needs an optional library."""
@@ -40,6 +46,9 @@ def public_objects():
             has_example = "Example:" in (inspect.getdoc(value) or "")
             if callable(value) and (has_example or not is_error(value)):
                 yield pytest.param(value, id=f"{place}.{name}")
+    for value in INTEGRATIONS:
+        library = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+        yield pytest.param(value, id=f"integrations.{value.__name__}", marks=library)
 
 
 def docstrings(value):

@@ -297,6 +297,8 @@ class Report:
             value: The score. The ``direction`` of the search says whether higher or lower is
                 better.
         """
+        if self._state is not None:  # the objective has caught the exception, and reports again
+            raise TrialEnd
         task = self._task
         score = self._task.sign * _number(value, "report(value)")
         if math.isnan(score):
@@ -384,16 +386,24 @@ class LoopTask:
         except TrialEnd:
             pass
         except Exception as failure:
-            # The line number is part of the text: a worker may lack the file of the objective.
-            frames = traceback.extract_tb(failure.__traceback__)[1:]
-            places = [f" (line {f.lineno} of {f.name})" for f in frames if f.filename != __file__]
-            error = f"{type(failure).__name__}: {failure}{''.join(places[:1])}"
+            # An objective that has caught the end of its trial may miss results of the training.
+            if report._state is None:
+                error = _error_text(failure)
         state: EndState = report._state or ("complete" if math.isfinite(score) else "failed")
         values = report._values
         if state in ("pruned", "stopped"):
             score = values[-1]
         self.reports.write(number, values, ended=True)
         return [TrialEnding(number, state, score, values, time.monotonic() - begin, error)]
+
+
+def _error_text(failure: Exception) -> str:
+    """Return the error of an objective as text, with the first line of the objective in its
+    traceback."""
+    # The line number is part of the text: a worker may lack the file of the objective.
+    frames = traceback.extract_tb(failure.__traceback__)[1:]
+    places = [f" (line {f.lineno} of {f.name})" for f in frames if f.filename != __file__]
+    return f"{type(failure).__name__}: {failure}{''.join(places[:1])}"
 
 
 def _number(value: object, name: str) -> float:

@@ -197,6 +197,26 @@ def test_a_value_that_is_no_number_ends_the_training():
     assert len(seen) == 8
 
 
+def test_an_objective_that_catches_the_end_of_its_trial_changes_nothing():
+    def objective(params, report):
+        try:
+            train(params, report)
+        except BaseException:
+            with pytest.raises(BaseException, match="^$"):
+                report(100.0)  # ends the trial again
+            raise FileNotFoundError("the model of a full training") from None
+        return 100.0
+
+    lrs = [0.1, 0.5, 0.05]
+    include = [{"lr": lr} for lr in lrs]
+    options = {"n_trials": 0, "include": include, "space": {"lr": [1.0]}, "method": "halving"}
+    study = search(objective, **options)
+    assert [trial.state for trial in study.trials] == ["complete", "pruned", "complete"]
+    assert study.trials[1].score == curve(include[1])[0]
+    assert study.curves[1, 1:].size and np.isnan(study.curves[1, 1:]).all()
+    assert "error" not in study.trials[1].detail
+
+
 @pytest.mark.long
 def test_a_worker_that_is_killed_costs_its_trial_alone(tmp_path):
     def objective(params, report):
