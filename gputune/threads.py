@@ -42,15 +42,23 @@ def on_one_thread(*, if_small: bool) -> Iterator[None]:
         yield
 
 
-def is_small_pass(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
+def is_small_pass(module: nn.Module, inputs: Sequence[Tensor], widest: int | None = None) -> bool:
     """Return True if a forward pass of a module surely multiplies few numbers.
 
-    The result is False for convolutions, because they use a weight many times for each row.
+    ``widest`` is the largest number of values that a layer returns for one row, or None. If it is
+    None, the result is False for convolutions, because they use a weight many times for each row.
     """
-    weights = list(module.parameters())
-    if any(is_lazy(weight) or weight.dim() > 2 for weight in weights):
-        return False
-    numbers = sum(weight.numel() for weight in weights)
     # A recurrent network uses its weights once for each step of a sequence (B, T, D).
     rows = max(x.numel() if x.dim() < 2 else x.numel() // max(1, x.shape[-1]) for x in inputs)
-    return rows * numbers <= SMALL_PRODUCT
+    products = 0
+    for weight in module.parameters():
+        if is_lazy(weight):
+            return False
+        if weight.dim() <= 2:
+            products += rows * weight.numel()
+        elif widest is None:
+            return False
+        else:
+            # A convolution with O channels returns at most widest / O pixels for each row.
+            products += len(inputs[0]) * weight.numel() * widest // max(1, len(weight))
+    return products <= SMALL_PRODUCT

@@ -10,10 +10,13 @@ from torch import nn
 
 import gputune
 from gputune import threads
+from gputune.modules.inspection import inspect_module
+from gputune.modules.module_trial import ModuleTrial
 from gputune.scoring import scoring
 from gputune.sklearn import GridSearchCV, LogisticRegression, MLPClassifier, NeuralNetClassifier
 from gputune.solver import solve
 from gputune.threads import is_small_pass, on_one_thread, on_threads
+from problems import data_of, fill
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 3)).astype("float32")
@@ -59,6 +62,47 @@ def test_threads_are_set_inside_the_block_only(if_small, inside):
 )
 def test_a_pass_is_small_if_rows_times_weights_is_small(module, shapes, is_small):
     assert is_small_pass(module, [torch.zeros(shape) for shape in shapes]) == is_small
+
+
+@pytest.mark.parametrize(
+    ("layer", "widest", "is_small"),
+    [
+        # 10 rows of 8 channels of 100 pixels, and 4 x 8 x 3 weights: 96,000 products
+        (nn.Conv1d(4, 8, 3, padding=1), 800, True),
+        # 10 rows x 8 x 10,000 pixels: 9.6 million products, and ten times as many
+        (nn.Conv1d(4, 8, 3, padding=1), 80_000, True),
+        (nn.Conv1d(4, 8, 3, padding=1), 800_000, False),
+        (nn.ConvTranspose1d(4, 8, 3), 400_000, False),
+    ],
+)
+def test_a_convolution_is_small_if_its_pixels_times_weights_are_few(layer, widest, is_small):
+    assert is_small_pass(layer, [torch.zeros(10, 4, 100)], widest) == is_small
+
+
+class OneConvolution(nn.Module):
+    """A convolution that notes the number of torch's threads in each pass."""
+
+    threads: ClassVar = set()
+
+    def __init__(self, n_outputs=2):
+        super().__init__()
+        self.layer = nn.Conv1d(1, n_outputs, 3)
+
+    def forward(self, x):
+        self.threads.add(torch.get_num_threads())
+        return self.layer(x[:, None])[:, :, 0]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(threads.SMALL_PRODUCT, {1, 2}), (10, {2})])
+def test_a_small_convolution_is_inspected_on_one_thread_after_its_first_call(
+    monkeypatch, limit, expected
+):
+    monkeypatch.setattr(threads, "SMALL_PRODUCT", limit)
+    OneConvolution.threads.clear()
+    data = data_of(torch.tensor(X), 2)
+    with on_threads(2):
+        inspect_module(ModuleTrial(OneConvolution, *fill({}), data))
+    assert OneConvolution.threads == expected
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(threads.SMALL_LOSS, 1), (10, 2)])

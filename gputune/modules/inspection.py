@@ -8,6 +8,7 @@ Otherwise the module trains member by member.
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -87,8 +88,7 @@ def traits_of(
         tried = data.of(config)
         trial = ModuleTrial(builder, config, tried, columns, objective)
         trial.check_ids(tried)
-        with on_one_thread(if_small=is_small_pass(trial.module, trial.inputs)):
-            known[key] = inspect_module(trial)
+        known[key] = inspect_module(trial)
     traits = known[key]
     if not traits.row_losses and data.weights is not None:
         loss = objective.in_words if objective else "the loss"
@@ -168,10 +168,30 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     """Run a module in training, in evaluation and stacked, and return its properties (traits)."""
     module = trial.module
     x = trial.inputs
-    start = trial.numbers()
-    before = {name: tensor.detach().clone() for name, tensor in not_trained(module).items()}
-    untrained = KeptState(module)
-    trial.forward(x, training=True, watched=True)
+    tensors = {name: tensor.detach().clone() for name, tensor in not_trained(module).items()}
+    untrained = _Untrained(trial.numbers(), tensors, KeptState(module))
+    with on_one_thread(if_small=is_small_pass(module, x)):
+        trial.forward(x, training=True, watched=True)
+    # Now the width of every layer is known.
+    with on_one_thread(if_small=is_small_pass(module, x, trial.widest)):
+        return _traits_after_a_call(trial, untrained)
+
+
+class _Untrained(NamedTuple):
+    """The state of a module before its first call: its Python numbers, copies of the tensors that
+    are not trained, and everything else."""
+
+    numbers: dict[str, float]
+    tensors: dict[str, Tensor]
+    state: KeptState
+
+
+def _traits_after_a_call(trial: ModuleTrial, untrained: _Untrained) -> Traits:
+    """Return the traits of a module that has been called once in training."""
+    module = trial.module
+    x = trial.inputs
+    start = untrained.numbers
+    before = untrained.tensors
     trained = trial.forward(x, training=True)
     first = trial.numbers()
     places = [(w, w.detach().clone()) for w in module.parameters() if w.requires_grad]
@@ -197,7 +217,7 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     alone = trial.forward(x, training=False, watched=True)
     trial.check_outputs(alone)
     check_evaluation(trial, unevaluated, alone)
-    check_hidden_state(trial, untrained, counted, alone)
+    check_hidden_state(trial, untrained.state, counted, alone)
     check_probabilities(trial.name, trial.objective, trained)
     is_alone = trial.is_alone(alone)  # before the next call in training, which may change buffers
     losses = trial.losses()
