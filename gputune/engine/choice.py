@@ -443,6 +443,7 @@ def _compiled_seconds(
             check_build=check_build,
         )
         job.pool.keep_timed(timed)
+        job.pool.keep_code(network, timed.code)
         return timed.seconds_of_a_step()
 
 

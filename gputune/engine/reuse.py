@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from gputune.engine.member_steps import CompiledSteps
 from gputune.engine.stacked import StackedChunk
 from gputune.population.population import Network, Population, shape_of
 from gputune.scoring.scoring import Validation
@@ -20,6 +21,8 @@ from gputune.types import Config
 # Limit for the parameters of kept chunks. A larger chunk has long epochs, and should give back its
 # memory.
 _KEPT_BYTES = 32 << 20
+# Shapes of which the compiled steps are kept. Compiled steps hold the tensors of one member.
+_KEPT_CODES = 8
 
 
 class ChunkPool:
@@ -39,6 +42,8 @@ class ChunkPool:
         self.chunks: dict[Hashable, StackedChunk] = {}
         # timed chunks in compiled code, still at their start
         self.timed: list[StackedChunk] = []
+        # compiled steps of the last chunk of each shape, for the next chunk of that shape
+        self.codes: dict[Hashable, CompiledSteps] = {}
         # sentences about faster backends that cannot train or failed when timed, as an ordered set
         self.failures: dict[str, None] = {}
         # sentences about backends that failed while chunks were made, as an ordered set
@@ -68,6 +73,18 @@ class ChunkPool:
             if chunk.configs == list(network.configs):
                 return chunk if chunk.is_made_with(validation, recorded=False, **options) else None
         return None
+
+    def keep_code(self, network: Network, code: CompiledSteps) -> None:
+        """Keep the compiled steps of a chunk for the next chunk of the same tensor shape."""
+        key = _key(network)
+        self.codes.pop(key, None)
+        self.codes[key] = code
+        while len(self.codes) > _KEPT_CODES:
+            del self.codes[next(iter(self.codes))]
+
+    def code_of(self, network: Network) -> CompiledSteps | None:
+        """Return the compiled steps of the last chunk of the same tensor shape, or None."""
+        return self.codes.get(_key(network))
 
     def take(self, network: Network, validation: Validation, **options: Any) -> StackedChunk:
         """Return the tensors for training these trials from their first epoch, in the memory of an

@@ -9,13 +9,14 @@ it makes again.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gputune.errors import InputError
-from gputune.modules.calls import named_tensors, put_numbers, state_of
+from gputune.modules.calls import named_tensors, not_trained, put_numbers, state_of
 from gputune.modules.construction import start_from
 from gputune.modules.module_trial import ModuleTrial, is_close
 
@@ -69,6 +70,22 @@ class KeptState:
         if isinstance(value, list | tuple | set):
             return [self._mark(item, depth - 1) for item in value]
         return id(value), self._mark(dict(getattr(value, "__dict__", {})), depth - 1)
+
+
+class Untrained(NamedTuple):
+    """The state of a module before its first call: its Python numbers, copies of the tensors that
+    are not trained, and a snapshot of everything else."""
+
+    numbers: dict[str, float]
+    tensors: dict[str, Tensor]
+    kept: KeptState
+
+    @staticmethod
+    def of(trial: ModuleTrial) -> "Untrained":
+        """Return the present state of a trial's module."""
+        tensors = not_trained(trial.module).items()
+        copies = {name: tensor.detach().clone() for name, tensor in tensors}
+        return Untrained(trial.numbers(), copies, KeptState(trial.module))
 
 
 def check_evaluation(trial: ModuleTrial, before: KeptState, outputs: Tensor) -> None:

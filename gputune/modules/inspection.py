@@ -8,7 +8,6 @@ Otherwise the module trains member by member.
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +23,7 @@ from gputune.modules.draw_watch import Trail
 from gputune.modules.failures import StackedError
 from gputune.modules.hidden_state import (
     KeptState,
+    Untrained,
     buffers_at_start,
     check_evaluation,
     check_hidden_state,
@@ -168,8 +168,7 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     """Run a module in training, in evaluation and stacked, and return its properties (traits)."""
     module = trial.module
     x = trial.inputs
-    tensors = {name: tensor.detach().clone() for name, tensor in not_trained(module).items()}
-    untrained = _Untrained(trial.numbers(), tensors, KeptState(module))
+    untrained = Untrained.of(trial)
     with on_one_thread(if_small=is_small_pass(module, x)):
         trial.forward(x, training=True, watched=True)
     # Now the width of every layer is known.
@@ -177,21 +176,10 @@ def inspect_module(trial: ModuleTrial) -> Traits:
         return _traits_after_a_call(trial, untrained)
 
 
-class _Untrained(NamedTuple):
-    """The state of a module before its first call: its Python numbers, copies of the tensors that
-    are not trained, and everything else."""
-
-    numbers: dict[str, float]
-    tensors: dict[str, Tensor]
-    state: KeptState
-
-
-def _traits_after_a_call(trial: ModuleTrial, untrained: _Untrained) -> Traits:
+def _traits_after_a_call(trial: ModuleTrial, untrained: Untrained) -> Traits:
     """Return the traits of a module that has been called once in training."""
     module = trial.module
     x = trial.inputs
-    start = untrained.numbers
-    before = untrained.tensors
     trained = trial.forward(x, training=True)
     first = trial.numbers()
     places = [(w, w.detach().clone()) for w in module.parameters() if w.requires_grad]
@@ -205,10 +193,13 @@ def _traits_after_a_call(trial: ModuleTrial, untrained: _Untrained) -> Traits:
     trial.check_outputs(trained)
     trial.check_trainable(trained)
     now = not_trained(module)  # a forward pass may have added buffers
-    changing = [name for name, w in before.items() if not torch.equal(now[name].detach(), w)]
+    changing = [
+        name for name, w in untrained.tensors.items() if not torch.equal(now[name].detach(), w)
+    ]
     changing = list(dict.fromkeys([*changing, *buffers_at_start(trial)]))
     changing += [*dropout_rates(module), *member_buffers(module)]
     changing = list(dict.fromkeys(changing))
+    start = untrained.numbers
     # Tuples, because a NaN in a tuple equals itself.
     counted = [
         k for k, value in second.items() if k in start and (start[k], value) != (first[k], first[k])
@@ -217,7 +208,7 @@ def _traits_after_a_call(trial: ModuleTrial, untrained: _Untrained) -> Traits:
     alone = trial.forward(x, training=False, watched=True)
     trial.check_outputs(alone)
     check_evaluation(trial, unevaluated, alone)
-    check_hidden_state(trial, untrained.state, counted, alone)
+    check_hidden_state(trial, untrained.kept, counted, alone)
     check_probabilities(trial.name, trial.objective, trained)
     is_alone = trial.is_alone(alone)  # before the next call in training, which may change buffers
     losses = trial.losses()

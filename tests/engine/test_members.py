@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gputune.engine import members
+from gputune.engine import member_steps
 from gputune.engine.members import MemberChunk
 from gputune.engine.stacked import StackedChunk
 from gputune.models import RealMLP
@@ -129,7 +129,7 @@ def test_realmlp_with_a_dropout_of_each_member_and_its_schedule(goal, rates):
         )
     )
     chunk, other = both(data, configs, module=RealMLP, traits=traits_of(RealMLP, configs[0], data))
-    assert (chunk.members[0].draws is not None) == any(rates)
+    assert (chunk.code.members[0].draws is not None) == any(rates)
     assert_alike(chunk, other)
 
 
@@ -143,7 +143,7 @@ def test_trials_leave_and_draws_are_made_a_few_steps_ahead(monkeypatch):
         {},
     )
     chunk, other = both(data, fill(*({"lr": 0.01, "batch_size": 9, **decay} for decay in decays)))
-    assert chunk.ahead == 2
+    assert chunk.code.ahead == 2
     for epoch, stays in enumerate(([1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0])):
         for one in (chunk, other):
             one.select(np.flatnonzero(stays[: len(one.places)]))
@@ -167,7 +167,7 @@ def test_threads_change_nothing_and_an_error_of_one_is_heard(monkeypatch):
             chunk, _ = both(make_data(), configs)
             chunk.advance(0)
             states.append(chunk.flat.clone())
-    chunk.kernels = None
+    chunk.code.kernels = None
     with on_threads(2), pytest.raises(AttributeError):
         chunk.advance(1)
     assert torch.equal(*states)
@@ -206,16 +206,63 @@ def test_what_is_in_no_code_trains_in_another_way(given, says):
     assert np.isfinite(trained.curves).all()
 
 
+def next_chunk(chunk, configs):
+    """A chunk with the data and the module of another chunk, which may use its compiled steps."""
+    network = chunk.network.with_configs(configs)
+    return MemberChunk(network, chunk.validation, seed=0, horizon=6, code=chunk.code)
+
+
+def test_a_later_chunk_with_more_trials_uses_the_same_compiled_steps():
+    data = make_data()
+    rates = ({"lr": 0.01, "batch_size": 9}, {"lr": 0.03, "batch_size": 9, "weight_decay": 0.1})
+    first, _ = both(data, fill(*rates))
+    first.advance(0)
+    more = fill(*rates, {"lr": 0.02, "batch_size": 9, "weight_decay": 0.2})
+    _, other = both(data, more)
+    chunk = next_chunk(first, more)
+    assert chunk.code is first.code
+    assert_alike(chunk, other)
+    # the first chunk is not disturbed
+    _, other = both(data, fill(*rates))
+    other.advance(0)
+    assert_alike(first, other, [1])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # the updates have a table of beta2 only if the members differ
+        ({}, {"beta2": 0.9}),
+        ({"batch_size": 9}, {"batch_size": 8}),
+        ({"ema": 0.5}, {"ema": 0.0}),
+        ({"optimizer": "nesterov", "momentum": 0.5}, {"optimizer": "nesterov", "momentum": 0.0}),
+        ({"loss__label_smoothing": 0.0}, {"loss__label_smoothing": 0.1}),
+    ],
+)
+def test_compiled_steps_that_do_not_fit_a_later_chunk_are_written_again(before, after):
+    data = make_data()
+    first, _ = both(
+        data, fill({"lr": 0.01, "batch_size": 9, **before}), module=Linear, traits=Traits()
+    )
+    later = fill({"lr": 0.01, "batch_size": 9}, {"lr": 0.02, "batch_size": 9, **after})
+    if "batch_size" in after:
+        later = [replaced | after for replaced in later]
+    fresh, other = both(data, later, module=Linear, traits=Traits())
+    chunk = MemberChunk(fresh.network, first.validation, seed=0, horizon=6, code=first.code)
+    assert chunk.code is not first.code
+    assert_alike(chunk, other)
+
+
 @pytest.mark.parametrize("rows", [7, None])
 def test_outputs_on_validation_rows_are_of_the_code_too(monkeypatch, rows):
     data = make_data()
     configs = fill(*({"lr": lr, "batch_size": 9} for lr in (0.01, 0.1)))
     if rows is not None:  # blocks of 7 rows; the last one has fewer
-        monkeypatch.setattr(members, "_CACHED_NUMBERS", 0)
-        monkeypatch.setattr(members, "_FEWEST_ROWS", rows)
+        monkeypatch.setattr(member_steps, "_CACHED_NUMBERS", 0)
+        monkeypatch.setattr(member_steps, "_FEWEST_ROWS", rows)
         assert all(len(fold.valid) > rows and len(fold.valid) % rows for fold in data.folds)
     chunk, _ = both(data, configs, module=Linear, traits=Traits())
-    assert chunk.members[0].block_rows == (rows or len(data.folds[0].valid))
+    assert chunk.code.members[0].block_rows == (rows or len(data.folds[0].valid))
     chunk.advance(0)
     expected = StackedChunk.scores(chunk)
     monkeypatch.setattr(StackedModule, "outputs", lambda *args: pytest.fail("computed by torch"))

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import gputune
-from gputune.engine import choice, members
+from gputune.engine import choice, member_steps
 from gputune.engine.choice import fastest_way
 from gputune.engine.job import Job
 from gputune.modules.trace import TraceError
@@ -84,10 +84,10 @@ def test_code_is_built_if_the_build_takes_less_time_than_it_saves(
 
     monkeypatch.setattr(choice, "_seconds", seconds_of_a_step)
     monkeypatch.setattr(choice, "time", SimpleNamespace(process_time=lambda: now))
-    monkeypatch.setattr(members, "build_seconds", lambda bodies, dtype: build)
+    monkeypatch.setattr(member_steps, "build_seconds", lambda bodies, dtype: build)
     built = []
     monkeypatch.setattr(
-        members, "build_kernels", lambda *given: built.append(given) or build_kernels(*given)
+        member_steps, "build_kernels", lambda *given: built.append(given) or build_kernels(*given)
     )
     found = fastest_way(JOB, DATA, CHUNK, member_steps=steps)
     assert (len(built), "compiled" in found.seconds) == (is_coded, steps > 500)
@@ -145,7 +145,31 @@ def test_what_is_built_to_be_timed_trains(monkeypatch):
     """The compiled code is built once, and gives the same results as recorded steps."""
     sources = []
     monkeypatch.setattr(
-        members, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given)
+        member_steps, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given)
+    )
+    for name, value in {
+        "_WORTH_SECONDS": 0,
+        "_CODED_SHARE": -np.inf,
+        "_seconds": lambda *given: 1.0,
+    }.items():
+        monkeypatch.setattr(choice, name, value)
+    found, expected = (
+        gputune.tune(Net, X, Y, **SEARCH, backend=word).curves for word in ("auto", "recorded")
+    )
+    assert len(sources) == 1
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.cpu
+def test_a_larger_chunk_than_the_timed_one_uses_its_code(monkeypatch):
+    """The plan for recorded steps has smaller chunks than the plan for compiled code."""
+    sources = []
+    monkeypatch.setattr(
+        member_steps, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given)
+    )
+    monkeypatch.setattr(
+        "gputune.tuning.context.fastest_way",
+        lambda job, data, group, **more: fastest_way(job, data, group.part(0, 1), **more),
     )
     for name, value in {
         "_WORTH_SECONDS": 0,
@@ -171,7 +195,7 @@ def test_a_refit_is_compiled_where_its_search_was_and_it_pays(monkeypatch, pays,
     study = gputune.tune(Net, X, Y, **SEARCH)
     sources = []
     monkeypatch.setattr(
-        members, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given)
+        member_steps, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given)
     )
     for found, other in zip(
         study.best_model().module.parameters(), expected.module.parameters(), strict=True

@@ -314,7 +314,7 @@ def test_a_network_trains_as_in_a_plain_loop(seed):
     )
     with torch.no_grad():
         chunk = MemberChunk(network, Validation(data, scoring_of(data)), seed=0, horizon=2)
-        assert all(member.outputs is not None for member in chunk.members)
+        assert all(member.outputs is not None for member in chunk.code.members)
         for epoch in range(2):
             chunk.advance(epoch)
             assert chunk.scores().shape == (1, 1)

@@ -122,7 +122,11 @@ class Compiled(Backend):
         if timed is not None:
             return timed
         module = cast(StackedModule, network)
-        return MemberChunk(module, validation, seed=seed, horizon=horizon)
+        chunk = MemberChunk(
+            module, validation, seed=seed, horizon=horizon, code=pool.code_of(module)
+        )
+        pool.keep_code(module, chunk.code)
+        return chunk
 
 
 BACKEND = Compiled()

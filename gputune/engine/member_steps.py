@@ -1,0 +1,383 @@
+"""The compiled training steps of a single member (one trial on one fold) of a user's module.
+
+A chunk holds trials of one tensor shape that train together. gputune traces the training step in a
+chunk of a single member and writes the trace as C (``modules/member_code.py``). Each thread has its
+own memory, into which it loads a member before the steps. Values that differ between members are in
+tables. A member's own values are copied from the tables before its steps.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gputune.engine.backend import torch_threads
+from gputune.engine.member_tables import TablePath, data_of_fold, member_part, paths_in, value_at
+from gputune.engine.stacked import StackedChunk
+from gputune.modules.calls import ModuleDraws
+from gputune.modules.member_code import CodedStep, MemberCode
+from gputune.modules.module import StackedModule
+from gputune.modules.trace import Place, Storages, TraceError, tensors, trace
+from gputune.native.library import Kernels, build_kernels, build_seconds
+from gputune.optimizers.update import OnlineUpdate
+from gputune.population.batches import StepShape
+from gputune.scoring.scoring import Validation
+
+# Numbers of one layer's outputs on validation rows that the code computes at a time, so that they
+# stay in the cache, and the fewest rows.
+_CACHED_NUMBERS = 1 << 18
+_FEWEST_ROWS = 32
+# bytes of a pointer
+_POINTER = ctypes.sizeof(ctypes.c_void_p)
+
+
+class OneMember:
+    """A single member (one trial on one fold) in which gputune traces the training step for all
+    members of a fold.
+
+    The object also has the compiled code of the steps, which reads and writes this member's
+    tensors, or a thread's copies of them.
+    """
+
+    def __init__(self, chunk: StackedChunk, fold: int, seed: int) -> None:
+        network = module_of(chunk)
+        data = data_of_fold(chunk.validation.data, fold)
+        self.network = StackedModule(
+            network.builder,
+            # a configuration with dropout, if any has it: the code of all members then drops units
+            [max(network.configs, key=lambda config: float(config["dropout"]))],
+            replace(network.shape, folds=1, rows=None, present=data.present),
+            seed=seed,
+            traits=network.traits,
+            objective=network.objective,
+        )
+        # The code reads a loss parameter that some trial sets, even if this configuration does not.
+        self.network.loss_values = {
+            name: values[:1].clone() for name, values in network.loss_values.items()
+        }
+        self.tables = list[tuple[TablePath, Tensor]]()
+        self.single = StackedChunk(
+            self.network, Validation(data, None), seed=seed, horizon=chunk.horizon, recorded=True
+        )
+        draws = self.single.draws  # of the steps ahead, if the module draws numbers
+        if isinstance(self.single.update, OnlineUpdate):
+            raise TraceError("compiled code does not support a learning rate that adapts itself")
+        if draws is None and network.objective.augment is not None:
+            raise TraceError(f"augment cannot be recorded ({self.single.not_ahead})")
+        if draws is None and network.traits.draws:
+            raise TraceError(
+                "its random numbers depend on more than the seed, the epoch and the step"
+            )
+        self.draws = draws if isinstance(draws, ModuleDraws) and any(draws.draws.values()) else None
+        self._match(self.single.update, chunk, ("update",))
+        self._match(self.single.update.clock, chunk, ("update", "clock"))
+        self.single.dropout = self._add_table(chunk.dropout, ("dropout",))
+        # whether gputune scores the parameters themselves
+        self.scores_params = _scores_params(chunk)
+        self.memories: Storages = {}
+
+    def write(self, code: MemberCode) -> None:
+        """Trace the training steps of an epoch, and add the steps to ``code`` as C code."""
+        single = self.single
+        shapes = single.batches.shapes
+        single.batches.begin(0)
+        single.update.begin(0)
+        steps: dict[StepShape, CodedStep] = {}
+        for i, shape in enumerate(shapes):
+            if shape not in steps:
+                # Tracing takes the step, and its draws may be used as indices, so they must be
+                # valid.
+                if self.draws is not None:
+                    self.draws.fill(0, i - i % self.draws.ahead)
+                single.batches.step.fill_(i)
+                traced = trace(partial(single._step, shape, (0, i)))
+                steps[shape] = code.add(traced, self.memories)
+        self.steps = [steps[shape] for shape in shapes]
+        self.outputs = self._outputs(code)
+        shared = [*single.batches.inputs, single.batches.target]
+        if self.draws is not None:
+            shared += tensors(self.draws.buffers)
+        # Addresses of memory that the threads share: a ``MemberMemory`` does not copy it.
+        self.shared = {tensor.untyped_storage().data_ptr() for tensor in shared}
+
+    def _outputs(self, code: MemberCode) -> CodedStep | None:
+        """Trace the computation of the outputs on a block of validation rows, and add the trace to
+        ``code``.
+
+        Returns None if the scores are not computed from these outputs, or if the outputs cannot be
+        traced.
+        """
+        network = self.network
+        params = self.single.params
+        data = self.single.validation.data
+        if network.evaluation_draws or not self.scores_params:
+            return None
+        valid = data.folds[0].valid
+        self.block_rows = len(valid)
+        if network.alone:
+            widest = max(data.row_numbers, network.widest)
+            self.block_rows = min(len(valid), max(_FEWEST_ROWS, _CACHED_NUMBERS // widest))
+        self.valid_rows = [x.clone() for x in data.rows(0, valid[: self.block_rows])]
+        # (1, block_rows, K): outputs of one member
+        self.result = network.outputs(params, 0, self.valid_rows).clone()
+
+        def compute() -> None:
+            self.result.copy_(network.outputs(params, 0, self.valid_rows))
+
+        with suppress(TraceError):
+            return code.add(trace(compute), self.memories)
+        return None
+
+    def _match(self, target: object, chunk: StackedChunk, path: TablePath) -> None:
+        """Copy the settings of the optimizer of all members to ``target``, the optimizer of one
+        member. A value that differs between members becomes a table, from which
+        ``MemberMemory.load`` reads one member's value."""
+        for name, value in vars(value_at(chunk, path)).items():
+            if (isinstance(value, Tensor) and value.dim() == 2) or isinstance(value, dict):
+                setattr(target, name, self._add_table(value, (*path, name)))
+            elif isinstance(value, Tensor) and getattr(target, name) is None:
+                setattr(target, name, torch.zeros_like(self.single.grad))
+            elif isinstance(value, int | float):
+                setattr(target, name, value)
+
+    def _add_table(self, value: Any, path: TablePath) -> Any:
+        """Return a copy of the first member's entry of a table. ``MemberMemory.load`` fills the
+        copy for each member."""
+        if isinstance(value, dict):
+            return {key: self._add_table(part, (*path, key)) for key, part in value.items()}
+        copy = member_part(value, 0, 0).clone()
+        self.tables.append((path, copy))
+        return copy
+
+    def fits(self, chunk: StackedChunk) -> bool:
+        """Return whether the compiled code fits the present configurations of a chunk: it reads the
+        values that differ between members from tables, and its constants are right."""
+        drops = any(config["dropout"] for config in chunk.configs)
+        if drops != bool(self.network.configs[0]["dropout"]):
+            return False
+        if module_of(chunk).loss_values.keys() != self.network.loss_values.keys():
+            return False
+        if _scores_params(chunk) != self.scores_params:
+            return False
+        tables: set[TablePath] = {("dropout",)}
+        owners: dict[TablePath, object] = {("update",): self.single.update}
+        owners["update", "clock"] = self.single.update.clock
+        for path, single in owners.items():
+            for name, value in vars(value_at(chunk, path)).items():
+                if isinstance(value, dict):
+                    tables.update(paths_in(value, (*path, name)))
+                elif isinstance(value, Tensor) and value.dim() == 2:
+                    tables.add((*path, name))
+                elif isinstance(value, int | float) and getattr(single, name) != value:
+                    return False
+                elif isinstance(value, Tensor) != isinstance(getattr(single, name), Tensor):
+                    return False  # one of them has a buffer that the other does not have
+        return tables == {path for path, _ in self.tables}
+
+    def tensors_of_fold(self, chunk: StackedChunk, fold: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the pairs (source, target) of tensors to copy when a thread begins members of a
+        fold of a chunk. The targets are the tensors of the traced member."""
+        data = chunk.validation.data
+        batches = chunk.batches
+        single = self.single.batches
+        part = slice(fold, fold + 1)
+        yield batches.order[:, part, : single.order.shape[-1]], single.order
+        yield batches.start[:, part], single.start
+        for name in ("taken", "counted", "active_until"):
+            yield getattr(batches, name)[part, :1], getattr(single, name)
+        pairs = [
+            (batches.weights, single.weights),
+            (chunk.network.shape.present, self.network.shape.present),
+        ]
+        for scaling, single_scaling in zip(data.scaling, single.data.scaling):
+            if scaling is not None and single_scaling is not None:
+                pairs.append((scaling.center, single_scaling.center))
+                pairs.append((scaling.scale, single_scaling.scale))
+        for tensor, single_tensor in pairs:
+            if tensor is not None and single_tensor is not None:
+                yield tensor[part], single_tensor
+
+
+def _pointers(addresses: Sequence[int]) -> "ctypes.Array[ctypes.c_void_p]":
+    """Return memory addresses as a C array of pointers, to pass them to compiled code."""
+    return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
+class MemberMemory:
+    """The tensors in which one thread trains a member: the thread loads the member, then takes the
+    steps."""
+
+    def __init__(self, member: OneMember) -> None:
+        self.member = member
+        self.fold = -1
+        self.storages: Storages = {}
+        for address, storage in member.memories.items():
+            if address not in member.shared:
+                storage = storage.clone()  # type: ignore[no-untyped-call]
+            self.storages[address] = storage
+        steps = member.steps if member.outputs is None else [*member.steps, member.outputs]
+        self.scratch = torch.empty(max(step.workspace for step in steps) + 64, dtype=torch.uint8)
+        # Scratch memory begins at a multiple of 64 bytes.
+        addresses = [-(-self.scratch.data_ptr() // 64) * 64]
+        addresses += [storage.data_ptr() for storage in self.storages.values()]
+        self.memories = _pointers(addresses)
+        self.calls = _pointers([step.calls.ctypes.data for step in steps])
+        self.numbers = _pointers([step.numbers.ctypes.data for step in steps])
+        single = member.single
+        self.states = list(map(self._copy_of, [single._flat, *single.update.state()]))
+        self.tables = [(path, self._copy_of(table)) for path, table in member.tables]
+        losses = member.network.loss_values
+        self.losses = {name: self._copy_of(value) for name, value in losses.items()}
+        self.step = self._copy_of(single.batches.step)
+        self.done = self._copy_of(single.update.clock.done)
+        if member.outputs is not None:
+            self.valid_rows = list(map(self._copy_of, member.valid_rows))
+            self.result = self._copy_of(member.result)
+
+    def _copy_of(self, tensor: Tensor) -> Tensor | None:
+        """Return this thread's copy of a tensor of the traced member, or None if no step reads the
+        tensor."""
+        storage = self.storages.get(tensor.untyped_storage().data_ptr())
+        return None if storage is None else Place.of(tensor).on(storage)
+
+    def load(
+        self, chunk: StackedChunk, fold: int, trial: int, rows: Sequence[Tensor], step: int
+    ) -> None:
+        """Copy a member's values from a chunk into this thread's tensors, before step ``step`` of
+        the epoch. ``rows`` are its parameters and optimizer state."""
+        if fold != self.fold:
+            for tensor, single in self.member.tensors_of_fold(chunk, fold):
+                self._fill(self._copy_of(single), tensor)
+            self.fold = fold
+        for state, row in zip(self.states, rows):
+            self._fill(state, row)
+        for path, table in self.tables:
+            if table is not None:
+                value = value_at(chunk, path)
+                if value is None:
+                    # The rule's default: learning-rate factors are 1, other values 0.
+                    value = float("lr_factors" in path)
+                if isinstance(value, Tensor):
+                    table.copy_(member_part(value, fold, trial))
+                else:  # no table any more: the same for all members
+                    table.fill_(value)
+        for name, loss_value in self.losses.items():
+            values = module_of(chunk).loss_values.get(name)
+            if values is not None:
+                self._fill(loss_value, values[trial : trial + 1])
+            elif loss_value is not None:  # it is 0 for all members that are left
+                loss_value.zero_()
+        if self.step is not None:
+            self.step.fill_(step)
+        if self.done is not None:
+            self.done.add_(step)
+
+    @staticmethod
+    def _fill(tensor: Tensor | None, value: Tensor) -> None:
+        if tensor is not None:
+            tensor.copy_(value)
+
+    def take_steps(self, kernels: Kernels, begin: int, end: int, *, outputs: bool = False) -> None:
+        """Train the loaded member from step ``begin`` to step ``end`` of the epoch.
+
+        If ``outputs`` is True, also compute the outputs on the validation rows after the last step.
+        """
+        end = min(end, len(self.member.steps)) + outputs
+        if begin < end:
+            kernels.take_steps(
+                ctypes.c_int64(end - begin),
+                ctypes.byref(self.calls, begin * _POINTER),
+                kernels.addresses,
+                self.memories,
+                ctypes.byref(self.numbers, begin * _POINTER),
+            )
+
+    def write_outputs(self, kernels: Kernels, validation: Validation, outputs: Tensor) -> None:
+        """Compute the loaded member's K outputs on the m validation rows of its fold in compiled
+        code, block by block, into ``outputs`` (m, K)."""
+        member = self.member
+        steps = len(member.steps)
+        assert self.result is not None
+        begin = 0
+        for block in validation.blocks(self.fold, member.block_rows):
+            rows = len(block[0])
+            for target, source in zip(self.valid_rows, block):
+                if target is not None:
+                    # The last block may have fewer rows. The other rows then are old ones.
+                    target[:rows].copy_(source)
+            self.take_steps(kernels, steps, steps, outputs=True)
+            outputs[begin : begin + rows].copy_(self.result[0, :rows])
+            begin += rows
+
+
+class CompiledSteps:
+    """The compiled training steps of all members of a chunk.
+
+    ``members`` has a traced member for each fold. Folds of equal lengths share it. ``draws`` are
+    the random numbers that the steps read, of ``ahead`` steps at once. Later chunks of the same
+    trials' shape can use the same steps.
+
+    Raises TraceError if the module cannot be traced. ``check_build`` receives an estimate of the
+    seconds of the build before the code is built. It may raise an exception to prevent the build.
+    """
+
+    def __init__(
+        self,
+        chunk: StackedChunk,
+        seed: int,
+        check_build: Callable[[float], None] | None = None,
+    ) -> None:
+        self.seed = seed
+        self.horizon = chunk.horizon
+        self.validation = chunk.validation
+        self.constants = chunk.network.constants
+        self.shapes = chunk.batches.shapes
+        data = chunk.validation.data
+        code = MemberCode(data.dtype)
+        # A step of one member is thousands of small operations, which more threads only delay.
+        with torch_threads(1):
+            by_lengths: dict[tuple[int, int], OneMember] = {}
+            self.members: list[OneMember] = []
+            for number, fold in enumerate(data.folds):
+                lengths = (len(fold.train), len(fold.valid))
+                if lengths not in by_lengths:
+                    by_lengths[lengths] = OneMember(chunk, number, seed)
+                self.members.append(by_lengths[lengths])
+            members = by_lengths.values()
+            self.draws = [member.draws for member in members if member.draws is not None]
+            self.ahead = min([len(self.shapes), *(draws.ahead for draws in self.draws)])
+            for draws in self.draws:
+                draws.ahead = self.ahead
+            for member in members:
+                member.write(code)
+            bodies = list(code.kernels)
+            if check_build is not None:
+                check_build(build_seconds(bodies, data.dtype))
+            self.kernels = build_kernels(bodies, data.dtype)
+
+    def fits(self, chunk: StackedChunk, seed: int) -> bool:
+        """Return whether these steps train the members of a chunk of the same trials' shape."""
+        validation = chunk.validation
+        return (
+            (self.seed, self.horizon) == (seed, chunk.horizon)
+            and self.validation.data is validation.data
+            and self.validation.scoring is validation.scoring
+            and self.constants == chunk.network.constants
+            and self.shapes == chunk.batches.shapes
+            and all(member.fits(chunk) for member in self.members)
+        )
+
+
+def module_of(chunk: StackedChunk) -> StackedModule:
+    """Return the user's module, stacked for all trials of a chunk that still train."""
+    return cast(StackedModule, chunk.network)
+
+
+def _scores_params(chunk: StackedChunk) -> bool:
+    """Return whether gputune scores the parameters of a chunk themselves, not an average."""
+    return chunk.validation.scoring is not None and chunk.scored is chunk.flat
