@@ -128,10 +128,6 @@ def search(
         callbacks=callbacks,
         verbose=verbose,
     )
-    if options.search.target_score is not None and direction == "minimize":
-        # The study stores the scores of "minimize" with the opposite sign, so that greater is
-        # better.
-        options = options.changed(target_score=-options.search.target_score)
     return search_loop(
         objective, options, direction=direction, max_epochs=max_epochs, study_type=Study
     )

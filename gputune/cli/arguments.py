@@ -49,6 +49,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class UsageError(SystemExit):
+    """Exception for a wrong command line, which ends the command with exit code 2.
+
+    The parser has already printed the message to standard error.
+    """
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(2)
+        self.message = message
+        self.remedy = remedy
+
+
 class _Parser(argparse.ArgumentParser):
     """An argparse parser that prints gputune's help texts and suggests names for misspelled ones.
 
@@ -77,7 +89,9 @@ class _Parser(argparse.ArgumentParser):
             hints = did_you_mean(choice[1][1:-1], re.findall(r"'([^']*)'", choice[2]))
         if hints:
             message = f"{message}.{hints}"
-        self.exit(2, f"gputune: error: {message}\nTry '{self.prog} --help'.\n")
+        with suppress(OSError, ValueError):
+            print(f"gputune: error: {message}\nTry '{self.prog} --help'.", file=sys.stderr)
+        raise UsageError(message, f"Try '{self.prog} --help'.")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse like argparse, but report an unknown flag as an error of the command, not of

@@ -135,6 +135,64 @@ def _for_resume(rule: Rule) -> Rule:
     return replace(rule, help=str(rule.resume), details="", default=default)
 
 
+_DIRECTIONS = ("maximize", "minimize")
+_LOOP_METHODS = ("random", "halving", "median", "tpe")
+# the options that ``gputune search`` shares with ``gputune tune``
+_OF_LOOPS = {
+    SEARCH: ("n_trials", "include", "warm_start", "random_state"),
+    STOPPING: (
+        "timeout",
+        "target_score",
+        "patience_trials",
+        "factor",
+        "min_epochs",
+        "brackets",
+        "rungs",
+        "keep",
+        "every",
+    ),
+    COMPUTE: ("workers",),
+    OUTPUT: ("study", "verbose", "json"),
+}
+
+
+def _searching() -> dict[str, dict[str, Rule]]:
+    """Return the flags of ``gputune search``, grouped as in the help of ``gputune tune``."""
+    groups = _tuning()
+    own: dict[str, Rule] = {
+        "space": Flag(
+            "--space <KEY=SPEC>...",
+            "Search space, with the keys that the function reads from params",
+            "a=1,2,3 chooses from a list. a=1..9 samples integers, a=0..0.5 samples real numbers, "
+            "and lr=1e-4..1e-1:log samples on a log scale. You may repeat the flag.",
+            "required",
+            takes="specs",
+            required=True,
+        ),
+        "direction": Flag(
+            "--direction <NAME>",
+            "Whether greater or smaller values of the function are better",
+            default="required",
+            choices=_DIRECTIONS,
+            required=True,
+        ),
+        "method": Flag("--method <NAME>", "Search method", default="random", choices=_LOOP_METHODS),
+        "max_epochs": Flag(
+            "--epochs <INT>",
+            "Number of report calls of a trial that is not pruned",
+            "For --method halving and median.",
+            takes="1..",
+        ),
+    }
+    shared = {}
+    for title, names in _OF_LOOPS.items():
+        shared[title] = {name: groups[title][name] for name in names if name in groups[title]}
+    shared[OUTPUT]["study"] = replace(
+        shared[OUTPUT]["study"], help="Folder for study.db", default="gputune-search"
+    )
+    return {SEARCH: {**own, **shared.pop(SEARCH)}, **shared}
+
+
 def _flags(*flags: Rule) -> dict[str, dict[str, Rule]]:
     """Return a command's flags as one group, keyed by their names as Python arguments."""
     return {"Options": {flag.name[2:].replace("-", "_"): flag for flag in flags}}
@@ -168,11 +226,39 @@ _ALL = (
         defaults_in_words,
     ),
     Command(
+        "search",
+        "Tune the hyperparameters of your own training loop, a function in a Python file",
+        {
+            "objective": (
+                "FILE.py:NAME",
+                "The function objective(params, report), which returns the score of a trial",
+            )
+        },
+        _searching(),
+        ("gputune search train.py:objective --space lr=0.1,0.01 --direction minimize",),
+    ),
+    Command(
         "resume",
         "Continue a stopped search, using only its study",
         {"study": _STUDY},
         _resuming(),
         ("gputune resume gputune-out", "gputune resume gputune-out --trials 200"),
+    ),
+    Command(
+        "stop",
+        "End a running search, or one of its trials, from another terminal",
+        {"study": _STUDY},
+        _flags(
+            Flag(
+                "--trial <INT>",
+                "Number of the only trial to end",
+                "The trial is then pruned, and the search continues with the other trials.",
+                "the whole search",
+                "0..",
+            ),
+            Flag("--json", "Print the result, or the error, as one JSON document"),
+        ),
+        ("gputune stop gputune-out", "gputune stop gputune-out --trial 7"),
     ),
     Command(
         "trials",

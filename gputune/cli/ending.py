@@ -19,7 +19,7 @@ class Ending:
 
     file: str  # the input, as it was typed
     study: Study
-    rest: Source  # the rows of the search
+    rest: Source | None  # the rows of the search; None for a custom training loop
     study_file: Path
     layout: Layout | ArrayLayout | None = None  # what the model reads; None without a model
     held_out: HeldOut | None = None  # score on held-out rows; None if no rows are held out

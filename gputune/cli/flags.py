@@ -142,6 +142,13 @@ _LAST_RULES: dict[str, dict[str, Rule]] = {
             "The plan shows rows, features, trials, memory, device and an estimate of the time. "
             "No file is written.",
         ),
+        "json": Rule(
+            "--json",
+            "Print the result, or the error, as one JSON document on standard output",
+            "The keys are in the page on agents and programs. Progress and warnings go to standard "
+            "error.",
+            resume=True,
+        ),
         "profile": Rule(
             "--profile",
             "At the end, print how the time was spent",
@@ -203,6 +210,7 @@ _OF_CALLS = {
 """The flags that messages show for arguments of functions other than ``gputune.tune``."""
 
 _OF_COMMANDS = {
+    "search": {"objective": "FILE.py:NAME", "direction": "--direction"},
     "train": {"include": "--set", "space": "--set"},
     "check": {
         "include": "--set",
@@ -233,7 +241,7 @@ class CommandLine(Interface):
         self.calls = dict(_OF_CALLS)
         for name in integrations("clusters"):
             self.calls[cluster_class(name).__name__, "address"] = self.known[name]
-        if command not in ("tune", "train"):
+        if command not in ("tune", "train", "search"):
             del self.known["study"]  # it is the command's FOLDER
 
     def argument(self, reference: Reference) -> str:

@@ -13,7 +13,7 @@ _DESCRIPTION = (
 )
 
 SECTIONS = {
-    "Search": ("tune", "train", "resume"),
+    "Search": ("tune", "train", "search", "resume", "stop"),
     "Inspect": ("status", "trials", "best", "report"),
     "Model": ("predict", "evaluate", "export"),
     "Maintenance": ("check", "repair", "completion", "help"),
@@ -64,7 +64,7 @@ _MOST_FLAG = 26  # letters of a flag that share a line with its help text
 def overview(*, full: bool, width: int, style: Style) -> str:
     """Return the help of ``gputune``: its commands by section. ``full`` adds examples."""
     width = min(width, _WIDEST)
-    lines = [paragraph(_DESCRIPTION, width), "", _usage("gputune [OPTIONS] COMMAND", style)]
+    lines = [paragraph(_DESCRIPTION, width), "", _usage("gputune [OPTIONS] COMMAND", style, width)]
     longest = max(len("-h, --help"), *map(len, COMMANDS))
     for title, names in SECTIONS.items():
         lines += ["", style.bold(f"{title}:")]
@@ -81,7 +81,7 @@ def overview(*, full: bool, width: int, style: Style) -> str:
 def command_help(command: Command, *, full: bool, width: int, style: Style) -> str:
     """Return the help of a command: a line for each option, or all details if ``full`` is True."""
     width = min(width, _WIDEST)
-    lines = [paragraph(f"{command.help}.", width), "", _usage(_call(command), style)]
+    lines = [paragraph(f"{command.help}.", width), "", _usage(_call(command), style, width)]
     if command.places:
         lines += ["", style.bold("Arguments:")]
         longest = max(len(metavar) for metavar, _ in command.places.values())
@@ -160,8 +160,9 @@ def _values(values: Sequence[str] | None) -> str:
     return f" [possible values: {', '.join(values)}]" if values else ""
 
 
-def _usage(call: str, style: Style) -> str:
-    return f"{style.bold('Usage:')} {call}"
+def _usage(call: str, style: Style, width: int) -> str:
+    text = paragraph(f"Usage: {call}", width, then=" " * 7)
+    return text.replace("Usage:", style.bold("Usage:"), 1)
 
 
 def _call(command: Command) -> str:

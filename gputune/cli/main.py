@@ -13,14 +13,15 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from typing import Any, Literal
 
-from gputune.cli.arguments import make_parser
+from gputune.cli.arguments import UsageError, make_parser
 from gputune.cli.commands import COMMANDS
 from gputune.cli.flags import CommandLine
 from gputune.cli.help import command_help, overview
+from gputune.cli.json_output import error_json, only_one_document, usage_json
 from gputune.cli.style import Style
 from gputune.errors import (
     CheckFailedError,
@@ -40,6 +41,8 @@ _MODULES = {
     **dict.fromkeys(("tune", "train", "resume"), "tune"),
     **dict.fromkeys(("trials", "best", "status", "report", "repair"), "study"),
     **dict.fromkeys(("predict", "evaluate", "export"), "model"),
+    "search": "search",
+    "stop": "stop",
     "check": "check",
     "help": "main",
     "completion": "completion",
@@ -50,7 +53,7 @@ output."""
 _READING = ("tune", "train", "resume", "report", "predict", "evaluate", "export")
 """The commands that read files. gputune checks these files before slow imports."""
 
-_LABELED = ("tune", "train", "resume", "report", "status")
+_LABELED = ("tune", "train", "search", "resume", "stop", "report", "status")
 """The commands that print lines with a label at the beginning."""
 
 _TRUSTED = ("help", "completion")
@@ -99,6 +102,10 @@ def _command(typed: list[str]) -> int:
         return BAD_INPUT
     try:
         arguments = make_parser().parse_args(typed, argparse.Namespace(typed=typed))
+    except UsageError as error:
+        if "--json" in typed:
+            _write(usage_json(error.message, error.remedy), command="")
+        return BAD_INPUT
     except SystemExit as ending:
         return int(ending.code or 0)
     file = repr(arguments.file) if hasattr(arguments, "file") else "FILE"
@@ -144,6 +151,7 @@ def _flush_streams() -> None:
 def _run(arguments: argparse.Namespace, interface: Interface) -> int:
     """Run the command, print its result, and return its exit code."""
     from_config: Sequence[str] = ()  # the flags that a --config file sets
+    as_json = bool(getattr(arguments, "json", None))
     try:
         if arguments.command in _READING:
             # It imports numpy, for which --help must not wait.
@@ -154,11 +162,13 @@ def _run(arguments: argparse.Namespace, interface: Interface) -> int:
             check_paths(arguments)
         with without_collector():
             module = import_module(f"gputune.cli.{_MODULES[arguments.command]}")
-        text = getattr(module, arguments.command)(arguments)
-        is_quiet = getattr(arguments, "verbose", 1) == 0
+        with only_one_document() if as_json else nullcontext():
+            text = getattr(module, arguments.command)(arguments)
+        is_quiet = getattr(arguments, "verbose", 1) == 0 and not as_json
         return _write("" if is_quiet else text, command=arguments.command)
     except SearchInterrupted as stop:
-        _write(stop.report if arguments.verbose else "", command=arguments.command)
+        is_shown = arguments.verbose or as_json
+        _write(stop.report if is_shown else "", command=arguments.command)
         _say(interface.render(stop.message))
         return 128 + stop.signal  # the exit code that a shell gives for a signal
     except CheckFailedError as failed:
@@ -170,10 +180,22 @@ def _run(arguments: argparse.Namespace, interface: Interface) -> int:
         if text.partition(" ")[0] in from_config:
             text = f"{arguments.config_file}: {text}"
         _say(text, kind="error")
-        return BAD_INPUT if isinstance(error, _BAD_INPUT) else FAILED
-    except Exception:  # a bug: the report needs the traceback
+        code = BAD_INPUT if isinstance(error, _BAD_INPUT) else FAILED
+        if as_json:
+            _write(error_json(error, interface, exit_code=code, text=text), command="")
+        return code
+    except KeyboardInterrupt as stop:
+        if as_json:
+            code = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+            text = str(stop) or "interrupted."
+            _write(error_json(stop, interface, exit_code=code, text=text), command="")
+        raise
+    except Exception as error:  # a bug: the report needs the traceback
         with suppress(OSError, ValueError):
             traceback.print_exc()
+        if as_json:
+            text = f"internal error: {type(error).__name__}: {error}"
+            _write(error_json(error, interface, exit_code=FAILED, text=text), command="")
         return FAILED
 
 
@@ -201,7 +223,7 @@ def _write(text: str, *, command: str) -> int:
     """
     if sys.stdout.isatty() and command not in _TRUSTED:
         text = clean(text, keep="\n")
-    if command in _LABELED:
+    if command in _LABELED and not text.startswith("{"):
         text = Style.of(sys.stdout).labeled(text)
     try:
         print(text, end="\n" if text else "", flush=True)

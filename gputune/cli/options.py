@@ -55,6 +55,21 @@ def options_of(arguments: Namespace, study_file: Path) -> Options:
     return make_options(**{**typed, "study": study_file})
 
 
+def loop_options_of(arguments: Namespace, study_file: Path) -> Options:
+    """Return the arguments of ``gputune.search`` for the command line of ``search``.
+
+    Raises InputError for a value that is not valid.
+    """
+    typed = typed_options(arguments)
+    # The objective decides how often it reports. ``search_loop`` receives the typed value.
+    typed.pop("max_epochs", None)
+    typed["space"] = parse_specs(arguments.space, own_keys=True)
+    if "include" in typed:
+        typed["include"] = [_config(texts, "--include") for texts in typed["include"]]
+    typed["method"] = _method(arguments)
+    return make_options(**{**typed, "study": study_file})
+
+
 def typed_options(arguments: Namespace) -> Config:
     """Return the search options that the user wrote on the command line, by name.
 
@@ -131,7 +146,7 @@ def _method(arguments: Namespace) -> Method:
     options = {}
     for other, kind in method_classes().items():
         for key, rule in kind.flags.items():
-            value = getattr(arguments, key)
+            value = getattr(arguments, key, None)  # ``search`` lacks some of the options
             if value is None:
                 continue
             if key not in legal:
@@ -145,7 +160,7 @@ def _method(arguments: Namespace) -> Method:
                     remedy=remedy,
                 )
             options[key] = value
-    if arguments.sampler is None:
+    if getattr(arguments, "sampler", None) is None:
         return chosen(**options)
     sampler_flag = f"--sampler {arguments.sampler}"
     if name not in ("random", "halving"):
@@ -163,19 +178,26 @@ def _method(arguments: Namespace) -> Method:
     return OptunaSampler(sampler)
 
 
+OWN_KEY = "module__"
+"""A key without rules of its own, like the keys of a user's objective."""
+
 _EXAMPLES = (
     "Examples: width=32,64,128 (a list), width=16..256 (all integers between), width=16..256:log, "
     "lr=1e-4..1e-1:log, dropout=0..0.5, activation=relu,tanh."
 )
 
 
-def parse_specs(texts: Iterable[str], flag: str = "--space") -> dict[str, object]:
+def parse_specs(
+    texts: Iterable[str], flag: str = "--space", *, own_keys: bool = False
+) -> dict[str, object]:
     """Return the space of several ``KEY=SPEC`` texts, for ``check_space``.
 
-    Raises InputError for a key that is given twice.
+    With ``own_keys=True``, the keys belong to the user's objective, so "depth" may be any text or
+    number. Raises InputError for a key that is given twice.
     """
     space: dict[str, object] = {}
-    for key, value in map(parse_spec, texts):
+    for text in texts:
+        key, value = parse_spec(text, own_keys=own_keys)
         if key in space:
             join = f"Join them: {key}=A,B." if flag == "--space" else "Leave one out."
             got = Verbatim(f"{key!r} twice")
@@ -184,7 +206,7 @@ def parse_specs(texts: Iterable[str], flag: str = "--space") -> dict[str, object
     return space
 
 
-def parse_spec(text: str) -> tuple[str, object]:
+def parse_spec(text: str, *, own_keys: bool = False) -> tuple[str, object]:
     """Return the key and the values of one ``KEY=SPEC`` text, for ``check_space``.
 
     - ``a,b,c`` is a list.
@@ -193,17 +215,19 @@ def parse_spec(text: str) -> tuple[str, object]:
     - ``(a,b)`` is one value, a tuple. It works for ``module__*`` and for ``width``.
     - Anything else is one fixed value.
 
-    A ``module__*`` value is read as a number or as true or false, otherwise as text. Its range has
-    integers if both ends are written as integers. Raises InputError.
+    With ``own_keys=True``, every key is read like a ``module__*`` key. A ``module__*`` value is read
+    as a number or as true or false, otherwise as text. Its range has integers if both ends are
+    written as integers. Raises InputError.
     """
     key, equals, spec = (part.strip() for part in text.partition("="))
     if not equals or not key or not spec:
         rule = "A hyperparameter must be written KEY=SPEC"
         raise InputError(None, rule, got=text, remedy=_EXAMPLES)
     ends = re.fullmatch(r"([^,]*?)\.\.([^:,]*)(:.*)?", spec)
-    if ends and (key in RANGES or None not in (_number(ends[1]), _number(ends[2]))):
-        return key, _parse_range(key, ends[1], ends[2], (ends[3] or "").strip(), text)
-    values = [_parse_value(key, part.strip(), text) for part in re.split(r",(?![^()]*\))", spec)]
+    kind = OWN_KEY if own_keys else key
+    if ends and (kind in RANGES or None not in (_number(ends[1]), _number(ends[2]))):
+        return key, _parse_range(kind, ends[1], ends[2], (ends[3] or "").strip(), text)
+    values = [_parse_value(kind, part.strip(), text) for part in re.split(r",(?![^()]*\))", spec)]
     return key, values if len(values) > 1 or isinstance(values[0], tuple) else values[0]
 
 

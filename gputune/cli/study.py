@@ -107,7 +107,7 @@ def trials_json(study: Study) -> str:
 
     Scores have scikit-learn's sign. NaN is null.
     """
-    rows = list(map(_plain, study.trials))
+    rows = list(map(trial_json, study.trials))
     for row, trial in zip(rows, study.trials):
         if trial.state == "failed":
             row["reason"] = failure_reason(study, trial)
@@ -167,7 +167,11 @@ def best_json(study: Study) -> str:
     ``default``.
     """
     record = study.record
-    best = {"scoring": record.scoring, "positive": record.ranked_class, **_plain(study.best_trial)}
+    best = {
+        "scoring": record.scoring,
+        "positive": record.ranked_class,
+        **trial_json(study.best_trial),
+    }
     best["default"] = improvement_json(study)
     if study.metrics:
         best["best_trials"] = [trial.number for trial in pareto_trials(study)]
@@ -265,7 +269,7 @@ def pareto_text(study: Study, *, width: int, most: int) -> str:
     return f"{paragraph(title, width)}\n\n{table(['trial', *names], rows, indent='  ')}"
 
 
-def _plain(trial: Trial) -> dict[str, object]:
+def trial_json(trial: Trial) -> dict[str, object]:
     """Return a trial as values that JSON supports.
 
     NaN is null. Infinity, a possible value of C, is text.

@@ -167,6 +167,7 @@ def notes_on(study: Study) -> list[tuple[str, str]]:
 
 def _inputs(ending: Ending) -> tuple[str, str]:
     """Return the (label, text) pair about the inputs of the model."""
+    assert ending.rest is not None  # only ``gputune search`` has no rows
     X = ending.rest.X
     if isinstance(X, Arrays):
         return "Inputs", str(ArrayLayout.of(X))

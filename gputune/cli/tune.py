@@ -23,6 +23,7 @@ from gputune.cli.dry_run import dry_run
 from gputune.cli.ending import Ending
 from gputune.cli.flags import CommandLine
 from gputune.cli.held_out import HeldOut, held_out_baseline, held_out_score
+from gputune.cli.json_output import search_json
 from gputune.cli.options import options_of, typed_options
 from gputune.cli.saved_model import (
     calibration_text,
@@ -91,6 +92,9 @@ def tune(arguments: argparse.Namespace) -> str:
     if rows.task is None and rest.origin is not None:
         options = options.changed(task=rest.origin["task"])
         rest = replace(rest, is_task_guessed=True)
+    if arguments.json and (arguments.dry_run or arguments.profile):
+        other = "--dry-run" if arguments.dry_run else "--profile"
+        raise InputError(None, f"--json and {other} exclude each other", remedy="Leave one out.")
     if arguments.dry_run:
         return dry_run(arguments, SearchCall(choice, rest, options, test), out / STUDY)
     with _folder((options.machine.study or out / STUDY).parent):
@@ -203,7 +207,7 @@ class _Run:
                     ending = self._with_comparison(ending)
                 ending = replace(ending, model_sentences=self._model_sentences(ending.model))
         text = self._text(ending)
-        if not self.arguments.profile:
+        if self.arguments.json or not self.arguments.profile:
             return text
         dtype = getattr(torch, self.call.options.machine.dtype)
         return f"{text}\n\n{self.profile.report(dtype=dtype, device=self.profile.device)}"
@@ -218,7 +222,7 @@ class _Run:
             is_gentle = stop.signal == CTRL_C and not stop.at_once
             if self.keeps_model and self.arguments.command != "train" and is_gentle:
                 ending = self._with_best_so_far(ending)
-            stop.report = self._text(ending, stopped_text)
+            stop.report = self._text(ending, stopped_text, exit_code=128 + stop.signal)
             raise
 
     def _make_ending(self, study: Study) -> Ending:
@@ -226,10 +230,16 @@ class _Run:
         file = getattr(self.arguments, "file", None) or (study.record.source or {})["path"]
         return Ending(file, study, self.call.source, self.shown, typed=self.arguments.typed)
 
-    def _text(self, ending: Ending, make: Callable[..., str] = summary_text) -> str:
-        """Return the text that the command prints at the end of this search."""
+    def _text(
+        self, ending: Ending, make: Callable[..., str] = summary_text, *, exit_code: int = 0
+    ) -> str:
+        """Return the text or the JSON document that the command prints at the end of this
+        search."""
         ended = CommandLine().render(self.profile.ended)
         ending = replace(ending, ended=ended, seconds=time.perf_counter() - self.begin)
+        if self.arguments.json:
+            timeout = self.call.options.search.timeout
+            return search_json(ending, timeout=timeout, exit_code=exit_code)
         return make(ending, width=shutil.get_terminal_size().columns)
 
     def _with_best(self, ending: Ending) -> Ending:
@@ -292,7 +302,7 @@ class _Run:
     ) -> SearchInterrupted:
         """Return the error for an interrupt after the model of the best trial was saved."""
         signal = TERMINATED if isinstance(stop, Terminated) else CTRL_C
-        report = self._text(ending)
+        report = self._text(ending, exit_code=128 + signal)
         return SearchInterrupted(message, study=ending.study, signal=signal, report=report)
 
     def _with_comparison(self, ending: Ending) -> Ending:

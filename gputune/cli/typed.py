@@ -24,8 +24,7 @@ def aliases(command: Command) -> dict[str, str]:
     names = {}
     for rules in command.groups.values():
         for name, rule in rules.items():
-            if name == "timeout":
-                names["--budget"] = rule.name
+            names.update(dict.fromkeys(rule.aliases, rule.name))
             alias = f"--{name.replace('_', '-')}"
             if alias == rule.name or name in _WITHOUT_ALIAS:
                 continue

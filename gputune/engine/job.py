@@ -69,6 +69,8 @@ class Job(Training):
     keep_stopped: bool = True
     # epochs without a better mean validation score after which a trial leaves its chunk
     patience: int | None = None
+    # the trial number at each position in the search; () if no single trial can be ended
+    numbers: tuple[int, ...] = ()
     each_epoch: bool = False  # whether every epoch is reported to a receiver that may end training
     precision: Precision = "full"
 
@@ -106,7 +108,8 @@ class Job(Training):
     ) -> "Outcome":
         """Train one chunk (a group of trials) and return the validation scores after each epoch."""
         begin = time.monotonic()
-        trained = train_chunk(self, data, chunk, progress)
+        watch = _Watch(self, BegunChunk.of(chunk), progress)
+        trained = train_chunk(self, data, chunk, watch=watch)
         seconds = time.monotonic() - begin + BegunChunk.of(chunk).seconds
         outputs = trained.outputs_of(chunk.index)
         return Outcome(
@@ -116,6 +119,7 @@ class Job(Training):
             seconds,
             spent=trained.spent,
             outputs=outputs,
+            ended=watch.ended,
         )
 
 
@@ -131,6 +135,7 @@ class Outcome:
         spent: Parts of the training time and operations, if they are known.
         fault: Description of a problem that did no harm, or "".
         outputs: Stored validation outputs of trials. The keys are entries of ``index``.
+        ended: Epochs after which a request ended a trial. The keys are entries of ``index``.
     """
 
     index: tuple[int, ...]
@@ -140,6 +145,7 @@ class Outcome:
     spent: Spent = field(default=Spent(), kw_only=True)
     fault: str = field(default="", kw_only=True)
     outputs: Mapping[int, Outputs] = field(default_factory=dict, kw_only=True)
+    ended: Mapping[int, int] = field(default_factory=dict, kw_only=True)
 
 
 def train_chunk(
@@ -148,16 +154,18 @@ def train_chunk(
     chunk: Population,
     progress: ProgressCallback | None = None,
     after_epoch: AfterEpoch | None = None,
+    *,
+    watch: "_Watch | None" = None,
 ) -> Trained:
     """Train one chunk (a group of trials) from the start, or continue from a checkpoint or rung.
 
     If the caller passes ``after_epoch``, only this callback decides when training ends, and gputune
-    writes no checkpoint.
+    writes no checkpoint. Otherwise ``watch`` decides.
     """
     begun = BegunChunk.of(chunk)
     data = data.of(chunk.configs[0])
     at_once = after_epoch is None and job.patience is None and not job.each_epoch
-    after_epoch = after_epoch or _Watch(job, begun, progress)
+    after_epoch = after_epoch or watch or _Watch(job, begun, progress)
     if isinstance(begun.state, WaitingState) and begun.state.waiting.is_current:
         network = begun.state.waiting.chunk.network
     else:
@@ -276,6 +284,7 @@ class _Watch:
         self.progress = progress
         self.begin = time.monotonic()
         self.reported = chunk.epoch  # epochs
+        self.ended: dict[int, int] = {}  # position in the search -> epochs
         self.due = math.inf
         if job.checkpointing is not None:
             self.due = self.begin + job.checkpointing.seconds
@@ -298,11 +307,26 @@ class _Watch:
                 trials, trained.alive, curves[:, :epoch], trained.state, seconds
             )
             self.due = time.monotonic() + checkpointing.keep(checkpoint, self.chunk.configs)
-        if is_over or self.job.patience is None or not trained.alive:
+        if is_over or not trained.alive:
             return is_over
-        means = first_metric(curves[list(trained.alive), :epoch], axes=3).mean(2)
-        # Trials that improved recently enough stay.
-        return Selection.of_mask(stalled_epochs(means)[:, -1] < self.job.patience)
+        stays = np.ones(len(trained.alive), dtype=bool)
+        if self.job.patience is not None:
+            means = first_metric(curves[list(trained.alive), :epoch], axes=3).mean(2)
+            # Trials that improved recently enough stay.
+            stays = stalled_epochs(means)[:, -1] < self.job.patience
+        self._end_requested(trained, stays)
+        return False if stays.all() else Selection.of_mask(stays)
+
+    def _end_requested(self, trained: Trained, stays: np.ndarray) -> None:
+        """Clear ``stays`` (C,) for each training trial that a request ends now."""
+        requested = self.job.stop.ended_trials()
+        if not requested or trained.epochs == self.job.epochs:
+            return
+        for place, position in enumerate(trained.alive):
+            index = self.chunk.index[position]
+            if self.job.numbers and self.job.numbers[index] in requested:
+                stays[place] = False
+                self.ended[index] = trained.epochs
 
 
 def stalled_epochs(means: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -33,6 +33,7 @@ class Stop:
         # A file whose existence passes ``requested`` on to the workers.
         self._request_file: Path | None = None
         self._parent: int | None = None
+        self._ended_trials: set[int] = set()  # trial numbers
         _stops.add(self)
 
     def ask(self) -> None:
@@ -57,6 +58,32 @@ class Stop:
         is_requested = self._request_file is not None and self._request_file.exists()
         return is_requested or os.getppid() != self._parent
 
+    def end_trials(self, numbers: Set[int]) -> None:
+        """Request that the trials with these numbers end after their running epoch."""
+        self._ended_trials |= numbers
+        if self._request_file is not None and self._ended_trials:
+            text = " ".join(map(str, sorted(self._ended_trials)))
+            file = self._trials_file
+            draft = file.with_suffix(".draft")
+            with suppress(OSError):  # as in ``ask``
+                draft.write_text(text)
+                os.replace(draft, file)  # workers never see a partial file
+
+    def ended_trials(self) -> Set[int]:
+        """Return the numbers of the trials that were requested to end."""
+        if self._parent is None or self._request_file is None:
+            return self._ended_trials
+        try:
+            return set(map(int, self._trials_file.read_text().split()))
+        except OSError:  # no trial was requested to end
+            return set()
+
+    @property
+    def _trials_file(self) -> Path:
+        """The file that passes the numbers of ended trials on to the workers."""
+        assert self._request_file is not None
+        return self._request_file.with_suffix(".trials")
+
     @contextmanager
     def shared_with_workers(self, file: Path) -> Iterator[None]:
         """Pass stop requests on, through the file ``file``, to copies that are pickled inside the
@@ -67,6 +94,7 @@ class Stop:
         self._request_file = file
         if self.requested:  # the request came before the file could be made
             self.ask()
+        self.end_trials(set())
         try:
             yield
         finally:

@@ -308,6 +308,8 @@ class Report:
         task.reports.add(self.number, score)
         if task.stop.is_over():
             self._state = "stopped"
+        elif self.number in task.stop.ended_trials():
+            self._state = "pruned"
         elif task.rule is not None:
             self._state = self._judge(task.rule)
         if self._state is not None:

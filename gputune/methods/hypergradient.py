@@ -81,6 +81,7 @@ class Hypergradient(Method):
     name = "hypergradient"
     differentiates = True
     help = "each random configuration follows the gradient of its validation loss"
+    ends_single_trials = False
     flags: ClassVar[Mapping[str, Rule]] = {
         "hyperparameters": Rule(
             "--descend-on <NAME,...>",

@@ -84,6 +84,7 @@ class PopulationBased(Method):
         "compares all trials after the same number of epochs, so none of them can end early"
     )
     help = "every few epochs, the worst trials copy the best trials, with perturbed values"
+    ends_single_trials = False
     flags: ClassVar[Mapping[str, Rule]] = {
         "interval": Rule(
             "--interval <INT,...>",

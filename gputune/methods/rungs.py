@@ -395,5 +395,6 @@ class _RungTraining(PausedTraining[RunningTrial]):
             curves = self.curves | {trial.number: trial.curve for trial in self.running}
             ranked = {number: first_metric(curve, axes=2) for number, curve in curves.items()}
             pruned = self.rule.trials_to_stop(epoch, ranked, self.context.epochs)
+            pruned = pruned | self.context.stop.ended_trials()
             self.finish([trial for trial in self.running if trial.number in pruned], rung=epoch)
             self.running = [trial for trial in self.running if trial.number not in pruned]

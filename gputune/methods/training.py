@@ -56,6 +56,7 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
             epochs=epochs,
             checkpointing=context.checkpointing(numbers),
             patience=context.options.training.patience,
+            numbers=tuple(numbers),
         )
         outcomes = context.trainer.train(
             job,
@@ -126,11 +127,18 @@ def _finish_chunk(context: Context, trials: Sequence[Candidate], outcome: Outcom
             if ends.size:
                 epochs = int(ends[0]) + 1
                 curve = curve[:epochs]
+        ended = i in outcome.ended
+        if ended:
+            epochs = min(epochs, outcome.ended[i])
+            curve = curve[:epochs]
         number = trials[i].number
         rule = context.options.training.epoch
         # The trials of a chunk train together, so each gets an equal share of the time.
         share = outcome.seconds / len(outcome.index)
-        results.append(Result.of_curve(number, curve, epochs=epochs, rule=rule, seconds=share))
+        result = Result.of_curve(number, curve, epochs=epochs, rule=rule, seconds=share)
+        if ended and result.state == "complete":
+            result = replace(result, state="pruned", detail={"ended": "by gputune stop"})
+        results.append(result)
     outputs = {trials[i].number: values for i, values in outcome.outputs.items()}
     context.finish(results, outputs)
 

@@ -1,10 +1,10 @@
-"""Remarks for the user about hyperparameters with the best value at an end of the searched
-range."""
+"""Hyperparameters with the best value at an end of their searched range."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import compress
-from typing import TypeGuard
+from typing import Literal, TypeGuard
 
 import numpy as np
 
@@ -17,12 +17,38 @@ _TRIED = 3  # with fewer values of a hyperparameter, the best value means little
 _NEAR = 0.05  # this share of a range, on its own scale, counts as its end
 
 
+@dataclass(frozen=True)
+class Edge:
+    """A hyperparameter with its best value at an end of its searched range.
+
+    ``end`` is "lower" or "upper". The range goes from ``low`` to ``high``.
+    """
+
+    name: str
+    value: float
+    end: Literal["lower", "upper"]
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        missing = "smaller" if self.end == "lower" else "larger"
+        return (
+            f"The best {self.name}, {short(self.value)}, lies at the {self.end} end of the space, "
+            f"{short(self.low)} to {short(self.high)}: no {missing} one was tried."
+        )
+
+
 def edge_remarks(study: Study) -> tuple[str, ...]:
     """Return one sentence for each hyperparameter with the best value at an end of its searched
-    range.
+    range."""
+    return tuple(map(str, edges(study)))
 
-    Some hyperparameters get no remark: categorical values, values without a distribution of one
-    range, and hyperparameters that a hypergradient search moves. The function also makes no remark
+
+def edges(study: Study) -> tuple[Edge, ...]:
+    """Return the hyperparameters with the best value at an end of their searched range.
+
+    Some hyperparameters are left out: categorical values, values without a distribution of one
+    range, and hyperparameters that a hypergradient search moves. A hyperparameter is also left out
     in three cases: the end is a value that no trial may exceed, such as dropout=0; an included
     trial went further; or another trial elsewhere has the same score.
     """
@@ -32,7 +58,7 @@ def edge_remarks(study: Study) -> tuple[str, ...]:
     best = study.order[0]
     scored = [study.rows[row][0].params for row in finite]
     equal = list(compress(scored, study.scores[finite] == study.scores[best]))
-    sentences = []
+    touched = list[Edge]()
     for key, distribution in study.record.distributions.items():
         value = study.rows[best][0].params.get(key)
         ends = _ends(distribution)
@@ -54,13 +80,11 @@ def edge_remarks(study: Study) -> tuple[str, ...]:
         if key in RANGES:
             is_lowest = low <= RANGES[key].low
             is_highest = high >= RANGES[key].high
-        span = f"of the space, {short(low)} to {short(high)}"
-        begin = f"The best {key}, {short(value)}, lies at the"
         if max(positions) <= _NEAR and low <= min(tried) and not is_lowest:
-            sentences.append(f"{begin} lower end {span}: no smaller one was tried.")
+            touched.append(Edge(key, value, "lower", low, high))
         if min(positions) >= 1 - _NEAR and max(tried) <= high and not is_highest:
-            sentences.append(f"{begin} upper end {span}: no larger one was tried.")
-    return tuple(sentences)
+            touched.append(Edge(key, value, "upper", low, high))
+    return tuple(touched)
 
 
 def _ends(distribution: Mapping[str, object]) -> tuple[float, float] | None:

@@ -52,6 +52,9 @@ _LOOKS = (0.0, 0.002, 0.01)
 Several checks are needed, because another process that checks also holds the lock for a moment.
 """
 
+_WHOLE_SEARCH = "search"
+"""The line in a file of requests that ends the whole search. Other lines are trial numbers."""
+
 PROGRESS = {
     "done": int,
     "of": int,
@@ -161,16 +164,46 @@ class Claims(AbstractContextManager["Claims"]):
         The call also removes the lock files of dead processes.
         """
         processes = []
+        for owner in self.owners():
+            with suppress(OSError, *MALFORMED):
+                progress = json.loads(_progress_file(self._lock_path(owner.lock)).read_text())
+                if has_form(progress, PROGRESS):
+                    processes.append((owner, progress))
+        return processes
+
+    def owners(self) -> list[Owner]:
+        """Return the living processes that work on the study.
+
+        The call also removes the lock files of dead processes.
+        """
+        owners = []
         folder = self._absolute.parent
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             with suppress(OSError, *MALFORMED):
                 owner = self._living_owner(path.name)
-                file = _progress_file(path)
-                if owner is not None and file.is_file():
-                    progress = json.loads(file.read_text())
-                    if has_form(progress, PROGRESS):
-                        processes.append((owner, progress))
-        return processes
+                if owner is not None:
+                    owners.append(owner)
+        return owners
+
+    def request_stop(self, owner: Owner, trial: int | None = None) -> None:
+        """Request that another process ends its search, or only one trial of the search."""
+        line = _WHOLE_SEARCH if trial is None else str(trial)
+        with _request_file(self._lock_path(owner.lock)).open("a") as file:
+            file.write(f"{line}\n")
+
+    def stop_requests(self) -> tuple[bool, set[int]]:
+        """Return the requests of other processes to this process.
+
+        Returns:
+            Whether the search must end, and the numbers of the trials that must end.
+        """
+        if not self._lock:
+            return False, set()
+        try:
+            lines = _request_file(self._lock_path(self._lock)).read_text().split()
+        except (OSError, ValueError):  # no request
+            return False, set()
+        return _WHOLE_SEARCH in lines, {int(line) for line in lines if line.isdecimal()}
 
     def close(self) -> None:
         """Release all claims of this process, and remove its lock file."""
@@ -377,6 +410,11 @@ def _progress_file(lock: Path) -> Path:
     return lock.with_suffix(".progress")
 
 
+def _request_file(lock: Path) -> Path:
+    """Return the path of the file with requests to the process that has a lock file."""
+    return lock.with_suffix(".stop")
+
+
 def _remove(lock: Path, file: int) -> None:
     """Remove an open lock file and close it.
 
@@ -385,7 +423,8 @@ def _remove(lock: Path, file: int) -> None:
     """
     progress = _progress_file(lock)
     try:
-        for path in (progress.with_suffix(".tmp"), progress, lock):
+        others = (progress.with_suffix(".tmp"), progress, _request_file(lock))
+        for path in (*others, lock):
             with suppress(OSError):
                 path.unlink()
     finally:

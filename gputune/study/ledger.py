@@ -167,6 +167,14 @@ class Ledger:
         if self.claims is not None:
             self.claims.show(progress)
 
+    def stop_requests(self) -> tuple[bool, set[int]]:
+        """Return the requests of ``gputune stop`` to this process.
+
+        Returns:
+            Whether the search must end, and the numbers of the trials that must end.
+        """
+        return (False, set()) if self.claims is None else self.claims.stop_requests()
+
     def claim(self, chunk: PlannedChunk) -> bool:
         """Return True if this process may train a chunk, because it is not finished and no other
         process trains it.

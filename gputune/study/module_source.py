@@ -24,7 +24,7 @@ import json
 import os
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -250,6 +250,47 @@ def class_from_file(path: StrPath, name: str) -> Builder:
     return _of_file(path, name, trust_code=True)
 
 
+def function_from_file(path: StrPath, name: str, argument: str) -> Callable[..., object]:
+    """Return a function from a Python file. This runs the file, once per process.
+
+    Args:
+        path: the Python file.
+        name: the name of the function in it.
+        argument: the argument that names the file, for error messages.
+
+    Raises:
+        InputError: the file does not exist or fails to run, or the name is not a function.
+    """
+    path, content = _read_source(path, argument)
+    module = _run(path, content)
+    function = getattr(module, name, None)
+    if callable(function):
+        return function  # type: ignore[no-any-return]
+    functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+    rule = f"names {name!r}, but {str(path)!r} has no such function"
+    remedy = f"It has {', '.join(functions)}." if functions else "It has no function."
+    raise InputError(argument, rule, remedy=remedy)
+
+
+def _read_source(path: StrPath, argument: str) -> tuple[Path, bytes]:
+    """Return the absolute path and the content of a Python file.
+
+    Raises InputError if the file does not exist or is too large.
+    """
+    check_path = "Check the path."
+    try:
+        path = Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a NUL
+        rule = f"names {str(path)!r:.300}, which is not the path of a file ({error})"
+        raise InputError(argument, rule, remedy=check_path) from error
+    file = f"names the file {str(path)!r}, which"
+    if not path.exists():
+        raise InputError(argument, f"{file} does not exist", remedy=check_path)
+    if check_file(path) > LARGEST_SOURCE:
+        raise InputError(argument, f"{file} is too large for a Python file", remedy=check_path)
+    return path, read_file(path)
+
+
 def _of_file(
     path: StrPath,
     name: str,
@@ -260,18 +301,7 @@ def _of_file(
 ) -> Builder:
     """Return a class from a Python file. ``known_digest`` is the expected digest of the file, or
     None."""
-    check_path = "Check the path."
-    try:
-        path = Path(path).resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a NUL
-        rule = f"names {str(path)!r:.300}, which is not the path of a file ({error})"
-        raise InputError("model", rule, remedy=check_path) from error
-    file = f"names the file {str(path)!r}, which"
-    if not path.exists():
-        raise InputError("model", f"{file} does not exist", remedy=check_path)
-    if check_file(path) > LARGEST_SOURCE:
-        raise InputError("model", f"{file} is too large for a Python file", remedy=check_path)
-    content = read_file(path)
+    path, content = _read_source(path, "model")
     digest = sha256(content)
     has_changed = known_digest not in (None, digest)
     if has_changed and not or_changed:

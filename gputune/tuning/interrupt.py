@@ -112,6 +112,45 @@ def ended_by_signals(
             signal.signal(number, handler)
 
 
+_LOOK_SECONDS = 0.2
+"""The time between two looks for requests of ``gputune stop``."""
+
+
+@contextmanager
+def ended_by_requests(
+    requests: Callable[[], tuple[bool, set[int]]], stop: Stop, say: Callable[[str], None]
+) -> Iterator[None]:
+    """Let ``gputune stop`` in another process end the training in the ``with`` block early.
+
+    Args:
+        requests: returns whether the search must end, and the numbers of the trials that must end.
+        stop: the signal that ends the training.
+        say: shows a message to the user.
+    """
+    is_left = threading.Event()
+
+    def watch() -> None:
+        known = set[int]()
+        while not is_left.wait(_LOOK_SECONDS):
+            ends_search, trials = requests()
+            if trials - known:
+                known = trials
+                stop.end_trials(trials)
+            if ends_search:
+                say("note: gputune stop ends the search after the running epoch")
+                stop.reason = "gputune stop has ended the search"
+                stop.ask()
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_left.set()
+        thread.join()
+
+
 def is_interactive() -> bool:
     """Return True if the code runs in a notebook, in IPython or at Python's prompt."""
     return hasattr(sys, "ps1")  # all three set this attribute

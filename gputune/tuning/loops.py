@@ -28,12 +28,12 @@ from gputune.study.values import sha256
 from gputune.tuning.callbacks import Callback, Callbacks
 from gputune.tuning.interrupt import CTRL_C
 from gputune.tuning.options import Options, SearchOptions
-from gputune.tuning.progress import Progress
+from gputune.tuning.progress import Profile, Progress
 from gputune.tuning.record import distributions, versions
 from gputune.tuning.session import AnyStudy, Session, check_ending, draw_trials, with_earlier
 from gputune.tuning.trainer import unseen
 from gputune.tuning.waiting import train_waiting
-from gputune.wording import Verbatim, option
+from gputune.wording import PYTHON, Interface, Verbatim, option
 
 Direction = Literal["maximize", "minimize"]
 
@@ -47,12 +47,27 @@ def search_loop(
     *,
     direction: Direction,
     max_epochs: int | None,
+    interface: Interface = PYTHON,
+    profile: Profile | None = None,
     study_type: type[AnyStudy],
 ) -> AnyStudy:
     """Train the trials of a custom training loop.
 
-    See ``gputune.search``. ``max_epochs=None`` means that the user did not set the argument.
+    See ``gputune.search``.
+
+    Args:
+        objective: The training loop, ``objective(params, report)``.
+        options: The options of the search.
+        direction: Whether greater or smaller values of the objective are better.
+        max_epochs: The number of reports of a full training. None: the user did not set it.
+        interface: The names of arguments in messages.
+        profile: Receives the reason for an early end of the search.
+        study_type: The class of the study to return.
     """
+    if options.search.target_score is not None and direction == "minimize":
+        # The study stores the scores of "minimize" with the opposite sign, so that greater is
+        # better.
+        options = options.changed(target_score=-options.search.target_score)
     search = options.search
     machine = options.machine
     stop = stop_after(search.timeout)
@@ -78,7 +93,9 @@ def search_loop(
     rule = search.method.pruning_rule(max_epochs)
     record = _record(objective, search, space, direction, max_epochs, machine.callbacks)
     callbacks = Callbacks(machine.callbacks, stop)
-    progress = Progress(machine.verbose, lambda curves: callbacks.tell("on_epoch", curves))
+    progress = Progress(
+        machine.verbose, lambda curves: callbacks.tell("on_epoch", curves), interface
+    )
     progress.scoring = record.scoring
     make_study = partial(study_type.from_rows, record.to_json())
     with open_ledger(machine.study, record) as ledger, scratch_folder() as folder:
@@ -99,6 +116,8 @@ def search_loop(
             )
             run = partial(session.method.run_loop, session, space, train, plain_config)
             signals = session.run(run, callbacks, make_study, (CTRL_C,))
+            if profile is not None:
+                profile.ended = stop.reason
     return check_ending(make_study(ledger.rows(), file=machine.study), signals)
 
 

@@ -50,6 +50,7 @@ class Method:
         compares_trials: True if the method compares trials while they train. Such trials train
             together from one comparison to the next.
         shares_trials: True if several processes can train trials of one study at the same time.
+        ends_single_trials: True if ``gputune stop --trial`` can end one trial of a search.
         about_length: Why trials of a method with ``decides_length`` cannot end by themselves, for
             messages that begin with the name of the method.
         lacks: The part of the method that a study file cannot store, in words, or "".
@@ -61,6 +62,7 @@ class Method:
     samples_first: ClassVar[bool] = True
     differentiates: ClassVar[bool] = False
     shares_trials: ClassVar[bool] = False
+    ends_single_trials: ClassVar[bool] = True
     about_length: ClassVar[str] = "decides how long a trial trains"
 
     def __init_subclass__(cls) -> None:

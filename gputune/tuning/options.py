@@ -130,6 +130,7 @@ class SearchOptions(OptionGroup):
         takes="duration",
         check=checks.duration,
         resume=True,
+        aliases=("--budget",),
     )
     target_score: float | None = _stopping(
         None,

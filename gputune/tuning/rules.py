@@ -53,6 +53,7 @@ class Rule:
         resume: If True or a text, ``gputune resume`` may change the option. A text is the help text
             of that command.
         group: The section of the help that lists the option.
+        aliases: Other flags for the option, which the help does not list.
     """
 
     flag: str = ""
@@ -66,6 +67,7 @@ class Rule:
     stored: bool = False
     resume: bool | str = False
     group: str = ""
+    aliases: Sequence[str] = ()
 
     @property
     def name(self) -> str:

@@ -39,7 +39,7 @@ from gputune.text import count
 from gputune.tuning.callbacks import Callbacks
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.good_enough import GoodEnough
-from gputune.tuning.interrupt import ended_by_signals, interruption
+from gputune.tuning.interrupt import ended_by_requests, ended_by_signals, interruption
 from gputune.tuning.method import Method
 from gputune.tuning.options import Options, SearchOptions
 from gputune.tuning.progress import Progress
@@ -374,7 +374,10 @@ class Session:
         try:
             if self.stop.requested:
                 return []
-            with ended_by_signals(self.stop, signals, self.progress.say) as numbers:
+            with (
+                ended_by_requests(ledger.stop_requests, self.stop, self.progress.say),
+                ended_by_signals(self.stop, signals, self.progress.say) as numbers,
+            ):
                 train()
             return numbers
         finally:

@@ -109,7 +109,10 @@ def test_set_may_precede_the_file():
             "--trails 3 --metrics --epoch=4. Did you mean '--trials'? Did you mean '--scoring'? "
             "Did you mean '--epochs'?",
         ),
-        ("train FILE --trials 3", "--trials 3. train has no --trials, a flag of tune, resume."),
+        (
+            "train FILE --trials 3",
+            "--trials 3. train has no --trials, a flag of tune, search, resume.",
+        ),
         ("train FILE --ensemble", "--ensemble. train has no --ensemble, a flag of tune, resume."),
         ("trials STUDY --ra", "--ra"),
         (

@@ -31,7 +31,7 @@ def needs(shell):
 
 CASES = [
     (["tu"], ["tune"]),
-    (["st"], ["status"]),
+    (["sta"], ["status"]),
     (["tune", "t.csv", "--epo"], ["--epochs"]),
     (["tune", "--compare"], ["--compare-default"]),
     (["tune", "--method", ""], ["random", "halving", "median", "pbt", "hypergradient", "tpe"]),

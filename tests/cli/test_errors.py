@@ -363,7 +363,7 @@ def test_no_study(bugs, command):
         (["tune"], "FILE"),
         (["tune", "a.csv", "--targte", "x"], "--targte"),
         (["tune", "a.csv", "--tar", "x"], "--tar"),
-        (["search", "a.csv"], "'search'"),
+        (["serch", "a.csv"], "'serch'"),
         (["trials", "x", "--format", "xml"], "'xml'"),
     ],
 )

@@ -149,6 +149,7 @@ NOT_STORED = {
     "timeout": "is for one run: each has the time that it was given",
     "profile": "is a text about one run",
     "dry_run": "writes no study",
+    "json": "is the form of what one run prints",
     "config_file": "gives other options",
     "verbose": "is what one run prints",
     "ray": "is stored as workers; tests/integrations/test_ray_workers.py resumes such a search",
