@@ -10,7 +10,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Literal
 
-IntegrationKind = Literal["clusters", "exports", "loggers", "studies"]
+IntegrationKind = Literal["clusters", "exports", "loggers", "modules", "studies"]
 """The folder of an integration. A module must define:
 
 - In ``clusters``: ``CLUSTER``, the subclass of ``gputune.executors.cluster.Cluster`` that
@@ -19,6 +19,8 @@ IntegrationKind = Literal["clusters", "exports", "loggers", "studies"]
   write a file with the suffix ``.onnx`` for the module ``onnx``.
 - In ``loggers``: a ``Callback`` with the name of the module, in any case:
   ``gputune.callbacks.MLflow`` is in the module ``mlflow``.
+- In ``modules``: ``own_training(module, horizon)`` for the modules of the Python package with this
+  name. It returns the ``gputune.modules.own_training.OwnTraining`` that such a module defines.
 - In ``studies``: ``export_study(study, storage, name)``, which ``Study.to_optuna`` calls for the
   module ``optuna``.
 """

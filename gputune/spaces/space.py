@@ -359,7 +359,10 @@ def recipe_of(builder: object, goal: Goal) -> Config:
 
 
 def default_space(
-    model: Literal["mlp", "logistic", "module"], optimizer: str, builder: object = None
+    model: Literal["mlp", "logistic", "module"],
+    optimizer: str,
+    builder: object = None,
+    lr: float | None = None,
 ) -> dict[str, Choices]:
     """Return the default search space for a kind of model and an optimizer.
 
@@ -374,12 +377,14 @@ def default_space(
         model: The kind of model.
         optimizer: The optimizer of the search.
         builder: The class or function that makes the modules, or None.
+        lr: The default learning rate, or None for the default of the optimizer.
     """
     if model == "logistic" and optimizer == "exact":
         return {"C": _choices_of("C"), "l1_ratio": _choices_of("l1_ratio")}
     # sgdhd and nesterovhd adapt the learning rate of sgd and nesterov.
     plain = optimizer.removesuffix("hd") in ("sgd", "nesterov")
-    lr = optimizer_defaults(optimizer)["lr"]
+    if lr is None:
+        lr = optimizer_defaults(optimizer)["lr"]
     low, high = PLAIN_LR_FACTORS if plain else LR_FACTORS
     space = {"lr": stats.loguniform(low * lr, high * lr), "batch_size": _choices_of("batch_size")}
     if optimizer in OPTIMIZERS_WITH["weight_decay"]:

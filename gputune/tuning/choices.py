@@ -12,6 +12,7 @@ from gputune.errors import InputError
 from gputune.models import CNN, GRU, RealMLP
 from gputune.modules.adapters import adapters_of
 from gputune.modules.construction import Builder, name_of, what_to_pass
+from gputune.modules.own_training import OwnTraining
 from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
 from gputune.population.kinds import ModelKind
 from gputune.population.population import complete
@@ -46,6 +47,12 @@ class ModelChoice:
     or not known yet)."""
     recorded_spec: Json | None = field(default=None, compare=False)
     """The description of the model in the study from which it was read, or None."""
+    is_optimizer_open: bool = field(default=False, compare=False)
+    """Whether the user has named no optimizer, so that a module may choose its own."""
+    own_defaults: Config = field(default_factory=dict, compare=False)
+    """The hyperparameters of the optimizer that the module itself defines."""
+    own_remark: str = field(default="", compare=False)
+    """What gputune takes from the training that the module itself defines, for the user."""
 
     def of(self, target: Target, objective: Objective | None) -> "ModelChoice":
         """Return the model choice for a target and a loss, because some default values depend on
@@ -53,6 +60,27 @@ class ModelChoice:
         classes = objective is not None and objective.is_named and objective.loss == "cross_entropy"
         goal: Goal = "classes" if classes else "numbers" if target.task == "regression" else ""
         return replace(self, goal=goal)
+
+    def with_training(self, training: OwnTraining | None) -> "ModelChoice":
+        """Return the model choice with the training that the module itself defines.
+
+        If the user has named another optimizer, only the schedule of the module is left.
+        """
+        if training is None:
+            return self
+        optimizer = self.optimizer
+        if training.optimizer and self.is_optimizer_open:
+            optimizer = training.optimizer
+        defaults = dict(training.defaults) if optimizer == training.optimizer else {}
+        if training.schedule:
+            defaults["schedule"] = training.schedule
+        return replace(
+            self,
+            optimizer=optimizer,
+            is_optimizer_open=False,
+            own_defaults=defaults,
+            own_remark=training.remark,
+        )
 
     @cached_property
     def recipe(self) -> Config:
@@ -65,11 +93,11 @@ class ModelChoice:
         ``params`` are the hyperparameters of a trial. The default rank of a LoRA depends on them.
         The argument ``schedule="constant"`` does not replace a schedule among the model's defaults.
         """
-        defaults = {**self.recipe, "optimizer": self.optimizer}
+        defaults = {**self.recipe, **self.own_defaults, "optimizer": self.optimizer}
         adapters = adapters_of(self.module_class)
         if adapters is not None:
             defaults |= adapters.defaults(params)
-        if schedule != "constant" or "schedule" not in self.recipe:
+        if schedule != "constant" or "schedule" not in defaults:
             defaults["schedule"] = schedule
         return defaults
 
@@ -120,7 +148,8 @@ def choose_model(model: object, optimizer: object) -> ModelChoice:
     """
     searched, module_class = _resolve(model)
     if optimizer is None:
-        return ModelChoice(searched, "exact" if searched == "logistic" else "adamw", module_class)
+        default = "exact" if searched == "logistic" else "adamw"
+        return ModelChoice(searched, default, module_class, is_optimizer_open=True)
     argument = "optimizer"
     if isinstance(model, str):
         argument = f"{option('optimizer')} for {option('model', model)}"

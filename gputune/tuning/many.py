@@ -196,7 +196,8 @@ def train_given(
     params = _checked(given, choice)
     progress = Progress(options.machine.verbose)
     cv = options.rows.cv
-    problem = make_problem(source, options.rows.task, choice, options)
+    problem = make_problem(source, options.rows.task, choice, options, params)
+    choice = problem.choice
     _check_classes(problem)
     everything = np.arange(len(source.X))
     folds: list[Rows] = [(everything, everything)] if cv is None else problem.folds()

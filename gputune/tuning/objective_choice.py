@@ -1,5 +1,7 @@
 """The choice of a model's training loss, and checks of options that not every model supports."""
 
+from collections.abc import Callable
+
 from gputune.data.target import Target
 from gputune.engine.backends.table import BACKENDS, backend_named
 from gputune.errors import InputError
@@ -42,14 +44,21 @@ def check_machine(choice: ModelChoice, machine: MachineOptions) -> None:
 
 
 def choose_objective(
-    target: Target, choice: ModelChoice, training: TrainingOptions
+    target: Target,
+    choice: ModelChoice,
+    training: TrainingOptions,
+    own_step: Callable[..., object] | None = None,
 ) -> Objective | None:
     """Return the training objective (loss, training step and augmentation) of a module.
 
+    ``own_step`` is the training step of the module itself. An argument of the user replaces it.
     Returns None for a built-in model that trains on the default loss of its task.
     """
     if is_module(choice.kind):
-        return make_objective(training.loss, training.training_step, training.augment, target.task)
+        step = training.training_step
+        if step is None and training.loss is None:
+            step = own_step
+        return make_objective(training.loss, step, training.augment, target.task)
     if target.values.ndim > 1 or target.task == "custom":
         raise InputError(
             f"model={choice.name!r}",

@@ -298,6 +298,7 @@ def _record(setup: Setup, context: Context) -> SearchRecord:
     remarks = [
         *problem.remarks_on_target(),
         *(() if pretrained is None else pretrained.remarks()),
+        *filter(None, [problem.choice.own_remark]),
         *notes(
             setup.trials,
             setup.space,

@@ -43,6 +43,7 @@ from gputune.spaces.distributions import CheckedSpace
 from gputune.spaces.space import PORTFOLIOS, choices_of
 from gputune.study.model_fields import DTYPES
 from gputune.tuning.choices import ModelChoice
+from gputune.tuning.module_training import own_training
 from gputune.tuning.objective_choice import check_machine, choose_objective
 from gputune.tuning.options import Options, SearchOptions
 from gputune.types import NUMBERS, TENSOR_NUMBERS, Config, Numbers
@@ -257,10 +258,9 @@ class Problem:
 
         For arrays, it is the number of inputs of the module.
         """
-        layout = self.layout
-        if isinstance(layout, Layout):
-            return sum(layout.widths(self.numbers))
-        return len(layout.shapes)
+        if isinstance(self.layout, Layout):
+            return sum(self.layout.widths(self.numbers))
+        return len(self.layout.shapes)
 
     def default_loss(self, data: Dataset, params: Config) -> str:
         """Return "bce" if the user set no loss and the module returns one logit per row for two
@@ -270,7 +270,8 @@ class Problem:
         """
         module = self.choice.module_class
         training = self.options.training
-        if module is None or training.loss is not None or training.training_step is not None:
+        has_step = self.objective is not None and self.objective.step is not None
+        if module is None or training.loss is not None or has_step:
             return ""
         return "bce" if returns_one_logit(module, params, data) else ""
 
@@ -417,15 +418,21 @@ class Problem:
 
 
 def make_problem(
-    source: Source, task: TaskWord | None, choice: ModelChoice, options: Options
+    source: Source,
+    task: TaskWord | None,
+    choice: ModelChoice,
+    options: Options,
+    given: Sequence[Config] = (),
 ) -> Problem:
-    """Check the target and the loss, choose the form of the columns, and encode the rows."""
+    """Check the target and the loss, choose the form of the columns, and encode the rows.
+
+    ``given`` are configurations that train without a search.
+    """
     rows = options.rows
     check_machine(choice, options.machine)
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     target = with_transform(target, rows.target_transform)
     check_spread(target)
-    objective = choose_objective(target, choice, options.training)
     X = source.X
     # A custom module may rely on the number and order of the columns.
     is_own = is_module(choice.kind) and not choice.recipe
@@ -446,7 +453,10 @@ def make_problem(
         layout = fit_layout(X, columns=columns, max_levels=rows.max_levels)
         raw = layout.raw(X)
     numbers = default if rows.numbers == "auto" else rows.numbers
-    choice = choice.of(target, objective)
+    own = own_training(choice, options, target, layout, numbers, given)
+    own_step = None if own is None else own.step
+    objective = choose_objective(target, choice, options.training, own_step)
+    choice = choice.with_training(own).of(target, objective)
     return Problem(choice, options, source, target, layout, raw, columns, numbers, objective)
 
 

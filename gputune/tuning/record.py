@@ -81,7 +81,7 @@ def search_record(
     if objective is not None:
         functions = {
             "loss": objective.loss,
-            "training_step": objective.step,
+            "training_step": training.training_step,
             "augment": objective.augment,
         }
         for name, function in functions.items():

@@ -79,7 +79,8 @@ def checked_space(choice: ModelChoice, options: Options) -> CheckedSpace:
         _check_named(space, choice)
         space = named_space(space, choice.goal)
     elif space is None:
-        space = default_space(choice.searched, choice.optimizer, choice.module_class)
+        lr = choice.own_defaults.get("lr")
+        space = default_space(choice.searched, choice.optimizer, choice.module_class, lr)
     checked = check_space(to_scipy(space), keys=keys, module=module)
     ways = choices_of(checked, "numbers", default=numbers)
     if numbers not in ("auto", *ways):

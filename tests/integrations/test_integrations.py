@@ -50,6 +50,7 @@ def test_the_folder_lists_what_there_is():
     assert integrations("clusters") == ["ray", "toy"]
     assert integrations("exports") == ["onnx", "pt2", "txt"]
     assert integrations("loggers") == ["mlflow", "notes", "tensorboard", "wandb"]
+    assert integrations("modules") == ["lightning", "pytorch_lightning"]
     assert integrations("studies") == ["optuna"]
 
 
