@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
-from gputune.population.population import first_output
+from gputune.population.outputs import first_output
 from gputune.seeding import stream, stream_seed
 from gputune.sklearn import NeuralNetClassifier, NeuralNetRegressor
 from refused import refused
@@ -651,7 +651,7 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
         (
             X,
             {"task": "custom", "training_step": lambda m, b: m(b[0]).square().mean()},
-            "A custom target with a training_step has no default score. Give scoring=callable",
+            "A custom target has no default score if a training_step .* Give scoring=callable",
         ),
         (
             COUNTS,

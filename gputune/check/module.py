@@ -28,7 +28,8 @@ from gputune.errors import InputError
 from gputune.memory import synchronize
 from gputune.modules.inspection import known_traits, note_fastest
 from gputune.modules.network import ModuleNetwork
-from gputune.population.population import arguments_text, call_module
+from gputune.population.outputs import call_module
+from gputune.population.population import arguments_text
 from gputune.text import count, table
 from gputune.tuning.context import Context
 from gputune.tuning.pipeline import prepared

@@ -19,7 +19,7 @@ from gputune.data.columns import Layout
 from gputune.data.encode import Statistics, normal_scores_of, smooth_clip
 from gputune.errors import InputError
 from gputune.modules.calls import Stateless
-from gputune.population.population import call_module, class_logits, first_output
+from gputune.population.outputs import call_module, class_logits, first_output
 from gputune.study.export import description, takes_columns
 from gputune.study.model_files import ModelContent
 

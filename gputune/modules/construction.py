@@ -22,7 +22,8 @@ from gputune.memory import CPU
 from gputune.models import Dropout
 from gputune.modules.calls import named_tensors
 from gputune.modules.pretrained import pretrained_of
-from gputune.population.population import InputKind, Shape, call_module
+from gputune.population.outputs import call_module
+from gputune.population.population import InputKind, Shape
 from gputune.seeding import keyed_draws
 from gputune.text import did_you_mean
 from gputune.types import Config, Params

@@ -18,7 +18,8 @@ from gputune.modules.calls import convert
 from gputune.modules.construction import Builder, build_module
 from gputune.modules.kept_features import INPUT, KEPT, NotKept, find_calls, kept_leaves, record
 from gputune.modules.pretrained import Pretrained, pretrained_of
-from gputune.population.population import Shape, call_module, module_arguments
+from gputune.population.outputs import call_module
+from gputune.population.population import Shape, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.text import size_words
 from gputune.types import Config

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from gputune.errors import InputError
 from gputune.modules.argument_hints import with_argument_hints
 from gputune.modules.pretrained import Adapted, Pretrained, check_base, dtype_of, pretrained_of
-from gputune.population.population import InputKind, call_module
+from gputune.population.outputs import call_module
+from gputune.population.population import InputKind
 from gputune.types import Config
 from gputune.wording import Verbatim
 

@@ -29,11 +29,13 @@ from gputune.modules.construction import (
     outputs_hint,
 )
 from gputune.modules.draw_watch import DrawWatch, Trail
+from gputune.modules.output_shapes import check_fields, describe_tensor, shape_hint, shape_of
 from gputune.modules.pretrained import pretrained_of
 from gputune.modules.probabilities import LikelihoodWatch
 from gputune.modules.trace import clones
 from gputune.modules.write_watch import WriteWatch
-from gputune.population.population import Shape, call_module, module_arguments
+from gputune.population.outputs import call_module
+from gputune.population.population import Shape, module_arguments
 from gputune.scoring.losses import refuse_one_number
 from gputune.scoring.objective import Objective, make_objective, pairs_all_rows, qualified_name
 from gputune.seeding import keyed_draws
@@ -224,7 +226,7 @@ class ModuleTrial:
         refuse_one_number(self.objective.loss, self.y)
         losses, pair = self._try_loss(self.inputs, self.y)
         rows = len(self.inputs[0])
-        shape = _shape_of(losses)
+        shape = shape_of(losses)
         if shape not in ((), (rows,)):
             raise InputError(
                 None,
@@ -380,8 +382,9 @@ class ModuleTrial:
         n_outputs = self.shape.n_outputs
         if self.fits(outputs, rows):
             return
-        shape = _shape_of(outputs)
-        cause = _shape_hint(shape, n_outputs, binary=self.objective.binary)
+        check_fields(self.name, outputs)
+        shape = shape_of(outputs)
+        cause = shape_hint(shape, n_outputs, binary=self.objective.binary)
         if isinstance(shape, tuple) and len(shape) == 2:
             cause += outputs_hint(self.builder, module_arguments(self.config), shape[1], n_outputs)
         if not self.objective.is_named:
@@ -402,7 +405,7 @@ class ModuleTrial:
 
     def fits(self, outputs: object, rows: int) -> bool:
         """Return whether outputs for ``rows`` rows have a shape that the loss accepts."""
-        shape = _shape_of(outputs)
+        shape = shape_of(outputs)
         n_outputs = self.shape.n_outputs
         if self.objective.any_outputs:
             return shape[:1] == (rows,)
@@ -468,33 +471,3 @@ def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
         "zero, and for the logarithm or root of 0. If inputs are too large, "
         f"{option('numbers', 'standard')} scales them."
     )
-
-
-def _shape_hint(shape: tuple[int, ...] | str, n_outputs: int, *, binary: bool) -> str:
-    """Return a sentence on how to correct outputs of a wrong shape or type, or "" if none fits."""
-    if shape in ("tuple", "list", "dict"):
-        step = option("training_step")
-        return f" If there are several outputs, return only the first, or pass a {step}."
-    if isinstance(shape, str):
-        return ""
-    if binary and n_outputs == 2 and (len(shape) == 1 or shape[1:] == (1,)):
-        loss = option("loss", "bce")
-        return f" For two classes return two logits per row, or one logit with {loss}."
-    if binary and n_outputs == 1 and shape[1:] == (2,):
-        return f" For two logits per row and two classes pass {option('loss', 'cross_entropy')}."
-    return " Pool or flatten the axes after the rows." if len(shape) > 2 else ""
-
-
-def _shape_of(value: object) -> tuple[int, ...] | str:
-    """Return the shape of a tensor, or the name of the type of another value."""
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
-def describe_tensor(x: Tensor) -> str:
-    """Describe the type and shape of an input for messages. For integers, also their range."""
-    name = str(x.dtype).removeprefix("torch.")
-    shape = ", ".join(["rows", *map(str, x.shape[1:])])
-    if x.is_floating_point():
-        return f"a float tensor of shape ({shape})"
-    kind = f"{'an' if name.startswith('i') else 'a'} {name} tensor of shape ({shape})"
-    return f"{kind} of values from {int(x.min())} to {int(x.max())}"

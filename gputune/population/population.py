@@ -14,10 +14,10 @@ study into one.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from gputune.population.kinds import (
     is_module,
     padded_width,
 )
+from gputune.population.outputs import class_logits, first_output
 from gputune.population.traits import Traits
 from gputune.types import (
     DECAY_FACTOR,
@@ -401,55 +402,6 @@ class Network(Protocol):
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module in evaluation mode, on the CPU."""
-
-
-def call_module(
-    module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None = None
-) -> Tensor:
-    """Return the output of a module for its inputs, passed in order or by their names."""
-    outputs: Tensor
-    if names is None:
-        outputs = module(*inputs)
-    else:
-        outputs = module(**dict(zip(names, inputs, strict=True)))
-    return outputs
-
-
-def first_output(outputs: Any) -> Tensor:
-    """Return the prediction of a module with several heads.
-
-    It is the first output of a tuple or list, and the first value of a dict.
-    """
-    heads = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
-    first: Tensor = heads[0] if isinstance(heads, tuple | list) and heads else outputs
-    return first
-
-
-def two_logits(outputs: Tensor) -> Tensor:
-    """Return two logits (..., m, 2) of two classes, 0 and z, for one logit z (..., m, 1).
-
-    The softmax of the two logits is the sigmoid of -z and of z. Their cross-entropy is the binary
-    cross-entropy of z.
-    """
-    return torch.cat([torch.zeros_like(outputs), outputs], -1)
-
-
-def is_one_logit(outputs: Tensor, task: Task, axes: int) -> bool:
-    """Return whether outputs have one logit for each row, for two classes.
-
-    The logit follows ``axes`` axes, as a last axis of length 1 or without an axis.
-    """
-    return task == "binary" and (outputs.dim() == axes or outputs.shape[-1] == 1)
-
-
-def class_logits(outputs: Tensor, task: Task, axes: int) -> Tensor:
-    """Return outputs with two logits per row if they have one logit for two classes.
-
-    Other outputs are returned unchanged.
-    """
-    if is_one_logit(outputs, task, axes):
-        return two_logits(outputs.reshape(*outputs.shape[:axes], 1))
-    return outputs
 
 
 class Ensemble(nn.Module):

@@ -254,7 +254,10 @@ def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
         if asked:
             rule = "needs a module that trains with a loss of outputs and y"
             raise InputError("scoring='neg_loss'", rule, remedy=remedy)
-        rule = "A custom target with a training_step has no default score"
+        rule = (
+            "A custom target has no default score if a training_step or the module itself computes "
+            "the loss"
+        )
         raise InputError(None, rule, remedy=remedy)
     for name, value in objective.varied.items():
         if value is inspect.Parameter.empty:

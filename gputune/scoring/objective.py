@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.errors import InputError
-from gputune.population.population import call_module, first_output
+from gputune.population.outputs import call_module, first_output
 from gputune.scoring.losses import (
     LOSS_OF_TASK,
     LOSSES,

@@ -20,7 +20,8 @@ from gputune.annotations import FloatArray
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.memory import free_of_gpu
-from gputune.population.population import Network, call_module, class_logits, is_one_logit
+from gputune.population.outputs import call_module, class_logits, is_one_logit
+from gputune.population.population import Network
 from gputune.scoring import scores
 from gputune.scoring.evaluation_draws import drawing_rows
 from gputune.scoring.label_scores import average_precision

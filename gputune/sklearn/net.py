@@ -23,7 +23,8 @@ from gputune.optimizers.classes import (
     has_weight_decay,
     optimizer_word,
 )
-from gputune.population.population import complete, two_logits
+from gputune.population.outputs import two_logits
+from gputune.population.population import complete
 from gputune.scoring.objective import LOSS_PREFIX
 from gputune.scoring.torch_losses import name_of_loss, other_units, remedy_for_units
 from gputune.sklearn.dataset import CheckedRows

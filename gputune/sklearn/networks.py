@@ -28,7 +28,8 @@ from gputune.hypergradients.chunk import HypergradientJob
 from gputune.methods.descent_training import SlopeMode
 from gputune.modules.construction import name_of, parameters_of
 from gputune.modules.inspection import returns_one_logit, traits_of
-from gputune.population.population import Population, call_module, first_output
+from gputune.population.outputs import call_module, first_output
+from gputune.population.population import Population
 from gputune.population.state import State
 from gputune.scoring.objective import Objective
 from gputune.seeding import prediction_draws

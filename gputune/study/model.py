@@ -21,7 +21,7 @@ from gputune.data.scaling import encode
 from gputune.data.table import Table, as_table, quoted
 from gputune.data.torch_dataset import read_inputs
 from gputune.errors import InputError, InputWarning, warn
-from gputune.population.population import call_module, first_output, two_logits
+from gputune.population.outputs import call_module, first_output, two_logits
 from gputune.seeding import prediction_draws
 from gputune.study.adapter_files import AdapterFiles
 from gputune.study.export import encoded, export

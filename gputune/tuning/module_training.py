@@ -68,10 +68,18 @@ def own_training(
             continue
         own = training_of_module(module, horizon)
         if own is None:
-            return OwnTraining(LossOfLabels()) if needs_loss and takes_labels(module) else None
+            return _of_labels(choice.name) if needs_loss and takes_labels(module) else None
         found.append((arguments, own))
     _check_defaults(choice.name, found)
     return found[0][1] if found else None
+
+
+def _of_labels(name: str) -> OwnTraining:
+    """Return the training on the loss that a module computes from ``labels``."""
+    return OwnTraining(
+        LossOfLabels(),
+        remark=f"{name} trains on the loss that it computes from its argument labels",
+    )
 
 
 def _shape(target: Target, layout: Layout | ArrayLayout, numbers: Numbers) -> Shape:

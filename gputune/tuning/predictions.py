@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gputune.annotations import FloatArray
 from gputune.data.dataset import Dataset
 from gputune.data.folds import unpack_folds
-from gputune.population.population import call_module, class_logits, first_output
+from gputune.population.outputs import call_module, class_logits, first_output
 from gputune.scoring.evaluation_draws import EvaluationDraws
 from gputune.scoring.losses import best_temperature
 from gputune.scoring.metrics import make_scoring, scorers_of

@@ -1,0 +1,72 @@
+"""Call a module, and bring its outputs into the form of predictions.
+
+Shape letter: m rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gputune.types import Task
+
+
+def call_module(
+    module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None = None
+) -> Tensor:
+    """Return the output of a module for its inputs, passed in order or by their names.
+
+    The output of a model of transformers is its logits.
+    """
+    if names is None:
+        outputs = module(*inputs)
+    else:
+        outputs = module(**dict(zip(names, inputs, strict=True)))
+    result: Tensor = logits_of(outputs)
+    return result
+
+
+def logits_of(outputs: Any) -> Any:
+    """Return the logits in an output of transformers. Any other output is returned unchanged."""
+    logits = getattr(outputs, "logits", None) if isinstance(outputs, dict) else None
+    return outputs if logits is None else logits
+
+
+def first_output(outputs: Any) -> Tensor:
+    """Return the prediction of a module with several heads.
+
+    It is the first output of a tuple or list, the first value of a dict, and the logits of an
+    output of transformers.
+    """
+    outputs = logits_of(outputs)
+    heads = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
+    first: Tensor = heads[0] if isinstance(heads, tuple | list) and heads else outputs
+    return first
+
+
+def two_logits(outputs: Tensor) -> Tensor:
+    """Return two logits (..., m, 2) of two classes, 0 and z, for one logit z (..., m, 1).
+
+    The softmax of the two logits is the sigmoid of -z and of z. Their cross-entropy is the binary
+    cross-entropy of z.
+    """
+    return torch.cat([torch.zeros_like(outputs), outputs], -1)
+
+
+def is_one_logit(outputs: Tensor, task: Task, axes: int) -> bool:
+    """Return whether outputs have one logit for each row, for two classes.
+
+    The logit follows ``axes`` axes, as a last axis of length 1 or without an axis.
+    """
+    return task == "binary" and (outputs.dim() == axes or outputs.shape[-1] == 1)
+
+
+def class_logits(outputs: Tensor, task: Task, axes: int) -> Tensor:
+    """Return outputs with two logits per row if they have one logit for two classes.
+
+    Other outputs are returned unchanged.
+    """
+    if is_one_logit(outputs, task, axes):
+        return two_logits(outputs.reshape(*outputs.shape[:axes], 1))
+    return outputs
