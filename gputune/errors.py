@@ -198,16 +198,19 @@ class MissingExtraError(InputError, ImportError):
 
 
 class SearchInterrupted(_WithReferences, KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended a search. The error holds the study with the finished results.
+    """A signal ended a search. The error holds the study with the finished results.
 
     ``tune`` and ``search`` raise this error. The error is a KeyboardInterrupt, so ``except
     Exception`` does not catch the error: use ``except gputune.SearchInterrupted as stopped`` and
     continue with ``stopped.study``. In a notebook or at a prompt, the call returns that study
     instead.
 
+    The signals are Ctrl-C, SIGTERM and SIGUSR1. If a script does not catch the error after SIGTERM
+    or SIGUSR1, the script ends without a traceback, with the exit code 143 or 138.
+
     Attributes:
         study: the Study so far.
-        signal: number of the signal, 2 for Ctrl-C and 15 for SIGTERM.
+        signal: number of the signal, 2 for Ctrl-C, 15 for SIGTERM and 10 for SIGUSR1 on Linux.
         report: the text that the command line prints on standard output.
         at_once: whether a second signal ended the running epoch too.
     """
@@ -220,6 +223,19 @@ class SearchInterrupted(_WithReferences, KeyboardInterrupt):
         self.signal = signal
         self.report = report
         self.at_once = at_once
+
+
+class SearchTerminated(SearchInterrupted, SystemExit):
+    """The kind of ``SearchInterrupted`` that SIGTERM and SIGUSR1 raise.
+
+    It is a SystemExit too, so that a script which does not catch it ends with a defined exit code,
+    128 + number of the signal. A program that starts the script can then tell an interrupted search
+    from a failed one.
+    """
+
+    def __init__(self, message: str, **results: Any) -> None:
+        super().__init__(message, **results)
+        self.code = 128 + self.signal
 
 
 class Terminated(KeyboardInterrupt):

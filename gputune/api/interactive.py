@@ -6,7 +6,7 @@ from functools import wraps
 from inspect import signature
 from typing import ParamSpec, TypeVar, cast
 
-from gputune.errors import SearchInterrupted
+from gputune.errors import SearchInterrupted, SearchTerminated
 from gputune.spaces.config import key_of
 from gputune.text import did_you_mean
 from gputune.tuning.interrupt import is_interactive
@@ -54,6 +54,8 @@ def public(function: Callable[Given, Value]) -> Callable[Given, Value]:
         except SearchInterrupted as stopped:
             # A person at a prompt gets the study. A script gets the exception.
             if not is_interactive():
+                if isinstance(stopped, SearchTerminated):  # Python prints no message for it
+                    Progress(cast(int, kwargs.get("verbose", 1))).say(str(stopped))
                 raise
             Progress(cast(int, kwargs.get("verbose", 1))).say(str(stopped))
             so_far: Value = stopped.study

@@ -8,6 +8,7 @@ from gputune.api.interactive import public
 from gputune.api.study import Study
 from gputune.executors.worker import LoopObjective
 from gputune.tuning.callbacks import Callback
+from gputune.tuning.interrupt import script_signals
 from gputune.tuning.loops import search_loop
 from gputune.tuning.method import Method
 from gputune.tuning.options import make_options
@@ -94,9 +95,10 @@ def search(
     Raises:
         InputError: the input is bad. It is a ValueError.
         SearchFailedError: no trial has a finite score.
-        SearchInterrupted: Ctrl-C ended the search. It is a KeyboardInterrupt, and its ``study``
-            holds the results so far. In a notebook or at a prompt, Ctrl-C returns that study
-            instead.
+        SearchInterrupted: Ctrl-C, SIGTERM or SIGUSR1 ended the search. It is a KeyboardInterrupt,
+            and its ``study`` holds the results so far. If a script does not catch it, the exit
+            code after SIGTERM is 143 and after SIGUSR1 138 (128 + number of the signal). In a
+            notebook or at a prompt, Ctrl-C returns that study instead.
 
     Example:
         >>> import gputune
@@ -129,5 +131,10 @@ def search(
         verbose=verbose,
     )
     return search_loop(
-        objective, options, direction=direction, max_epochs=max_epochs, study_type=Study
+        objective,
+        options,
+        direction=direction,
+        max_epochs=max_epochs,
+        signals=script_signals(),
+        study_type=Study,
     )

@@ -22,6 +22,7 @@ from gputune.executors.cluster import Cluster
 from gputune.scoring.metrics import Scorings
 from gputune.tuning.callbacks import Callback
 from gputune.tuning.choices import choose_model
+from gputune.tuning.interrupt import script_signals
 from gputune.tuning.method import Method
 from gputune.tuning.options import make_options
 from gputune.tuning.pipeline import search as search_rows
@@ -323,9 +324,10 @@ def tune(
     Raises:
         InputError: the input is bad. It is a ValueError.
         SearchFailedError: no trial has a finite score.
-        SearchInterrupted: Ctrl-C ended the search. It is a KeyboardInterrupt, and its ``study``
-            holds the results so far. In a notebook or at a prompt, Ctrl-C returns that study
-            instead.
+        SearchInterrupted: Ctrl-C, SIGTERM or SIGUSR1 ended the search. It is a KeyboardInterrupt,
+            and its ``study`` holds the results so far. If a script does not catch it, the exit
+            code after SIGTERM is 143 and after SIGUSR1 138 (128 + number of the signal). In a
+            notebook or at a prompt, Ctrl-C returns that study instead.
 
     Example:
         >>> import gputune
@@ -393,7 +395,8 @@ def tune(
         options = options.changed(
             sample_weight=select_values(options.training.sample_weight, source.positions)
         )
-    return search_rows(SearchCall(choice, source, options), study_type=Study)
+    call = SearchCall(choice, source, options)
+    return search_rows(call, script_signals(), study_type=Study)
 
 
 tune.__doc__ = f"{cleandoc(tune.__doc__ or '')}\n\n{defaults_in_words()}"

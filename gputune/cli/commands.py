@@ -121,6 +121,11 @@ def _resuming() -> dict[str, dict[str, Rule]]:
         changeable = {name: _for_resume(rule) for name, rule in rules.items() if rule.resume}
         if changeable:
             groups[title] = changeable
+    groups[COMPUTE]["wait"] = Flag(
+        "--wait",
+        "Wait until the study exists",
+        "For a process that joins the search of another process, such as a task of a SLURM array.",
+    )
     groups[OUTPUT]["verbose"] = _QUIET
     groups[OUTPUT]["trust_code"] = _TRUST
     return groups

@@ -1,6 +1,8 @@
 """Checks of the files and folders that a command names, before the slow imports."""
 
 import os
+import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -18,6 +20,8 @@ def check_paths(arguments: Namespace) -> None:
     command itself checks the content of the files.
     """
     command = arguments.command
+    if command == "resume" and arguments.wait:
+        _wait_for_study(arguments.study, quiet=arguments.verbose == 0)
     if command in ("resume", "report"):
         check_study_file(study_file(arguments.study))
     if command in ("predict", "evaluate", "export"):
@@ -27,6 +31,20 @@ def check_paths(arguments: Namespace) -> None:
     # The command says first that the result cannot be written.
     if command in ("tune", "train") and _can_write(arguments):
         _check_rows(arguments.file)
+
+
+_LOOK_SECONDS = 0.5
+"""The time between two looks for a study that another process will create."""
+
+
+def _wait_for_study(place: str, *, quiet: bool) -> None:
+    """Wait until another process has created a study. A signal ends the wait."""
+    is_said = quiet
+    while not study_file(place).is_file():
+        if not is_said:
+            print(f"waiting for the study {study_file(place)}", file=sys.stderr, flush=True)
+            is_said = True
+        time.sleep(_LOOK_SECONDS)
 
 
 def _can_write(arguments: Namespace) -> bool:

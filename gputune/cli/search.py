@@ -22,6 +22,7 @@ from gputune.report.facts import seconds_text, states_of, states_text
 from gputune.spaces.edges import edge_remarks
 from gputune.study.module_source import function_from_file
 from gputune.text import count, paragraph
+from gputune.tuning.interrupt import SIGNALS
 from gputune.tuning.loops import search_loop
 from gputune.tuning.progress import Profile
 from gputune.views.scores import score_view
@@ -69,6 +70,7 @@ def search(arguments: argparse.Namespace) -> str:
             options,
             direction=arguments.direction,
             max_epochs=arguments.max_epochs,
+            signals=SIGNALS,
             interface=CommandLine("search"),
             profile=profile,
             study_type=Study,

@@ -50,7 +50,7 @@ from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
 from gputune.tuning.choices import choose_model
-from gputune.tuning.interrupt import CTRL_C, TERMINATED, interruption
+from gputune.tuning.interrupt import CTRL_C, SIGNALS, TERMINATED, interruption
 from gputune.tuning.options import RowOptions
 from gputune.tuning.pipeline import search
 from gputune.tuning.progress import PREPARING, Profile, Progress
@@ -214,12 +214,12 @@ class _Run:
 
     def _search(self) -> Study:
         """Run the search. After an interrupt save the best model so far."""
-        run = partial(search, self.call, (CTRL_C, TERMINATED), say_notes=False)
+        run = partial(search, self.call, SIGNALS, say_notes=False)
         try:
             return run(profile=self.profile, interface=CommandLine(), study_type=Study)
         except SearchInterrupted as stop:
             ending = self._make_ending(stop.study)
-            is_gentle = stop.signal == CTRL_C and not stop.at_once
+            is_gentle = stop.signal != TERMINATED and not stop.at_once
             if self.keeps_model and self.arguments.command != "train" and is_gentle:
                 ending = self._with_best_so_far(ending)
             stop.report = self._text(ending, stopped_text, exit_code=128 + stop.signal)

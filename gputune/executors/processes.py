@@ -23,6 +23,7 @@ import cloudpickle
 import joblib
 import numpy as np
 import torch
+from joblib.externals.loky.backend import resource_tracker as loky_tracker
 from joblib.externals.loky.process_executor import (
     BrokenProcessPool,
     ProcessPoolExecutor,
@@ -52,6 +53,7 @@ from gputune.executors.worker import (
     idle,
     loss_reason,
     pickled_with_code,
+    signals_held_off,
     single_worker,
     submit,
     training,
@@ -239,9 +241,11 @@ class Processes(Executor[AnyUnit, UnitResult]):
     ) -> None:
         self.work = work
         self._give_up = give_up
-        # Started before the workers: it would unblock the signals that stay blocked while a worker
-        # starts.
-        resource_tracker.ensure_running()
+        # The trackers start before the workers: they would unblock the signals that stay blocked
+        # while a worker starts.
+        with signals_held_off():  # SIGUSR1 to the process group would end both
+            resource_tracker.ensure_running()
+            loky_tracker.ensure_running()
         shared_memory = Path("/dev/shm")  # Linux keeps the semaphores of the queues here
         with naming_folder(shared_memory, "worker processes cannot be started", _NO_SEMAPHORES):
             self.settings = {single_worker(each[0]): each for each in settings}

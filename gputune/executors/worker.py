@@ -121,13 +121,13 @@ def submit(
 ) -> "Future[Answer]":
     """Submit a function call to a worker process. If the worker has ended, the pool starts it
     again."""
-    with _starting, _signals_held_off(), _streams_that_flush():
+    with _starting, signals_held_off(), _streams_that_flush():
         return cast("Future[Answer]", executor.submit(work, *arguments))
 
 
 @contextmanager
-def _signals_held_off() -> Iterator[None]:
-    """Block Ctrl-C (SIGINT) and SIGTERM in a worker that starts inside the ``with`` block.
+def signals_held_off() -> Iterator[None]:
+    """Block Ctrl-C (SIGINT), SIGTERM and SIGUSR1 in a worker that starts inside the ``with`` block.
 
     The worker inherits the blocked signals. Otherwise a signal to the process group would end the
     workers. A ``Stop`` notifies the workers instead, and they end by themselves if this process has
@@ -136,7 +136,8 @@ def _signals_held_off() -> Iterator[None]:
     if sys.platform == "win32":  # Windows cannot block signals
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    ending = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
     try:
         yield
     finally:

@@ -30,6 +30,7 @@ from filelock import lock_descriptor
 
 from gputune.errors import InputError
 from gputune.study.database import connect, sqlite_errors, transaction
+from gputune.study.file_system import network_file_system
 from gputune.study.record import has_form
 from gputune.study.rows import PlannedChunk
 from gputune.study.values import MALFORMED
@@ -132,6 +133,26 @@ class Claims(AbstractContextManager["Claims"]):
                 "only one process can choose the trials that continue training",
                 remedy=self.remedy(owner),
             )
+
+    def check_sharing(self) -> None:
+        """Raise InputError if another process works on a study in a network file system.
+
+        There, locks of files and SQLite are not reliable between machines. One process at a time
+        may work on such a study.
+        """
+        kind = network_file_system(self._absolute)
+        if not kind:
+            return
+        own = self._lock_file()  # first, so that one of two processes sees the other
+        for owner in self.owners():
+            if owner.lock != own:
+                raise InputError(
+                    f"study={str(self.path)!r}",
+                    f"is on a network file system ({kind}), where only one process at a time can "
+                    f"work on a study, but {owner} works on it",
+                    remedy=f"{self.remedy(owner)} Or put the study on a local disk. In SLURM, let "
+                    "the jobs run one after another: --array=0-9%1.",
+                )
 
     def take_setup(self) -> Owner | None:
         """Claim the right to add trials and chunks to the study. Return the other process that has

@@ -118,6 +118,11 @@ class Ledger:
         finally:
             self.claims.leave_setup()
 
+    def check_sharing(self) -> None:
+        """Raise InputError if another process works on a study in a network file system."""
+        if self.claims is not None:
+            self.claims.check_sharing()
+
     def claim_search(self, method: str) -> None:
         """Claim the whole search.
 

@@ -1,7 +1,9 @@
-"""Handling of Ctrl-C and SIGTERM while a search trains.
+"""Handling of Ctrl-C, SIGTERM and SIGUSR1 while a search trains.
 
 After the first signal, the search completes the running epoch and then stops. A second signal stops
 the search at once. Before and after the training, each signal ends the command with a message.
+
+SLURM sends SIGTERM when a job must end, and SIGUSR1 some time before that if the job asks for it.
 """
 
 import os
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 
 CTRL_C = int(signal.SIGINT)
 TERMINATED = int(signal.SIGTERM)
+WARNED: int | None = getattr(signal, "SIGUSR1", None)
+"""The number of SIGUSR1, or None on Windows, which lacks this signal."""
+
+SIGNALS = (CTRL_C, TERMINATED) if WARNED is None else (CTRL_C, TERMINATED, int(WARNED))
+"""The signals that end the training of a command or a script."""
 
 GRACE_SECONDS = 2.5
 """The seconds from SIGTERM to the end of the training, even if the training is not finished.
@@ -33,7 +40,8 @@ The sender of SIGTERM usually sends SIGKILL some seconds later.
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
-_USUAL: dict[int, Handler] = {CTRL_C: signal.default_int_handler, TERMINATED: signal.SIG_DFL}
+_USUAL: dict[int, Handler] = dict.fromkeys(SIGNALS, signal.SIG_DFL)
+_USUAL[CTRL_C] = signal.default_int_handler
 
 
 def take_signals(handle: Callable[[int, FrameType | None], None]) -> None:
@@ -43,8 +51,8 @@ def take_signals(handle: Callable[[int, FrameType | None], None]) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    for number, usual in _USUAL.items():
-        if signal.getsignal(number) in (usual, end_command, end_process):
+    for number in (CTRL_C, TERMINATED):
+        if signal.getsignal(number) in (_USUAL[number], end_command, end_process):
             signal.signal(number, handle)
 
 
@@ -73,9 +81,11 @@ def end_process(number: int, _frame: FrameType | None) -> NoReturn:
 def ended_by_signals(
     stop: Stop, signals: Sequence[int], say: Callable[[str], None]
 ) -> Iterator[list[int]]:
-    """Let Ctrl-C and SIGTERM end the training in the ``with`` block early.
+    """Let signals such as Ctrl-C end the training in the ``with`` block early.
 
-    Yields a list, to which each signal adds its number.
+    Handlers are set only in the main thread, and only for signals without a handler of the user's
+    program. Afterwards, each signal has its former handler again. Yields a list, to which each
+    signal adds its number.
     """
     numbers: list[int] = []
     timers: list[threading.Timer] = []
@@ -149,6 +159,14 @@ def ended_by_requests(
     finally:
         is_left.set()
         thread.join()
+
+
+def script_signals() -> Sequence[int]:
+    """Return the signals that end the training of a call in Python.
+
+    In a notebook or at a prompt, only Ctrl-C ends the training. SIGTERM must end a kernel as usual.
+    """
+    return (CTRL_C,) if is_interactive() else SIGNALS
 
 
 def is_interactive() -> bool:

@@ -47,6 +47,7 @@ def search_loop(
     *,
     direction: Direction,
     max_epochs: int | None,
+    signals: Sequence[int] = (CTRL_C,),
     interface: Interface = PYTHON,
     profile: Profile | None = None,
     study_type: type[AnyStudy],
@@ -60,6 +61,7 @@ def search_loop(
         options: The options of the search.
         direction: Whether greater or smaller values of the objective are better.
         max_epochs: The number of reports of a full training. None: the user did not set it.
+        signals: The signals that interrupt the training.
         interface: The names of arguments in messages.
         profile: Receives the reason for an early end of the search.
         study_type: The class of the study to return.
@@ -115,10 +117,10 @@ def search_loop(
                 train_waiting, session, partial(_train, session, task, workers), epochs=1
             )
             run = partial(session.method.run_loop, session, space, train, plain_config)
-            signals = session.run(run, callbacks, make_study, (CTRL_C,))
+            numbers = session.run(run, callbacks, make_study, signals)
             if profile is not None:
                 profile.ended = stop.reason
-    return check_ending(make_study(ledger.rows(), file=machine.study), signals)
+    return check_ending(make_study(ledger.rows(), file=machine.study), numbers)
 
 
 def _first_trials(search: SearchOptions, space: CheckedSpace) -> tuple[Candidate, ...]:

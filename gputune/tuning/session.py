@@ -14,7 +14,13 @@ from functools import cached_property
 from typing import TypeVar
 
 from gputune.engine.stop import Stop
-from gputune.errors import InputError, SearchFailedError, SearchInterrupted, StudyCorruptError
+from gputune.errors import (
+    InputError,
+    SearchFailedError,
+    SearchInterrupted,
+    SearchTerminated,
+    StudyCorruptError,
+)
 from gputune.garbage import without_collector
 from gputune.modules.adapters import ADAPTER_DEFAULTS, adapters_of
 from gputune.modules.construction import parameters_of
@@ -39,7 +45,7 @@ from gputune.text import count
 from gputune.tuning.callbacks import Callbacks
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.good_enough import GoodEnough
-from gputune.tuning.interrupt import ended_by_requests, ended_by_signals, interruption
+from gputune.tuning.interrupt import CTRL_C, ended_by_requests, ended_by_signals, interruption
 from gputune.tuning.method import Method
 from gputune.tuning.options import Options, SearchOptions
 from gputune.tuning.progress import Progress
@@ -280,6 +286,7 @@ class Session:
         search = self.options.search
         ledger.on_wait = self._wait
         self.progress.on_look = ledger.show
+        ledger.check_sharing()
         if not self.method.shares_trials:
             # What the method does next depends on the results of all trials, so only one process
             # may run the search.
@@ -415,7 +422,8 @@ def check_ending(study: AnyStudy, numbers: Sequence[int]) -> AnyStudy:
     if numbers:
         message = interruption(study, study.file)
         at_once = len(numbers) > 1
-        raise SearchInterrupted(message, study=study, signal=numbers[0], at_once=at_once)
+        kind = SearchInterrupted if numbers[0] == CTRL_C else SearchTerminated
+        raise kind(message, study=study, signal=numbers[0], at_once=at_once)
     if all(result is not None and result.state == "failed" for _, result in study.rows):
         raise SearchFailedError(study.failure_message())
     return study

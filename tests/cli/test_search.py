@@ -1,7 +1,6 @@
 """``gputune search``, which tunes the training loop in a file, and ``gputune stop``."""
 
 import json
-import signal
 import time
 from dataclasses import replace
 
@@ -154,7 +153,7 @@ def searching(loop, tmp_path):
         time.sleep(0.02)
     yield process
     if process.poll() is None:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.communicate()
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, in this process and as real signals to real processes with workers; the
+"""Ctrl-C, SIGTERM and SIGUSR1, in this process and as real signals to real processes with workers; the
 timeout."""
 
 import os
@@ -165,6 +165,96 @@ def test_sigterm_ends_within_its_grace_with_143(tmp_path, grace, do, words):
     code, out, err = finish_net(tmp_path, do, first=first)
     assert code == 143 and interrupt.GRACE_SECONDS < 5
     assert words in out and "Traceback" not in err
+
+
+WARN = "os.killpg(0, signal.SIGUSR1)"
+
+
+def test_sigusr1_leaves_the_model_of_the_best_so_far_and_ends_with_138(tmp_path):
+    code, out, err = finish_net(tmp_path, WARN)
+    assert code == 138 and "Trials   2 cut short" in out and "Model    out/model" in out
+    assert "stopping after the running epoch" in err and "Traceback" not in err
+    assert gputune.load_model(tmp_path / "out/model").info["epochs"] == 1
+
+
+def test_sigusr1_to_all_processes_does_not_end_the_workers(tmp_path):
+    code, out, err = finish_many(tmp_path, WARN, 2)
+    trials = gputune.Study.open(tmp_path / "out" / "study.db").trials
+    done = sum(trial.state == "complete" for trial in trials)
+    assert code == 138 and 2 <= done < 12 and f"Trials   {done} complete" in out
+    assert "lost" not in err
+
+
+SCRIPT = """
+import os, signal
+import gputune
+
+{handler}
+
+def objective(params, report):
+    for step in range(100):
+        if step == 2:
+            os.kill(os.getpid(), signal.{name})
+        report(float(step))
+    return 0.0
+
+try:
+    gputune.search(
+        objective, {{"a": [1, 2, 3]}}, direction="maximize", workers=1, study="study.db", n_trials=3
+    )
+except {caught} as stopped:
+    print(type(stopped).__name__, stopped.signal, len(stopped.study.trials))
+finally:
+    print(signal.getsignal(signal.SIGTERM) == before, signal.getsignal(signal.SIGUSR1) == usr1)
+"""
+HANDLERS = (
+    "before = signal.getsignal(signal.SIGTERM); usr1 = signal.getsignal(signal.SIGUSR1)",
+    "before = lambda *_: print('mine')\nsignal.signal(signal.SIGTERM, before)\n"
+    "usr1 = signal.getsignal(signal.SIGUSR1)",
+)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("SIGTERM", 143), ("SIGUSR1", 138)])
+def test_a_script_ends_with_the_exit_code_of_the_signal(tmp_path, name, expected):
+    script = SCRIPT.format(name=name, handler=HANDLERS[0], caught="ZeroDivisionError")
+    process = Fork(script, cwd=tmp_path)
+    out, err = process.communicate()
+    assert process.returncode == expected
+    assert out == "True True\n"  # the former handlers are set again
+    assert "interrupted: 0 of 3 trials are finished, 1 cut short. The results are kept in" in err
+    assert "repeat the call to resume" in err and "Traceback" not in err
+    states = [trial.state for trial in gputune.Study.open(tmp_path / "study.db").trials]
+    assert states == ["stopped", "waiting", "waiting"]
+
+
+def test_a_script_may_continue_with_the_results(tmp_path):
+    script = SCRIPT.format(name="SIGTERM", handler=HANDLERS[0], caught="gputune.SearchInterrupted")
+    process = Fork(script, cwd=tmp_path)
+    out, _ = process.communicate()
+    assert (process.returncode, out) == (0, "SearchTerminated 15 3\nTrue True\n")
+
+
+def test_a_handler_of_the_script_stays(tmp_path):
+    script = SCRIPT.format(name="SIGTERM", handler=HANDLERS[1], caught="ZeroDivisionError")
+    process = Fork(script, cwd=tmp_path)
+    out, err = process.communicate()
+    assert (process.returncode, out) == (0, "mine\n" * 3 + "True True\n"), err
+
+
+def test_a_thread_sets_no_handler(monkeypatch):
+    def objective(params, report):
+        return float(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+
+    def search():
+        return gputune.search(
+            objective, {"a": 1}, direction="maximize", n_trials=1, workers=1, verbose=0
+        )
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(search).result().best_score == 1.0
+    assert search().best_score == 0.0  # in the main thread
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    assert search().best_score == 1.0  # a notebook ends by SIGTERM as usual
 
 
 def test_sigterm_with_workers(tmp_path):
