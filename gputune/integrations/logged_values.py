@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from gputune.annotations import FloatArray
 from gputune.spaces.distributions import label
 from gputune.study.record import RECORD_FIELDS
 from gputune.study.study import Study, Trial
@@ -39,6 +40,21 @@ def trial_numbers(trial: Trial) -> dict[str, float]:
         if isinstance(value, bool | int | float):
             numbers[f"params/{name}"] = value
     return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
+
+
+def curves_by_name(study: Study) -> dict[str, FloatArray]:
+    """Return the learning curves of all trials of a study, (C, epochs), keyed by the logged name.
+
+    The names are score, std_error with several folds, and ``metrics/...`` with several metrics.
+    Each value is a mean or a standard error over the folds. NaN marks an epoch without a score.
+    """
+    n_folds = study.curves.shape[2]
+    curves = {"score": study.curves.mean(2)}
+    if n_folds > 1:
+        curves["std_error"] = study.curves.std(2, ddof=1) / math.sqrt(n_folds)
+    for name in study.metrics:
+        curves[f"metrics/{name}"] = study.curves_of(name).mean(2)
+    return curves
 
 
 def best_score(study: Study) -> float:

@@ -193,6 +193,117 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     assert summary["best_trial"] == study.best_trial.number
 
 
+def records_by_run(folder):
+    """Return the run records and the history rows of all offline runs: name -> (run, rows)."""
+    from wandb.proto import wandb_internal_pb2
+
+    runs = {}
+    for path in folder.glob("wandb/offline-run-*/*.wandb"):
+        rows = []
+        run = None
+        for record in map(wandb_internal_pb2.Record.FromString, records_of(path)):
+            if record.WhichOneof("record_type") == "run":
+                run = record.run
+            if record.history.item:
+                rows.append(
+                    {
+                        item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                        for item in record.history.item
+                    }
+                )
+        runs[run.display_name] = (run, rows)
+    return runs
+
+
+def test_weights_and_biases_with_a_run_for_each_trial(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = WandB(
+        "iris",
+        name="search",
+        folder=tmp_path,
+        entity="team",
+        tags=["nightly", "iris"],
+        per_trial=True,
+    )
+    with warnings.catch_warnings():  # of its own parts
+        warnings.simplefilter("ignore")
+        study = tune(logger, n_trials=2)
+        wandb.teardown()
+    runs = records_by_run(tmp_path)
+    assert runs.keys() == {"search", "trial-00000", "trial-00001"}
+    for run, _ in runs.values():
+        assert (run.project, run.entity, run.run_group) == ("iris", "team", "search")
+        assert list(run.tags) == ["nightly", "iris"]
+    assert runs["search"][0].job_type == "search"
+    for trial, curve in zip(study.trials, study.curves):
+        run, rows = runs[f"trial-{trial.number:05d}"]
+        assert run.job_type == "trial"
+        config = {item.key: json.loads(item.value_json) for item in run.config.update}
+        assert config["lr"] == trial.params["lr"]
+        assert [row["_step"] for row in rows] == [1, 2, 3]
+        np.testing.assert_allclose([row["score"] for row in rows], curve.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("argument", "variable", "mode"),
+    [
+        (None, None, "offline"),
+        (None, "online", None),  # W&B reads the variable itself
+        (None, "disabled", None),
+        ("online", "disabled", "online"),
+    ],
+)
+def test_the_mode_of_weights_and_biases(argument, variable, mode, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    begun = []
+    monkeypatch.setattr(wandb, "init", lambda **options: begun.append(options))
+    WandB(mode=argument, group="g").on_study_start(gputune.Study.from_rows({}, []))
+    assert (begun[0]["mode"], begun[0]["group"], begun[0]["tags"]) == (mode, "g", None)
+
+
+def test_disabled_weights_and_biases_writes_nothing(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.chdir(tmp_path)
+    assert len(tune(WandB("iris", per_trial=True), n_trials=2).trials) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_mlflow_with_a_run_for_each_trial(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger = MLflow("iris", tracking_uri=uri, tags={"team": "a"}, per_trial=True)
+        study = tune(logger, n_trials=2)
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        experiment = client.get_experiment_by_name("iris").experiment_id
+        runs = {run.info.run_name: run for run in client.search_runs([experiment])}
+        assert len(runs) == 3
+        for trial, curve in zip(study.trials, study.curves):
+            run = runs[f"trial-{trial.number:05d}"]
+            assert run.data.tags["mlflow.parentRunId"] == logger.run_id
+            assert run.data.tags["team"] == "a" and run.info.status == "FINISHED"
+            assert run.data.params["lr"] == str(trial.params["lr"])
+            history = client.get_metric_history(run.info.run_id, "score")
+            assert {m.step: m.value for m in history} == pytest.approx(
+                dict(enumerate(curve.mean(1).tolist(), start=1))
+            )
+        assert client.get_run(logger.run_id).data.tags["team"] == "a"
+
+
+def test_tensorboard_without_runs_of_trials(tmp_path):
+    pytest.importorskip("tensorboard")
+    tune(TensorBoard(tmp_path, per_trial=False), n_trials=2)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["search"]
+
+
 @pytest.mark.parametrize(
     ("package", "make"),
     [("tensorboard", lambda: TensorBoard("runs")), ("mlflow", MLflow), ("wandb", WandB)],

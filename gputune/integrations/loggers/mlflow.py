@@ -3,12 +3,15 @@
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from gputune.errors import import_extra
 from gputune.integrations.logged_values import (
     best_score,
+    curves_by_name,
     plain_params,
     study_options,
     trial_numbers,
@@ -18,6 +21,7 @@ from gputune.tuning.callbacks import Callback
 
 _MOST = 1000  # MLflow's limit of metrics in one log_batch
 _LONGEST = 500  # characters of a parameter value that are logged at most
+_PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below its parent
 _REFUSED = re.compile(r"[^\w./ -]")  # characters that MLflow refuses in a metric name
 
 
@@ -37,6 +41,10 @@ class MLflow(Callback):
         tracking_uri: the tracking server. None: MLflow's own setting (its environment variable, or
             its default).
         run_name: name of the run. None: MLflow makes a name.
+        tags: tags of the run, a dict of texts. The runs of single trials have them too.
+        per_trial: whether each trial is also a run of its own, a child of the search's run. It has
+            the hyperparameters as parameters, and "score", "std_error" and "metrics/..." with the
+            epoch as step.
 
     Raises:
         MissingExtraError: MLflow is not installed.
@@ -54,11 +62,16 @@ class MLflow(Callback):
         *,
         tracking_uri: str | None = None,
         run_name: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        per_trial: bool = False,
     ) -> None:
         self.mlflow = import_extra("mlflow", extra="mlflow", used_by="MLflow")
         self.experiment = experiment
         self.tracking_uri = tracking_uri
         self.run_name = run_name
+        self.tags = dict(tags or {})
+        self.per_trial = per_trial
+        self.experiment_id = ""
         self.run_id: str | None = None
         self.best = -math.inf
         self.done = 0
@@ -67,21 +80,20 @@ class MLflow(Callback):
         client = self._client()
         experiment = client.get_experiment_by_name(self.experiment)
         if experiment is None:
-            experiment_id = client.create_experiment(self.experiment)
+            self.experiment_id = client.create_experiment(self.experiment)
         else:
-            experiment_id = experiment.experiment_id
-        self.run_id = client.create_run(experiment_id, run_name=self.run_name).info.run_id
+            self.experiment_id = experiment.experiment_id
+        run = client.create_run(self.experiment_id, run_name=self.run_name, tags=self.tags)
+        self.run_id = run.info.run_id
         self.best = best_score(study)
         self.done = sum(t.state != "waiting" for t in study.trials)
         client.log_batch(self.run_id, params=self._params(study_options(study)))
 
     def on_trials_end(self, trials: Study) -> None:
-        now = int(time.time() * 1000)
-        metrics = []
+        metrics = list[Any]()
 
         def add(key: str, value: float, step: int) -> None:
-            name = _REFUSED.sub("_", key)
-            metrics.append(self.mlflow.entities.Metric(name, value, now, step))
+            metrics.append(self._metric(key, value, step))
 
         for trial in trials.trials:
             for key, value in trial_numbers(trial).items():
@@ -90,8 +102,38 @@ class MLflow(Callback):
         self.done += len(trials.trials)
         if math.isfinite(self.best):
             add("best_score", self.best, self.done)
+        self._send(self.run_id, metrics)
+        if self.per_trial:
+            self._log_trials(trials)
+
+    def _log_trials(self, trials: Study) -> None:
+        """Log one run for each trial, with its learning curve and its hyperparameters."""
+        client = self._client()
+        curves = curves_by_name(trials)
+        for row, trial in enumerate(trials.trials):
+            run = client.create_run(
+                self.experiment_id,
+                run_name=f"trial-{trial.number:05d}",
+                tags={**self.tags, _PARENT: str(self.run_id)},
+            )
+            client.log_batch(run.info.run_id, params=self._params(plain_params(trial.params)))
+            metrics = []
+            for name, values in curves.items():
+                for epoch in np.flatnonzero(np.isfinite(values[row])).tolist():
+                    metrics.append(self._metric(name, float(values[row, epoch]), epoch + 1))
+            self._send(run.info.run_id, metrics)
+            status = "FAILED" if trial.state == "failed" else "FINISHED"
+            client.set_terminated(run.info.run_id, status)
+
+    def _metric(self, key: str, value: float, step: int) -> Any:
+        """Return a metric of MLflow with a name that MLflow accepts."""
+        now = int(time.time() * 1000)
+        return self.mlflow.entities.Metric(_REFUSED.sub("_", key), value, now, step)
+
+    def _send(self, run_id: str | None, metrics: Sequence[Any]) -> None:
+        """Send metrics in requests of at most 1000 metrics."""
         for begin in range(0, len(metrics), _MOST):
-            self._client().log_batch(self.run_id, metrics=metrics[begin : begin + _MOST])
+            self._client().log_batch(run_id, metrics=metrics[begin : begin + _MOST])
 
     def on_study_end(self, study: Study) -> None:
         client = self._client()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gputune.errors import import_extra
-from gputune.integrations.logged_values import plain_params, study_options
+from gputune.integrations.logged_values import curves_by_name, plain_params, study_options
 from gputune.study.study import Study
 from gputune.tuning.callbacks import Callback
 
@@ -22,6 +22,7 @@ class TensorBoard(Callback):
 
     Args:
         folder: the folder for the event files. It is created if it does not exist.
+        per_trial: whether each trial is a run of its own. False writes only the run "search".
 
     Raises:
         MissingExtraError: tensorboard is not installed.
@@ -38,9 +39,10 @@ class TensorBoard(Callback):
         ['search', 'trial-00000', 'trial-00001']
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, per_trial: bool = True) -> None:
         import_extra("tensorboard", extra="tensorboard", used_by="TensorBoard")
         self.folder = Path(folder)
+        self.per_trial = per_trial
         self.trial_epochs = 0
         self.best = -math.inf
 
@@ -68,14 +70,16 @@ class TensorBoard(Callback):
             self.search.add_scalar("best score", self.best, self.trial_epochs)
 
     def on_trials_end(self, trials: Study) -> None:
+        if self.per_trial:
+            self._write_trials(trials)
+        self.search.flush()
+
+    def _write_trials(self, trials: Study) -> None:
+        """Write one run for each trial, with its learning curve and its hyperparameters."""
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        by_epoch = {"score": trials.curves.mean(2)}
-        folds = trials.curves.shape[2]
-        if folds > 1:
-            by_epoch["std_error"] = trials.curves.std(2, ddof=1) / math.sqrt(folds)
-        by_epoch |= {f"metrics/{name}": trials.curves_of(name).mean(2) for name in trials.metrics}
+        by_epoch = curves_by_name(trials)
         for row, trial in enumerate(trials.trials):
             with SummaryWriter(self.folder / f"trial-{trial.number:05d}") as run:
                 for name, values in by_epoch.items():
@@ -89,7 +93,6 @@ class TensorBoard(Callback):
                     run._get_file_writer().add_summary(part)
                 for name, score in final.items():
                     run.add_scalar(name, score)
-        self.search.flush()
 
     def on_study_end(self, study: Study) -> None:
         self.search.close()

@@ -2,21 +2,27 @@
 
 import math
 import os
+import secrets
+from collections.abc import Sequence
 from typing import Any, Literal
+
+import numpy as np
 
 from gputune.errors import import_extra
 from gputune.integrations.logged_values import (
     best_score,
+    curves_by_name,
     plain_params,
     study_options,
     trial_numbers,
 )
 from gputune.study.study import Study
 from gputune.tuning.callbacks import Callback
+from gputune.types import Json
 
 
 class WandB(Callback):
-    """Log a search as one Weights & Biases run, offline by default.
+    """Log a search as one Weights & Biases run, offline by default. Trials can have own runs too.
 
     The options of the search are the config of the run. Each trial is a row of its history, with
     the same values as the metrics of ``MLflow`` and the text values of hyperparameters. The best
@@ -27,8 +33,15 @@ class WandB(Callback):
         project: name of the project.
         name: name of the run. None: W&B makes a name.
         mode: "offline" only writes into ``folder`` (``wandb sync`` sends it later). "online" sends
-            the data during the search.
+            the data during the search. "disabled" logs nothing. None: the environment variable
+            WANDB_MODE, or "offline" without this variable.
         folder: the folder in which "wandb/" is made. None: the current folder.
+        entity: user or team that owns the run. None: the default of your W&B account.
+        group: name of the group of the run.
+        tags: tags of the run.
+        per_trial: whether each trial is also a run of its own, with the job type "trial". Its
+            config is the configuration. Its history has "score", "std_error" and "metrics/..." of
+            each epoch. All runs are in one group, which gputune names if ``group`` is None.
 
     Raises:
         MissingExtraError: wandb is not installed.
@@ -45,27 +58,48 @@ class WandB(Callback):
         project: str = "gputune",
         *,
         name: str | None = None,
-        mode: Literal["offline", "online"] = "offline",
+        mode: Literal["offline", "online", "disabled"] | None = None,
         folder: str | os.PathLike[str] | None = None,
+        entity: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+        per_trial: bool = False,
     ) -> None:
         self.wandb = import_extra("wandb", extra="wandb", used_by="WandB")
         self.project = project
         self.name = name
         self.mode = mode
         self.folder = folder
+        self.entity = entity
+        self.group = group
+        self.tags = tuple(tags)
+        self.per_trial = per_trial
         self.run: Any = None
         self.best = -math.inf
 
     def on_study_start(self, study: Study) -> None:
         self.best = best_score(study)
-        folder = None if self.folder is None else os.fspath(self.folder)
-        self.run = self.wandb.init(
+        if self.per_trial and self.group is None:
+            self.group = self.name or f"search-{secrets.token_hex(4)}"
+        job_type = "search" if self.per_trial else None
+        self.run = self._begin_run(self.name, study_options(study), job_type=job_type)
+
+    def _begin_run(self, name: str | None, config: Json, **options: Any) -> Any:
+        """Begin a run, and return it."""
+        mode = self.mode
+        if mode is None and "WANDB_MODE" not in os.environ:
+            mode = "offline"
+        return self.wandb.init(
             project=self.project,
-            name=self.name,
-            mode=self.mode,
-            dir=folder,
-            config=study_options(study),
+            entity=self.entity,
+            group=self.group,
+            tags=self.tags or None,
+            name=name,
+            mode=mode,
+            dir=None if self.folder is None else os.fspath(self.folder),
+            config=config,
             settings=self.wandb.Settings(silent=True, console="off"),
+            **options,
         )
 
     def on_trials_end(self, trials: Study) -> None:
@@ -82,6 +116,27 @@ class WandB(Callback):
                     **best,
                 }
             )
+
+        if self.per_trial:
+            self._log_trials(trials)
+
+    def _log_trials(self, trials: Study) -> None:
+        """Log one run for each trial, with its learning curve and its hyperparameters."""
+        curves = curves_by_name(trials)
+        for row, trial in enumerate(trials.trials):
+            run = self._begin_run(
+                f"trial-{trial.number:05d}",
+                plain_params(trial.params),
+                job_type="trial",
+                reinit="create_new",  # the run of the search stays open
+            )
+            n_epochs = int(np.isfinite(curves["score"][row]).sum())
+            for epoch in range(n_epochs):
+                values = {name: float(curve[row, epoch]) for name, curve in curves.items()}
+                run.log(values, step=epoch + 1)
+            run.summary.update({"trial": trial.number, "state": trial.state})
+            run.summary.update({"final score": trial.score, "best_epoch": trial.best_epoch})
+            run.finish()
 
     def on_study_end(self, study: Study) -> None:
         if math.isfinite(self.best):
