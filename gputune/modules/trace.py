@@ -27,6 +27,8 @@ Storages: TypeAlias = dict[int, torch.UntypedStorage]
 """Storages of blocks of memory, by their identifier or their address."""
 
 ALIGNED = 64  # bytes: a cache line, and the widest vector
+# New memory of a traced step after which the trace frees results without further use.
+_FREED_BYTES = 16 << 20
 
 _HIDDEN = {aten.native_batch_norm.default: (3, 4)}
 """Arguments that an operation writes although its schema does not say so, such as running
@@ -199,7 +201,7 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.outside: Storages = {}
         self.sizes: dict[int, int] = {}
-        self.made: list[Tensor] = []  # kept, so that no memory is given out twice
+        self.made = _MadeMemories()
         # bytes that existed before the step, and a copy of their values
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -231,7 +233,8 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         _check_plain(outputs)
         made = [tensor for tensor in outputs if not self._knows(tensor)]
         if made or targets:
-            self.made += made
+            for tensor in made:
+                self.made.add(tensor.untyped_storage())
             sizes = {memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in made}
             self.sizes |= sizes
             results: list[Place | None] = []
@@ -246,6 +249,39 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
     def _knows(self, tensor: Tensor) -> bool:
         """Return whether the recorder has already seen the memory of a tensor."""
         return memory_of(tensor) in self.sizes or memory_of(tensor) in self.outside
+
+
+class _MadeMemories:
+    """The memories that a traced step makes. They are kept, so that none gets the identifier of an
+    earlier one.
+
+    The bytes of a memory that no tensor uses any more are freed. Otherwise a trace would take the
+    sum of all results of a step.
+    """
+
+    def __init__(self) -> None:
+        self.used: list[torch.UntypedStorage] = []
+        self.freed: list[torch.UntypedStorage] = []
+        self.new_bytes = 0  # since the last look for unused memories
+
+    def add(self, memory: torch.UntypedStorage) -> None:
+        """Keep a new memory. After some new megabytes, free the memories without tensors."""
+        self.used.append(memory)
+        self.new_bytes += memory.nbytes()
+        if self.new_bytes > _FREED_BYTES:
+            self.new_bytes = 0
+            self._free_unused()
+
+    def _free_unused(self) -> None:
+        used = []
+        for memory in self.used:
+            # Only this object refers to it.
+            if torch._C._storage_Use_Count(memory._cdata) == 1 and memory.resizable():
+                memory.resize_(0)
+                self.freed.append(memory)
+            else:
+                used.append(memory)
+        self.used = used
 
 
 def reason_against(func: Operator, args: Args) -> str:

@@ -14,7 +14,7 @@ from gputune.modules import calls
 from gputune.modules.module import StackedModule
 from gputune.modules.program import compile_trace
 from gputune.modules.recorder import CpuRecorder, Replays
-from gputune.modules.trace import TraceError, arrange, trace
+from gputune.modules.trace import TraceError, _OperationRecorder, arrange, trace
 from gputune.scoring.metrics import make_scoring
 from gputune.scoring.scoring import Validation
 from problems import fill, make_data, shape_of, variant
@@ -122,6 +122,36 @@ def test_a_seldom_shape_is_recorded_when_that_would_have_repaid_it(total):
             steps.take(shape, lambda: total.add_(1))
         assert set(steps.steps) == {"often"} if 1 < taken < 9 else True
     assert set(steps.steps) == {"often", "seldom"} and total.unique().tolist() == [20]
+
+
+@pytest.mark.parametrize("limit", [1 << 12, 1 << 40])
+def test_a_trace_frees_results_that_nothing_reads_any_more(limit, monkeypatch):
+    monkeypatch.setattr("gputune.modules.trace._FREED_BYTES", limit)
+    total = torch.zeros(1000)
+
+    def step():
+        x = total + 1
+        kept = x * 2
+        for _ in range(50):
+            x = x.sin()
+        total.add_(x + kept)
+
+    recorder = _OperationRecorder()
+    with recorder:
+        step()
+    freed = sum(memory.nbytes() == 0 for memory in recorder.made.freed)
+    assert freed == len(recorder.made.freed) and (freed > 40) == (limit < 1 << 40)
+    total.zero_()
+    expected = torch.zeros(1000)
+    compiled = compile_trace(trace(step))
+    for _ in range(2):
+        compiled()
+        x = expected + 1
+        kept = x * 2
+        for _ in range(50):
+            x = x.sin()
+        expected += x + kept
+    assert torch.equal(total, expected)
 
 
 def test_results_in_use_share_no_memory():
