@@ -142,27 +142,41 @@ class StackedModule(ModuleNetwork):
         return self.objective.augmented_rows(rows, self.shape.names, generator)
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
-        # (F, C, ...) -> (P, ...). ``batch.folds`` is a slice, so these tensors, and the parts of
-        # ``grads`` below, are views. A copy into them writes into ``params`` or ``grads``.
+        # (F, C, ...) -> (P, ...). ``batch.folds`` is a slice, so these tensors are views. A copy
+        # into them writes into ``params``.
         members = {name: w[batch.folds].flatten(0, 1) for name, w in params.items()}
-        groups = self._groups(members)
-        leaves = []
-        for group in groups:
-            leaves.append({name: group[name].detach().requires_grad_() for name in self.trainable})
         made = batch.draws.augment if isinstance(batch.draws, StepDraws) else ()
         with replay_draws(made, repeated=True):
             inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
         if self.traits.branches:  # the rows that the module receives decide what it draws
             batch = replace(batch, inputs=tuple(inputs))
+        with torch.enable_grad():
+            draws = self._draws(batch)
+        # One group after another, so that only the activations of one group are in memory.
+        batch = replace(batch, inputs=tuple(inputs))
+        parts = batch.by_fold() if self.traits.common_rows else [batch]
+        for place, (group, part) in enumerate(zip(self._groups(members), parts, strict=True)):
+            self._group_gradient(group, part, draws, place, grads)
+
+    def _group_gradient(
+        self,
+        group: Params,
+        batch: Batch,
+        draws: DrawsOfCall,
+        place: int,
+        grads: Params,
+    ) -> None:
+        """Write the gradients of a group of members (``_groups``) into ``grads``, and their
+        buffers after the minibatch into ``group``. ``place`` is the place of its fold."""
+        leaves = {name: group[name].detach().requires_grad_() for name in self.trainable}
 
         def losses() -> WithBuffers:
-            tensors = [dict(group) for group in leaves]
+            tensors = dict(leaves)
             for name, start in self.mutable.items():
-                for group, of_group in zip(groups, tensors):
-                    # Copies, because the members' own tensors share a counter of writes with the
-                    # leaves, and autograd requires unwritten leaves.
-                    of_group[name] = group[name].to(start.dtype, copy=True)
-            return self._losses(tensors, inputs, batch)
+                # Copies, because the members' own tensors share a counter of writes with the
+                # leaves, and autograd requires unwritten leaves.
+                tensors[name] = group[name].to(start.dtype, copy=True)
+            return self._losses(tensors, batch, draws, place)
 
         with torch.enable_grad():
             loss, after = self._with_copies_if_refused(losses)
@@ -170,22 +184,18 @@ class StackedModule(ModuleNetwork):
             if loss.dim() == 3:
                 share = batch.share  # a float, or one weight per row: (F, 1 or C, B, 1)
                 loss = loss * (share.squeeze(-1) if isinstance(share, Tensor) else share)
-            trained = [w for group in leaves for w in group.values()]
             idle = [self.frozen[name] for name in self._idle]
-            gradients = torch.autograd.grad(loss.sum(), [*trained, *idle], allow_unused=True)
+            gradients = torch.autograd.grad(
+                loss.sum(), [*leaves.values(), *idle], allow_unused=True
+            )
         if self.traits.branches:
             self._check_use(gradients)
-        places = iter(gradients)
-        for number in range(len(groups)):
-            for name in self.trainable:
-                part = grads[name][batch.folds]
-                if self.traits.common_rows:
-                    part = part[number]
-                gradient = next(places)
-                # A parameter without influence on the output gets the gradient 0.
-                part.zero_() if gradient is None else part.copy_(gradient.view(part.shape))
+        for name, gradient in zip(leaves, gradients):
+            part = grads[name][batch.folds]  # a view
+            # A parameter without influence on the output gets the gradient 0.
+            part.zero_() if gradient is None else part.copy_(gradient.view(part.shape))
         for name, buffer in after.items():
-            members[name].copy_(buffer.detach())
+            group[name].copy_(buffer.detach())
 
     def _groups(self, members: Params) -> list[Params]:
         """Split the tensors of the members (P, ...) by the calls of the module that they share.
@@ -205,19 +215,14 @@ class StackedModule(ModuleNetwork):
     def _check_use(self, gradients: Sequence[Tensor | None]) -> None:
         """Raise StackedError if a step uses other parameters than the tried steps did.
 
-        ``gradients`` are the gradients of the trained parameters, for one group of members after
-        the other, and of the parameters that the tried steps did not use. A plain loop leaves a
-        parameter unchanged in a step that does not use it, but stacked members would apply momentum
-        and weight decay.
+        ``gradients`` are the gradients of the trained parameters of a group of members, and of the
+        parameters that the tried steps did not use. A plain loop leaves a parameter unchanged in a
+        step that does not use it, but stacked members would apply momentum and weight decay.
         """
-        names = list(self.trainable)
-        n_trained = len(gradients) - len(self._idle)
-        for place, gradient in enumerate(gradients):
-            if place < n_trained and gradient is None:
-                name = names[place % len(names)]
-            elif place >= n_trained and gradient is not None:
-                name = self._idle[place - n_trained]
-            else:
+        names = [*self.trainable, *self._idle]
+        for place, (name, gradient) in enumerate(zip(names, gradients, strict=True)):
+            is_used = gradient is not None
+            if is_used == (place < len(self.trainable)):
                 continue
             raise StackedError(
                 None,
@@ -263,11 +268,8 @@ class StackedModule(ModuleNetwork):
         except TraceError:
             return keyed
 
-    def _losses(
-        self, groups: Sequence[Params], inputs: Sequence[Tensor], batch: Batch
-    ) -> WithBuffers:
-        """Return the loss of each row of a minibatch, (F, C, B), and the buffers after the
-        minibatch. ``groups`` are the members' tensors from ``_groups``.
+    def _losses(self, group: Params, batch: Batch, draws: DrawsOfCall, place: int) -> WithBuffers:
+        """Return the loss of each row of a group's minibatch, (F, C, B), and the buffers after it.
 
         A user's own loss may return means (F, C) instead.
         """
@@ -279,13 +281,13 @@ class StackedModule(ModuleNetwork):
                 config = self.configs[0]
                 return self.objective.losses(module, rows, y, config, names=self.shape.names)
 
-            tensors = [*inputs, batch.y]
+            tensors = [*batch.inputs, batch.y]
             losses, after = self._on_folds(
-                member_losses, groups, tensors, training=True, draws=self._draws(batch)
+                member_losses, [group], tensors, training=True, draws=draws, place=place
             )
             return losses.view(-1, trials, *losses.shape[1:]), after
         outputs, after = self._on_folds(
-            self._member_outputs, groups, inputs, training=True, draws=self._draws(batch)
+            self._member_outputs, [group], batch.inputs, training=True, draws=draws, place=place
         )
         outputs = _with_columns(outputs).to(self.shape.dtype)
         outputs = outputs.view(-1, trials, *outputs.shape[1:])  # (F, C, B, K)
@@ -379,22 +381,23 @@ class StackedModule(ModuleNetwork):
         *,
         training: bool,
         draws: DrawsOfCall,
+        place: int = 0,
     ) -> WithBuffers:
         """Call a function for groups of members (``_groups``) and the rows (F, B, ...) of their
         folds, and return the results (P, ...).
 
-        Also returns the members' buffers afterwards.
+        Also returns the members' buffers afterwards. ``place`` is the place of the first fold.
         """
         if not self.traits.common_rows:
             rows = [for_members(x, len(self.configs)) for x in tensors]
-            with draws(0):
+            with draws(place):
                 return self._mapped(function, groups[0], rows, training)
         # One call for each fold, because the members of a fold share their rows. vmap computes
         # everything before the first trained tensor only once.
         results = []
         buffers: dict[str, list[Tensor]] = {name: [] for name in self.mutable}
         for fold, rows_of_fold in enumerate(zip(*tensors, strict=True)):
-            with draws(fold):
+            with draws(place + fold):
                 result, after = self._mapped(function, groups[fold], rows_of_fold, training)
             results.append(result)
             for name, buffer in after.items():

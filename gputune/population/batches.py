@@ -17,7 +17,7 @@ operations can therefore be recorded once and replayed. One recording serves all
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -141,6 +141,18 @@ class Batch:
         """The rows of a table, (F or P, B, D), for a model with this single input."""
         (x,) = self.inputs
         return x
+
+    def by_fold(self) -> list["Batch"]:
+        """Split a minibatch with common rows by its folds: one minibatch (1, B, ...) for each."""
+        batches = []
+        for place, fold in enumerate(range(self.folds.start, self.folds.stop)):
+            part = slice(place, place + 1)
+            share = self.share[part] if isinstance(self.share, Tensor) else self.share
+            inputs = tuple(x[part] for x in self.inputs)
+            y = self.y[part]
+            folds = slice(fold, fold + 1)
+            batches.append(replace(self, inputs=inputs, y=y, share=share, folds=folds))
+        return batches
 
 
 @dataclass(frozen=True)

@@ -308,6 +308,9 @@ def _predict(data: Dataset, fold: int, member: TrialModel, trial: int, X: object
 # a small block would cost launches and do little work. At most 1/32 of the free memory is used,
 # because the outputs of several layers exist at the same time.
 _BLOCK_BYTES = 4 << 20
+# A call on fewer than 64 rows costs more than its work, unless large frozen layers make the rows wide:
+# 11 trials of a BERT's last layer take 20% less time in blocks of 8 texts than of 32.
+_SHARED_BLOCK_BYTES = 8 << 20
 _GPU_BLOCK_BYTES = 256 << 20
 _GPU_SHARE = 32
 _KEPT_NUMBERS = 1 << 25  # larger inputs are gathered again at every epoch instead of kept
@@ -397,9 +400,8 @@ class Validation:
 
     def blocks(self, fold: int, rows: int) -> Iterable[tuple[Tensor, ...]]:
         """Return the validation rows of a fold in blocks of at most ``rows`` rows."""
-        parts = (
-            self.data.rows(fold, part) for part in torch.split(self.data.folds[fold].valid, rows)
-        )
+        valid = self.data.folds[fold].valid
+        parts = (self.data.rows(fold, part) for part in torch.split(valid, rows))
         if self.data.n_rows * self.data.row_numbers > _KEPT_NUMBERS:
             return parts
         if (fold, rows) not in self.kept:
@@ -409,17 +411,20 @@ class Validation:
     def _block_rows(self, network: Network, trials: int) -> int:
         """Return the number of validation rows that the network evaluates at a time.
 
-        With this number of rows, one layer's outputs of all trials stay within ``block_bytes``.
+        One layer's outputs of all trials then stay within ``block_bytes``, if the rows are narrow.
         """
         if not network.alone:
             return self.data.n_rows
         row_numbers = self.data.row_numbers
-        if network.traits is not None and network.traits.common_rows:
+        shares_rows = network.traits is not None and network.traits.common_rows
+        if shares_rows:
             row_numbers = -(-row_numbers // trials)  # one copy for all trials
         widest = max(row_numbers, network.widest)
         if network.evaluation_draws:
             return drawing_rows(widest)
-        return max(64, self.block_bytes // (trials * widest * self.data.dtype.itemsize))
+        row_bytes = trials * widest * self.data.dtype.itemsize
+        least = min(64, max(4, _SHARED_BLOCK_BYTES // row_bytes)) if shares_rows else 64
+        return max(least, self.block_bytes // row_bytes)
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

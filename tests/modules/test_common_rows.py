@@ -16,7 +16,16 @@ from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule
 from gputune.population.batches import Batches
 from gputune.population.population import populations
-from problems import fill, largest_difference, make_data, module_loop, shape_of, train_modules
+from gputune.scoring.scoring import Validation
+from problems import (
+    fill,
+    largest_difference,
+    make_data,
+    module_loop,
+    peak_bytes,
+    shape_of,
+    train_modules,
+)
 
 
 class Frozen(nn.Module):
@@ -91,6 +100,39 @@ def test_common_rows_give_the_results_of_mapped_rows_with_dropout_and_statistics
     for name, tensor in params.items():
         assert torch.allclose(tensor, other_params[name], rtol=1e-12, atol=1e-12), name
     assert torch.allclose(outputs, other_outputs, rtol=1e-12, atol=1e-12)
+
+
+def gradient_bytes(folds):
+    """The most bytes that a step with common rows takes, in addition to its arguments."""
+    data = make_data(n=240, folds=folds)
+    traits = traits_of(Frozen, CONFIGS[0], data)
+    configs = fill(*({"batch_size": 64} for _ in range(8)))
+    network = StackedModule(Frozen, configs, shape_of(data), seed=0, traits=traits)
+    flat = network.start()
+    params = network.blocks.views(flat)
+    grads = network.trained.views(torch.zeros(network.trained.size))
+    batches = Batches(data, [64] * 8, data.y[None], seed=0, exact=True)
+    (batch,) = batches.at(0, 0)
+    return peak_bytes(lambda: network.gradient(params, batch, grads))
+
+
+def test_a_step_has_the_activations_of_one_fold_at_a_time():
+    assert gradient_bytes(4) < 1.2 * gradient_bytes(2)
+
+
+def test_wide_common_rows_are_scored_in_small_blocks():
+    data = make_data(n=240, dtype=torch.float32)
+    traits = traits_of(Frozen, CONFIGS[0], data)
+    blocks = {}
+    for widest in (64, 1 << 17, 1 << 22):
+        for common in (True, False):
+            known = replace(traits, widest=widest, common_rows=common)
+            network = StackedModule(Frozen, CONFIGS, shape_of(data), seed=0, traits=known)
+            blocks[widest, common] = Validation(data, None)._block_rows(network, 3)
+    assert blocks[64, True] > 64
+    assert blocks[1 << 17, True] == 5  # 3 trials x 2^17 values x 4 bytes x 5 rows <= 8 MiB
+    assert blocks[1 << 22, True] == 4
+    assert blocks[1 << 17, False] == blocks[1 << 22, False] == 64
 
 
 def test_a_module_without_frozen_parameters_maps_its_rows():
