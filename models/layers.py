@@ -1,5 +1,8 @@
 """Parts that several models use: a check of sizes, and a dropout with a rate that can change."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +11,26 @@ def check_size(name: str, value: int, low: int) -> None:
     """Raise ValueError if the argument ``name`` has a value below ``low``."""
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {name}={value}.")
+
+
+def _is_per_layer(value: object) -> bool:
+    """Return whether an argument has one value for each hidden layer."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def shared_depth(arguments: Mapping[str, Any], depth: int) -> int:
+    """Return the number of hidden layers: the length of the arguments with one value per layer, or
+    ``depth`` if there are none."""
+    lengths = {name: len(value) for name, value in arguments.items() if _is_per_layer(value)}
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ValueError(f"All sequences must have one value for each hidden layer, but {counts}.")
+    return next(iter(lengths.values()), depth)
+
+
+def per_layer(value: Any, depth: int) -> list[Any]:
+    """Return the value of an argument for each hidden layer."""
+    return [*value] if _is_per_layer(value) else [value] * depth
 
 
 class Dropout(nn.Module):

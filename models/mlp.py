@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .layers import check_size
+from .layers import check_size, per_layer, shared_depth
 
 # Each activation maps 0 to 0. A hidden unit whose weights are zero then stays invisible in
 # training. Padding relies on this.
@@ -24,11 +24,14 @@ class MLP(nn.Module):
     Args:
         n_features: number of inputs D, at least 0.
         n_outputs: number of outputs K, at least 1.
-        width: units of every hidden layer, at least 1, or a sequence with the units of each hidden
-            layer. With a sequence, ``depth`` is ignored.
-        depth: number of hidden layers, at least 0. 0 is the linear model.
+        width: units of every hidden layer, at least 1.
+        depth: number of hidden layers, at least 0. 0 is the linear model. Ignored if another
+            argument is a sequence.
         activation: "relu", "gelu", "silu" or "tanh".
         dropout: dropout rate after every activation, in [0, 1).
+
+    ``width``, ``activation`` and ``dropout`` also accept a sequence with one value for each hidden
+    layer, for example ``width=(64, 512)``. All sequences must have the same length.
 
     Raises:
         ValueError: an argument is out of range.
@@ -40,6 +43,8 @@ class MLP(nn.Module):
         torch.Size([2, 3])
         >>> sum(parameter.numel() for parameter in model.parameters())
         131
+        >>> gputune.models.MLP(4, 3, width=(8, 16), activation=("relu", "tanh")).depth
+        2
     """
 
     def __init__(
@@ -49,36 +54,42 @@ class MLP(nn.Module):
         *,
         width: int | Sequence[int] = 128,
         depth: int = 2,
-        activation: str = "relu",
-        dropout: float = 0.0,
+        activation: str | Sequence[str] = "relu",
+        dropout: float | Sequence[float] = 0.0,
     ) -> None:
         super().__init__()
         check_size("n_features", n_features, 0)
         check_size("n_outputs", n_outputs, 1)
         check_size("depth", depth, 0)
-        hidden = [*width] if isinstance(width, Sequence) else [width] * depth
-        for units in hidden or [width]:
+        depth = shared_depth({"width": width, "activation": activation, "dropout": dropout}, depth)
+        widths = per_layer(width, depth)
+        activations = per_layer(activation, depth)
+        rates = per_layer(dropout, depth)
+        for units in per_layer(width, max(depth, 1)):
             check_size("width", units, 1)
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}."
-            )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is a probability in [0, 1), got {dropout=}.")
+        for name in per_layer(activation, max(depth, 1)):
+            if name not in ACTIVATIONS:
+                raise ValueError(
+                    f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}."
+                )
+        for rate in per_layer(dropout, max(depth, 1)):
+            if not 0 <= rate < 1:
+                raise ValueError(f"dropout is a probability in [0, 1), got {dropout=}.")
         self.n_features = n_features
         self.n_outputs = n_outputs
         self.width = width
-        self.depth = len(hidden)
+        self.depth = depth
         self.activation = activation
         self.dropout = dropout
-        sizes = [n_features, *hidden, n_outputs]
+        sizes = [n_features, *widths, n_outputs]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
-        self.act = ACTIVATIONS[activation]()
-        self.drop = nn.Dropout(dropout)
+        self.activations = nn.ModuleList(ACTIVATIONS[name]() for name in activations)
+        self.dropouts = nn.ModuleList(nn.Dropout(rate) for rate in rates)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs (B, K) for rows (B, D)."""
-        for layer in self.layers[:-1]:
-            x = self.drop(self.act(layer(x)))
+        hidden = zip(self.layers, self.activations, self.dropouts, strict=False)
+        for layer, activation, dropout in hidden:
+            x = dropout(activation(layer(x)))
         output: Tensor = self.layers[-1](x)
         return output

@@ -78,15 +78,18 @@ def minibatch_loss(output, y, weights):
 
 
 def forward_with_dropout(module, x, rate, seed, epoch, step):
-    """The plain MLP with the keyed masks in place of ``nn.Dropout``'s own draw."""
+    """The plain MLP with the keyed masks in place of ``nn.Dropout``'s own draw. ``rate`` is the rate
+    of all hidden layers, or a list of their rates."""
+    widths = [layer.out_features for layer in module.layers[:-1]]
     for number, layer in enumerate(module.layers[:-1]):
-        x = module.act(layer(x))
+        x = module.activations[number](layer(x))
+        layer_rate = rate[number] if isinstance(rate, list | tuple) else rate
         draw = torch.rand(
             len(x),
-            padded_width(module.width),
+            padded_width(max(widths)),
             generator=stream(seed, "dropout", epoch, step, number),
-        )[:, : module.width]
-        x = torch.where(draw >= rate, x / (1 - rate), torch.zeros_like(x))
+        )[:, : widths[number]]
+        x = torch.where(draw >= layer_rate, x / (1 - layer_rate), torch.zeros_like(x))
     return module.layers[-1](x)
 
 
@@ -103,10 +106,11 @@ def train_mlp(
     ).to(x.dtype)
     start(module, seed)
     rate = config.get("dropout", 0.0)
+    drops = any(rate) if isinstance(rate, list | tuple) else rate > 0
 
     def forward(batch, epoch, step):
         return (
-            forward_with_dropout(module, batch, rate, seed, epoch, step) if rate else module(batch)
+            forward_with_dropout(module, batch, rate, seed, epoch, step) if drops else module(batch)
         )
 
     return _loop(module, forward, x, y, config, seed, epochs, max_epochs, weights, after_epoch)

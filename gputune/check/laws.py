@@ -90,7 +90,7 @@ def plain_mlp(
 
     def forward(x: Tensor, epoch: int, step: int) -> Tensor:
         for number, layer in enumerate(module.layers[:-1]):
-            x = module.act(layer(x))
+            x = module.activations[number](layer(x))
             rate = config["dropout"]
             if rate:
                 # Training draws for the padded width; a narrower member uses the first columns.

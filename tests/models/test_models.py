@@ -56,12 +56,26 @@ def test_the_code_of_a_model_is_an_example_that_fits_a_page(model):
         (GRU((7, 2), 3, layers=2), (7, 2)),
         (MLP(5, 3, width=7, depth=3, activation="tanh"), (5,)),
         (MLP(5, 3, width=(7, 2)), (5,)),
+        (MLP(5, 3, width=7, activation=("relu", "tanh", "silu"), dropout=(0.0, 0.5, 0.1)), (5,)),
         (LogisticRegression(5, 3), (5,)),
     ],
 )
 def test_outputs_have_one_row_a_row(model, shape):
     assert model(torch.randn(4, *shape)).shape == (4, 3)
     assert model.double()(torch.randn(4, *shape).double()).dtype == torch.float64
+
+
+def test_each_hidden_layer_of_an_mlp_has_its_own_activation_and_dropout():
+    model = MLP(5, 3, width=(8, 4), activation=("relu", "tanh"), dropout=(0.0, 0.9)).double()
+    x = torch.randn(6, 5).double()
+    first, second, last = model.layers
+    hidden = second(first(x).relu()).tanh()
+    torch.testing.assert_close(model.eval()(x), last(hidden), rtol=0, atol=0)
+    torch.manual_seed(0)
+    kept = model.train().dropouts[1](hidden)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(x), last(kept), rtol=0, atol=0)
+    assert (kept == 0).any()
 
 
 def test_bytes_and_token_ids_are_taken_as_they_are():
@@ -83,6 +97,13 @@ def test_bytes_and_token_ids_are_taken_as_they_are():
             "activation must be one of .*, got 'sigmoid'",
         ),
         (MLP, {"n_features": 3, "dropout": 1.0}, r"dropout is a probability in \[0, 1\)"),
+        (MLP, {"n_features": 3, "dropout": (0.5, 1.0)}, r"dropout is a probability in \[0, 1\)"),
+        (MLP, {"n_features": 3, "activation": ("relu", "swish")}, "activation must be one of .*"),
+        (
+            MLP,
+            {"n_features": 3, "width": (8, 4), "dropout": (0.1, 0.2, 0.3)},
+            "All sequences must have one value for each hidden layer, but width has 2, dropout has 3",
+        ),
         (LogisticRegression, {"n_features": -1}, "n_features must be at least 0"),
         (
             CNN,
