@@ -168,6 +168,9 @@ path.
 """
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 
+PER_LAYER = ("width", "activation", "dropout")
+"""The hyperparameters of the MLP that may be a tuple with one value for each hidden layer."""
+
 Numbers = Literal["standard", "robust", "quantile", "piecewise", "piecewise-tree", "none"]
 NUMBERS = get_args(Numbers)
 """The ways to prepare the numeric columns of a table."""
@@ -228,6 +231,13 @@ def first_metric(scores: "np.ndarray", *, axes: int) -> "np.ndarray":
     # A contiguous copy, so that sums over it have the same bits as in a search with only that
     # metric.
     return scores if scores.ndim == axes else scores[..., 0].copy()
+
+
+def fixed_depth(config: Config) -> int | None:
+    """Return the number of hidden layers that the tuples of a configuration set, None without
+    tuples."""
+    lengths = (len(config[key]) for key in PER_LAYER if isinstance(config.get(key), tuple))
+    return next(lengths, None)
 
 
 def default_weight_decay(optimizer: str) -> float:

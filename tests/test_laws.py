@@ -176,6 +176,27 @@ def test_law_1_for_activations_and_dropout(activation):
     assert_equals_plain_loop(make_data(), configs, epochs=6)
 
 
+@pytest.mark.parametrize("activations", [("relu", "tanh"), ("gelu", "relu"), ("tanh", "silu")])
+def test_law_1_for_activations_and_dropout_of_each_layer(activations):
+    rates = [(0.3, 0.0), (0.0, 0.5), 0.2, 0.0]
+    configs = fill(
+        *(
+            {"dropout": rate, "width": width, "batch_size": size, "activation": activations}
+            for rate, (width, size) in zip(rates, [(8, 16), ((9, 5), 16), ((3, 8), 16), (8, 7)])
+        )
+    )
+    assert len(populations(configs[:3], "mlp", rows=31)) == 1
+    assert_equals_plain_loop(make_data(), configs, epochs=4)
+
+
+@eagerly
+def test_one_activation_for_all_layers_is_the_population_of_its_tuple():
+    configs = fill({"activation": "tanh"}, {"activation": ("tanh", "tanh")})
+    assert len(populations(configs, "mlp", rows=31)) == 1
+    configs = fill({"activation": "tanh"}, {"activation": ("tanh", "relu")})
+    assert len(populations(configs, "mlp", rows=31)) == 2
+
+
 @not_recorded
 @pytest.mark.parametrize("optimizer", ["adamw", "sgdhd"])
 @pytest.mark.parametrize("size", [13, 500])

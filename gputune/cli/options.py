@@ -19,7 +19,7 @@ from gputune.spaces.config import RANGES, WORDS
 from gputune.spaces.distributions import log_int
 from gputune.tuning.method import Method, method_class, method_classes
 from gputune.tuning.options import RULES, Options, make_options
-from gputune.types import Config
+from gputune.types import PER_LAYER, Config
 from gputune.wording import Verbatim
 
 
@@ -264,10 +264,11 @@ def _parse_value(key: str, text: str, spec: str) -> str | float | bool | tuple[o
     """Convert a text to one value of a search space: a string, a number, a boolean or a tuple."""
     if not text:
         raise InputError(None, "A list must have no empty value", got=spec, remedy=_EXAMPLES)
+    accepts_tuples = key not in (*RANGES, *WORDS) or key in PER_LAYER
+    if accepts_tuples and text[0] == "(" and text[-1] == ")":
+        return tuple(_parse_value(key, part.strip(), spec) for part in text[1:-1].split(","))
     if key in WORDS:
         return text
-    if (key not in RANGES or key == "width") and text[0] == "(" and text[-1] == ")":
-        return tuple(_parse_value(key, part.strip(), spec) for part in text[1:-1].split(","))
     number = _number(text)
     if number is not None:
         return number

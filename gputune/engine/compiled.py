@@ -32,7 +32,7 @@ from gputune.native.library import (
 )
 from gputune.optimizers.rules import SCHEDULES, n_moments
 from gputune.population.batches import row_order
-from gputune.population.kinds import hidden_widths
+from gputune.population.kinds import dropout_rates, hidden_widths
 from gputune.population.state import State, differ_only_in_rates, selected_configs
 from gputune.scoring.scores import ROW_MEANS
 from gputune.scoring.scoring import Validation
@@ -45,7 +45,6 @@ _MEMBER_VALUES = {
     "lr": "lr",
     "momentum": "momentum",
     "decay": "weight_decay",
-    "dropout": "dropout",
     "ema": "ema",
 }
 """Hyperparameters with one value per trial, keyed by their names in the compiled code."""
@@ -131,7 +130,6 @@ class CompiledChunk:
             "width": self.network.hidden,
             "outputs": data.n_outputs,
             "layers": self.network.depth + 1,
-            "activation": ACTIVATIONS.index(self.network.activation),
             "optimizer": OPTIMIZERS.index(self.configs[0]["optimizer"]),
             "classes": int(data.task != "regression"),
             "rows": data.n_rows,
@@ -148,6 +146,7 @@ class CompiledChunk:
         self.arrays: WorkArrays = {
             **self.row_arrays,
             "widths": self.place(list(map(hidden_widths, self.configs))),
+            "activations": self.place(list(map(ACTIVATIONS.index, self.network.activations))),
             "loss_number": self.place([self.network.loss_number]),
             "sizes": self.place(self.sizes),
             "schedule": self.place([schedules.index(c["schedule"]) for c in self.configs]),
@@ -169,6 +168,9 @@ class CompiledChunk:
         for name, key in _MEMBER_VALUES.items():
             values = [float(config[key]) for config in self.configs]
             self.arrays[name] = self.place(values)
+        # (C, layers)
+        rates = np.array(list(map(dropout_rates, self.configs)), dtype=np.float64)
+        self.arrays["dropout"] = self.place(rates)
 
     def _set_lag(self, lag: np.ndarray) -> None:
         """Set how many steps each member would have taken more at its present batch size,

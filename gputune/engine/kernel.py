@@ -33,7 +33,13 @@ from gputune.native.cuda import (
 from gputune.native.library import ACTIVATIONS, OPTIMIZERS, NotBuiltError, make_work
 from gputune.optimizers.rules import n_moments
 from gputune.population.batches import row_order
-from gputune.population.kinds import ModelKind, hidden_layers, padded_width
+from gputune.population.kinds import (
+    ModelKind,
+    hidden_activations,
+    hidden_layers,
+    highest_dropout,
+    padded_width,
+)
 from gputune.population.population import is_plain
 from gputune.types import Config, Say
 from gputune.wording import option
@@ -194,10 +200,10 @@ def kernel_of(configs: Sequence[Config], kind: ModelKind, data: Dataset) -> Memb
         width=padded_width(max(hidden)) if hidden else 0,
         depth=depth,
         outputs=data.n_outputs,
-        activation=ACTIVATIONS.index(first["activation"]),
+        activations=tuple(map(ACTIVATIONS.index, hidden_activations(first))) if hidden else (),
         moments=n_moments(first["optimizer"], (config["momentum"] for config in configs)),
         classes=data.task != "regression",
-        dropout=depth > 0 and any(config["dropout"] for config in configs),
+        dropout=depth > 0 and any(map(highest_dropout, configs)),
         dtype=data.dtype,
         rows=tile_of(min(batch, max(data.train_lengths))),
         tf32=torch.backends.cuda.matmul.fp32_precision == "tf32",

@@ -22,7 +22,14 @@ from gputune.engine.dropout import MlpDraws, dropout_draw
 from gputune.models import MLP, LogisticRegression
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches
-from gputune.population.kinds import ModelKind, hidden_layers, hidden_widths, padded_width
+from gputune.population.kinds import (
+    ModelKind,
+    dropout_rates,
+    hidden_activations,
+    hidden_layers,
+    hidden_widths,
+    padded_width,
+)
 from gputune.population.population import Shape
 from gputune.population.traits import Traits
 from gputune.scoring.losses import LOSSES, cross_entropy_slope_, number_slope_, row_losses
@@ -85,13 +92,13 @@ class StackedMLP:
         self.hidden = 0
         if self.depth:
             self.hidden = padded_width(max(hidden_widths(first)))
-        self.activation = first["activation"]
-        rates = [config["dropout"] for config in configs]
+        self.activations = hidden_activations(first) if self.depth else ()
+        rates = list(map(dropout_rates, configs))
         self.rates = None
-        if self.depth and any(rates):
-            # dropout rates (C, 1, 1)
+        if self.depth and any(map(any, rates)):
+            # dropout rates (layers, C, 1, 1)
             table = torch.tensor(rates, dtype=shape.dtype, device=shape.device)
-            self.rates = table[:, None, None]
+            self.rates = table.T[..., None, None]
             self.keep_rates = 1 - self.rates
         self.sizes = [shape.n_features, *[self.hidden] * self.depth, shape.n_outputs]
         folds = shape.folds
@@ -207,7 +214,7 @@ class StackedMLP:
         wide = torch.addmm(bias, x, weight)
         h = wide.view(len(x), trials, -1).movedim(1, 0)  # (C, m, H)
         for layer in range(1, self.depth + 1):
-            h = _activate(self.activation, h)
+            h = _activate(self.activations[layer - 1], h)
             # (C, m, H) @ (C, H, H) -> (C, m, H); K outputs in the last layer
             bias = params[f"bias{layer}"][fold]
             weight = params[f"weight{layer}"][fold]
@@ -233,12 +240,12 @@ class StackedMLP:
         (h,) = inputs
         for layer in range(self.depth + 1):
             if layer:
-                h = getattr(functional, self.activation)(h)
+                h = getattr(functional, self.activations[layer - 1])(h)
                 if self.rates is not None and key is not None:
                     # one draw (B, H) for all members; each trial compares it with its own rate
                     draw = dropout_draw(self.seed, key, layer - 1, *h.shape[1:])
                     keep = h.new_empty((len(self.configs), *h.shape[1:]))
-                    self._keep_units(draw.to(h.device), keep)
+                    self._keep_units(draw.to(h.device), keep, layer - 1)
                     # (F, C, B, H) * (C, B, H)
                     h = h.view(-1, *keep.shape) * keep
                     h = h.flatten(0, 1)
@@ -283,9 +290,10 @@ class StackedMLP:
         z = self._first_layer(params, batch, workspace)  # (F, C, B, H)
         if self.rates is not None:
             assert isinstance(batch.draws, Tensor)
+            # (layers, 1, B, H) against the rates (layers, C, 1, 1)
             self._keep_units(batch.draws[:, None], workspace.keep)
         for layer in range(1, self.depth + 1):
-            h = _activate(self.activation, z, out=workspace.active[layer - 1])
+            h = _activate(self.activations[layer - 1], z, out=workspace.active[layer - 1])
             if self.rates is not None:
                 keep = workspace.keep[layer - 1]
                 h = torch.mul(h, keep, out=workspace.dropped[layer - 1])
@@ -326,11 +334,13 @@ class StackedMLP:
         D)."""
         return len(batch.x) == self.shape.folds
 
-    def _keep_units(self, draw: Tensor, keep: Tensor) -> None:
-        """Fill the dropout mask ``keep`` (C, B, H) with 1/(1-p) for each kept unit and 0 for each
-        dropped unit."""
+    def _keep_units(self, draw: Tensor, keep: Tensor, layer: int | slice = slice(None)) -> None:
+        """Fill the dropout mask ``keep`` with 1/(1-p) for each kept unit and 0 for each dropped unit.
+
+        The mask is (C, B, H) for one hidden layer, or (layers, C, B, H) for all of them.
+        """
         assert self.rates is not None
-        torch.ge(draw, self.rates, out=keep).div_(self.keep_rates)
+        torch.ge(draw, self.rates[layer], out=keep).div_(self.keep_rates[layer])
 
     def _backward(
         self, params: Params, batch: Batch, workspace: "_Workspace", grads: Params
@@ -359,10 +369,11 @@ class StackedMLP:
             else:
                 z = workspace.linear[layer - 1]
                 slope = below
-            if self.activation == "relu":
+            activation = self.activations[layer - 1]
+            if activation == "relu":
                 aten.threshold_backward.grad_input(below, active, 0, grad_input=slope)
             else:
-                kernel, takes_value = _SLOPES[self.activation]
+                kernel, takes_value = _SLOPES[activation]
                 kernel.grad_input(below, active if takes_value else z, grad_input=slope)
             # The buffers swap: a slope must not overwrite the slope that it is computed from.
             below, spare = spare, below
@@ -413,8 +424,10 @@ class _Workspace:
         self.linear = for_layers(max(1, net.depth), first)
         # relu and tanh have a gradient that follows from their value, so the value may overwrite
         # the argument.
-        in_place = net.activation in ("relu", "tanh")
-        self.active = self.linear if in_place else for_layers(net.depth)
+        self.active = []
+        for activation, linear in zip(net.activations, self.linear, strict=False):
+            in_place = activation in ("relu", "tanh")
+            self.active.append(linear if in_place else empty(*linear.shape))
         dropping = 0 if net.rates is None else net.depth
         self.dropped = for_layers(dropping)
         self.keep = empty(dropping, trials, rows, net.hidden)

@@ -28,6 +28,7 @@ from gputune.modules.trace import TraceError
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.update import optimizer_of
 from gputune.population.batches import Batches, StepShape
+from gputune.population.kinds import highest_dropout
 from gputune.population.population import Network
 from gputune.population.state import State, selected_configs
 from gputune.scoring.scoring import Validation
@@ -99,7 +100,7 @@ class StackedChunk:
         random numbers."""
         self.grad = torch.zeros_like(self._trained)
         self.params = self._network.blocks.views(self._flat)
-        self.dropout = self.update.clock.table(self.configs, "dropout")
+        self.dropout = self.update.clock.per_trial(list(map(highest_dropout, self.configs)))
         self.grads = self._network.trained.views(self.grad)
         self.steps: StepTaker = Direct()
         if self.recorded:

@@ -20,7 +20,7 @@ from gputune.engine.checkpoint import Checkpoint, Checkpointing, pause_after
 from gputune.engine.plan import Plan
 from gputune.methods.exchanges import Exchange, ExchangeRule, exchanges, generator
 from gputune.methods.rungs import PausedTraining, RunningTrial
-from gputune.population.kinds import ModelKind, hidden_layers, is_module
+from gputune.population.kinds import ModelKind, hidden_layers, highest_dropout, is_module
 from gputune.population.population import shape_of_tensors
 from gputune.population.state import State
 from gputune.spaces.config import MODULE_PREFIX
@@ -177,7 +177,7 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         for trial in trials:
             config = trial.config
             loss = config.get("loss__label_smoothing")
-            drops = config["dropout"] > 0
+            drops = highest_dropout(config) > 0
             key.append((trial.number, config["batch_size"], loss, drops))
         if self.latest_plan is None or self.latest_plan[0] != key:
             self.latest_plan = (key, super().plan(trials, epochs))

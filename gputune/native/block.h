@@ -6,7 +6,7 @@
    ``real``, the other headers and the constants of one shape of members come before this header:
    INPUTS, WIDTH (of the tensors), DEPTH (hidden layers), OUTPUTS, ROWS (of a tile, the part of a
    minibatch whose activations are in shared memory at once), THREADS, MOMENTS (buffers of the
-   optimizer), ACTIVATION, CLASSES (0: a regression), DROPOUT, TF32 (1: products round their factors
+   optimizer), ACTIVATION(L) of a hidden layer, CLASSES (0: a regression), DROPOUT, TF32 (1: products round their factors
    to 10 bits of mantissa, for tensor cores), SHARED (bytes), SCRATCH (numbers of a block), HELD
    (numbers of moments that a thread may keep in registers). */
 
@@ -194,7 +194,8 @@ struct Part {
     bool begun, whole;         // true if the minibatch has rows before the tile, and if it has none after it
     const float *draws;        // draws of dropout for the first layer; NULL: none
     int64_t layer;             // number of draws per layer
-    real rate, scale, share;   // share: of a row in the loss; 0: it follows from the row's weight
+    const double *rates;       // dropout's rate of each hidden layer
+    real share;                // of a row in the loss; 0: it follows from the row's weight
     real *scratch;             // gradients of the earlier tiles
 };
 

@@ -149,7 +149,7 @@ class MemberKernel:
     width: int
     depth: int
     outputs: int
-    activation: int
+    activations: tuple[int, ...]
     moments: int
     classes: bool
     dropout: bool
@@ -260,7 +260,8 @@ class MemberKernel:
             "ROWS": self.rows,
             "THREADS": self.threads,
             "MOMENTS": self.moments,
-            "ACTIVATION": self.activation,
+            # a macro with the layer as its argument, so that each layer's activation is a constant
+            "ACTIVATION(L)": _by_layer(self.activations),
             "CLASSES": int(self.classes),
             "DROPOUT": int(self.dropout),
             "TF32": int(self.tf32),
@@ -272,6 +273,15 @@ class MemberKernel:
         lines = [f"typedef {'double' if double else 'float'} real;", *["#define DOUBLE"] * double]
         lines += [f"#define {name} {value}" for name, value in sizes.items()]
         return "\n".join([*lines, *((FOLDER / name).read_text() for name in FILES)])
+
+
+def _by_layer(values: Sequence[int]) -> str:
+    """Return a C expression for the value of the hidden layer ``L``, for example ``(L) == 0 ? 0 :
+    3``."""
+    if not values:
+        return "0"
+    cases = [f"(L) == {layer} ? {value} : " for layer, value in enumerate(values[:-1])]
+    return f"({''.join(cases)}{values[-1]})"
 
 
 def _row(n: int) -> int:

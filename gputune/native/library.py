@@ -91,12 +91,11 @@ def fill_uniform(seed: int, parts: Sequence[torch.Tensor]) -> bool:
 
 
 _NUMBERS = (
-    "folds trials inputs width outputs layers activation optimizer classes rows epoch horizon "
-    "row_score loss"
+    "folds trials inputs width outputs layers optimizer classes rows epoch horizon row_score loss"
 ).split()
 _BEFORE = "x center scale copies y target target_center target_scale weights present order lengths".split()
-_AFTER = """widths sizes schedule lr decay momentum dropout ema loss_number draws draw_start draw_rows theta first
-second average valid valid_start scored means nanoseconds lag queue""".split()
+_AFTER = """widths activations sizes schedule lr decay momentum dropout ema loss_number draws draw_start draw_rows
+theta first second average valid valid_start scored means nanoseconds lag queue""".split()
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")

@@ -49,12 +49,25 @@ ALWAYS_INLINE void sum_weights(Shared &s, const Work &w, int64_t f, const int64_
     if (threadIdx.x == 0) s.total[0] = total > 2.2250738585072014e-308 ? total : 2.2250738585072014e-308;
 }
 
-// Dropout's factor on a unit: 1 / (1 - rate) if the unit stays, else 0. It stays if its draw is at
-// least the rate.
-ALWAYS_INLINE real kept(const Part &part, int layer, int row, int column)
+// Dropout in one hidden layer. The factor of a unit is 1 / (1 - rate) if the unit stays, else 0. A
+// unit stays if its draw is at least the rate.
+struct Dropping {
+    const float *draws; // of the layer, (rows, WIDTH); NULL: every unit stays
+    int rows;
+    real rate, scale;
+};
+
+ALWAYS_INLINE Dropping dropping_in(const Part &part, int layer)
 {
-    if (!DROPOUT || !part.draws) return 1;
-    return row < part.rows && part.draws[layer * part.layer + row * WIDTH + column] >= part.rate ? part.scale : 0;
+    if (!DROPOUT || !part.draws) return {nullptr, 0, 0, 1};
+    const real rate = (real)part.rates[layer];
+    return {part.draws + layer * part.layer, part.rows, rate, 1 / (1 - rate)};
+}
+
+ALWAYS_INLINE real kept(const Dropping &dropping, int row, int column)
+{
+    if (!DROPOUT || !dropping.draws) return 1;
+    return row < dropping.rows && dropping.draws[row * WIDTH + column] >= dropping.rate ? dropping.scale : 0;
 }
 
 template <int L> ALWAYS_INLINE void forward(Shared &s, const Part &part)
@@ -62,12 +75,13 @@ template <int L> ALWAYS_INLINE void forward(Shared &s, const Part &part)
     using Z = Layer<L>;
     using Sum = Product<ROWS, Z::OUT, Factor<ALONG, Z::INPUT_ROW>, Factor<ACROSS, Z::ROW>>;
     const real *below = L ? s.h[L ? L - 1 : 0] : s.x;
+    const Dropping dropping = L < DEPTH ? dropping_in(part, L) : Dropping{};
     Sum::template runs<1, 4>({below}, {s.parameters + Z::WEIGHT}, Z::IN, [&](int, int r, int column, Numbers<Sum::RUN> z) {
         UNROLL for (int j = 0; j < Sum::RUN; j++) z.at[j] += s.parameters[Z::BIAS + column + j];
         if constexpr (L == DEPTH) store(s.outputs + r * Z::ROW + column, z);
         else {
-            if (ACTIVATION != RELU) store(s.z[L] + r * Z::ROW + column, z);
-            UNROLL for (int j = 0; j < Sum::RUN; j++) z.at[j] = activated(ACTIVATION, z.at[j]) * kept(part, L, r, column + j);
+            if (ACTIVATION(L) != RELU) store(s.z[L] + r * Z::ROW + column, z);
+            UNROLL for (int j = 0; j < Sum::RUN; j++) z.at[j] = activated(ACTIVATION(L), z.at[j]) * kept(dropping, r, column + j);
             store(s.h[L] + r * Z::ROW + column, z);
         }
     });
@@ -109,10 +123,11 @@ template <int L> ALWAYS_INLINE void slope_below(Shared &s, const Part &part, con
 {
     using Z = Layer<L>;
     using Sum = Product<ROWS, Z::IN, Factor<ALONG, Z::ROW>, Factor<ALONG, Z::ROW>>;
+    const Dropping dropping = dropping_in(part, L - 1);
     Sum::template runs<1, 2>({above}, {s.parameters + Z::WEIGHT}, Z::OUT, [&](int, int r, int unit, Numbers<Sum::RUN> gradient) {
         UNROLL for (int j = 0; j < Sum::RUN; j++) {
             real &z = s.z[L - 1][r * WIDE + unit + j];
-            z = slope_in(ACTIVATION, gradient.at[j] * kept(part, L - 1, r, unit + j), z, s.h[L - 1][r * WIDE + unit + j]);
+            z = slope_in(ACTIVATION(L - 1), gradient.at[j] * kept(dropping, r, unit + j), z, s.h[L - 1][r * WIDE + unit + j]);
         }
     });
     BARRIER(BACKWARD + L);
@@ -143,6 +158,7 @@ ALWAYS_INLINE void descend(Shared &s, const Work &w, Own<L> &registers, const Pa
     using Z = Layer<L>;
     using Gradient = typename Z::Gradient;
     const real *below = L ? s.h[L ? L - 1 : 0] : s.x;
+    const Dropping dropping = L < DEPTH ? dropping_in(part, L) : Dropping{};
     constexpr int RUN = Gradient::RUN;
     Gradient::template runs<Z::UNROLLED, 2>({below}, {gradient}, filled(part.rows, FULL_ROWS),
                                             [&](int number, int row, int column, Numbers<RUN> g) {
@@ -197,7 +213,8 @@ ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *s
     const int n = (int)w.lengths[f], size = w.sizes[c] < n ? (int)w.sizes[c] : n, steps = (n + size - 1) / size;
     if (begin >= epochs * steps) return;
     const int64_t valid = w.scored || w.means ? w.valid_start[f + 1] - w.valid_start[f] : 0;
-    const real rate = DROPOUT ? (real)w.dropout[c] : 0;
+    bool drops = false; // whether a hidden layer has a dropout rate above 0
+    for (int layer = 0; DROPOUT && layer < DEPTH; layer++) drops |= w.dropout[c * DEPTH + layer] > 0;
     Own<DEPTH> registers;
     move<DEPTH, false>(s, w, registers, f, c);
     const int output = threadIdx.x;
@@ -217,12 +234,11 @@ ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *s
             Part part = {training ? which + at : w.valid + w.valid_start[f] + at - count, left < ROWS ? (int)left : ROWS};
             part.begun = at > 0;
             part.whole = left <= ROWS;
-            part.rate = rate;
-            part.scale = 1 / (1 - rate);
+            part.rates = w.dropout + c * DEPTH;
             part.layer = DROPOUT ? w.draw_rows[within] * WIDTH : 0;
             part.scratch = scratch;
             part.share = w.weights ? 0 : 1 / (real)count;
-            part.draws = DROPOUT && training && rate > 0 ? w.draws + w.draw_start[epoch * w.longest + within] + at * WIDTH : nullptr;
+            part.draws = drops && training ? w.draws + w.draw_start[epoch * w.longest + within] + at * WIDTH : nullptr;
             gather(s, w, f, part);
             BARRIER(GATHERED);
             forward<0>(s, part);

@@ -53,13 +53,14 @@ static real *lay_out(const Work *w, Space *s, real *at) {
         }
     }
     s->end = at;
-    int apart = w->activation != RELU; /* relu's gradient follows from h, even after dropout; the others also need z */
     for (int l = 0; l <= s->layers; l++) {
         s->h[l] = at, at += rows * widest;
         s->z[l] = s->h[l];
         s->kept[l] = 0;
-        if (apart && l > 0 && l < s->layers) s->z[l] = at, at += rows * hidden;
-        if (w->draws && l > 0 && l < s->layers) s->kept[l] = at, at += rows * hidden;
+        if (l == 0 || l == s->layers) continue;
+        /* relu's gradient follows from h, even after dropout; the others also need z */
+        if (w->activations[l - 1] != RELU) s->z[l] = at, at += rows * hidden;
+        if (w->draws) s->kept[l] = at, at += rows * hidden;
     }
     s->upper = at, at += rows * widest;
     s->below = at, at += rows * widest;
@@ -124,11 +125,19 @@ static void gather(const Work *w, long f, const int64_t *which, long rows, real 
     }
 }
 
+/* Whether a trial has a layer with a dropout rate above 0. */
+static int drops(const Work *w, long c) {
+    int layers = (int)w->layers - 1;
+    for (int l = 0; w->draws && l < layers; l++)
+        if (w->dropout[c * layers + l] > 0) return 1;
+    return 0;
+}
+
 /* Fill dropout's factors: 1 / (1 - rate) if a unit stays, else 0. A unit stays if its draw is at
-   least the rate. */
+   least the rate of its layer. */
 static void drop(const Work *w, Space *s, long c, long step, long rows) {
-    real rate = (real)w->dropout[c], kept = 1 / (1 - rate);
     for (int l = 1; l < s->layers; l++) {
+        real rate = (real)w->dropout[c * (w->layers - 1) + l - 1], kept = 1 / (1 - rate);
         const float *draws = w->draws + w->draw_start[step] + (l - 1) * w->draw_rows[step] * w->width;
         long row = s->layer[l - 1].row, hidden = s->layer[l - 1].out;
         for (long i = 0; i < rows; i++)
@@ -146,7 +155,7 @@ static void forward(const Work *w, Space *s, long rows, int dropping) {
         real *z = s->z[l + 1], *h = s->h[l + 1];
         product(rows, layer->row, layer->in, s->h[l], across, 1, layer->weight[0], padded(layer->in), layer->bias[0], z,
                 layer->row);
-        if (!last) activate(w->activation, n, z, h);
+        if (!last) activate(w->activations[l], n, z, h);
         if (!last && dropping)
             for (long i = 0; i < n; i++) h[i] *= s->kept[l + 1][i];
     }
@@ -240,7 +249,7 @@ static void backward(const Work *w, Space *s, Rates rates, long rows, int droppi
             long n = rows * s->layer[l - 1].row;
             if (dropping)
                 for (long i = 0; i < n; i++) below[i] *= s->kept[l][i];
-            slope_below(w->activation, n, below, s->z[l], s->h[l]);
+            slope_below(w->activations[l - 1], n, below, s->z[l], s->h[l]);
             gradient = below;
             below = gradient == s->upper ? s->below : s->upper;
         }

@@ -63,7 +63,7 @@ static void move_average(const Work *w, Space *s, long c, int first) {
 static void train_member(const Work *w, Space *s, long f, long c, const int32_t *stop) {
     int64_t begin = nanoseconds_now();
     long n = w->lengths[f], size = w->sizes[c] < n ? w->sizes[c] : n, steps = (n + size - 1) / size;
-    int dropping = w->draws && w->dropout[c] > 0;
+    int dropping = drops(w, c);
     load_member(w, s, f, c);
     for (long step = 0; step < steps && !__atomic_load_n(stop, __ATOMIC_RELAXED); step++) {
         const int64_t *which = w->order + f * w->longest + step * size;

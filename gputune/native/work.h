@@ -55,7 +55,7 @@ ALWAYS_INLINE real scaled(real x, real center, real scale) {
 
 /* The training of all members; the layout is the same as in gputune.native.library.Work. */
 typedef struct {
-    int64_t folds, trials, inputs, width, outputs, layers, activation, optimizer, classes;
+    int64_t folds, trials, inputs, width, outputs, layers, optimizer, classes;
     int64_t rows;                 /* n, the rows of the data */
     int64_t epoch, horizon;       /* finished epochs, and epochs of a schedule */
     int64_t row_score;            /* the score of a validation row, whose mean goes to ``means`` */
@@ -72,8 +72,11 @@ typedef struct {
     const int64_t *lengths;       /* (F): rows of each fold */
     int64_t longest;
     const int64_t *widths;                             /* (C, hidden layers) */
+    const int64_t *activations;                        /* (hidden layers) */
     const int64_t *sizes, *schedule;                   /* (C) */
-    const double *lr, *decay, *momentum, *dropout, *ema; /* (C) */
+    const double *lr, *decay, *momentum; /* (C) */
+    const double *dropout;        /* (C, hidden layers) */
+    const double *ema;            /* (C) */
     const double *loss_number;    /* (1): delta of the Huber loss, or the level of the quantile loss */
     const float *draws;           /* random draws of dropout, one after another; NULL: none */
     const int64_t *draw_start;    /* (steps): index of a step's first draw */

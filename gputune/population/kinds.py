@@ -1,7 +1,7 @@
 """The kinds of models in the engine, and the hidden layers of their configurations."""
 
 from bisect import bisect_left
-from typing import Literal
+from typing import Any, Literal
 
 from gputune.types import Config
 
@@ -24,13 +24,31 @@ def padded_width(width: int) -> int:
 
 
 def hidden_widths(config: Config) -> tuple[int, ...]:
-    """Return the number of units of each hidden layer of a complete configuration.
+    """Return the number of units of each hidden layer of a complete configuration."""
+    return _per_layer(config, "width")
 
-    The hyperparameter ``width`` is one width for all layers, or a tuple with the width of each
-    layer.
-    """
-    width = config["width"]
-    return width if isinstance(width, tuple) else (width,) * config["depth"]
+
+def hidden_activations(config: Config) -> tuple[str, ...]:
+    """Return the activation of each hidden layer of a complete configuration."""
+    return _per_layer(config, "activation")
+
+
+def dropout_rates(config: Config) -> tuple[float, ...]:
+    """Return the dropout rate of each hidden layer of a complete configuration."""
+    return _per_layer(config, "dropout")
+
+
+def _per_layer(config: Config, key: str) -> tuple[Any, ...]:
+    """Return the value of a hyperparameter for each hidden layer: the value is one for all layers,
+    or a tuple with one for each layer."""
+    value = config[key]
+    return value if isinstance(value, tuple) else (value,) * config["depth"]
+
+
+def highest_dropout(config: Config) -> float:
+    """Return the dropout rate of a configuration, or the highest if each layer has its own."""
+    rate = config["dropout"]
+    return float(max(rate) if isinstance(rate, tuple) else rate)
 
 
 def hidden_layers(config: Config, kind: ModelKind) -> tuple[int, ...]:

@@ -33,7 +33,9 @@ from gputune.population.batches import Batch, Batches, StepDraws
 from gputune.population.kinds import (
     ModelKind,
     adapter_arguments,
+    hidden_activations,
     hidden_widths,
+    highest_dropout,
     is_module,
     padded_width,
 )
@@ -50,6 +52,7 @@ from gputune.types import (
     Precision,
     StepKey,
     Task,
+    fixed_depth,
 )
 
 _OWN_GROUP = 4  # trials of one batch size that make a separate group, with shared rows
@@ -63,8 +66,8 @@ def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
     """
     word = config.get("optimizer", optimizer)
     full = {**_defaults(word), "schedule": schedule, **config}
-    if isinstance(full["width"], tuple):
-        full["depth"] = len(full["width"])
+    if (depth := fixed_depth(full)) is not None:
+        full["depth"] = depth
     if word in ONLINE or class_of(full):
         unsupported = beyond_adam(full)
         if unsupported:
@@ -209,8 +212,7 @@ def module_arguments(config: Config) -> Config:
 
 
 def arguments_text(config: Config) -> str:
-    """Return the ``module__*`` values of a configuration as text, with its ``numbers`` if it has
-    any."""
+    """Return the ``module__*`` values and ``numbers`` of a configuration as text."""
     numbers = config.get("numbers")
     return repr(sorted(module_arguments(config).items())) + (f", {numbers}" if numbers else "")
 
@@ -225,8 +227,7 @@ def shape_of(population: Population) -> tuple[object, ...]:
 
 
 def shape_of_tensors(config: Config, kind: ModelKind) -> tuple[object, ...]:
-    """Return a lookup key for the tensor shapes of a configuration. Trials with equal keys can
-    train stacked."""
+    """Return a lookup key for tensor shapes. Trials with equal keys can train stacked."""
     rule = config["hypergrad_rule"] if config["optimizer"] in ONLINE else None
     # The buffers of a trial depend only on the trial, so that its state can continue in any chunk.
     # A hypergradient search may have a list of momenta, one for each segment.
@@ -243,7 +244,7 @@ def shape_of_tensors(config: Config, kind: ModelKind) -> tuple[object, ...]:
     if is_module(kind):
         return (optimizer, repr(sorted(module_arguments(config).items())))
     width = padded_width(max(hidden_widths(config), default=1))
-    return optimizer, config["depth"], width, config["activation"], config["dropout"] > 0
+    return optimizer, width, hidden_activations(config), highest_dropout(config) > 0
 
 
 InputKind = tuple[tuple[int, ...], torch.dtype]

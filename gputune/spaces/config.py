@@ -10,6 +10,7 @@ import numpy as np
 
 from gputune.errors import InputError
 from gputune.optimizers.classes import CLASSES, OPTIMIZER_PREFIX, has_weight_decay, optimizer_word
+from gputune.spaces.layers import check_layers
 from gputune.text import nearest
 from gputune.types import (
     ACTIVATIONS,
@@ -19,6 +20,7 @@ from gputune.types import (
     ONLINE,
     ONLINE_RULES,
     OPTIMIZERS,
+    PER_LAYER,
     SCHEDULES,
     Config,
 )
@@ -99,6 +101,9 @@ factors on the learning rate or weight decay of some parameters of a module.
 ConfigCheck = Callable[..., Config]
 """The function that checks a configuration: ``check_config``, or ``plain_config`` for a custom
 training loop."""
+
+# Examples of one value for each hidden layer.
+_LAYERS = {"width": "(100, 50)", "activation": "('relu', 'tanh')", "dropout": "(0.1, 0.3)"}
 
 _FACTOR = Range("a finite number >= 0", "0.1", 0)
 
@@ -217,14 +222,7 @@ def check_config(config: Mapping[str, object], *, name: str = "config") -> Confi
             remedy="The unit of 'hypergrad_lr' depends on the model. Try powers of ten, or use "
             "the rule 'multiplicative'.",
         )
-    layers = checked.get("width")
-    if isinstance(layers, tuple) and checked.get("depth", len(layers)) != len(layers):
-        raise InputError(
-            name,
-            f"must have no 'depth', because its width {layers} sets {len(layers)} layers",
-            got=checked["depth"],
-            remedy="Leave 'depth' out.",
-        )
+    check_layers(checked, name)
     if (penalty := checked.pop("penalty", None)) is not None:
         checked["l1_ratio"] = 1.0 if penalty == "l1" else 0.0
     if penalty == "none":
@@ -264,16 +262,21 @@ def check_value(key: str, value: object, name: str) -> Any:
     Raises InputError if the value is out of range.
     """
     value = _plain(value)
-    if key == "width" and isinstance(value, list | tuple):  # the units of each hidden layer
+    if key in PER_LAYER and isinstance(value, list | tuple):  # a value for each hidden layer
         if not value:
             raise InputError(
                 name,
-                "must have the number of units of each hidden layer",
+                "must have a value for each hidden layer",
                 got=value,
-                remedy="For example (100, 50).",
+                remedy=f"For example {_LAYERS[key]}.",
             )
         layer = f"each layer of {option(name)}"
-        return tuple(_check_number(RANGES["width"], units, layer) for units in value)
+        return tuple(_check_single_value(key, _plain(part), layer) for part in value)
+    return _check_single_value(key, value, name)
+
+
+def _check_single_value(key: str, value: object, name: str) -> Any:
+    """Check a value that is no tuple with one value for each hidden layer. Raises InputError."""
     if key in RANGES or key.startswith((LR_FACTOR, DECAY_FACTOR)):
         return _check_number(RANGES.get(key, _FACTOR), value, name)
     if key == "optimizer":

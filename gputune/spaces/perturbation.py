@@ -142,9 +142,15 @@ def _movable_keys(params: Config, part: Mapping[str, Choices], *, batch_size: bo
         is_movable = key in MOVABLE or key.startswith((LR_FACTOR, DECAY_FACTOR))
         is_movable = is_movable or (batch_size and key == "batch_size")
         is_initial = key == "lr" and params.get("optimizer") in ONLINE
-        if is_movable and not is_initial and key in part and not is_fixed(part[key]):
+        is_searched = key in part and not is_fixed(part[key])
+        if is_movable and not is_initial and is_searched and not _has_tuples(part[key]):
             keys.append(key)
     return keys
+
+
+def _has_tuples(choices: Choices) -> bool:
+    """Return whether a value of a list is a tuple with one number for each hidden layer."""
+    return isinstance(choices, list) and any(isinstance(value, tuple) for value in choices)
 
 
 def part_of(params: Config, space: CheckedSpace) -> dict[str, Choices]:

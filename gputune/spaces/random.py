@@ -26,7 +26,7 @@ from gputune.spaces.space import check_include
 from gputune.study.store import Candidate
 from gputune.study.study import Trial
 from gputune.text import count
-from gputune.types import DECAY_FACTOR, LR_FACTOR, Config
+from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, fixed_depth
 from gputune.wording import Verbatim, option
 
 NO_DEFAULT = "gputune runs no default configuration"
@@ -319,8 +319,8 @@ def _fill_for_space(
     if "penalty" in keys:
         keys = keys - {"penalty"} | {"l1_ratio"}
     wanted = keys | config.keys()
-    # A width that is a tuple has the number of layers already.
-    if isinstance(full.get("width"), tuple) and "depth" not in config:
+    # A tuple with a value for each layer sets the number of layers already.
+    if fixed_depth(full) is not None and "depth" not in config:
         wanted = wanted - {"depth"}
     return {key: full[key] for key in sorted(wanted) if key in full}, sorted(keys - full.keys())
 
@@ -347,7 +347,7 @@ def _with_defaults_in_space(
         if not is_set and (key in full or is_fixed(part[key])):
             values[key] = _nearest(key, part[key], full.get(key))
     values |= config
-    if isinstance(values.get("width"), tuple) and "depth" not in config:
+    if fixed_depth(values) is not None and "depth" not in config:
         values.pop("depth", None)
     return _with_plain_defaults(check_config(values, name="space"), defaults)
 

@@ -36,8 +36,9 @@ from gputune.spaces.distributions import (
     distribution_text,
     is_distribution,
 )
+from gputune.spaces.layers import check_has_layers, check_layer_choices
 from gputune.text import did_you_mean
-from gputune.types import LR_FACTORS, ONLINE, PLAIN_LR_FACTORS, SEARCHED, Config, Goal
+from gputune.types import LR_FACTORS, ONLINE, PER_LAYER, PLAIN_LR_FACTORS, SEARCHED, Config, Goal
 from gputune.wording import Verbatim, per_interface
 
 
@@ -67,16 +68,7 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Checke
     for name, part in named.items():
         choices = _check_part(part, name)
         checked.append(choices)
-        widths = choices.get("width")
-        if "depth" not in choices or not isinstance(widths, list):
-            continue
-        if any(isinstance(width, tuple) for width in widths):
-            raise InputError(
-                name,
-                "must have no 'depth', because a width that is a tuple sets the number of layers",
-                got=widths,
-                remedy="Write a list of spaces, one with the tuples and one with 'depth'.",
-            )
+        check_layer_choices(choices, name, keys)
     return checked
 
 
@@ -169,6 +161,7 @@ def check_include(include: object, *, keys: Collection[str], module: bool) -> li
     for i, config in enumerate(configs):
         for key in config:
             check_key(key, keys=keys, module=module, name=f"include[{i}]")
+        check_has_layers(config, f"include[{i}]", keys)
     return [check_config(config, name=f"include[{i}]") for i, config in enumerate(configs)]
 
 
@@ -228,15 +221,15 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
             got=Verbatim("an empty list"),
             remedy="Add a value, or leave the key out.",
         )
-    if key == "width" and isinstance(value, tuple):
+    if isinstance(value, tuple) and len(value) == 2 and key != "width":
+        _refuse_pair(value, name)
+    if key in PER_LAYER and isinstance(value, tuple):
         raise InputError(
             name,
             "must be a list, because a tuple lists the layers of one network",
             got=value,
-            remedy=f"Write {list(value)!r} for widths to choose from, [{value!r}] for one network.",
+            remedy=f"Write {list(value)!r} for values to choose from, [{value!r}] for one network.",
         )
-    if isinstance(value, tuple) and len(value) == 2:
-        _refuse_pair(value, name)
     return [check_value(key, choice, name) for choice in value]
 
 

@@ -23,6 +23,7 @@ from gputune.modules.network import ModuleNetwork
 from gputune.population.population import Network
 from gputune.spaces.config import check_config, check_key
 from gputune.spaces.distributions import CheckedSpace
+from gputune.spaces.layers import check_has_layers
 from gputune.study.store import Candidate
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
@@ -255,6 +256,7 @@ def _checked(given: object, choice: ModelChoice) -> list[Config]:
         name = f"configs[{number}]"
         for key in config:
             check_key(key, keys=keys, module=True, name=name)
+        check_has_layers(config, name, keys)
         checked.append(check_config(config, name=name))
     return checked
 

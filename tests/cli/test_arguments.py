@@ -167,6 +167,8 @@ def test_a_value_is_said_as_it_is_typed(name):
         ("width=32,64,128", [32, 64, 128]),
         ("width=64", 64),
         ("width=(100,50),64", [(100, 50), 64]),
+        ("dropout=(0,0.3),(0.3,0)", [(0, 0.3), (0.3, 0)]),
+        ("activation=relu,(relu,tanh)", ["relu", ("relu", "tanh")]),
         (" lr = 0.1 , 1e-2 ", [0.1, 0.01]),
         ("lr=1e-3", 0.001),
         ("C=inf", math.inf),

@@ -92,7 +92,8 @@ def written(numbers: dict[str, int], arrays: dict[str, bytes]) -> bytes:
 def kernel_of(numbers: dict[str, int], arrays: dict[str, Any], shared: int = LARGEST):
     """Return the kernel for the input of the C code."""
     return MemberKernel(
-        **{name: numbers[name] for name in ("inputs", "width", "outputs", "activation")},
+        **{name: numbers[name] for name in ("inputs", "width", "outputs")},
+        activations=tuple(arrays["activations"].tolist()),
         depth=numbers["layers"] - 1,
         moments=sum(arrays.get(name) is not None for name in ("first", "second")),
         classes=bool(numbers["classes"]),

@@ -112,6 +112,13 @@ CASES = {
             for s, p in ((40, 0.2), (9, 0.5))
         ],
     ),
+    "a value for each layer": (
+        {"n": 100},
+        [
+            {**ADAMW, "width": w, "batch_size": s, "activation": ("tanh", "relu"), "dropout": p}
+            for w, s, p in (((16, 5), 40, (0.2, 0.0)), ((3, 9), 9, (0.0, 0.5)), (8, 9, 0.4))
+        ],
+    ),
     "many outputs": (
         {"n": 150, "d": 17, "k": 40},
         [{**ADAMW, "depth": 1, **sizes} for sizes in WIDTHS],
@@ -345,7 +352,7 @@ def shape(
     depth=2,
     outputs=10,
     moments=2,
-    activation=0,
+    activations=None,
     dropout=False,
     classes=True,
     tf32=False,
@@ -356,7 +363,7 @@ def shape(
         width,
         depth,
         outputs,
-        activation,
+        (0,) * depth if activations is None else activations,
         moments,
         classes,
         dropout,
@@ -410,9 +417,9 @@ def test_the_page_says_what_fits_which_card():
 
 SHAPES = {
     "16": shape(16, 16),
-    "32": shape(width=32, activation=3, moments=1),
+    "32": shape(width=32, activations=(3, 3), moments=1),
     "64": shape(),
-    "64, four layers": shape(depth=4, activation=1, dropout=True),
+    "64, four layers": shape(depth=4, activations=(1, 0, 2, 1), dropout=True),
     "128": shape(30, 128),
     "many inputs": shape(256, 64, 1, 64),
     "linear, regression": shape(100, 0, 0, 1, classes=False),

@@ -121,7 +121,12 @@ def test_values_become_pythons_own(key, value, expected):
         ),
         (
             {"width": ()},
-            r"trial\['width'\] must have the number of units of each hidden layer, got \(\)\. For example \(100",
+            r"trial\['width'\] must have a value for each hidden layer, got \(\)\. For example \(100",
+        ),
+        (
+            {"activation": ("relu", "tanh"), "dropout": (0.1, 0.2, 0.3)},
+            r"trial\['dropout'\] must have 2 values, one for each hidden layer, because its activation is "
+            r"\('relu', 'tanh'\), got \(0\.1, 0\.2, 0\.3\)\. Give 'dropout' 2 values, or one number",
         ),
         (
             {"width": (8, 4), "depth": 3},

@@ -104,6 +104,30 @@ def test_penalty_stays_a_key_of_the_space():
             {"width": [8, (4, 2)], "depth": [1]},
             "no 'depth', because a width that is a tuple.* Write a list of spaces",
         ),
+        (
+            {"activation": ("relu", "tanh")},
+            r"a tuple lists the layers .* Write \['relu', 'tanh'\] for values to choose from, "
+            r"\[\('relu', 'tanh'\)\] for one network",
+        ),
+        ({"dropout": (0.5, 0.1)}, r"a tuple lists the layers of one network, got \(0.5, 0.1\)"),
+        (
+            {"dropout": [(0.5, 1.0)]},
+            r"^each layer of space\['dropout'\] must be a number in \[0, 1\)",
+        ),
+        ({"dropout": [((0.5, 0.1), 0.1)]}, r"^each layer of space\['dropout'\] must be a number"),
+        (
+            {"activation": [("relu", "tahn")]},
+            r"^each layer of space\['activation'\] must be one of .* Did you mean 'tanh'",
+        ),
+        (
+            {"dropout": [0.1, (0.1, 0.2)], "depth": [2]},
+            "no 'depth', because a dropout that is a tuple.* Write a list of spaces",
+        ),
+        (
+            {"width": [(8, 4), (8, 4, 2)], "dropout": [(0.1, 0.2)]},
+            r"^space must have tuples for one number of hidden layers, got 'width' for 2 or 3, "
+            r"'dropout' for 2\. Write a list of spaces, one for each number of layers",
+        ),
         ({"width": [17.3]}, r"^space\['width'\] must be an integer >= 1, got 17.3. Use a list"),
         ({"width": "32"}, r"^space\['width'\] must be an integer >= 1, got the text '32'"),
         ({"width": np.ones((2, 2))}, r"must be 1-D, got an array of shape \(2, 2\)"),

@@ -11,7 +11,7 @@ import numpy as np
 from gputune.data.dataset import Dataset
 from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import n_moments
-from gputune.population.kinds import hidden_layers, is_module, padded_width
+from gputune.population.kinds import hidden_layers, highest_dropout, is_module, padded_width
 from gputune.population.population import Population
 from gputune.types import ONLINE
 
@@ -65,7 +65,7 @@ class TrialSizes:
         self.item = data.dtype.itemsize
         self.adapts = config["optimizer"] in ONLINE
         self.averages = bool(config["ema"])
-        self.drops = bool(config["dropout"])
+        self.drops = highest_dropout(config) > 0
         self.widest = widest
         longest = max(data.train_lengths)
         # (C,): batch sizes of the trials
