@@ -37,7 +37,7 @@ from gputune.engine.backends.selection import choose_backend, refusals, trains_a
 from gputune.engine.backends.table import backend_named
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.members import MemberChunk
-from gputune.engine.plan import cores, repeats_frozen_layers
+from gputune.engine.plan import cores, repeats_frozen_layers, shares_most_layers
 from gputune.engine.reuse import ChunkPool
 from gputune.errors import warn
 from gputune.fallback import words_unless_strict
@@ -296,6 +296,7 @@ class _NotWorthItError(Exception):
 
 
 _TOO_SHORT = "the training is too short for compiled code to pay off"
+_REPEATS = "compiled code computes the frozen layers again for each trial"
 
 
 def fastest_way(
@@ -308,13 +309,16 @@ def fastest_way(
         member_steps: Total number of steps of all members of the search that train like this group.
         tell: A function to call with a description before each timing.
     """
-    tell = tell or _say_nothing
+    tell = tell or (lambda _: None)
     data = data.of(group.configs[0])
+    traits = job.traits.get(group.arguments)
+    repeats = repeats_frozen_layers(traits, data)
+    if repeats and shares_most_layers(traits, len(group.index)):
+        return FastestWay(uncoded=_REPEATS)
     short_data = _few_steps(data, group)
     tell("one by one")
-    loop = _try_way(
-        "training one by one", job, lambda: _seconds(job, short_data, group.part(0, 1), "loop")
-    )
+    one = group.part(0, 1)
+    loop = _try_way("training one by one", job, lambda: _seconds(job, short_data, one, "loop"))
     seconds = {"loop": loop.seconds}
     if loop.seconds * member_steps < _WORTH_SECONDS:
         return FastestWay(uncoded=_TOO_SHORT, seconds=seconds)
@@ -336,8 +340,8 @@ def fastest_way(
         if build > saved + recording:
             raise _NotWorthItError(_TOO_SHORT)
 
-    if repeats_frozen_layers(job.traits.get(group.arguments), data):
-        uncoded = "compiled code computes the frozen layers again for each trial"
+    if repeats:
+        uncoded = _REPEATS
     elif saved > _WRITING_SECONDS:
         tell("compiled")
         code = _try_way(
@@ -371,10 +375,6 @@ def _few_steps(data: Dataset, group: Population) -> Dataset:
     rows = _STEPS * group.configs[0]["batch_size"]
     folds = [Fold(fold.train[:rows], fold.valid) for fold in data.folds]
     return replace(data, folds=tuple(folds))
-
-
-def _say_nothing(_text: str) -> None:
-    """Ignore a description of the next measurement."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -102,19 +103,44 @@ class Trail:
     def __init__(self, module: nn.Module) -> None:
         self.open: list[str] = []
         self.largest = 0
+        # numbers in the weights of the called layers, and of those before the first trained layer
+        self._weights = 0
+        self._shared_weights = 0
+        self._is_shared = True
         self._has_frozen = not all(w.requires_grad for w in module.parameters())
         for name, part in module.named_modules():
             if not isinstance(part, torch.jit.ScriptModule):  # a scripted module takes no hooks
-                part.register_forward_pre_hook(
-                    lambda _module, _args, name=name: self.open.append(name)
-                )
+                part.register_forward_pre_hook(partial(self._enter, name))
                 part.register_forward_hook(self._leave)
 
-    def _leave(self, _module: nn.Module, _args: object, result: object) -> None:
+    def _enter(self, name: str, module: nn.Module, _args: object) -> None:
+        """Forward hook: note the begin of a submodule's call."""
+        self.open.append(name)
+        if not name:
+            self._weights = 0
+            self._shared_weights = 0
+            self._is_shared = True
+        if any(w.requires_grad for w in module.parameters(recurse=False)):
+            self._is_shared = False
+
+    def _leave(self, module: nn.Module, _args: object, result: object) -> None:
         """Forward hook: note the end of a submodule's call and the size of its ``result``."""
         self.open.pop()
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag):  # which has no product
+            weights = [w for w in module.parameters(recurse=False) if w.dim() > 1]
+            numbers = sum(w.numel() for w in weights)
+            self._weights += numbers
+            self._shared_weights += numbers if self._is_shared else 0
         if isinstance(result, Tensor) and (result.requires_grad or not self._has_frozen):
             self.largest = max(self.largest, result.numel())
+
+    @property
+    def shared(self) -> float:
+        """The share of weights in frozen layers before the first trained layer, in the last call.
+
+        Embeddings do not count.
+        """
+        return self._shared_weights / max(1, self._weights)
 
     @property
     def submodule(self) -> str:

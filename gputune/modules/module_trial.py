@@ -30,7 +30,7 @@ from gputune.modules.construction import (
 )
 from gputune.modules.draw_watch import DrawWatch, Trail
 from gputune.modules.output_shapes import check_fields, describe_tensor, shape_hint, shape_of
-from gputune.modules.pretrained import pretrained_of
+from gputune.modules.pretrained import dtype_of, pretrained_of
 from gputune.modules.probabilities import LikelihoodWatch
 from gputune.modules.trace import clones
 from gputune.modules.write_watch import WriteWatch
@@ -44,8 +44,10 @@ from gputune.wording import Verbatim, option, per_interface
 
 # Number of rows that are tried. It is prime, so a wrong view of their columns cannot divide it.
 _EXAMPLES = 31
-# The same for a pretrained module, for which a pass of a row takes long.
-_FEW_EXAMPLES = 13
+# The same for a pretrained module, for which a pass of a row takes long. In 16 bits, more rows are
+# needed to tell a wrong gradient from rounding.
+_FEW_EXAMPLES = 7
+_FEW_ROUNDED_EXAMPLES = 13
 
 
 class ModuleTrial:
@@ -66,8 +68,7 @@ class ModuleTrial:
         self.config = config
         self.columns = columns
         self.name = name_of(builder)
-        is_pretrained = pretrained_of(builder) is not None
-        inputs, y = data.example(_FEW_EXAMPLES if is_pretrained else _EXAMPLES)
+        inputs, y = data.example(_n_examples(builder))
         self.inputs = [x.cpu() for x in inputs]
         self.y = y.cpu()
         self.shape = replace(Shape.of(data), folds=1, device=CPU, present=None, rows=None)
@@ -450,6 +451,15 @@ _SCALED = " gputune scales the numeric columns of a table. " + per_interface(
     f"Pass a tensor of integers, torch.as_tensor(X), or {_UNSCALED}, which leaves codes unchanged.",
     f"Pass a tensor of integers in a .pt file, or {_UNSCALED}, which leaves codes unchanged.",
 )
+
+
+def _n_examples(builder: Builder) -> int:
+    """Return the number of rows on which gputune tries the modules of a builder."""
+    pretrained = pretrained_of(builder)
+    if pretrained is None:
+        return _EXAMPLES
+    is_rounded = dtype_of(pretrained.base).itemsize < 4
+    return _FEW_ROUNDED_EXAMPLES if is_rounded else _FEW_EXAMPLES
 
 
 def is_close(a: Tensor, b: Tensor) -> bool:

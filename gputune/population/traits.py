@@ -42,6 +42,8 @@ class Traits:
     # whether stacked members read the rows of a fold without copies for each member
     common_rows: bool = False
     frozen: int = 0  # number of frozen parameters
+    # share of its weights in frozen layers before the first trained layer; 0 if convolutions train
+    shared: float = 0.0
     # whether a row's outputs are positive with the sum 1, as after a softmax
     probabilities: bool = False
     # by how much members were measured to train faster one by one; "" if not, or not known

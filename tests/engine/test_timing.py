@@ -108,6 +108,24 @@ def test_no_code_is_built_for_large_frozen_layers_that_members_share(monkeypatch
         assert found.uncoded == "compiled code computes the frozen layers again for each trial"
 
 
+@pytest.mark.parametrize(
+    ("shared", "trials", "is_timed"), [(0.6, 4, False), (0.4, 4, True), (0.6, 3, True)]
+)
+def test_trials_that_share_most_of_their_layers_are_stacked_without_a_timing(
+    monkeypatch, shared, trials, is_timed
+):
+    seconds = {"loop": 0.01, "recorded": 0.001}
+    monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: seconds[backend])
+    configs = (CHUNK.configs * trials)[:trials]
+    chunk = replace(CHUNK, index=tuple(range(trials)), configs=configs)
+    traits = Traits(common_rows=True, frozen=1 << 20, parameters=100, shared=shared)
+    found = fastest_way(
+        replace(JOB, traits={chunk.arguments: traits}), DATA, chunk, member_steps=1e9
+    )
+    assert bool(found.seconds) == is_timed and not found.slow and not found.gain
+    assert found.uncoded == "compiled code computes the frozen layers again for each trial"
+
+
 def test_all_ways_are_timed():
     found = fastest_way(JOB, DATA, CHUNK, member_steps=1)
     assert found.uncoded == "the training is too short for compiled code to pay off"

@@ -135,6 +135,29 @@ def test_wide_common_rows_are_scored_in_small_blocks():
     assert blocks[1 << 17, False] == blocks[1 << 22, False] == 64
 
 
+class Embedded(Frozen):
+    """Reads ids by a frozen embedding, which has no product."""
+
+    def __init__(self, n_features, n_outputs, convolves=False):
+        super().__init__(n_features, n_outputs)
+        self.table = nn.Embedding(100, n_features).requires_grad_(False)
+        self.convolution = nn.Conv1d(1, 1, 1) if convolves else nn.Identity()
+
+    def forward(self, x):
+        x = self.table(x.argmax(1)) + x
+        return self.convolution(super().forward(x)[:, None])[:, 0]
+
+
+def test_the_share_of_weights_before_the_first_trained_layer_is_known():
+    data = make_data()
+    d, k = data.n_features, data.n_outputs
+    expected = 16 * d / (16 * d + 16 * 8 + 8 * k)
+    for build in (Frozen, Embedded):
+        assert traits_of(build, CONFIGS[0], data).shared == pytest.approx(expected)
+    convolving = {**CONFIGS[0], "module__convolves": True}
+    assert traits_of(Embedded, convolving, data).shared == 0
+
+
 def test_a_module_without_frozen_parameters_maps_its_rows():
     class Trained(Frozen):
         def __init__(self, n_features, n_outputs):
