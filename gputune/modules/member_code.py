@@ -19,6 +19,7 @@ from gputune.modules.decompose import decomposed
 from gputune.modules.kernels.formulas import FORMULAS, SEVERAL
 from gputune.modules.kernels.table import LAYERS
 from gputune.modules.kernels.writer import Line, Writer, kwargs_of
+from gputune.modules.product_passes import with_added_products, with_copied_factors
 from gputune.modules.program import simplify_trace
 from gputune.modules.trace import Operation, Storages, Trace, TraceError, memories_of
 
@@ -61,7 +62,8 @@ class MemberCode:
         """
         for _ in range(_ROUNDS):
             trace = simplify_trace(trace)
-            trace.operations = _small_first(trace.operations)
+            trace.operations = with_added_products(trace.operations)
+            trace.operations = _small_first(with_copied_factors(trace))
             kernels = dict(self.kernels)
             used = dict(memories)
             writer = Writer(self.dtype, kernels, trace, used)

@@ -74,6 +74,12 @@ STEPS = {
         + torch.baddbmm(x[None], x[None] @ x.mT, x[None])[0]
         + x @ (x.mT @ x)
     ),
+    "sums of products": lambda t, x: t.copy_(
+        x + (x @ x.mT) @ x + (x.mT[None] + torch.bmm(x.mT[None], (x @ x.mT)[None]))[0].mT
+    ).add_((2 * x @ x.mT) @ x),
+    "products with one transposed factor": lambda t, x: t.copy_(
+        sum((x * i) @ wide(x, 2, 1).mT for i in range(6))
+    ),
     "wide products": lambda t, x: t.copy_(
         (wide(x, 5, 9) @ wide(x, 9, 9).mT @ wide(x, 9, 9))[:2, :4]
     ),
