@@ -2,6 +2,7 @@
 and peft."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -12,97 +13,40 @@ import gputune
 from gputune.data.dataset import Fold
 from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule
-from gputune.seeding import stream
+from gputune.seeding import keyed_draws, stream
 from problems import fill, make_data, shape_of, train_modules
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+import transformer_models  # noqa: E402
+
 # peft reads an old name of transformers
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 CLASSES = 4
+WIDTH = 32
 CONFIGS = fill(
     {"rank": 2, "alpha": 8, "lr": 3e-3, "weight_decay": 0.0, "batch_size": 4},
     {"rank": 4, "alpha": 32, "lr": 1e-3, "weight_decay": 0.1, "batch_size": 4},
     {"rank": 8, "alpha": 8, "lr": 2e-3, "weight_decay": 0.01, "batch_size": 4},
     {"rank": 16, "alpha": 16, "lr": 3e-4, "weight_decay": 0.3, "batch_size": 4},
 )
+# the function that builds the model, the targets of a LoRA, and the name of the head
+MODELS = {
+    "bert": (transformer_models.bert, ["query", "value", "dense"], "classifier"),
+    "gpt2": (transformer_models.gpt2, ["c_attn", "c_proj", "c_fc"], "score"),
+    "llama": (transformer_models.llama, "all-linear", "score"),
+    "distilbert": (transformer_models.distilbert, ["q_lin", "lin2"], "classifier"),
+    "vit": (transformer_models.vit, r".*layers?\..*(q_proj|v_proj|fc\d)", "classifier"),
+}
+TRAINED = ("bert", "gpt2", "llama", "vit")
 
 
-def bert():
-    config = transformers.BertConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=CLASSES,
-    )
-    return (
-        transformers.BertForSequenceClassification(config),
-        ["query", "value", "dense"],
-        "classifier",
-    )
-
-
-def gpt2():
-    config = transformers.GPT2Config(
-        vocab_size=50,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        num_labels=CLASSES,
-        pad_token_id=0,
-    )
-    return transformers.GPT2ForSequenceClassification(config), ["c_attn", "c_proj", "c_fc"], "score"
-
-
-def llama():
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        intermediate_size=64,
-        num_labels=CLASSES,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForSequenceClassification(config), "all-linear", "score"
-
-
-def vit():
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        image_size=8,
-        patch_size=4,
-        num_labels=CLASSES,
-    )
-    return (
-        transformers.ViTForImageClassification(config),
-        r".*layers?\..*(q_proj|v_proj|fc\d)",
-        "classifier",
-    )
-
-
-MODELS = {"bert": bert, "gpt2": gpt2, "llama": llama, "vit": vit}
-
-
-def make(name, dtype, rows=20):
+def make(name, dtype, rows=20, p=0.0):
     """A base with random weights, its targets, its head, and data of its kind in one fold."""
     torch.manual_seed(0)
-    base, targets, head = MODELS[name]()
-    base = base.to(dtype)
+    make_model, targets, head = MODELS[name]
+    base = make_model(p, WIDTH, CLASSES).to(dtype)
     draws = torch.Generator().manual_seed(1)
     y = torch.randint(CLASSES, (rows,), generator=draws)
     if name == "vit":
@@ -153,25 +97,34 @@ def peft_alone(base, targets, head, inputs, y, config, start, epochs, moved=0.0)
     model.train()
     for epoch in range(epochs):
         generator = stream(0, "rows", len(y), epoch)
-        for rows in torch.randperm(len(y), generator=generator).split(config["batch_size"]):
+        order = torch.randperm(len(y), generator=generator)
+        for step, rows in enumerate(order.split(config["batch_size"])):
             optimizer.zero_grad()
-            logits = model(**{name: x[rows] for name, x in inputs.items()}).logits
+            # dropout of the base draws as in gputune
+            with keyed_draws(torch.device("cpu"), 0, "dropout", epoch, step):
+                logits = model(**{name: x[rows] for name, x in inputs.items()}).logits
             functional.cross_entropy(logits, y[rows]).backward()
             optimizer.step()
     with torch.no_grad():
         return model.eval()(**inputs).logits
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_members_equal_peft_alone(name, dtype):
-    base, targets, head, inputs, y = make(name, dtype)
+@pytest.mark.parametrize(
+    ("name", "dtype", "p"),
+    [
+        *[(*case, 0.0) for case in itertools.product(TRAINED, [torch.float64, torch.float32])],
+        ("bert", torch.float64, 0.1),
+        pytest.param("gpt2", torch.float64, 0.1, marks=pytest.mark.long),
+    ],
+)
+def test_members_equal_peft_alone(name, dtype, p):
+    base, targets, head, inputs, y = make(name, dtype, p=p)
     data = dataset_of(inputs, y, dtype)
     builder = gputune.lora(base, targets=targets, modules_to_save=[head])
     traits = traits_of(builder, CONFIGS[0], data)
     assert traits.common_rows and not traits.unstackable
     start = StackedModule(builder, CONFIGS, shape_of(data), seed=0, traits=traits).starts()[0]
-    epochs = 10  # 50 steps
+    epochs = 3 if p else 10  # 15 or 50 steps
     trained = train_modules(StackedModule, builder, CONFIGS, data, epochs, backend="recorded")
     for c, config in enumerate(CONFIGS):
         words = (base, targets, head, inputs, y, config, start, epochs)
@@ -188,7 +141,7 @@ def test_members_equal_peft_alone(name, dtype):
             assert difference < 10 * float(control / expected.abs().max()), (name, c)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_peft_loads_a_saved_adapter_and_predicts_the_same(name, tmp_path):
     base, targets, head, inputs, y = make(name, torch.float32)
     builder = gputune.lora(base, targets=targets, modules_to_save=[head])
@@ -217,23 +170,17 @@ def token_bert():
     return transformers.BertForTokenClassification(config), ["query"], "classifier"
 
 
-def distilbert():
-    config = transformers.DistilBertConfig(
-        vocab_size=50, dim=32, n_layers=1, n_heads=4, hidden_dim=64, num_labels=CLASSES
-    )
-    return transformers.DistilBertForSequenceClassification(config), ["q_lin", "lin2"], "classifier"
-
-
 @pytest.mark.parametrize("heads", [None, (), ["pooler"]])
-@pytest.mark.parametrize("make_model", [bert, distilbert, vit])
-def test_peft_loads_an_adapter_with_any_modules_to_save(make_model, heads, tmp_path):
+@pytest.mark.parametrize("name", ["bert", "distilbert", "vit"])
+def test_peft_loads_an_adapter_with_any_modules_to_save(name, heads, tmp_path):
     torch.manual_seed(0)
-    base, targets, _ = make_model()
-    if make_model is not bert and heads:
+    make_model, targets, _ = MODELS[name]
+    base = make_model(0.0, WIDTH, CLASSES)
+    if name != "bert" and heads:
         pytest.skip("only BERT has a pooler")
     draws = torch.Generator().manual_seed(1)
     y = torch.arange(20) % CLASSES
-    if make_model is vit:
+    if name == "vit":
         inputs = {"pixel_values": torch.randn(20, 3, 8, 8, generator=draws)}
     else:
         inputs = {"input_ids": torch.randint(50, (20, 8), generator=draws)}
@@ -243,10 +190,10 @@ def test_peft_loads_an_adapter_with_any_modules_to_save(make_model, heads, tmp_p
     study = gputune.tune(builder, inputs, y, **words)
     model = study.best_model()
     expected_names = {
-        bert: {None: "classifier", (): "", ("pooler",): "bert.pooler"},
-        distilbert: {None: "pre_classifier, classifier", (): ""},
-        vit: {None: "", (): ""},
-    }[make_model][heads if heads is None else tuple(heads)]
+        "bert": {None: "classifier", (): "", ("pooler",): "bert.pooler"},
+        "distilbert": {None: "pre_classifier, classifier", (): ""},
+        "vit": {None: "", (): ""},
+    }[name][heads if heads is None else tuple(heads)]
     expected_note = f"gputune trains as a whole: {expected_names}"
     if not expected_names:
         expected_note = f"only the adapters of {type(base).__name__} train; modules_to_save names"
@@ -267,8 +214,13 @@ def test_peft_loads_an_adapter_with_any_modules_to_save(make_model, heads, tmp_p
 
 
 def test_peft_trains_the_same_modules_by_default():
-    for make_model, task in ((bert, "SEQ_CLS"), (distilbert, "SEQ_CLS"), (token_bert, "TOKEN_CLS")):
-        base, targets, _ = make_model()
+    token_bert = transformers.BertForTokenClassification(make("bert", torch.float32)[0].config)
+    for name, base, task in (
+        ("bert", make("bert", torch.float32)[0], "SEQ_CLS"),
+        ("distilbert", transformer_models.distilbert(0.0, WIDTH, CLASSES), "SEQ_CLS"),
+        ("bert", token_bert, "TOKEN_CLS"),
+    ):
+        targets = MODELS[name][1]
         with_peft = peft.get_peft_model(
             copy.deepcopy(base), peft.LoraConfig(task_type=task, target_modules=targets)
         )

@@ -17,99 +17,12 @@ from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from problems import fill, grid, make_data, train_modules
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+from transformer_models import bert, distilbert, gpt2, llama, t5, vit
 
 CLASSES = 3
-SIZES = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "num_labels": CLASSES,
-}
-
-
-class Encoder(nn.Module):
-    """The encoder of T5 with a head on the first token, without attention to padding."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.encoder = transformers.T5EncoderModel(config)
-        self.head = nn.Linear(config.d_model, CLASSES)
-
-    def forward(self, input_ids, attention_mask=None):
-        outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
-        return self.head(outputs.last_hidden_state[:, 0])
-
-
-def bert(p):
-    config = transformers.BertConfig(
-        vocab_size=50, hidden_dropout_prob=p, attention_probs_dropout_prob=p, **SIZES
-    )
-    return transformers.BertForSequenceClassification(config)
-
-
-def distilbert(p):
-    config = transformers.DistilBertConfig(
-        vocab_size=50,
-        dim=16,
-        n_layers=2,
-        n_heads=2,
-        hidden_dim=24,
-        dropout=p,
-        attention_dropout=p,
-        seq_classif_dropout=p,
-        num_labels=CLASSES,
-    )
-    return transformers.DistilBertForSequenceClassification(config)
-
-
-def gpt2(p):
-    config = transformers.GPT2Config(
-        vocab_size=50,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        resid_pdrop=p,
-        embd_pdrop=p,
-        attn_pdrop=p,
-        num_labels=CLASSES,
-        pad_token_id=0,
-        use_cache=False,
-    )
-    return transformers.GPT2ForSequenceClassification(config)
-
-
-def llama(p):
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        attention_dropout=p,
-        use_cache=False,
-        **SIZES,
-    )
-    return transformers.LlamaForSequenceClassification(config)
-
-
-def vit(p):
-    config = transformers.ViTConfig(
-        image_size=8,
-        patch_size=4,
-        hidden_dropout_prob=p,
-        attention_probs_dropout_prob=p,
-        **SIZES,
-    )
-    return transformers.ViTForImageClassification(config)
-
-
-def t5(p):
-    config = transformers.T5Config(
-        vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=p
-    )
-    return Encoder(config)
-
-
+WIDTH = 16
 # the function that builds the model, the targets of a LoRA, and the name of the head
 KINDS = {
     "bert": (bert, ["query", "value"], "classifier"),
@@ -126,7 +39,7 @@ class Logits(nn.Module):
 
     def __init__(self, make, p):
         super().__init__()
-        self.model = make(p)
+        self.model = make(p, WIDTH, CLASSES)
 
     def forward(self, **inputs):
         outputs = self.model(**inputs)
@@ -169,7 +82,9 @@ def builder_of(name, way, p):
     make, targets, head = KINDS[name]
     if way == "lora":
         torch.manual_seed(0)
-        return gputune.lora(make(p).double(), targets=targets, modules_to_save=[head])
+        return gputune.lora(
+            make(p, WIDTH, CLASSES).double(), targets=targets, modules_to_save=[head]
+        )
 
     def build(n_outputs):
         assert n_outputs == CLASSES
