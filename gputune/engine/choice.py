@@ -322,12 +322,11 @@ def fastest_way(
     seconds = {"loop": loop.seconds}
     if loop.seconds * member_steps < _WORTH_SECONDS:
         return FastestWay(uncoded=_TOO_SHORT, seconds=seconds)
-    tell("recorded")
+    way = trains_as("recorded", group.kind, group.configs[0], traits)  # or "eager" or "merged"
+    tell(way)
     timed = group.part(0, min(_TRIALS, len(group.index)))
-    stacked = _try_way(
-        "training stacked", job, lambda: _seconds(job, short_data, timed, "recorded")
-    )
-    seconds["recorded"] = stacked.seconds
+    stacked = _try_way("training stacked", job, lambda: _seconds(job, short_data, timed, way))
+    seconds[way] = stacked.seconds
     if loop.error is not None and stacked.error is not None:
         raise loop.error  # of the module itself, which no backend can train
     fastest = min(loop.seconds, stacked.seconds)
@@ -365,7 +364,7 @@ def fastest_way(
         return FastestWay(uncoded=uncoded, seconds=seconds)
     slow = (
         f"a training step of one trial on one fold takes {1e3 * loop.seconds:.3g} ms one by one, "
-        f"and {1e3 * stacked.seconds:.3g} ms in stacked training"
+        f"and {1e3 * stacked.seconds:.3g} ms {backend_named(way).in_words}"
     )
     return FastestWay(slow, seconds=seconds)
 
@@ -432,8 +431,9 @@ def _compiled_seconds(
     # Compiled code is written from recorded steps of stacked members.
     for refusal in refusals("recorded", TrialWork(chunk.kind, chunk.configs[0])):
         raise TraceError(refusal.reason)
-    if network.one_by_one:
-        raise TraceError("its members train one by one")
+    traits = job.traits.get(group.arguments)
+    if network.one_by_one or (traits is not None and traits.unstackable):
+        raise TraceError("its members are not stacked")
     with torch_threads(1), torch.no_grad():
         timed = MemberChunk(
             cast(StackedModule, network),

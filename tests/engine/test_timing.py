@@ -41,8 +41,8 @@ SEARCH = {"n_trials": 2, "cv": 2, "workers": 1, "verbose": 0}
             0.002,
             0.00095,
             1e9,
-            "a training step of one trial on one fold takes 1 ms one by one, and 2 ms in stacked "
-            "training",
+            "a training step of one trial on one fold takes 1 ms one by one, and 2 ms in recorded "
+            "steps",
             0.0,
         ),
         (0.002, 0.0009, 1e9, "", 0.0001),
@@ -124,6 +124,18 @@ def test_trials_that_share_most_of_their_layers_are_stacked_without_a_timing(
     )
     assert bool(found.seconds) == is_timed and not found.slow and not found.gain
     assert found.uncoded == "compiled code computes the frozen layers again for each trial"
+
+
+def test_merged_rows_are_timed_by_their_name(monkeypatch):
+    seconds = {"loop": 0.001, "merged": 0.002}
+    monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: seconds[backend])
+    traits = Traits(unstackable="vmap refuses it", merges=(("head", (True,)),))
+    told = []
+    job = replace(JOB, traits={CHUNK.arguments: traits})
+    found = fastest_way(job, DATA, CHUNK, member_steps=1e4, tell=told.append)
+    assert found.slow.endswith("takes 1 ms one by one, and 2 ms on merged rows")
+    assert found.seconds["merged"] == 0.002 and "recorded" not in found.seconds
+    assert told[:2] == ["one by one", "merged"]
 
 
 def test_all_ways_are_timed():

@@ -35,6 +35,7 @@ from torch.nn import functional
 import gputune
 from benchmark.report import describe_machine, publish, published, table
 from gputune.engine.plan import cores
+from gputune.executors.worker import idle
 from gputune.modules import feature_rows
 from gputune.modules.kept_features import NotKept
 
@@ -236,6 +237,8 @@ def in_process(function: Callable[[], object], threads: int | None = 1) -> tuple
         torch.set_num_threads(threads or cores())
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         function()
+        for pool in idle:  # the CPU seconds of a worker count when it has ended
+            pool.shutdown(wait=True)
         usage = resource.getrusage(resource.RUSAGE_SELF)
         grown = (usage.ru_maxrss - before) / 1024
         of_workers = resource.getrusage(resource.RUSAGE_CHILDREN)
