@@ -400,7 +400,17 @@ def _refuse_containers(X: object) -> None:
 
 
 def refuse_loader(X: object) -> None:
-    """Raise InputError if X is a DataLoader, because gputune draws minibatches itself."""
+    """Raise InputError if X is a DataLoader or a LightningDataModule, because gputune draws
+    minibatches itself."""
+    bases = {base.__name__ for base in type(X).__mro__}
+    if "LightningDataModule" in bases:
+        raise InputError(
+            "X",
+            f"is the LightningDataModule {type(X).__name__}, but gputune draws minibatches itself "
+            "(batch_size in the space)",
+            remedy='Call its prepare_data() and setup("fit"), and pass the dataset: '
+            "X.train_dataloader().dataset.",
+        )
     if isinstance(X, DataLoader):
         raise InputError(
             "X",

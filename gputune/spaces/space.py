@@ -376,9 +376,9 @@ def default_space(
         return {"C": _choices_of("C"), "l1_ratio": _choices_of("l1_ratio")}
     # sgdhd and nesterovhd adapt the learning rate of sgd and nesterov.
     plain = optimizer.removesuffix("hd") in ("sgd", "nesterov")
+    low, high = PLAIN_LR_FACTORS if plain and lr is None else LR_FACTORS
     if lr is None:
         lr = optimizer_defaults(optimizer)["lr"]
-    low, high = PLAIN_LR_FACTORS if plain else LR_FACTORS
     space = {"lr": stats.loguniform(low * lr, high * lr), "batch_size": _choices_of("batch_size")}
     if optimizer in OPTIMIZERS_WITH["weight_decay"]:
         space["weight_decay"] = _choices_of("weight_decay")

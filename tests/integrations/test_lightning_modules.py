@@ -117,6 +117,8 @@ def test_the_default_space_lies_around_the_learning_rate_of_the_module():
     assert study.trials[0].params["lr"] == 0.05
     assert study.trials[0].params["weight_decay"] == 0.002
     assert study.record.optimizer == "sgd"
+    distribution = study.record.distributions["lr"]
+    assert (distribution["low"], distribution["high"]) == pytest.approx((0.005, 1.5))
 
 
 def test_the_arguments_of_tune_replace_those_of_the_module():
@@ -172,6 +174,25 @@ def test_train_many_uses_the_step_of_the_module():
     assert np.array_equal(trained.curves, plain.curves)
     for name, tensor in plain.state.items():
         assert torch.allclose(trained.state[name], tensor, atol=1e-6)
+
+
+class Rows(lightning.LightningDataModule):
+    def setup(self, stage):
+        data = torch.utils.data.TensorDataset(X, Y)
+        self.train, self.valid = torch.utils.data.random_split(data, [40, 20], DRAWS)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(self.train, batch_size=8)
+
+
+def test_the_split_of_a_data_module():
+    rows = Rows()
+    with pytest.raises(gputune.InputError, match=r"X is the LightningDataModule Rows, .*setup"):
+        gputune.tune(Network, rows, **OPTIONS)
+    rows.setup("fit")
+    split = (rows.train.indices, rows.valid.indices)
+    study = gputune.tune(Network, rows.train.dataset, **{**OPTIONS, "cv": split})
+    assert study.curves.shape[2] == 1
 
 
 # --- the optimizer
