@@ -376,8 +376,7 @@ def repeats_frozen_layers(traits: Traits | None, data: Dataset) -> bool:
 
 
 def shares_most_layers(traits: Traits | None, trials: int) -> bool:
-    """Return whether so many trials share so many frozen layers that they are faster stacked than
-    one by one."""
+    """Return whether stacked trials are faster than a loop because they share frozen layers."""
     return traits is not None and traits.shared >= _MOST_SHARED and trials >= _FEWEST_SHARING
 
 

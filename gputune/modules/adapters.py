@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
@@ -21,7 +22,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gputune.errors import InputError
 from gputune.models import Dropout
 from gputune.modules.argument_hints import with_argument_hints
-from gputune.modules.pretrained import Adapted, Pretrained, check_base, pretrained_of
+from gputune.modules.pretrained import (
+    Adapted,
+    Pretrained,
+    check_base,
+    checked_folder,
+    pretrained_of,
+)
 from gputune.population.traits import Traits
 from gputune.text import did_you_mean
 from gputune.types import Config, Params
@@ -360,6 +367,8 @@ def lora(
     base: nn.Module,
     targets: Targets = ALL_LINEAR,
     modules_to_save: Sequence[str] | None = None,
+    *,
+    features_folder: str | PathLike[str] | None = None,
 ) -> Callable[..., nn.Module]:
     """Return a builder of ``base`` with LoRA adapters, to pass to ``gputune.tune``.
 
@@ -382,13 +391,14 @@ def lora(
             The default is PEFT's: the modules "classifier" and "score" of a sequence or token
             classifier of transformers, and no module of another base. With an empty list, only the
             adapters train.
+        features_folder: A folder for kept features, as for ``frozen``. [default: in memory]
 
     Returns:
         A function that builds one adapted module.
 
     Raises:
-        InputError: ``base`` is not a module, a name matches nothing, or a regular expression is
-            not valid.
+        InputError: ``base`` is not a module, a name matches nothing, a regular expression is not
+            valid, or the folder does not exist.
 
     Example:
         >>> import gputune, torch
@@ -412,7 +422,9 @@ def lora(
             got=modules_to_save,
             remedy=f"Pass {[modules_to_save]!r}." if is_name else "For example ['classifier'].",
         )
-    settings = Adapters(base, plain_targets(targets), tuple(modules_to_save))
+    folder = checked_folder(features_folder)
+    names = tuple(modules_to_save)
+    settings = Adapters(base, plain_targets(targets), names, features_folder=folder)
     default_targets = settings.targets
 
     def build(

@@ -3,10 +3,17 @@
 The features of all rows are computed once, before the training. All folds and trials read them.
 """
 
+import math
+import os
+import shutil
+import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +70,8 @@ def with_kept_features(
         scaling=(None,) * (len(inputs) + len(kept)),
         feature_groups=None,
     )
-    return kept_data, f"features of frozen layers are kept ({size_words(size)})"
+    place = "" if settings.features_folder is None else " on disk"
+    return kept_data, f"features of frozen layers are kept{place} ({size_words(size)})"
 
 
 def _check(
@@ -125,19 +133,58 @@ def _features(
     module.eval()
     tried = record(inner, lambda: forward(slice(0, n_examples), False))
     of_row = sum(x[0].nbytes for x in kept_leaves(calls, tried))
-    free = free_memory() if device.type == "cpu" else free_of_gpu(device)
-    if of_row * data.n_rows > _SHARE * free:
-        raise NotKept(
-            f"they take {size_words(of_row * data.n_rows)}, and only "
-            f"{size_words(int(_SHARE * free))} of memory are for them"
-        )
+    _check_size(of_row * data.n_rows, device, settings.features_folder)
     settings.store.calls = tuple(calls)
     block = max(1, min(256, _BLOCK_BYTES // max(1, of_row)))
-    parts = []
+    features: list[Tensor] = []
     for places in torch.split(torch.arange(data.n_rows), block):
         run = partial(call_module, module, _rows(data, places), data.names)
-        parts.append(kept_leaves(calls, record(inner, run)))
-    return [torch.cat(blocks) for blocks in zip(*parts)]
+        leaves = kept_leaves(calls, record(inner, run))
+        if not features:
+            features = [_empty(x, data.n_rows, settings.features_folder) for x in leaves]
+        for all_rows, x in zip(features, leaves, strict=True):
+            all_rows[places[0] : places[-1] + 1] = x
+    return features
+
+
+def _check_size(size: int, device: torch.device, folder: Path | None) -> None:
+    """Raise NotKept if there is no room for features of ``size`` bytes."""
+    if folder is not None:
+        if device.type != "cpu":
+            raise NotKept("features_folder is only for training on the CPU")
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise NotKept(
+                f"they take {size_words(size)}, and {str(folder)!r} has only {size_words(free)} of "
+                "free space"
+            )
+        return
+    free = free_memory() if device.type == "cpu" else free_of_gpu(device)
+    if size > _SHARE * free:
+        raise NotKept(
+            f"they take {size_words(size)}, and only {size_words(int(_SHARE * free))} of memory "
+            "are for them"
+        )
+
+
+def _empty(leaf: Tensor, n_rows: int, folder: Path | None) -> Tensor:
+    """Return a tensor for a feature of all rows, (n, ...), in memory or in a file that is mapped
+    into memory. ``leaf`` is the feature of some rows."""
+    shape = (n_rows, *leaf.shape[1:])
+    if folder is None:
+        return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
+    descriptor, path = tempfile.mkstemp(prefix="gputune-features-", dir=folder)
+    os.close(descriptor)
+    size = math.prod(shape) * leaf.element_size()
+    numbers = np.memmap(path, np.uint8, "w+", shape=(size,))
+    # The file is deleted with the last tensor on it, or when Python ends.
+    weakref.finalize(numbers, _delete, path)
+    return torch.from_numpy(numbers).view(leaf.dtype).view(shape)
+
+
+def _delete(path: str) -> None:
+    """Delete a file if it still exists."""
+    Path(path).unlink(missing_ok=True)
 
 
 def _rows(data: Dataset, positions: Tensor) -> list[Tensor]:

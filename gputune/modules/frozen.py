@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor, nn
 
 from gputune.errors import InputError
 from gputune.modules.argument_hints import with_argument_hints
-from gputune.modules.pretrained import Adapted, Pretrained, check_base, dtype_of, pretrained_of
+from gputune.modules.pretrained import (
+    Adapted,
+    Pretrained,
+    check_base,
+    checked_folder,
+    dtype_of,
+    pretrained_of,
+)
 from gputune.population.outputs import call_module
 from gputune.population.population import InputKind
 from gputune.types import Config
@@ -118,7 +126,12 @@ class FrozenBody(Pretrained):
 
 
 @with_argument_hints({"model": "base", "module": "base", "body": "base"})
-def frozen(base: nn.Module, head: Head | None = None) -> Callable[..., nn.Module]:
+def frozen(
+    base: nn.Module,
+    head: Head | None = None,
+    *,
+    features_folder: str | PathLike[str] | None = None,
+) -> Callable[..., nn.Module]:
     """Return a builder of a frozen ``base`` and a head that trains, to pass to ``gputune.tune``.
 
     The head receives the features that ``base`` returns. All trials share the tensors of ``base``,
@@ -131,12 +144,16 @@ def frozen(base: nn.Module, head: Head | None = None) -> Callable[..., nn.Module
         head: A class or function that creates the head. It may have the arguments ``n_features``
             (of the last axis of the features) and ``n_outputs``, and arguments for the keys
             ``module__*`` of a space. [default: ``nn.Linear``]
+        features_folder: A folder for the features of all rows. They are then read from a file in
+            this folder, and may be larger than the main memory. gputune deletes the file after the
+            search. It needs a training on the CPU. [default: features are kept in memory]
 
     Returns:
         A function that builds one module.
 
     Raises:
-        InputError: ``base`` or ``head`` has another type, or ``base`` has no parameters.
+        InputError: ``base`` or ``head`` has another type, ``base`` has no parameters, or the folder
+            does not exist.
 
     Example:
         >>> import gputune, torch
@@ -164,7 +181,7 @@ def frozen(base: nn.Module, head: Head | None = None) -> Callable[..., nn.Module
             got=Verbatim(type(head).__name__),
             remedy="Pass the class, or a function that returns a new module.",
         )
-    settings = FrozenBody(base, head=head)
+    settings = FrozenBody(base, head=head, features_folder=checked_folder(features_folder))
     sizes = dict.fromkeys(("n_features", "n_outputs"), 0)
     empty = inspect.Parameter.empty
     parameters = {} if head is None else dict(inspect.signature(head).parameters)

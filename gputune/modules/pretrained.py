@@ -7,6 +7,8 @@ layer is the same for all members. gputune can keep these features for each row 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +133,8 @@ class Pretrained:
         default_factory=dict, repr=False, kw_only=True
     )
     store: FeatureStore = field(default_factory=FeatureStore, repr=False, kw_only=True)
+    features_folder: Path | None = field(default=None, kw_only=True)
+    """The folder for files with kept features, or None if they are kept in memory."""
 
     reads_inputs = True
     """Whether the trained part may read the inputs of the module next to the kept features."""
@@ -148,7 +152,7 @@ class Pretrained:
         return {}
 
     def remarks(self) -> tuple[str, ...]:
-        """Return remarks for the user on what trains, one sentence each."""
+        """Return sentences for the user about the modules that train."""
         return ()
 
     def check_traits(self, traits: Traits, module: nn.Module) -> None:
@@ -162,6 +166,20 @@ def pretrained_of(builder: object) -> Pretrained | None:
     """Return the settings of a builder with a shared base, or None for another builder."""
     settings = getattr(builder, "pretrained", None)
     return settings if isinstance(settings, Pretrained) else None
+
+
+def checked_folder(folder: str | PathLike[str] | None) -> Path | None:
+    """Return the folder for kept features. Raises InputError if it does not exist."""
+    if folder is None:
+        return None
+    if not isinstance(folder, str | PathLike) or not Path(folder).is_dir():
+        raise InputError(
+            "features_folder",
+            "must be an existing folder",
+            got=folder,
+            remedy="Create it, or leave it out to keep the features in memory.",
+        )
+    return Path(folder).absolute()
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

@@ -1,14 +1,18 @@
 """A frozen body with a trained head, and kept features: equal to training without them."""
 
+import gc
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 import gputune
+from gputune.modules import feature_rows
 from gputune.modules.feature_rows import with_kept_features
 from gputune.modules.inspection import traits_of
 from gputune.modules.kept_features import NotKept, find_calls
@@ -72,8 +76,9 @@ class Tower(nn.Module):
         return self.head(self.last(h).relu().mean(1))
 
 
-def tower_lora(**words):
-    return gputune.lora(Tower(**words).double(), targets=["last"], modules_to_save=["head"])
+def tower_lora(drop=0.0, **words):
+    base = Tower(drop).double()
+    return gputune.lora(base, targets=["last"], modules_to_save=["head"], **words)
 
 
 @pytest.mark.parametrize("kind", [StackedModule, LoopedModule])
@@ -224,6 +229,52 @@ def test_the_plan_says_why_features_are_not_kept(monkeypatch):
     monkeypatch.setattr("gputune.modules.feature_rows.free_memory", lambda: 4000)
     _, text = dataset(tower_lora())
     assert text.endswith("they take 5.0 KiB, and only 1.0 KiB of memory are for them")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_features_on_disk_are_mapped_and_deleted_with_their_tensors(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("gputune.modules.feature_rows.free_memory", lambda: 0)
+    body = Body(10).to(dtype)
+    expected, _ = dataset(gputune.frozen(body, features_folder=None))
+    assert expected.names is None
+    kept, text = dataset(gputune.frozen(body, features_folder=tmp_path))
+    (file,) = tmp_path.iterdir()
+    assert text.startswith("features of frozen layers are kept on disk (")
+    with torch.no_grad():
+        outputs = body.eval()(expected.inputs[0][0].to(dtype))
+    assert kept.inputs[0].dtype == dtype and torch.allclose(kept.inputs[0][0], outputs)
+    assert file.stat().st_size == kept.inputs[0].nbytes
+    del kept
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_search_with_features_on_disk_equals_a_search_with_features_in_memory(tmp_path, workers):
+    words = WORDS | {"space": {"lr": [1e-3, 1e-2], "batch_size": [8]}, "workers": workers}
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Flatten(), nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 2))
+    curves = []
+    for folder in (None, str(tmp_path)):
+        body = gputune.frozen(base[:3], features_folder=folder)
+        adapters = gputune.lora(base, targets=["3"], features_folder=folder)
+        curves.append([gputune.tune(builder, X, Y, **words).curves for builder in (body, adapters)])
+    assert np.array_equal(curves[0], curves[1])
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_for_features_is_checked(tmp_path, monkeypatch):
+    for folder in (tmp_path / "missing", 3):
+        with refused("features_folder", "must be an existing folder", "Create it, or leave it out"):
+            gputune.frozen(Body(), features_folder=folder)
+        with refused("features_folder", "must be an existing folder"):
+            tower_lora(features_folder=folder)
+    usage = SimpleNamespace(free=1 << 10)
+    monkeypatch.setattr("gputune.modules.feature_rows.shutil.disk_usage", lambda folder: usage)
+    _, text = dataset(tower_lora(features_folder=tmp_path))
+    assert text.endswith(f"they take 5.0 KiB, and {str(tmp_path)!r} has only 1.0 KiB of free space")
+    with pytest.raises(NotKept, match="features_folder is only for training on the CPU"):
+        feature_rows._check_size(1, torch.device("cuda"), tmp_path)
 
 
 @pytest.mark.parametrize("numbers", ["standard", "none"])
