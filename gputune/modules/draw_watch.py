@@ -101,6 +101,7 @@ class Trail:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self.open: list[str] = []
         self.largest = 0
         # numbers in the weights of the called layers, and of those before the first trained layer
@@ -108,10 +109,26 @@ class Trail:
         self._shared_weights = 0
         self._is_shared = True
         self._has_frozen = not all(w.requires_grad for w in module.parameters())
-        for name, part in module.named_modules():
-            if not isinstance(part, torch.jit.ScriptModule):  # a scripted module takes no hooks
-                part.register_forward_pre_hook(partial(self._enter, name))
-                part.register_forward_hook(self._leave)
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Follow the calls of the module inside the ``with`` block.
+
+        The hooks are removed afterwards, because a part of the module may also belong to the user,
+        such as an activation that the user passes to the builder.
+        """
+        self.open.clear()
+        handles = []
+        for name, part in self.module.named_modules():
+            if isinstance(part, torch.jit.ScriptModule):  # a scripted module takes no hooks
+                continue
+            handles.append(part.register_forward_pre_hook(partial(self._enter, name)))
+            handles.append(part.register_forward_hook(self._leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _enter(self, name: str, module: nn.Module, _args: object) -> None:
         """Forward hook: note the begin of a submodule's call."""

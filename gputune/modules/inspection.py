@@ -380,7 +380,8 @@ def _differences(stacked: StackedModule, trial: ModuleTrial) -> tuple[str, tuple
     expected = [_plain_results(stacked, stacked.member(params, 0, c), trial) for c in range(2)]
     trail = Trail(stacked.template)
     try:
-        outputs, gradients, buffers = _stacked_results(stacked, flat, trial)
+        with trail.following():
+            outputs, gradients, buffers = _stacked_results(stacked, flat, trial)
     except StackedError as error:
         return error.rule, ()
     except InputError:

@@ -204,7 +204,12 @@ class ModuleTrial:
             draws = keyed_draws(CPU, 0, "check", host=True)
             if watched:
                 draws = self.watch.watching(training=training)
-            with self.writes.copies(inputs) as copies, draws, torch.set_grad_enabled(training):
+            with (
+                self.writes.copies(inputs) as copies,
+                draws,
+                torch.set_grad_enabled(training),
+                self.trail.following(),
+            ):
                 module = self.module.train(training)
                 outputs = self.objective.outputs(module, copies, self.shape.names)
         except Exception as error:
@@ -277,6 +282,7 @@ class ModuleTrial:
                 torch.enable_grad(),
                 warnings.catch_warnings(),
                 watching,
+                self.trail.following(),
             ):
                 warnings.filterwarnings(
                     "ignore", "Using a target size .* that is different to the input size"

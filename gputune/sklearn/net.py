@@ -277,9 +277,9 @@ _PARAMETERS = """
         module__*: arguments of the module. ``module__hidden=32`` is its argument ``hidden``.
         criterion: the loss.
 
-            - None: the cross-entropy for classes, the binary cross-entropy
-              (``nn.BCEWithLogitsLoss``) for labels and for one logit for two classes, and the
-              squared error of standardized numbers.
+            - None: the cross-entropy for classes (the module may end with a softmax, as in
+              skorch), the binary cross-entropy (``nn.BCEWithLogitsLoss``) for labels and for one
+              logit for two classes, and the squared error of standardized numbers.
             - A name of ``gputune.tune(loss=...)``.
             - A loss of torch.nn, as a class or an instance.
             - ``callable(outputs, y)``, which returns the losses of the rows or their mean.
@@ -352,7 +352,7 @@ class NeuralNet(_NeuralNet):
 
 
 class NeuralNetClassifier(ClassifierMixin, _NeuralNet):  # type: ignore[misc]
-    __doc__ = f"""A user's nn.Module as a classifier that returns logits (n, K).{_PARAMETERS}
+    __doc__ = f"""A user's nn.Module as a classifier that returns logits or probabilities (n, K).{_PARAMETERS}
     Note:
         For two classes the module can also return one logit. With y (n, K) of 0 and 1 every column
         is a separate label.

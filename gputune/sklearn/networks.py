@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.dataset import Dataset
@@ -26,8 +27,10 @@ from gputune.engine.train import BegunChunk
 from gputune.errors import InputError
 from gputune.hypergradients.chunk import HypergradientJob
 from gputune.methods.descent_training import SlopeMode
-from gputune.modules.construction import name_of, parameters_of
+from gputune.modules.construction import Builder, name_of, parameters_of
 from gputune.modules.inspection import returns_one_logit, traits_of
+from gputune.modules.module_trial import ModuleTrial
+from gputune.modules.probabilities import are_probabilities
 from gputune.population.outputs import call_module, first_output
 from gputune.population.population import Population
 from gputune.population.state import State
@@ -43,6 +46,7 @@ from gputune.sklearn.recipe import (
     Recipe,
     TrainedMember,
     TrainingLoss,
+    likelihood_loss,
 )
 from gputune.study.module_source import is_builder
 from gputune.text import nearest
@@ -145,14 +149,38 @@ def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | Non
     """Return the training objective (loss and training step) of a recipe.
 
     If a module without a chosen loss returns one logit for two classes, the loss is the binary
-    cross-entropy.
+    cross-entropy. If a module without a chosen loss, or with ``nn.NLLLoss``, returns probabilities,
+    the loss takes their logarithms, as in skorch.
     """
-    if recipe.module is not None and recipe.loss is None and recipe.step is None:
+    if recipe.module is not None and recipe.step is None:
         # The later check of the module raises this error again, separately for each configuration.
         with suppress(InputError):
-            if returns_one_logit(recipe.module, config, data):
+            if recipe.loss is None and returns_one_logit(recipe.module, config, data):
                 recipe = replace(recipe, loss="bce")
+            elif (recipe.loss is None or _is_plain_nll(recipe.loss)) and (
+                data.task in ("binary", "multiclass")
+                and _returns_probabilities(recipe.module, config, data)
+            ):
+                recipe = replace(recipe, loss=likelihood_loss)
     return recipe.objective(data.task)
+
+
+def _returns_probabilities(builder: Builder, config: Config, data: Dataset) -> bool:
+    """Return whether a module returns the probability of each class, (n, K), as a softmax does.
+
+    Raises InputError for a module that cannot be built or that fails.
+    """
+    trial = ModuleTrial(builder, config, data.of(config))
+    return are_probabilities(trial.forward(trial.inputs, training=False))
+
+
+def _is_plain_nll(loss: object) -> bool:
+    """Return whether a loss is the negative log-likelihood of torch.nn, without settings."""
+    if loss is nn.NLLLoss or loss is functional.nll_loss:
+        return True
+    if type(loss) is not nn.NLLLoss:
+        return False
+    return loss.weight is None and loss.ignore_index < 0 and loss.reduction == "mean"
 
 
 @entry
@@ -290,13 +318,19 @@ def _check_module(batch: RecipeBatch, config: Config) -> int:
     if builder is None:
         return 0
     traits = traits_of(builder, config, data, objective=batch.objective)
-    if traits.probabilities and data.task in ("binary", "multiclass"):
-        raise InputError(
-            "model",
-            f"must return logits, but {name_of(builder)} returns probabilities",
-            remedy="Leave out the softmax at its end.",
-        )
+    takes_probabilities = batch.objective is not None and batch.objective.loss is likelihood_loss
+    if traits.probabilities and not takes_probabilities and data.task in ("binary", "multiclass"):
+        raise _needs_logits(builder)
     return traits.parameters
+
+
+def _needs_logits(builder: Builder) -> InputError:
+    """Return the error for a module that returns probabilities instead of logits."""
+    return InputError(
+        "model",
+        f"must return logits, but {name_of(builder)} returns probabilities",
+        remedy="Leave out the softmax at its end.",
+    )
 
 
 def training_slopes(
@@ -313,6 +347,9 @@ def training_slopes(
     member_slopes: dict[FoldTrial, MemberSlope] = {}
     for batch in batches(recipes, folds):
         trainer = batch.trainer(training)
+        module = batch.recipes[0].module
+        if module is not None and batch.objective and batch.objective.loss is likelihood_loss:
+            raise with_estimator_names(_needs_logits(module))
         job = trainer.job(
             HypergradientJob,
             epochs=batch.recipes[0].epochs,
@@ -377,9 +414,13 @@ class TrainedEstimator(FusedEstimator):
         self._layout = None if rows.is_table else ArrayLayout.of(rows.X)
         self._scaling = fitted.scaling
         self._draws = fitted.draws
+        self._has_probabilities = fitted.has_probabilities
 
     def _outputs(self, X: object) -> Tensor:
-        """Return the outputs of the trained module for rows X, (n, K) float64 on the CPU."""
+        """Return the outputs of the trained module for rows X, (n, K) float64 on the CPU.
+
+        If the module returns probabilities, the result is their logarithms, which are logits.
+        """
         check_is_fitted(self)
         X = as_dense(X)
         if self._layout is None:
@@ -409,4 +450,6 @@ class TrainedEstimator(FusedEstimator):
                 outputs = first_output(call_module(self.module_, inputs, arrays.names))
                 blocks.append(outputs.double().cpu())
         outputs = torch.cat(blocks)
+        if getattr(self, "_has_probabilities", False):  # missing in pickles of older versions
+            outputs = outputs.log()
         return outputs if outputs.dim() > 1 else outputs[:, None]

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gputune.annotations import FloatArray, IntArray
 from gputune.data.dataset import Dataset
@@ -86,6 +87,7 @@ class TrainedMember:
         losses: (epochs,) loss on its training rows after each epoch. Empty if the loss was not
             watched.
         draws: whether the module draws random numbers in predictions.
+        has_probabilities: whether the module returns probabilities instead of logits.
     """
 
     module: Callable[[], nn.Module]
@@ -101,6 +103,7 @@ class TrainedMember:
     state: State
     losses: FloatArray
     draws: bool
+    has_probabilities: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,15 @@ class Recipe:
         # weight of a whole minibatch with average weights
         batch_weight = min(self.config["batch_size"], rows) * weight / rows
         return self.config | {"weight_decay": self.alpha / batch_weight}
+
+
+def likelihood_loss(outputs: Tensor, y: Tensor) -> Tensor:
+    """Return the negative log-likelihood (B,) of classes y (B,) for probabilities (B, K).
+
+    skorch adds the same small number to the probabilities before it takes their logarithms.
+    """
+    logarithms = torch.log(outputs + torch.finfo(outputs.dtype).eps)
+    return functional.nll_loss(logarithms, y, reduction="none")
 
 
 def draw_seed(random_state: object, draw: DrawSeed) -> int:
@@ -394,6 +406,7 @@ class MemberJob(Job):
         is_finite = rows.isfinite().all(2).tolist()
         center = data.center.cpu().numpy()
         scale = data.scale.cpu().numpy()
+        has_probabilities = self.objective is not None and self.objective.loss is likelihood_loss
         members: list[TrainedMember | Exception] = []
         for f, fold in enumerate(data.folds):
             scaling = tuple(None if each is None else each.of_fold(f) for each in data.scaling)
@@ -420,6 +433,7 @@ class MemberJob(Job):
                     state=State(epochs, buffers),
                     losses=-weights.curves[c, : epochs if self.patiences else 0, f],
                     draws=network.evaluation_draws,
+                    has_probabilities=has_probabilities,
                 )
                 members.append(member)
         return members

@@ -4,6 +4,7 @@ scikit-learn's own fit.
 
 import itertools
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ import torch
 from scipy.sparse import csr_array
 from sklearn import neural_network
 from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_diabetes, load_iris, make_regression
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.neural_network import MLPClassifier as Theirs
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 
 import reference
 from face_modules import Net
@@ -542,3 +545,58 @@ def test_sparse_x_that_memory_does_not_hold_is_refused():
         match="a sparse matrix of 4000 rows and 1000000000000000 columns.* needs 3.2e",
     ):
         as_dense(csr_array((4000, 10**15)))
+
+
+class Softmax(nn.Module):
+    """A module that ends with an activation which the user passes, as in skorch's examples."""
+
+    def __init__(self, last=None, hidden=6):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 3))
+        self.last = last or nn.Identity()
+
+    def forward(self, x):
+        return self.last(self.layers(x))
+
+
+SCALED = (StandardScaler().fit_transform(IRIS[0]), IRIS[1])
+PLAIN = {"lr": 0.1, "max_epochs": 15, "random_state": 0, "device": "cpu"}
+
+
+@pytest.mark.parametrize("criterion", [None, nn.NLLLoss, nn.NLLLoss()])
+def test_a_module_with_a_softmax_is_the_module_without(criterion):
+    logits = NeuralNetClassifier(Softmax, **PLAIN).fit(*SCALED)
+    builder = partial(Softmax, nn.Softmax(dim=-1))
+    net = NeuralNetClassifier(builder, criterion=criterion, **PLAIN).fit(*SCALED)
+    X = SCALED[0]
+    np.testing.assert_allclose(net.predict_proba(X), logits.predict_proba(X), atol=1e-10)
+    np.testing.assert_allclose(net.predict_log_proba(X), logits.predict_log_proba(X), atol=1e-8)
+    assert (net.predict(X) == logits.predict(X)).all() and net.score(*SCALED) > 0.8
+    with torch.no_grad():  # module_ is the user's module
+        outputs = net.module_(torch.from_numpy(X))
+    np.testing.assert_allclose(outputs, net.predict_proba(X), atol=1e-12)
+
+
+def test_a_softmax_fits_together_as_alone():
+    net = NeuralNetClassifier(Softmax, module__last=nn.Softmax(dim=-1), **PLAIN)
+    space = {"module__hidden": [4, 6], "lr": [0.1, 0.3]}
+    search = GridSearchCV(net, space, cv=3).fit(*SCALED)
+    for params, score in zip(
+        search.cv_results_["params"], search.cv_results_["mean_test_score"], strict=True
+    ):
+        alone = cross_val_score(clone(net).set_params(**params), *SCALED, cv=3)
+        assert score == pytest.approx(alone.mean())
+
+
+def test_no_hook_stays_on_a_part_that_is_the_users():
+    """Otherwise a clone would copy the hook, and the next fit would fail."""
+    last = nn.Softmax(dim=-1)
+    net = NeuralNetClassifier(partial(Softmax, last), **PLAIN).fit(*SCALED)
+    assert not last._forward_hooks and not last._forward_pre_hooks
+    CalibratedClassifierCV(net, cv=2).fit(*SCALED)
+
+
+def test_a_softmax_has_no_hypergradient():
+    net = NeuralNetClassifier(Softmax, module__last=nn.Softmax(dim=-1), **PLAIN)
+    with pytest.raises(InputError, match="module must return logits, but Softmax returns prob"):
+        HypergradientSearchCV(net, {"lr": [0.1, 0.2]}, n_iter=2, cv=2).fit(*SCALED)

@@ -451,7 +451,7 @@ REFUSED_NETS = [
         "<lambda> must return a torch.nn.Module, got int",
     ),
     (
-        {"module": Probabilities},
+        {"module": Probabilities, "criterion": "cross_entropy"},
         "module must return logits, but Probabilities returns probabilities.*Leave out the softmax",
     ),
     (
@@ -480,7 +480,7 @@ REFUSED_NETS = [
     ({"optimizer": "lamb"}, "got 'lamb'"),
     ({"optimizer": "adam", "optimizer__momentum": 0.9}, "'adam' has no momentum, got 0.9"),
     (
-        {"criterion": nn.NLLLoss, "module": Probabilities},
+        {"criterion": nn.NLLLoss(weight=torch.ones(3)), "module": Probabilities},
         "criterion=torch.nn.CrossEntropyLoss, without the softmax",
     ),
     ({"criterion": "hinge"}, "criterion must be one of 'cross_entropy', .*got 'hinge'"),
