@@ -1,8 +1,8 @@
 """The entry point of the command line.
 
 ``main`` runs one command and returns its exit code: 0 done, 1 failed, 2 bad input or usage, 130
-Ctrl-C, 143 SIGTERM. Everything heavy is imported inside the commands, so that ``gputune --help`` is
-fast.
+Ctrl-C, 143 SIGTERM, 138 SIGUSR1. Everything heavy is imported inside the commands, so that
+``gputune --help`` is fast.
 """
 
 import argparse

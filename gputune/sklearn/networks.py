@@ -152,15 +152,15 @@ def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | Non
     cross-entropy. If a module without a chosen loss, or with ``nn.NLLLoss``, returns probabilities,
     the loss takes their logarithms, as in skorch.
     """
-    if recipe.module is not None and recipe.step is None:
+    builder = recipe.module
+    if builder is not None and recipe.step is None:
+        has_classes = data.task in ("binary", "multiclass")
+        may_take_logarithms = has_classes and (recipe.loss is None or _is_plain_nll(recipe.loss))
         # The later check of the module raises this error again, separately for each configuration.
         with suppress(InputError):
-            if recipe.loss is None and returns_one_logit(recipe.module, config, data):
+            if recipe.loss is None and returns_one_logit(builder, config, data):
                 recipe = replace(recipe, loss="bce")
-            elif (recipe.loss is None or _is_plain_nll(recipe.loss)) and (
-                data.task in ("binary", "multiclass")
-                and _returns_probabilities(recipe.module, config, data)
-            ):
+            elif may_take_logarithms and _returns_probabilities(builder, config, data):
                 recipe = replace(recipe, loss=likelihood_loss)
     return recipe.objective(data.task)
 
@@ -178,7 +178,7 @@ def _is_plain_nll(loss: object) -> bool:
     """Return whether a loss is the negative log-likelihood of torch.nn, without settings."""
     if loss is nn.NLLLoss or loss is functional.nll_loss:
         return True
-    if type(loss) is not nn.NLLLoss:
+    if not isinstance(loss, nn.NLLLoss) or type(loss) is not nn.NLLLoss:
         return False
     return loss.weight is None and loss.ignore_index < 0 and loss.reduction == "mean"
 

@@ -314,7 +314,10 @@ def _check_resumable(path: Path, record: SearchRecord, stored: Mapping[str, obje
         remedy = "Fit that search again."
     elif record.face == "loop":
         fault = "belongs to gputune.search, and no file stores the training loop"
-        remedy = f"Repeat the call with {option('study', str(path))} to resume it."
+        remedy = (
+            "To resume it, repeat the command gputune search, or the call of "
+            f"gputune.search(..., study={file})."
+        )
     elif record.lost or {"arguments", "source"} & record.absent:
         fault = "has lost options of its search and cannot be resumed"
         remedy = (

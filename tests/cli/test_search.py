@@ -97,6 +97,18 @@ def test_the_text_at_the_end(loop):
     assert repeated.partition("Trials")[0] == out.partition("Trials")[0]
 
 
+def test_its_study_is_continued_by_the_same_command(loop):
+    output("search", loop, *SPACE, "--trials", "2", "--out", "o", "-q")
+    assert (
+        "belongs to gputune.search, and no file stores the training loop. To resume it, repeat the "
+        "command gputune search, or the call of gputune.search(..., study='o/study.db')."
+    ) in refusal("resume", "o")
+    document = json.loads(
+        output("search", loop, *SPACE, "--trials", "4", "--out", "o", "-q", "--json")
+    )
+    assert sum(document["trials"].values()) >= 3
+
+
 def test_halving_prunes(loop):
     options = ("--method", "halving", "--epochs", "4", "--trials", "6")
     space = ("--space", "lr=0.01..0.4", "depth=1", "--direction", "minimize", "--workers", "1")

@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and SIGUSR1, in this process and as real signals to real processes with workers; the
 timeout."""
 
+import json
 import os
 import shlex
 import signal
@@ -99,7 +100,7 @@ def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, monkeypatc
             assert kept[before.number].seconds == before.seconds  # not trained again
 
 
-def finish_net(tmp_path, do, *, first=""):
+def finish_net(tmp_path, do, *options, first=""):
     (tmp_path / "net.py").write_text(NET.format(do=do))
     return finish(
         "tune",
@@ -119,6 +120,7 @@ def finish_net(tmp_path, do, *, first=""):
         "1",
         "--out",
         "out",
+        *options,
         cwd=tmp_path,
         first=TRAINS + first,
     )
@@ -165,6 +167,13 @@ def test_sigterm_ends_within_its_grace_with_143(tmp_path, grace, do, words):
     code, out, err = finish_net(tmp_path, do, first=first)
     assert code == 143 and interrupt.GRACE_SECONDS < 5
     assert words in out and "Traceback" not in err
+
+
+def test_an_interrupted_command_prints_its_document(tmp_path):
+    code, out, _ = finish_net(tmp_path, CTRL_C, "--json")
+    answer = json.loads(out)
+    assert (code, answer["exit_code"], answer["status"]) == (130, 130, "interrupted")
+    assert answer["trials"] == {"stopped": 2} and answer["model"] == "out/model"
 
 
 WARN = "os.killpg(0, signal.SIGUSR1)"
