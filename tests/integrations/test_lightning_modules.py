@@ -121,6 +121,7 @@ def test_the_default_space_lies_around_the_learning_rate_of_the_module():
     assert (distribution["low"], distribution["high"]) == pytest.approx((0.005, 1.5))
 
 
+@pytest.mark.long
 def test_the_arguments_of_tune_replace_those_of_the_module():
     space = {"batch_size": [8]}
     options = {**OPTIONS, "space": space}
@@ -131,6 +132,7 @@ def test_the_arguments_of_tune_replace_those_of_the_module():
     assert fixed.trials[0].params["schedule"] == "constant"
 
 
+@pytest.mark.long
 def test_a_saved_study_resumes_and_gives_its_model_in_the_same_way(tmp_path):
     path = tmp_path / "study.db"
     options = {**OPTIONS, "space": {"lr": [0.05, 0.01], "batch_size": [8]}}
@@ -165,6 +167,7 @@ def test_a_module_of_pytorch_lightning_and_a_function_that_returns_one():
         assert study.record.objective.endswith("Old.training_step")
 
 
+@pytest.mark.long
 def test_train_many_uses_the_step_of_the_module():
     trained = gputune.train_many(Network, [{"batch_size": 8}], X, Y, max_epochs=2)
     given = {"batch_size": 8, "lr": 0.05, "momentum": 0.8, "weight_decay": 0.002}

@@ -92,6 +92,7 @@ def test_an_ended_trial_ends_the_training_and_leaves_no_checkpoint(tmp_path, bes
     assert len(values) == 2
 
 
+@pytest.mark.long
 def test_the_callback_in_a_search_that_prunes(tmp_path):
     def objective(params, report):
         folder = tmp_path / str(report.number)
