@@ -1,4 +1,4 @@
-"""scikit-learn's own tests of its MLP, logistic regression and searches, with gputune's classes.
+"""scikit-learn's and skorch's own tests of their estimators and searches, with gputune's classes.
 
     python scripts/reproduce/scikit_learn_suites.py
     python scripts/reproduce/scikit_learn_suites.py test_mlp -k early --out OUT
@@ -7,6 +7,9 @@ Each test file of the installed scikit-learn is copied into a temporary folder. 
 and with one more line after its imports: ``from gputune.sklearn import ...``. A test counts if
 scikit-learn's own class passes it. The page, OUT/scikit-learn-suites.md, lists the
 tests that fail with gputune's class, with the reason. The script fails if a reason is missing.
+
+The test files of skorch import its classes inside fixtures, so there the import itself is replaced.
+skorch must be installed: pip install skorch==1.2.0
 """
 
 import argparse
@@ -19,6 +22,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,6 +45,11 @@ _DEPRECATED = (
     "the test expects a warning about a parameter that scikit-learn will "
     "remove, but gputune accepts this parameter without a warning"
 )
+_NO_INITIALIZE = (
+    "the test calls initialize and replaces the net's criterion_, but gputune's estimators have no "
+    "initialize, criterion_ and partial_fit"
+)
+_NO_HISTORY = "gputune's estimators have no history"
 REASONS: dict[str, tuple[tuple[str, str], ...]] = {
     "test_mlp": (
         (
@@ -58,6 +67,42 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
             "test_n_iter_no_change_inf",
             "with n_iter_no_change=inf, gputune computes no loss and does not count "
             "the epochs without improvement",
+        ),
+    ),
+    "test_classifier": (
+        ("with_nllloss|without_nllloss", _NO_INITIALIZE),
+        ("test_high_learning_rate", _NO_HISTORY),
+        (
+            "could_not_be_inferred|with_tensordataset",
+            "the test passes a torch Dataset, which gputune's estimators do not accept. "
+            "gputune.tune accepts it",
+        ),
+        (
+            "explicitly|empty_classes",
+            "gputune's estimators have no parameter classes, and refuse max_epochs=0",
+        ),
+        (
+            "classes_set|classes_data|classes_with_gaps",
+            "the test passes max_epochs=0, which gputune refuses, and a module with fewer outputs "
+            "than classes",
+        ),
+    ),
+    "test_regressor": (
+        (
+            "test_not_fitted_raises.predict\\]",
+            "the test expects skorch's NotInitializedError, but gputune raises scikit-learn's "
+            "NotFittedError",
+        ),
+        (
+            "test_not_fitted_raises",
+            "gputune has no forward and forward_iter, and no predict_proba of a regressor",
+        ),
+        ("test_predict_predict_proba", "gputune has no predict_proba of a regressor"),
+        ("test_net_learns|test_history", _NO_HISTORY),
+        (
+            "test_dimension_mismatch_warning",
+            "the test expects a warning about broadcasting, but gputune compares the outputs "
+            "(n, 1) with the targets (n,) row by row, as intended",
         ),
     ),
     "test_search": (
@@ -100,10 +145,21 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
 
 @dataclass(frozen=True)
 class Suite:
-    """A test file of scikit-learn, and the classes that are replaced in it."""
+    """A test file of a package, and the classes that are replaced in it.
+
+    Attributes:
+        path: the file in the folder of the package.
+        classes: the names of the classes.
+        package: "sklearn", or "skorch", whose tests import the classes inside functions.
+        keyword: a selection of the tests that use the classes, as of pytest.
+        left_out: a line of a fixture that is left out for gputune's classes.
+    """
 
     path: str
     classes: tuple[str, ...]
+    package: str = "sklearn"
+    keyword: str = ""
+    left_out: str = ""
 
     @property
     def name(self) -> str:
@@ -112,12 +168,19 @@ class Suite:
     def source(self, *, swapped: bool) -> str:
         """Return the test file.
 
-        If the classes are ``swapped``, one more import follows after the others.
+        If the classes are ``swapped``, one more import follows after the others, or the import in
+        the functions is replaced.
         """
-        assert sklearn.__file__ is not None
-        text = (Path(sklearn.__file__).parent / self.path).read_text()
+        text = (folder_of(self.package) / self.path).read_text()
         if not swapped:
             return text
+        if self.package != "sklearn":
+            for name in self.classes:
+                line = f"from {self.package} import {name}\n"
+                assert line in text
+                text = text.replace(line, f"from gputune.sklearn import {name}\n")
+            assert self.left_out in text
+            return text.replace(self.left_out, "", 1)
         lines = text.splitlines(keepends=True)
         imports = [
             node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)
@@ -128,12 +191,28 @@ class Suite:
         return "".join(lines)
 
 
+def folder_of(package: str) -> Path:
+    """Return the folder of an installed package. Raises SystemExit if it is not installed."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"needs {package}: pip install {package}")
+    return Path(spec.origin).parent
+
+
 SEARCHES = ("GridSearchCV", "RandomizedSearchCV")
 SUITES = (
     Suite("neural_network/tests/test_mlp.py", ("MLPClassifier", "MLPRegressor")),
     Suite("linear_model/tests/test_logistic.py", ("LogisticRegression",)),
     Suite("model_selection/tests/test_search.py", (*SEARCHES, "HalvingRandomSearchCV")),
     Suite("model_selection/tests/test_successive_halving.py", ("HalvingRandomSearchCV",)),
+    Suite(
+        "tests/test_classifier.py",
+        ("NeuralNetClassifier",),
+        "skorch",
+        "not TestNeuralNetBinaryClassifier",
+        "            callbacks=[('dummy', dummy_callback)],\n",
+    ),
+    Suite("tests/test_regressor.py", ("NeuralNetRegressor",), "skorch"),
 )
 
 
@@ -146,9 +225,11 @@ def outcomes(suite: Suite, *, swapped: bool, keyword: str) -> dict[str, str]:
         file = Path(folder) / f"{suite.name}.py"
         report = Path(folder) / "report.xml"
         file.write_text(suite.source(swapped=swapped))
+        plugin = "sklearn.conftest" if suite.package == "sklearn" else "skorch.tests.conftest"
+        keyword = " and ".join(f"({word})" for word in (keyword, suite.keyword) if word)
         options = [
             "-p",
-            "sklearn.conftest",
+            plugin,
             "-p",
             "no:cacheprovider",
             f"--junitxml={report}",
@@ -176,7 +257,7 @@ def _error(case: ElementTree.Element) -> str | None:
 
 
 def compared(suite: Suite, keyword: str) -> tuple[list[str], dict[str, str]]:
-    """Return the tests that scikit-learn's class passes, and the errors with gputune's class."""
+    """Return the tests that the library's class passes, and the errors with gputune's class."""
     own, swapped = (outcomes(suite, swapped=flag, keyword=keyword) for flag in (False, True))
     applies = [name for name, error in own.items() if not error]
     return applies, {
@@ -195,16 +276,24 @@ def by_reason(suite: Suite, failed: Mapping[str, str]) -> dict[str, list[str]]:
 
 def page(results: Mapping[Suite, tuple[Sequence[str], Mapping[str, str]]]) -> str:
     lines = [
-        "# scikit-learn's own tests",
+        "# Tests of scikit-learn and skorch",
         "",
-        "This page shows which of scikit-learn's own tests the estimators and searches of gputune "
-        "pass. The tests come from",
-        f"scikit-learn {sklearn.__version__}.",
+        "This page shows which of the tests of scikit-learn and skorch the estimators and searches "
+        "of gputune pass. The tests",
+        f"come from scikit-learn {sklearn.__version__} and skorch {version('skorch')}.",
         "",
-        "- Each test file was run twice: unchanged, and with one more import that replaces "
-        "scikit-learn's classes with",
-        "  gputune's classes.",
-        "- The table includes only the tests that scikit-learn's own classes pass.",
+        "- Each test file was run twice: unchanged, and with gputune's classes instead of the "
+        "classes of the library.",
+        "- The table includes only the tests that the library's own classes pass.",
+        "- gputune has the parameters of skorch's estimators, but not their training loop.",
+        "  [Differences from scikit-learn](scikit-learn-differences.md) lists the features of skorch "
+        "that gputune lacks. Most tests",
+        "  of skorch use one of them.",
+        "- The table leaves out the tests of skorch's `NeuralNetBinaryClassifier`, a class that "
+        "gputune does not have.",
+        "- A fixture of `test_classifier.py` passes a callback. gputune's estimators refuse callbacks, "
+        "so the script leaves this",
+        "  argument out for them.",
         "- A number in parentheses is the number of parameter sets for which the test fails.",
         "- To make this page again, run `python scripts/reproduce/scikit_learn_suites.py --out docs`.",
         "",
@@ -214,7 +303,7 @@ def page(results: Mapping[Suite, tuple[Sequence[str], Mapping[str, str]]]) -> st
     for suite, (applies, failed) in results.items():
         classes = ", ".join(f"`{name}`" for name in suite.classes)
         lines.append(
-            f"| `sklearn/{suite.path}` | {classes} | {len(applies) - len(failed)} of "
+            f"| `{suite.package}/{suite.path}` | {classes} | {len(applies) - len(failed)} of "
             f"{len(applies)} |"
         )
     for suite, (_, failed) in results.items():

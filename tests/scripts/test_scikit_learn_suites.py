@@ -1,4 +1,4 @@
-"""The script that runs scikit-learn's own tests."""
+"""The script that runs the tests of scikit-learn and skorch."""
 
 import sys
 import warnings
@@ -21,6 +21,23 @@ def test_a_suite_is_swapped_by_one_import(suites, place):
     ]
     assert swapped[:line] + swapped[line + 1 :] == own
     assert not any(later.startswith(("import ", "from ")) for later in swapped[line + 1 :])
+
+
+def test_a_suite_of_skorch_is_swapped_in_its_functions(suites, monkeypatch, tmp_path):
+    monkeypatch.setattr(suites, "folder_of", lambda package: tmp_path)
+    for suite in suites.SUITES[4:]:
+        (name,) = suite.classes
+        own = f"def net():\n    from skorch import {name}\n{suite.left_out}    return {name}\n"
+        (tmp_path / "tests").mkdir(exist_ok=True)
+        (tmp_path / suite.path).write_text(own)
+        assert suite.source(swapped=False) == own
+        swapped = f"def net():\n    from gputune.sklearn import {name}\n    return {name}\n"
+        assert suite.source(swapped=True) == swapped
+
+
+def test_a_package_that_is_missing_is_named(suites):
+    with pytest.raises(SystemExit, match="needs no_such_package: pip install no_such_package"):
+        suites.folder_of("no_such_package")
 
 
 # As scikit-learn's are, but few: those take seconds to be collected.
@@ -60,6 +77,7 @@ def test_a_failure_needs_a_reason(suites, monkeypatch, tmp_path, capsys, name, c
     monkeypatch.setattr(
         suites, "compared", lambda suite, keyword: (["test_fit", name], {name: "an error"})
     )
+    monkeypatch.setattr(suites, "version", lambda package: "1.2.0")
     assert suites.main(["test_mlp", "--out", str(tmp_path)]) == code
     assert "test_mlp: 1 of 2" in capsys.readouterr().out
     page = (tmp_path / "scikit-learn-suites.md").read_text()
