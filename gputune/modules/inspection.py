@@ -450,7 +450,7 @@ def _stacked_results(
     Outputs are (2 members, B rows, ...). Other tensors are (1 fold, 2 trials, ...).
     """
     params = stacked.blocks.views(flat)
-    gradients = []
+    gradients: list[Params] = []
     with torch.no_grad():
         for rows in _minibatches(trial):
             grads = stacked.trained.views(torch.zeros(stacked.trained.size).to(flat))
@@ -458,8 +458,9 @@ def _stacked_results(
             batch = Batch(
                 tuple(x[None, rows] for x in trial.inputs), y[None], 1 / len(y), slice(0, 1), _KEY
             )
-            with keyed_draws(CPU, 0, "check"):
-                stacked.plain_losses(batch)  # it must leave no state behind
+            if not gradients:
+                with keyed_draws(CPU, 0, "check"):
+                    stacked.plain_losses(batch)  # it must leave no state behind
             stacked.gradient(params, batch, grads)
             gradients.append(grads)
         outputs = stacked.outputs(params, 0, trial.inputs, _EVALUATION)
