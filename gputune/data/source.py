@@ -43,7 +43,7 @@ from gputune.data.table import (
     split_target,
 )
 from gputune.data.target import Target, TaskWord, check_target, target_array
-from gputune.data.torch_dataset import read_dataset
+from gputune.data.torch_dataset import LABELS, read_dataset
 from gputune.errors import InputError
 from gputune.input_files import check_room
 from gputune.text import did_you_mean
@@ -281,9 +281,18 @@ def _read_values(
     refuse_loader(X)
     if module and isinstance(X, Dataset):
         X, y = read_dataset(X, y)
+    if module and isinstance(X, list) and X and isinstance(X[0], Mapping):
+        raise InputError(
+            "X",
+            "is a list of dicts",
+            remedy="Pass a torch Dataset whose items are these dicts, or a dict with one tensor for "
+            "each input.",
+        )
     if y is None:
         remedy = "Pass the target as an array, or the name of its column in X."
-        if module:
+        if isinstance(X, Mapping) and LABELS in X:
+            remedy = f"Take it out of X: labels = X.pop({LABELS!r}), and pass y=labels."
+        elif module:
             remedy = (
                 f"{remedy} If the loss reads only X, as for an autoencoder, pass y=X and "
                 f"{option('task', 'custom')}."

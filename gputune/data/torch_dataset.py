@@ -10,7 +10,7 @@ from gputune.data.ragged import refuse_ragged
 from gputune.data.table import is_image
 from gputune.errors import InputError
 
-_LABELS = "labels"
+LABELS = "labels"
 """The entry with the target in a dataset for a model of transformers."""
 
 Bar = Callable[[Sequence[int]], Iterable[int]]
@@ -83,7 +83,7 @@ def read_inputs(dataset: "Dataset[object]", number: int) -> Any:
     """
     inputs, _ = read_dataset(dataset, ())
     if isinstance(inputs, dict) and len(inputs) > number:
-        inputs.pop(_LABELS, None)
+        inputs.pop(LABELS, None)
     # If the model has several inputs, a pair of tensors is two inputs.
     if (
         isinstance(inputs, tuple)
@@ -97,15 +97,15 @@ def read_inputs(dataset: "Dataset[object]", number: int) -> Any:
 def _split(item: object, y: object, name: str) -> tuple[object, object]:
     """Split the stacked items of a dataset into inputs and target. Several inputs become a
     tuple."""
-    if y is None and isinstance(item, dict) and _LABELS in item:
+    if y is None and isinstance(item, dict) and LABELS in item:
         item = dict(item)
-        y = item.pop(_LABELS)
+        y = item.pop(LABELS)
     elif y is None:
         if not isinstance(item, list | tuple) or len(item) != 2:
             raise InputError(
                 "y",
                 f"is missing, and the items of X, a {name}, are not pairs (inputs, target) or "
-                f"dicts with the entry {_LABELS!r}",
+                f"dicts with the entry {LABELS!r}",
                 remedy="Pass y.",
             )
         item, y = item

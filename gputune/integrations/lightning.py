@@ -125,7 +125,8 @@ class LightningCallback:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         name = self._reports.monitor
-        if self._reports.add(trainer.callback_metrics, f"self.log({name!r}, value)"):
+        how_to_log = f"self.log({name!r}, value) in validation_step"
+        if self._reports.add(_validation_metrics(trainer), how_to_log):
             # A minimum of epochs or steps would keep the fit running.
             trainer.fit_loop.min_epochs = 0
             trainer.fit_loop.epoch_loop.min_steps = None
@@ -153,3 +154,16 @@ class LightningCallback:
                     trainer.strategy.remove_checkpoint(path)
                 with suppress(OSError):  # the folder has other files, or is gone
                     Path(path).parent.rmdir()
+
+
+def _validation_metrics(trainer: Any) -> dict[str, Any]:
+    """Return the metrics that the validation which has just ended has logged.
+
+    ``trainer.callback_metrics`` also has the metrics of the training, from its last minibatch.
+    """
+    metrics: dict[str, Any] = trainer.callback_metrics
+    results = getattr(trainer, "_results", None)
+    if results is None:  # an attribute that future versions may lack
+        return metrics
+    logged = results.metrics(on_step=False)["callback"]
+    return {name: value for name, value in metrics.items() if name in logged}

@@ -9,6 +9,7 @@ from typing import SupportsFloat
 
 from gputune.errors import InputError
 from gputune.executors.worker import TrialEnd
+from gputune.text import did_you_mean
 
 
 @cache
@@ -49,17 +50,22 @@ class TrainerReports:
     def add(self, metrics: Mapping[str, SupportsFloat], how_to_log: str) -> bool:
         """Report the metric after a validation. Return whether the search ends the trial.
 
-        Raises InputError, with the names of the logged metrics, if the metric is not among them.
-        ``how_to_log`` is an example of code that logs the metric.
+        Raises InputError, with the names of the metrics, if the metric is not among them.
+
+        Args:
+            metrics: The metrics of this validation.
+            how_to_log: An example of code that logs the metric.
         """
         if self.ended:
             return True
         if self.monitor not in metrics:
             names = ", ".join(map(repr, metrics)) or "no metric"
+            similar = did_you_mean(self.monitor, metrics).strip()
+            remedy = f"Pass one of the logged names, or log the metric: {how_to_log}."
             raise InputError(
                 f"monitor={self.monitor!r}",
                 f"names a metric that the validation did not log. It logged {names}",
-                remedy=f"Pass one of the logged names, or log the metric: {how_to_log}.",
+                remedy=f"{similar} {remedy}".lstrip(),
             )
         self.number += 1
         try:

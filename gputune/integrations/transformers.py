@@ -9,6 +9,9 @@ from typing import Any, Self
 from gputune.errors import import_extra
 from gputune.integrations.trainer_reports import TrainerReports, with_bases
 
+# Entries of an evaluation that are no scores of the model.
+_NO_SCORES = ("epoch", "_runtime", "_per_second", "_preparation_time")
+
 
 class TrainerCallback:
     """Reports each evaluation of a transformers ``Trainer`` to ``gputune.search``.
@@ -104,9 +107,13 @@ class TrainerCallback:
         """Report the metric, and stop the training if the search ends the trial."""
         if not self._is_training:
             self._reports.leave_if_ended()
-        elif state.global_step and self._reports.add(
-            metrics, 'return {"accuracy": value} in compute_metrics'
-        ):
+            return
+        if not state.global_step:
+            return
+        name = self._reports.monitor.removeprefix("eval_")
+        how_to_log = f"return {{{name!r}: value}} in compute_metrics and pass monitor='eval_{name}'"
+        scores = {key: value for key, value in metrics.items() if not key.endswith(_NO_SCORES)}
+        if self._reports.add(scores, how_to_log):
             control.should_training_stop = True
             control.should_save = False
 

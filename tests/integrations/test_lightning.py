@@ -154,10 +154,17 @@ def test_a_callback_of_pytorch_lightning(tmp_path):
 def test_a_metric_that_was_never_logged(tmp_path):
     message = (
         r"monitor='acc' names a metric that the validation did not log. It logged 'val_acc', "
-        r"'val_loss'. Pass one of the logged names, or log the metric: self.log\('acc', value\)."
+        r"'val_loss'. Did you mean 'val_acc'\? Pass one of the logged names, or log the metric: "
+        r"self.log\('acc', value\) in validation_step."
     )
     with pytest.raises(gputune.InputError, match=message):
         fit(LightningCallback(print, monitor="acc"), tmp_path)
+
+
+def test_a_metric_of_the_training_is_refused(tmp_path):
+    message = "monitor='train_loss' .* did not log. It logged 'val_acc', 'val_loss'."
+    with pytest.raises(gputune.InputError, match=message):
+        fit(LightningCallback(print, monitor="train_loss"), tmp_path)
 
 
 def test_a_fit_without_validation(tmp_path):

@@ -215,3 +215,12 @@ class NoLoss(nn.Module):
 def test_bad_input(model, target, options, message):
     with pytest.raises(gputune.InputError, match=message):
         gputune.tune(model, X, target, verbose=0, **OPTIONS, **options)
+
+
+def test_the_target_in_a_dict_of_inputs_and_a_list_of_dicts_are_refused():
+    message = r"y is missing. Take it out of X: labels = X.pop\('labels'\), and pass y=labels"
+    with pytest.raises(gputune.InputError, match=message):
+        gputune.tune(language_model, {**X, "labels": IDS}, verbose=0, **OPTIONS)
+    message = "X is a list of dicts. Pass a torch Dataset whose items are these dicts, or a dict"
+    with pytest.raises(gputune.InputError, match=message):
+        gputune.tune(language_model, [{"input_ids": row} for row in IDS], verbose=0, **OPTIONS)

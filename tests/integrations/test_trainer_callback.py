@@ -118,10 +118,18 @@ def test_the_callback_in_a_search_that_prunes(tmp_path):
 def test_a_metric_that_the_evaluation_lacks(tmp_path):
     message = (
         r"monitor='accuracy' names a metric that the validation did not log. It logged "
-        r"'eval_loss', .*'eval_accuracy'.* Pass one of the logged names"
+        r"'eval_loss', 'eval_accuracy'. Did you mean 'eval_accuracy'\? Pass one of the logged names, "
+        r"or log the metric: return {'accuracy': value} in compute_metrics and pass "
+        r"monitor='eval_accuracy'."
     )
     trainer = make_trainer(tmp_path, TrainerCallback(print, monitor="accuracy"))
     with pytest.raises(gputune.InputError, match=message):
+        trainer.train()
+
+
+def test_the_epoch_is_no_metric(tmp_path):
+    trainer = make_trainer(tmp_path, TrainerCallback(print, monitor="epoch"))
+    with pytest.raises(gputune.InputError, match="monitor='epoch' names a metric that the valida"):
         trainer.train()
 
 

@@ -180,6 +180,22 @@ def test_a_failed_trial_keeps_its_error_and_the_search_goes_on(capsys):
         search(lambda params, report: None)
 
 
+def test_more_reports_than_max_epochs_are_noted_once(capsys):
+    def objective(params, report):
+        for epoch in range(3):
+            report(epoch * params["lr"])
+        return params["lr"]
+
+    for max_epochs in (1, 3, None):
+        options = {"direction": "maximize", "max_epochs": max_epochs, "n_trials": 2}
+        gputune.search(objective, {"lr": [0.1, 0.2]}, workers=1, **options)
+        notes = capsys.readouterr().err.count(
+            "called report 3 times, but max_epochs=1. No trial is pruned after report 1. Pass the "
+            "number of reports of a full training."
+        )
+        assert notes == (max_epochs == 1)
+
+
 def test_a_value_that_is_no_number_ends_the_training():
     seen = []
 
