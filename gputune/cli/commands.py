@@ -176,7 +176,7 @@ def _searching() -> dict[str, dict[str, Rule]]:
         ),
         "direction": Flag(
             "--direction <NAME>",
-            "Whether greater or smaller values of the function are better",
+            "Direction of the search, maximize or minimize the function",
             default="required",
             choices=_DIRECTIONS,
             required=True,

@@ -155,8 +155,8 @@ def _name_of(scheduler: Any) -> str:
 
 
 def _defaults(optimizer: torch.optim.Optimizer, word: str, group: Mapping[str, Any]) -> Config:
-    """Return the hyperparameters of an optimizer that differ from those of gputune's default, and
-    always the learning rate and the weight decay."""
+    """Return the learning rate and weight decay of an optimizer, and each other hyperparameter that
+    differs from gputune's default."""
     defaults: Config = {"lr": float(group["lr"])}
     if has_weight_decay(word):
         defaults["weight_decay"] = float(group.get("weight_decay", 0.0))

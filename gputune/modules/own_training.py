@@ -1,6 +1,6 @@
-"""The training that a module defines itself, as a LightningModule does.
+"""Read the training step and the optimizer of a module that defines them, such as a LightningModule.
 
-``gputune/integrations/modules/`` has one file for each library whose modules do this.
+``gputune/integrations/modules/`` has one file for each library with such modules.
 """
 
 import inspect

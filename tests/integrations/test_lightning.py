@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gputune
 from gputune.executors.worker import TrialEnd
 from gputune.integrations.lightning import LightningCallback
+from trial_reports import reporter
 
 lightning = pytest.importorskip("lightning.pytorch")
 pytestmark = [
@@ -67,18 +68,6 @@ def fit(callback, folder, *, package=lightning, lr=0.1, more=(), **options):
     trainer = package.Trainer(**options, callbacks=[callback, *more])
     trainer.fit(network_of(package)(lr), loader(), loader())
     return trainer
-
-
-def reporter(n_reports):
-    """A report that ends the trial at a number of reports, and the list of reported values."""
-    values = []
-
-    def report(value):
-        values.append(value)
-        if len(values) == n_reports:
-            raise TrialEnd
-
-    return report, values
 
 
 def test_each_validation_epoch_is_reported_and_the_sanity_check_is_not(tmp_path):

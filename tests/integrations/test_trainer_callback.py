@@ -9,6 +9,7 @@ import torch
 import gputune
 from gputune.executors.worker import TrialEnd
 from gputune.integrations.transformers import TrainerCallback
+from trial_reports import reporter
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -49,18 +50,6 @@ def make_trainer(folder, callback, *, lr=1e-2, rows=ROWS, **options):
         compute_metrics=lambda e: {"accuracy": (e.predictions.argmax(1) == e.label_ids).mean()},
         callbacks=[callback],
     )
-
-
-def reporter(n_reports):
-    """A report that ends the trial at a number of reports, and the list of reported values."""
-    values = []
-
-    def report(value):
-        values.append(value)
-        if len(values) == n_reports:
-            raise TrialEnd
-
-    return report, values
 
 
 def test_each_evaluation_of_the_training_is_reported(tmp_path):

@@ -56,12 +56,16 @@ def own_training(module: Any, horizon: Horizon) -> OwnTraining:
     else:
         ignored = [part for part in ignored if part != "logging"]
     taken = [f"{name} trains with its training_step" if step else f"{name} has no training_step"]
-    optimizer, defaults, schedule = "", {}, ""
+    optimizer = ""
+    defaults = {}
+    schedule = ""
     if kind.configure_optimizers is not base.configure_optimizers:
         trainer = _StandIn(name, "configure_optimizers", _lengths(horizon))
         with _attached(module, trainer):
             read = optimizer_of(module)
-        optimizer, defaults, schedule = read.optimizer, read.defaults, read.schedule
+        optimizer = read.optimizer
+        defaults = read.defaults
+        schedule = read.schedule
         values = [f"{key}={value!r}" for key, value in defaults.items()]
         if schedule:
             values.append(f"schedule={schedule!r} over all epochs")
