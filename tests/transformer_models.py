@@ -4,6 +4,18 @@ import transformers
 from torch import nn
 
 
+def tiny_bert(classes=2, *, vocab=20, width=8):
+    """The configuration of a BERT with one block and two heads of attention."""
+    return transformers.BertConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        num_labels=classes,
+    )
+
+
 class T5Classifier(nn.Module):
     """The encoder of T5 with a head on the first token, without attention to padding."""
 

@@ -14,6 +14,8 @@ import gputune
 
 transformers = pytest.importorskip("transformers")
 
+from transformer_models import tiny_bert  # noqa: E402
+
 DRAWS = torch.Generator().manual_seed(0)
 IDS = torch.randint(2, 20, (40, 4), generator=DRAWS)
 X = {"input_ids": IDS, "attention_mask": (torch.rand(40, 4, generator=DRAWS) < 0.8).long()}
@@ -22,19 +24,8 @@ SPACE = {"lr": [3e-2, 1e-3], "batch_size": [8]}
 OPTIONS = {"space": SPACE, "n_trials": 2, "max_epochs": 2, "cv": 2, "dtype": "float64"}
 
 
-def config(n_labels=3):
-    return transformers.BertConfig(
-        vocab_size=20,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=8,
-        num_labels=n_labels,
-    )
-
-
 def classifier(n_outputs):
-    return transformers.BertForSequenceClassification(config(n_outputs))
+    return transformers.BertForSequenceClassification(tiny_bert(n_outputs))
 
 
 class Logits(nn.Module):
@@ -49,7 +40,7 @@ class Logits(nn.Module):
 
 
 def language_model():
-    return transformers.BertForMaskedLM(config())
+    return transformers.BertForMaskedLM(tiny_bert())
 
 
 def score(logits, y):
@@ -131,7 +122,7 @@ class Branching(transformers.BertForSequenceClassification):
 
 
 def branching(n_outputs):
-    return Branching(config(n_outputs))
+    return Branching(tiny_bert(n_outputs))
 
 
 def test_the_plan_says_why_members_are_not_stacked(capsys):
@@ -153,7 +144,7 @@ def test_a_model_is_exported(study, tmp_path):
 
 
 def body():
-    return transformers.BertModel(config())
+    return transformers.BertModel(tiny_bert())
 
 
 @dataclass

@@ -159,14 +159,7 @@ def test_peft_loads_a_saved_adapter_and_predicts_the_same(name, tmp_path):
 
 
 def token_bert():
-    config = transformers.BertConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=64,
-        num_labels=CLASSES,
-    )
+    config = transformer_models.tiny_bert(CLASSES, vocab=50, width=WIDTH)
     return transformers.BertForTokenClassification(config), ["query"], "classifier"
 
 

@@ -14,6 +14,8 @@ from trial_reports import reporter
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from transformer_models import tiny_bert  # noqa: E402
+
 EPOCHS = 3
 IDS = torch.randint(2, 30, (48, 5), generator=torch.Generator().manual_seed(0))
 ROWS = [{"input_ids": ids, "labels": ids[0] % 2} for ids in IDS]
@@ -21,14 +23,6 @@ ROWS = [{"input_ids": ids, "labels": ids[0] % 2} for ids in IDS]
 
 def make_trainer(folder, callback, *, lr=1e-2, rows=ROWS, **options):
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=30,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=8,
-        num_labels=2,
-    )
     options = {
         "output_dir": str(folder),
         "num_train_epochs": EPOCHS,
@@ -43,7 +37,7 @@ def make_trainer(folder, callback, *, lr=1e-2, rows=ROWS, **options):
         **options,
     }
     return transformers.Trainer(
-        model=transformers.BertForSequenceClassification(config),
+        model=transformers.BertForSequenceClassification(tiny_bert(vocab=30)),
         args=transformers.TrainingArguments(**options),
         train_dataset=rows,
         eval_dataset=rows,
