@@ -32,6 +32,7 @@ from gputune.modules.draw_watch import DrawWatch, Trail
 from gputune.modules.output_shapes import check_fields, describe_tensor, shape_hint, shape_of
 from gputune.modules.pretrained import dtype_of, pretrained_of
 from gputune.modules.probabilities import LikelihoodWatch
+from gputune.modules.token_limits import too_long
 from gputune.modules.trace import clones
 from gputune.modules.write_watch import WriteWatch
 from gputune.population.outputs import call_module
@@ -184,7 +185,7 @@ class ModuleTrial:
         for hook in hooks:
             hook.remove()
         if errors:
-            raise errors[0]
+            raise too_long(self.module, inputs, self.name) or errors[0]
 
     def rows(self, part: slice) -> list[Tensor]:
         """Return a slice of the tried rows, one tensor for each input of the module."""
@@ -218,6 +219,8 @@ class ModuleTrial:
                 module = self.module.train(training)
                 outputs = self.objective.outputs(module, copies, self.shape.names)
         except Exception as error:
+            if long := too_long(self.module, inputs, self.name):
+                raise long from error
             says = str(error)
             place = self.trail.submodule and f" ({self.trail.submodule})"
             cast_note = self.cast_note if "dtype" in says else ""

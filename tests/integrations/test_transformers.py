@@ -17,9 +17,9 @@ from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from problems import fill, grid, make_data, train_modules
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
-from transformer_models import bert, distilbert, gpt2, llama, t5, vit
+from transformer_models import bert, distilbert, gpt2, llama, t5, vit  # noqa: E402
 
 CLASSES = 3
 WIDTH = 16
@@ -118,3 +118,23 @@ def test_members_train_stacked_and_equal_members_that_train_one_by_one(name, way
                 outputs = stacked.member(f, c)(**inputs)
                 expected = looped.member(f, c)(**inputs)
             assert float((outputs - expected).abs().max() / expected.abs().max()) < 1e-10
+
+
+def roberta(p, width, classes):
+    config = bert(p, width, classes).config.to_dict()
+    config |= {"max_position_embeddings": 514, "pad_token_id": 1, "model_type": "roberta"}
+    return transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**config))
+
+
+@pytest.mark.parametrize(
+    "make, limit", [(bert, 512), (distilbert, 512), (gpt2, 1024), (roberta, 512)]
+)
+def test_rows_longer_than_the_positions_are_refused_with_the_limit(make, limit):
+    base = make(0.0, WIDTH, 2)
+    ids = torch.randint(2, 50, (12, limit + 1), generator=torch.Generator().manual_seed(0))
+    message = (
+        rf"X has rows of {limit + 1} tokens, but lora\({type(base).__name__}\) has positions for "
+        rf"at most {limit} tokens\..*truncation=True, max_length={limit}\)"
+    )
+    with pytest.raises(gputune.InputError, match=message):
+        gputune.tune(gputune.lora(base), ids, torch.arange(12) % 2, verbose=0)
