@@ -651,7 +651,7 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
         (
             X,
             {"task": "custom", "training_step": lambda m, b: m(b[0]).square().mean()},
-            "A custom target has no default score if a training_step .* Give scoring=callable",
+            "scoring is required for a custom target if a training_step .* scoring=lambda outputs, y",
         ),
         (
             COUNTS,

@@ -1,14 +1,15 @@
 """Help for users at a Python prompt: suggestions for mistyped arguments, and the study of an
 interrupted search."""
 
-from collections.abc import Callable, Mapping
-from functools import wraps
+from collections.abc import Callable, Collection, Mapping
+from functools import partial, wraps
 from inspect import signature
 from typing import ParamSpec, TypeVar, cast
 
+from gputune.api.trainer_words import TRAINER_ADVICE, TRAINER_KEYS
+from gputune.argument_hints import with_argument_hints
 from gputune.errors import SearchInterrupted, SearchTerminated
 from gputune.spaces.config import key_of
-from gputune.text import did_you_mean
 from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.progress import Progress
 
@@ -38,19 +39,13 @@ def public(function: Callable[Given, Value]) -> Callable[Given, Value]:
     does. In a notebook or at a prompt, an interrupted search returns its study so far.
     """
     known = signature(function).parameters
+    advice = partial(_advice, known.keys())
+    hinted = with_argument_hints(_OTHER_NAMES, advice)(function)
 
     @wraps(function)
     def called(*args: Given.args, **kwargs: Given.kwargs) -> Value:
-        for name in kwargs:
-            if name not in known:
-                key = key_of(name) if "space" in known else None
-                advice = f' Hyperparameters belong in the space: space={{"{key}": [...]}}.'
-                hint = advice if key else did_you_mean(name, known, others=_OTHER_NAMES)
-                raise TypeError(
-                    f"{function.__name__}() got an unexpected keyword argument {name!r}.{hint}"
-                )
         try:
-            return function(*args, **kwargs)
+            return hinted(*args, **kwargs)
         except SearchInterrupted as stopped:
             # A person at a prompt gets the study. A script gets the exception.
             if not is_interactive():
@@ -62,3 +57,17 @@ def public(function: Callable[Given, Value]) -> Callable[Given, Value]:
             return so_far
 
     return called
+
+
+def _advice(known: Collection[str], name: str) -> str:
+    """Return a sentence on an argument that is a hyperparameter or belongs to a trainer, or "".
+
+    ``known`` are the arguments of the function that the user called.
+    """
+    trains = "X" in known  # the function trains without the user's trainer
+    key = key_of(name) or (TRAINER_KEYS.get(name) if trains else None)
+    if key is not None and "space" in known:
+        return f'Hyperparameters belong in the space: space={{"{key}": [...]}}.'
+    if key is not None and "configs" in known:
+        return f'Hyperparameters belong in the configurations: configs=[{{"{key}": ...}}].'
+    return TRAINER_ADVICE.get(name, "") if trains else ""

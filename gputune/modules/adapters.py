@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gputune.argument_hints import advice_on_keys, with_argument_hints
 from gputune.errors import InputError
 from gputune.models import Dropout
-from gputune.modules.argument_hints import with_argument_hints
 from gputune.modules.pretrained import (
     Adapted,
     Pretrained,
@@ -355,13 +355,15 @@ def _disable_fast_path(module: nn.Module) -> None:
 
 @with_argument_hints(
     {"target_modules": "targets", "model": "base", "module": "base"},
-    keys={
-        **dict.fromkeys(("r", "rank", "lora_r"), "rank"),
-        **dict.fromkeys(("alpha", "lora_alpha"), "alpha"),
-        **dict.fromkeys(("dropout", "lora_dropout"), "dropout"),
-        **dict.fromkeys(("rslora", "use_rslora"), "rslora"),
-        "lr": "lr",
-    },
+    advice_on_keys(
+        {
+            **dict.fromkeys(("r", "rank", "lora_r"), "rank"),
+            **dict.fromkeys(("alpha", "lora_alpha"), "alpha"),
+            **dict.fromkeys(("dropout", "lora_dropout"), "dropout"),
+            **dict.fromkeys(("rslora", "use_rslora"), "rslora"),
+            "lr": "lr",
+        }
+    ),
 )
 def lora(
     base: nn.Module,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gputune.argument_hints import with_argument_hints
 from gputune.errors import InputError
-from gputune.modules.argument_hints import with_argument_hints
 from gputune.modules.pretrained import (
     Adapted,
     Pretrained,

@@ -21,7 +21,7 @@ from gputune.scoring.label_scores import LABEL_SCORES
 from gputune.scoring.losses import is_absolute
 from gputune.scoring.objective import Objective, qualified_name
 from gputune.scoring.scoring import Scorer, Scoring
-from gputune.text import count, did_you_mean
+from gputune.text import count, did_you_mean, nearest
 from gputune.types import Task
 from gputune.wording import Verbatim, option, per_interface
 
@@ -250,15 +250,19 @@ def _remedy(scoring: Scoring, data: Dataset) -> str:
 def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
     """Return the score "neg_loss": minus the validation loss, with the same loss for all trials."""
     if objective is None or objective.step is not None:
-        remedy = per_interface("Give scoring=callable(outputs, y).", "Choose another --scoring.")
+        remedy = per_interface(
+            "Pass a function of the outputs and y that returns a number, greater is better, such "
+            "as scoring=lambda outputs, y: -torch.nn.functional.mse_loss(outputs, y).item().",
+            "Choose another --scoring.",
+        )
         if asked:
             rule = "needs a module that trains with a loss of outputs and y"
             raise InputError("scoring='neg_loss'", rule, remedy=remedy)
         rule = (
-            "A custom target has no default score if a training_step or the module itself computes "
-            "the loss"
+            "is required for a custom target if a training_step or the module itself computes the "
+            "loss, because gputune cannot compute this loss from the outputs"
         )
-        raise InputError(None, rule, remedy=remedy)
+        raise InputError("scoring", rule, remedy=remedy)
     for name, value in objective.varied.items():
         if value is inspect.Parameter.empty:
             raise InputError(
@@ -307,6 +311,38 @@ _OTHER_NAMES: Mapping[str, str] = {
 would not find these pairs."""
 
 
+_TRAINER_PREFIXES = ("val_", "valid_", "eval_", "test_", "train_")
+"""The first parts of the names under which trainers log metrics, such as "val_loss"."""
+
+_LOSS_SCORES: Mapping[Task, str] = {
+    "binary": "neg_log_loss",
+    "multiclass": "neg_log_loss",
+    "regression": "neg_mean_squared_error",
+    "multilabel": "neg_loss",
+    "custom": "neg_loss",
+}
+"""The score that means the validation loss, by task."""
+
+
+def _name_remedy(scoring: str, task: Task) -> str:
+    """Return advice for an unknown scorer name: a similar name, or the scorer for the metric of a
+    trainer, such as "val_loss"."""
+    from sklearn.metrics import get_scorer_names
+
+    prefix = next((start for start in _TRAINER_PREFIXES if scoring.startswith(start)), "")
+    metric = scoring.removeprefix(prefix)
+    similar = nearest(metric, get_scorer_names(), others=_OTHER_NAMES)
+    if not prefix:
+        return "" if similar is None else f"Did you mean {similar!r}?"
+    if metric == "loss":
+        similar = _LOSS_SCORES[task]
+    example = option("scoring", similar or default_scoring(task, None))
+    return (
+        f"A trainer logs metrics such as {scoring!r}, but gputune computes the score from the "
+        f"predictions of the validation rows. For example {example}."
+    )
+
+
 def _check_fits_task(scoring: str, task: Task) -> None:
     """Raise InputError for an unknown scorer name, or for a scorer that does not fit the task."""
     from sklearn.metrics import get_scorer, get_scorer_names
@@ -318,7 +354,7 @@ def _check_fits_task(scoring: str, task: Task) -> None:
             "scoring",
             f"must be one of scikit-learn's scorer names{per_interface(' or a callable', '')}",
             got=scoring,
-            remedy=did_you_mean(scoring, get_scorer_names(), others=_OTHER_NAMES).strip(),
+            remedy=_name_remedy(scoring, task),
         )
     argument = f"scoring={scoring!r}"
     if task == "custom":

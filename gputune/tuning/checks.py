@@ -297,8 +297,24 @@ def callbacks(name: str, value: object) -> "tuple[Callback, ...]":
             "must be a list of gputune.callbacks.Callback objects, for example "
             "[gputune.callbacks.TensorBoard('runs')]",
             got=value,
+            remedy=_remedy_for_callbacks(value),
         )
     return tuple(value)
+
+
+_TRAINER_PACKAGES = {"lightning", "pytorch_lightning", "transformers"}
+
+
+def _remedy_for_callbacks(value: object) -> str:
+    """Return advice for callbacks of a trainer of another library, or ""."""
+    items = value if isinstance(value, list | tuple) else [value]
+    packages = {base.__module__.partition(".")[0] for item in items for base in type(item).__mro__}
+    if packages.isdisjoint(_TRAINER_PACKAGES):
+        return ""
+    return (
+        f"gputune trains without a trainer. Pass {option('patience', 5)} to stop trials early. To "
+        "keep the trainer and its callbacks, call the trainer in the objective of gputune.search."
+    )
 
 
 def seed(name: str, random_state: object) -> int:

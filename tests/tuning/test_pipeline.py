@@ -776,6 +776,7 @@ def test_bad_arguments_are_named(iris, arguments, message):
 IN_THE_SPACE = [
     ("learning_rate", "lr"),
     ("batch_size", "batch_size"),
+    ("per_device_train_batch_size", "batch_size"),
     ("module__size", "module__size"),
 ]
 
@@ -791,7 +792,22 @@ IN_THE_SPACE = [
         ("scorin", " Did you mean 'scoring'?"),
         ("zzz", ""),
     ]
-    + [("n_iter", " Did you mean 'n_trials'?"), ("scorer", " Did you mean 'scoring'?")],
+    + [("n_iter", " Did you mean 'n_trials'?"), ("scorer", " Did you mean 'scoring'?")]
+    + [
+        ("num_train_epochs", " Pass max_epochs."),
+        ("max_steps", " gputune counts epochs. Pass max_epochs."),
+        ("accelerator", " Pass device, such as device='cuda'."),
+        (
+            "monitor",
+            " gputune computes the validation scores itself. Pass scoring, such as "
+            "scoring='accuracy' or scoring='neg_log_loss'.",
+        ),
+        (
+            "trainer",
+            " tune trains without a trainer. To keep the trainer, call it in the objective of "
+            "gputune.search.",
+        ),
+    ],
 )
 def test_an_argument_that_there_is_not_is_a_type_error(word, meant):
     with pytest.raises(TypeError) as error:
