@@ -58,8 +58,16 @@ def refuse_ragged(value: object, label: str) -> None:
             )
 
 
+TOKENIZED = ("input_ids", "attention_mask", "token_type_ids")
+"""The entries that a tokenizer of transformers returns."""
+
+PAD_TOKENS = 'Pad the rows: tokenizer(texts, padding=True, return_tensors="pt").'
+
+
 def pad_remedy(label: str) -> str:
     """Return advice for an error message: how to pad rows of different lengths to one tensor."""
+    if any(f"[{name!r}]" in label for name in TOKENIZED):
+        return PAD_TOKENS
     rows = f"[torch.as_tensor(row) for row in {label}]"
     pad = f"torch.nn.utils.rnn.pad_sequence({rows}, batch_first=True)"
     return (

@@ -24,6 +24,7 @@ from gputune.data.columns import AnyRows, checked_tensor
 from gputune.data.files import line_of, read_table
 from gputune.data.folds import check_groups, hold_out, parse_cv
 from gputune.data.kinds import Kind, checked_labels
+from gputune.data.loaders import refuse_loader
 from gputune.data.missing_target import (
     MissingTarget,
     rows_with_target,
@@ -37,7 +38,6 @@ from gputune.data.table import (
     as_table,
     quoted,
     refuse_lists,
-    refuse_loader,
     refuse_no_target,
     select_rows,
     split_target,

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import narwhals as nw
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from gputune.data.kinds import (
     Kind,
@@ -23,7 +23,8 @@ from gputune.data.kinds import (
     read_as,
     refuse_infinite,
 )
-from gputune.data.ragged import refuse_ragged
+from gputune.data.loaders import refuse_loader
+from gputune.data.ragged import PAD_TOKENS, TOKENIZED, refuse_ragged
 from gputune.data.readings import frame_remark
 from gputune.errors import InputError
 from gputune.text import nearest
@@ -399,26 +400,6 @@ def _refuse_containers(X: object) -> None:
         )
 
 
-def refuse_loader(X: object) -> None:
-    """Raise InputError if X is a DataLoader or a LightningDataModule, because gputune draws
-    minibatches itself."""
-    bases = {base.__name__ for base in type(X).__mro__}
-    if "LightningDataModule" in bases:
-        raise InputError(
-            "X",
-            f"is the LightningDataModule {type(X).__name__}, but gputune draws minibatches itself "
-            "(batch_size in the space)",
-            remedy='Call its prepare_data() and setup("fit"), and pass the dataset: '
-            "X.train_dataloader().dataset.",
-        )
-    if isinstance(X, DataLoader):
-        raise InputError(
-            "X",
-            "is a DataLoader, but gputune draws minibatches itself (batch_size in the space)",
-            remedy="Pass its dataset, loader.dataset, or all rows as tensors X and y.",
-        )
-
-
 def refuse_lists(X: object) -> None:
     """Raise InputError for lists of images, texts or arrays, and show how to convert them."""
     if is_image(X):
@@ -439,7 +420,7 @@ def refuse_lists(X: object) -> None:
                     f"X[{key!r}]",
                     "must be an array or a tensor",
                     got=Verbatim(f"a {type(part).__name__}"),
-                    remedy=f"Pass numpy.asarray(X[{key!r}]).",
+                    remedy=PAD_TOKENS if key in TOKENIZED else f"Pass numpy.asarray(X[{key!r}]).",
                 )
     if not isinstance(X, list | tuple) or not X:
         return

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
-from gputune.data.ragged import refuse_ragged
+from gputune.data.ragged import PAD_TOKENS, TOKENIZED, refuse_ragged
 from gputune.data.table import is_image
 from gputune.errors import InputError
 
@@ -68,10 +68,14 @@ def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tupl
         return _split(default_collate(items), y, name)
     except (RuntimeError, TypeError, KeyError) as error:
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        is_tokenized = isinstance(items[0], dict) and not items[0].keys().isdisjoint(TOKENIZED)
+        remedy = (
+            PAD_TOKENS if is_tokenized else "Let the dataset return tensors, padded to one shape."
+        )
         raise InputError(
             None,
             f"The items of X, a {name}, cannot be stacked: {reason}",
-            remedy="Let the dataset return tensors, padded to one shape.",
+            remedy=remedy,
         ) from error
 
 

@@ -22,6 +22,7 @@ from gputune.memory import CPU
 from gputune.models import Dropout
 from gputune.modules.calls import named_tensors
 from gputune.modules.pretrained import pretrained_of
+from gputune.modules.transformers_class import refuse_transformers_class
 from gputune.population.outputs import call_module
 from gputune.population.population import InputKind, Shape
 from gputune.seeding import keyed_draws
@@ -326,6 +327,8 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
         kwargs.setdefault("num_classes", sizes["n_outputs"])
     for name, parameter in signature.parameters.items():
         if name in named and parameter.default is parameter.empty and name not in kwargs:
+            if name == "config":
+                refuse_transformers_class(inner)
             rest = f"give it a default, or pass functools.partial({name_of(builder)}, {name}=...)."
             raise InputError(
                 None,

@@ -13,6 +13,7 @@ from gputune.models import CNN, GRU, RealMLP
 from gputune.modules.adapters import adapters_of
 from gputune.modules.construction import Builder, name_of, what_to_pass
 from gputune.modules.own_training import OwnTraining
+from gputune.modules.transformers_class import refuse_transformers_class
 from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
 from gputune.population.kinds import ModelKind
 from gputune.population.population import complete
@@ -195,6 +196,7 @@ def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
         return "module", model
     if isinstance(model, nn.Module):
         raise InputError("model", what_to_pass(model))
+    refuse_transformers_class(model)
     names = (*BUILT_IN, *NAMED)
     suggestion = ""
     if isinstance(model, str):

@@ -1,10 +1,12 @@
 """Rows of different lengths are refused everywhere, and the remedy in the message works."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import gputune
 from gputune.data.ragged import refuse_ragged
@@ -112,3 +114,29 @@ def test_rows_of_one_shape_are_accepted():
         (FLAT, [1]),
     ):
         refuse_ragged(value, "X")
+
+
+class Tokenized(Dataset):
+    """Items as a tokenizer returns them without padding."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, place):
+        return {"input_ids": torch.ones(place + 1, dtype=torch.int64), "labels": place % 2}
+
+
+@pytest.mark.parametrize(
+    ("X", "label"),
+    [
+        ({"input_ids": [[1, 2], [3]] * 3}, "X['input_ids'] has rows of different shapes"),
+        ({"input_ids": [[1, 2], [3, 4]] * 3}, "X['input_ids'] must be an array or a tensor, got a"),
+        (Tokenized(), "The items of X, a Tokenized, cannot be stacked"),
+    ],
+    ids=["ragged", "lists", "dataset"],
+)
+def test_the_remedy_for_texts_is_an_argument_of_the_tokenizer(X, label):
+    y = None if isinstance(X, Dataset) else LABELS[:6]
+    remedy = 'Pad the rows: tokenizer(texts, padding=True, return_tensors="pt").'
+    with pytest.raises(gputune.InputError, match=f"{re.escape(label)}.*{re.escape(remedy)}$"):
+        gputune.tune(nn.Identity, X, y, **OPTIONS)

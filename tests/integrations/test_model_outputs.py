@@ -3,6 +3,7 @@
 Skipped without transformers.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -192,8 +193,8 @@ class NoLoss(nn.Module):
             language_model,
             IDS,
             {"task": "custom"},
-            r"A custom target has no default score if a training_step or the module itself "
-            r"computes the loss. Give scoring=callable\(outputs, y\)",
+            r"scoring is required for a custom target if a training_step or the module itself "
+            r"computes the loss, .* such as scoring=lambda outputs, y: ",
         ),
         (
             NoLoss,
@@ -215,3 +216,32 @@ def test_the_target_in_a_dict_of_inputs_and_a_list_of_dicts_are_refused():
     message = "X is a list of dicts. Pass a torch Dataset whose items are these dicts, or a dict"
     with pytest.raises(gputune.InputError, match=message):
         gputune.tune(language_model, [{"input_ids": row} for row in IDS], verbose=0, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            transformers.BertForSequenceClassification,
+            "model is the class BertForSequenceClassification of transformers, which gputune cannot "
+            "call without a config or pretrained weights. Pass a function that returns the model: "
+            "def make_model(n_outputs): return BertForSequenceClassification(BertConfig("
+            "num_labels=n_outputs)).",
+        ),
+        (
+            transformers.AutoModelForSequenceClassification,
+            "return AutoModelForSequenceClassification.from_pretrained(..., num_labels=n_outputs).",
+        ),
+        (transformers.BertConfig, "return AutoModelForSequenceClassification.from_config(config)."),
+    ],
+)
+def test_a_class_of_transformers_is_no_builder(model, message):
+    with pytest.raises(gputune.InputError, match=re.escape(message)):
+        gputune.tune(model, X, Y, **OPTIONS)
+
+
+def test_a_class_of_transformers_with_its_config_in_the_space_is_a_builder():
+    space = {"module__config": [config()], "lr": [0.01], "batch_size": [8]}
+    options = {**OPTIONS, "space": space, "n_trials": 1, "max_epochs": 1}
+    study = gputune.tune(transformers.BertForSequenceClassification, X, Y, **options)
+    assert np.isfinite(study.best_score)
