@@ -22,6 +22,7 @@ X = torch.randn(60, 4, generator=DRAWS)
 Y = (X.sum(1) > 0).long() + (X[:, 0] > 1).long()
 OPTIONS = {"max_epochs": 3, "cv": 2, "verbose": 0, "n_trials": 3, "dtype": "float64"}
 SMOOTHING = 0.1
+SGD = torch.optim.SGD
 
 
 class Plain(nn.Module):
@@ -179,6 +180,67 @@ def test_train_many_uses_the_step_of_the_module():
         assert torch.allclose(trained.state[name], tensor, atol=1e-6)
 
 
+class Small(lightning.LightningModule):
+    def __init__(self, n_features, n_outputs, rate=0.1):
+        super().__init__()
+        self.rate = rate
+        self.layer = nn.Linear(n_features, n_outputs)
+        self.other = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+class WithoutStep(Small):
+    training_step = lightning.LightningModule.training_step
+
+    def configure_optimizers(self):
+        SGD(self.parameters(), lr=0.1)  # without return
+
+
+class Collects(Small):
+    """Its hook clears a list, but sets no attribute."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.detach())
+        return loss
+
+    def on_train_epoch_end(self):
+        self.losses.clear()
+
+    def test_step(self, batch, batch_idx):
+        self.losses = []  # not during a fit
+
+
+@pytest.mark.parametrize(
+    ("model", "remark"),
+    [
+        (
+            WithoutStep,
+            "WithoutStep has no training_step, so it trains on the default loss of the target, or "
+            "on the one in loss; configure_optimizers returns no optimizer, so gputune uses its "
+            "own defaults (return the optimizer to use it)",
+        ),
+        (
+            Collects,
+            "Collects trains with its training_step; gputune ignores on_train_epoch_end, test_step",
+        ),
+    ],
+)
+def test_a_note_says_what_gputune_takes(model, remark, capsys):
+    gputune.tune(model, X, Y, **{**OPTIONS, "n_trials": 1, "max_epochs": 1, "verbose": 1})
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"note: {remark} plan:" in shown
+
+
 class Rows(lightning.LightningDataModule):
     def setup(self, stage):
         data = torch.utils.data.TensorDataset(X, Y)
@@ -190,9 +252,18 @@ class Rows(lightning.LightningDataModule):
 
 def test_the_split_of_a_data_module():
     rows = Rows()
-    with pytest.raises(gputune.InputError, match=r"X is the LightningDataModule Rows, .*setup"):
+    with pytest.raises(gputune.InputError, match=r"X is the class Rows, .* data = Rows\(...\), ca"):
+        gputune.tune(Network, Rows, **OPTIONS)
+    unprepared = r"X is the LightningDataModule Rows, .*setup.* cv=\(X.train.indices, X.valid.ind"
+    with pytest.raises(gputune.InputError, match=unprepared):
         gputune.tune(Network, rows, **OPTIONS)
     rows.setup("fit")
+    prepared = (
+        r"Its parts train, valid are of one dataset. Pass this dataset, X.train.dataset, and the "
+        r"split, cv=\(X.train.indices, X.valid.indices\)."
+    )
+    with pytest.raises(gputune.InputError, match=prepared):
+        gputune.tune(Network, rows, **OPTIONS)
     split = (rows.train.indices, rows.valid.indices)
     study = gputune.tune(Network, rows.train.dataset, **{**OPTIONS, "cv": split})
     assert study.curves.shape[2] == 1
@@ -201,7 +272,6 @@ def test_the_split_of_a_data_module():
 # --- the optimizer
 
 BODY = nn.Linear(2, 2)
-SGD = torch.optim.SGD
 ADAM = torch.optim.Adam
 
 
@@ -317,20 +387,6 @@ def test_what_gputune_lacks_is_named():
 # --- bad input
 
 
-class Small(lightning.LightningModule):
-    def __init__(self, n_features, n_outputs, rate=0.1):
-        super().__init__()
-        self.rate = rate
-        self.layer = nn.Linear(n_features, n_outputs)
-        self.other = nn.Linear(1, 1)
-
-    def forward(self, x):
-        return self.layer(x)
-
-    def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-
 class ReadsEpoch(Small):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) * (1 + self.current_epoch)
@@ -371,6 +427,24 @@ class OwnRate(Small):
         return SGD(self.parameters(), lr=self.rate)
 
 
+class SetInHook(Small):
+    weight = 1.0
+
+    def on_train_epoch_start(self):
+        self.weight = 2.0
+
+    def weighted(self, loss):
+        return self.weight * loss
+
+    def training_step(self, batch, batch_idx):
+        return self.weighted(super().training_step(batch, batch_idx))
+
+
+class LayersInHook(Small):
+    def configure_model(self):
+        self.layer = nn.Linear(4, 3)
+
+
 @pytest.mark.parametrize(
     ("model", "space", "message"),
     [
@@ -401,6 +475,17 @@ class OwnRate(Small):
             None,
             r"The training_step of NoLoss must return the loss, or a dict with the key 'loss', "
             r"got NoneType",
+        ),
+        (
+            SetInHook,
+            None,
+            r"The weighted of SetInHook reads self.weight, which on_train_epoch_start sets, but "
+            r"gputune never calls on_train_epoch_start. Set self.weight only in __init__. Or keep",
+        ),
+        (
+            LayersInHook,
+            None,
+            r"The forward of LayersInHook reads self.layer, which configure_model",
         ),
         (
             OwnRate,

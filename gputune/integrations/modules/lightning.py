@@ -3,12 +3,14 @@
 gputune trains the module itself, without a Lightning ``Trainer``.
 """
 
+import dis
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from gputune.errors import InputError
 from gputune.integrations.lightning_optimizer import optimizer_of
 from gputune.modules.own_training import Horizon, OwnTraining
-from gputune.wording import Verbatim
+from gputune.wording import Verbatim, option
 
 _TO_SEARCH = (
     "Or keep the Lightning Trainer: gputune.search with "
@@ -55,7 +57,14 @@ def own_training(module: Any, horizon: Horizon) -> OwnTraining:
         step = TrainingStep(f"{kind.__module__}", f"{kind.__qualname__}.training_step")
     else:
         ignored = [part for part in ignored if part != "logging"]
-    taken = [f"{name} trains with its training_step" if step else f"{name} has no training_step"]
+    _check_attributes(kind, base, ignored)
+    if step is None:
+        taken = [
+            f"{name} has no training_step, so it trains on the default loss of the target, or on "
+            f"the one in {option('loss')}"
+        ]
+    else:
+        taken = [f"{name} trains with its training_step"]
     optimizer = ""
     defaults = {}
     schedule = ""
@@ -72,6 +81,11 @@ def own_training(module: Any, horizon: Horizon) -> OwnTraining:
         if optimizer:
             found = ", ".join([f"optimizer={optimizer!r}", *values])
             taken.append(f"the defaults of configure_optimizers are {found}")
+        elif not read.ignored:
+            taken.append(
+                "configure_optimizers returns no optimizer, so gputune uses its own defaults (return "
+                "the optimizer to use it)"
+            )
         ignored += read.ignored
     remark = "; ".join(taken)
     if ignored:
@@ -98,6 +112,62 @@ def _ignored(kind: Any, base: Any) -> list[str]:
             if is_method and inspect.isfunction(getattr(kind, name)):
                 ignored.append(name)
     return ignored
+
+
+def _check_attributes(kind: Any, base: Any, ignored: Sequence[str]) -> None:
+    """Raise InputError if the training reads an attribute that an ignored method sets.
+
+    Without the method, the attribute would be missing, or would keep its first value.
+    """
+    reads = _attributes_read(kind, base)
+    for method in ignored:
+        if method.startswith(_OTHER_STAGES):
+            continue
+        for code in _codes(kind, base, method):
+            stores = {step.argval for step in dis.get_instructions(code) if step.opname == _STORE}
+            if common := sorted(stores & reads.keys()):
+                name = common[0]
+                raise InputError(
+                    None,
+                    f"The {reads[name]} of {kind.__name__} reads self.{name}, which {method} sets, "
+                    f"but gputune never calls {method}",
+                    remedy=f"Set self.{name} only in __init__. {_TO_SEARCH}",
+                )
+
+
+def _attributes_read(kind: Any, base: Any) -> dict[str, str]:
+    """Return the attributes that the training of a LightningModule reads, and for each attribute
+    the name of a method that reads it.
+
+    The methods are ``training_step``, ``forward``, and the methods that these call.
+    """
+    reads: dict[str, str] = {}
+    methods = ["training_step", "forward"]
+    for method in methods:  # grows
+        for code in _codes(kind, base, method):
+            for step in dis.get_instructions(code):
+                if step.opname not in _LOADS:
+                    continue
+                reads.setdefault(step.argval, method)
+                is_method = inspect.isfunction(getattr(kind, step.argval, None))
+                if is_method and step.argval not in methods:
+                    methods.append(step.argval)
+    return reads
+
+
+_STORE = "STORE_ATTR"
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
+
+_OTHER_STAGES = ("test_", "predict_", "on_test_", "on_predict_")
+"""The first parts of the names of methods that a fit of Lightning does not call."""
+
+
+def _codes(kind: Any, base: Any, method: str) -> Iterator[CodeType]:
+    """Yield the code of a method in each class from which a LightningModule is derived."""
+    for part in kind.__mro__[: kind.__mro__.index(base)]:
+        code = getattr(inspect.unwrap(vars(part).get(method, None)), "__code__", None)
+        if isinstance(code, CodeType):
+            yield code
 
 
 @dataclass(frozen=True)
