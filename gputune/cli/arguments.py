@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from gputune.cli.commands import COMMANDS, SHELLS, Command, Flag
 from gputune.cli.help import command_help, overview
 from gputune.cli.style import Style
-from gputune.cli.typed import SEVERAL, rewritten
+from gputune.cli.typed import SEVERAL, rewritten, typed_names
 from gputune.text import did_you_mean, nearest
 from gputune.tuning.rules import Rule, Takes
 from gputune.version import __version__
@@ -65,11 +65,13 @@ class _Parser(argparse.ArgumentParser):
     """An argparse parser that prints gputune's help texts and suggests names for misspelled ones.
 
     ``commands`` maps the name of each command to its parser. ``description_of`` is the command that
-    this parser reads. ``description_of`` is None for the parser of ``gputune`` itself.
+    this parser reads. ``description_of`` is None for the parser of ``gputune`` itself. ``names``
+    maps flags to other names that the user has typed for them.
     """
 
     commands: Mapping[str, "_Parser"] = MappingProxyType({})
     description_of: Command | None = None
+    names: Mapping[str, str] = MappingProxyType({})
 
     def format_help(self, *, full: bool = True, style: Style | None = None) -> str:
         """Return the help text of a command, in its long or its short form."""
@@ -89,6 +91,8 @@ class _Parser(argparse.ArgumentParser):
             hints = did_you_mean(choice[1][1:-1], re.findall(r"'([^']*)'", choice[2]))
         if hints:
             message = f"{message}.{hints}"
+        for flag, name in self.names.items():
+            message = re.sub(rf"{flag}(?![\w-])", name, message)
         with suppress(OSError, ValueError):
             print(f"gputune: error: {message}\nTry '{self.prog} --help'.", file=sys.stderr)
         raise UsageError(message, f"Try '{self.prog} --help'.")
@@ -97,6 +101,8 @@ class _Parser(argparse.ArgumentParser):
         """Parse like argparse, but report an unknown flag as an error of the command, not of
         ``gputune``."""
         words = list(sys.argv[1:] if args is None else args)
+        for command in self.commands.values():
+            command.names = typed_names(words)
         typed, unknown = self.parse_known_args(rewritten(words), namespace)
         if not unknown:
             return typed

@@ -3,8 +3,10 @@
 import ast
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from gputune.entry_points import integrations
 from gputune.executors.cluster import cluster_class
@@ -230,13 +232,20 @@ class CommandLine(Interface):
     Args:
         command: Name of the command, such as "tune".
         file: The table of the command, as the user wrote it.
+        typed: Other names that the user typed for flags, by flag, such as --budget for --timeout.
     """
 
     name = "command"
 
-    def __init__(self, command: str = "tune", file: str = "FILE") -> None:
+    def __init__(
+        self,
+        command: str = "tune",
+        file: str = "FILE",
+        typed: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.file = file
-        self.known = {**flags(), **_OF_COMMANDS.get(command, {})}
+        known = {**flags(), **_OF_COMMANDS.get(command, {})}
+        self.known = {name: typed.get(flag, flag) for name, flag in known.items()}
         self.known["y"] = self.known["target"]
         self.calls = dict(_OF_CALLS)
         for name in integrations("clusters"):

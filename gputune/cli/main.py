@@ -23,6 +23,7 @@ from gputune.cli.flags import CommandLine
 from gputune.cli.help import command_help, overview
 from gputune.cli.json_output import error_json, only_one_document, usage_json
 from gputune.cli.style import Style
+from gputune.cli.typed import typed_names
 from gputune.errors import (
     CheckFailedError,
     ClusterError,
@@ -109,7 +110,7 @@ def _command(typed: list[str]) -> int:
     except SystemExit as ending:
         return int(ending.code or 0)
     file = repr(arguments.file) if hasattr(arguments, "file") else "FILE"
-    interface = CommandLine(arguments.command, file)
+    interface = CommandLine(arguments.command, file, typed_names(typed))
     with _warnings_on_one_line(interface):
         return _run(arguments, interface)
 

@@ -39,6 +39,21 @@ _WITHOUT_ALIAS = ("config", "config_file", "verbose")
 """Command-line options that are not arguments in Python, or that accept other values there."""
 
 
+def typed_names(words: Sequence[str]) -> dict[str, str]:
+    """Return a map from gputune's flags to the other names that the user has typed for them.
+
+    For example, the user may type --budget for --timeout. Messages then name --budget.
+    """
+    if not words or words[0] not in COMMANDS:
+        return {}
+    typed = {word.partition("=")[0] for word in words}
+    names = {}
+    for rule in _flags(COMMANDS[words[0]]).values():
+        for alias in typed.intersection(rule.aliases):
+            names[rule.name] = alias
+    return names
+
+
 def rewritten(words: Sequence[str]) -> list[str]:
     """Return the words of a command line in the form that the argument parser accepts."""
     if not words or words[0] not in COMMANDS:

@@ -65,11 +65,19 @@ def test_edges_and_importance_say_what_to_search_next(table, tmp_path):
     [
         (
             "--budget 0",
+            "--budget",
+            "must be a number of seconds above 0, or a time such as '60s', '5m' or '1h30m'",
+            "'0'",
+            "",
+        ),
+        (
+            "--timeout 0",
             "--timeout",
             "must be a number of seconds above 0, or a time such as '60s', '5m' or '1h30m'",
             "'0'",
             "",
         ),
+        ("--budget", "--budget", "expected one argument", None, "Try 'gputune tune --help'."),
         (
             "--trials x",
             "--trials",
