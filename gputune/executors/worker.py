@@ -30,6 +30,7 @@ from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoo
 
 from gputune.annotations import FloatArray
 from gputune.engine.stop import Stop
+from gputune.errors import InputError
 from gputune.seeding import seeded_generators
 from gputune.types import Config
 
@@ -256,6 +257,15 @@ class TrialEnd(BaseException):
     """
 
 
+class SetupError(InputError):
+    """A mistake in an objective that all of its trials repeat, such as the name of a metric that
+    the trainer never logs.
+
+    If no trial has succeeded yet, the error ends the search at the first trial. Otherwise only the
+    trial is "failed".
+    """
+
+
 class Report:
     """The function with which an objective of ``gputune.search`` reports its progress.
 
@@ -334,7 +344,8 @@ class TrialEnding:
     """The result of a trial of a custom training loop: its final state, score and reported values.
 
     The score is NaN if the trial failed. ``values`` are the reported values, ``seconds`` is the
-    duration, and ``error`` is the text of the error that ended the trial.
+    duration, and ``error`` is the text of the error that ended the trial. ``setup_error`` is that
+    error if all trials of the objective would raise it.
     """
 
     number: int
@@ -343,6 +354,7 @@ class TrialEnding:
     values: Sequence[float]
     seconds: float
     error: str = ""
+    setup_error: SetupError | None = None
 
 
 @dataclass(frozen=True)
@@ -380,6 +392,7 @@ class LoopTask:
         begin = time.monotonic()
         report = Report(self, number)
         error = ""
+        setup_error = None
         score = math.nan
         self.reports.write(number, (), ended=False)
         try:
@@ -392,12 +405,14 @@ class LoopTask:
             # An objective that has caught the end of its trial may miss results of the training.
             if report._state is None:
                 error = _error_text(failure)
+                setup_error = failure if isinstance(failure, SetupError) else None
         state: EndState = report._state or ("complete" if math.isfinite(score) else "failed")
         values = report._values
         if state in ("pruned", "stopped"):
             score = values[-1]
         self.reports.write(number, values, ended=True)
-        return [TrialEnding(number, state, score, values, time.monotonic() - begin, error)]
+        seconds = time.monotonic() - begin
+        return [TrialEnding(number, state, score, values, seconds, error, setup_error)]
 
 
 def _error_text(failure: Exception) -> str:

@@ -41,8 +41,10 @@ class LightningCallback:
 
     Raises:
         InputError: In the constructor, ``report`` is not callable or ``monitor`` is not a text.
-            During the fit, the metric was not logged, nothing was validated, or the trainer has
-            several devices. The trial is then "failed".
+            During the fit, the metric was not logged, nothing was validated, or the
+            trainer has several devices.
+            The error ends the search if no trial has succeeded yet. Otherwise the trial is
+            "failed".
         MissingExtraError: Lightning is not installed.
 
     Example:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import SupportsFloat
 
-from gputune.errors import InputError
-from gputune.executors.worker import TrialEnd
+from gputune.executors.worker import SetupError, TrialEnd
 from gputune.text import did_you_mean
 
 
@@ -38,9 +37,9 @@ class TrainerReports:
     def __init__(self, report: Callable[[float], object], monitor: str, library: str) -> None:
         if not callable(report):
             rule = "must be the second argument of your objective, objective(params, report)"
-            raise InputError("report", rule, got=report)
+            raise SetupError("report", rule, got=report)
         if not isinstance(monitor, str):
-            raise InputError("monitor", "must be the name of a logged metric", got=monitor)
+            raise SetupError("monitor", "must be the name of a logged metric", got=monitor)
         self.report = report
         self.monitor = monitor
         self.library = library
@@ -50,7 +49,7 @@ class TrainerReports:
     def add(self, metrics: Mapping[str, SupportsFloat], how_to_log: str) -> bool:
         """Report the metric after a validation. Return whether the search ends the trial.
 
-        Raises InputError, with the names of the metrics, if the metric is not among them.
+        Raises SetupError, with the names of the metrics, if the metric is not among them.
 
         Args:
             metrics: The metrics of this validation.
@@ -62,7 +61,7 @@ class TrainerReports:
             names = ", ".join(map(repr, metrics)) or "no metric"
             similar = did_you_mean(self.monitor, metrics).strip()
             remedy = f"Pass one of the logged names, or log the metric: {how_to_log}."
-            raise InputError(
+            raise SetupError(
                 f"monitor={self.monitor!r}",
                 f"names a metric that the validation did not log. It logged {names}",
                 remedy=f"{similar} {remedy}".lstrip(),
@@ -77,7 +76,7 @@ class TrainerReports:
     def check_devices(self, devices: int, remedy: str) -> None:
         """Raise InputError for a trainer with several devices or processes."""
         if devices > 1:
-            raise InputError(
+            raise SetupError(
                 None,
                 f"This {self.library} Trainer uses {devices} devices, but a trial of "
                 "gputune.search uses one device, and other trials use the other devices",
@@ -87,7 +86,7 @@ class TrainerReports:
     def check_number(self, remedy: str) -> None:
         """Raise InputError after a training that has reported nothing."""
         if not self.number:
-            raise InputError(
+            raise SetupError(
                 None,
                 f"The {self.library} Trainer has trained without a validation, so there was "
                 "nothing to report to the search",

@@ -39,8 +39,10 @@ class TrainerCallback:
 
     Raises:
         InputError: In the constructor, ``report`` is not callable or ``monitor`` is not a text.
-            During the training, the evaluation has no such metric, nothing was evaluated, or the
-            trainer has several devices. The trial is then "failed".
+            During the training, the evaluation has no such metric, nothing was evaluated,
+            or the trainer has several devices.
+            The error ends the search if no trial has succeeded yet. Otherwise the trial is
+            "failed".
         MissingExtraError: transformers is not installed.
 
     Example:

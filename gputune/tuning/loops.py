@@ -3,9 +3,11 @@ study."""
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,16 +16,24 @@ from gputune.engine.stop import entry, stop_after
 from gputune.errors import InputError, check_count
 from gputune.executors.executor import Executor, Queue
 from gputune.executors.processes import trial_processes
-from gputune.executors.worker import LoopObjective, LoopTask, LoopTrial, Reports, TrialEnding
+from gputune.executors.worker import (
+    LoopObjective,
+    LoopTask,
+    LoopTrial,
+    Reports,
+    SetupError,
+    TrialEnding,
+)
 from gputune.scratch import scratch_folder
 from gputune.spaces.config import plain_config
 from gputune.spaces.distributions import CheckedSpace, space_text, space_to_json, to_scipy
 from gputune.spaces.random import numbered
 from gputune.spaces.space import check_own_include, check_own_space
+from gputune.study.claims import Claims
 from gputune.study.code import source_text
 from gputune.study.ledger import open_ledger
 from gputune.study.record import DIRECTIONS, Arguments, SearchRecord
-from gputune.study.store import Candidate, PlannedChunk, Result
+from gputune.study.store import Candidate, PlannedChunk, Result, Store
 from gputune.study.values import sha256
 from gputune.tuning.callbacks import Callback, Callbacks
 from gputune.tuning.interrupt import CTRL_C
@@ -100,7 +110,11 @@ def search_loop(
     )
     progress.scoring = record.scoring
     make_study = partial(study_type.from_rows, record.to_json())
-    with open_ledger(machine.study, record) as ledger, scratch_folder() as folder:
+    with (
+        _ended_by_setup_error(machine.study),
+        open_ledger(machine.study, record) as ledger,
+        scratch_folder() as folder,
+    ):
         session = Session(ledger, replace(options, search=search), progress, stop)
         session.add(first, space, plain_config)
         sign = 1.0 if direction == "maximize" else -1.0
@@ -124,6 +138,24 @@ def search_loop(
             if profile is not None:
                 profile.ended = stop.reason
     return check_ending(make_study(ledger.rows(), file=machine.study), numbers)
+
+
+@contextmanager
+def _ended_by_setup_error(study: Path | None) -> Iterator[None]:
+    """Raise InputError in place of a SetupError, and remove a new study file without results.
+
+    The corrected objective is another search, which could not use the file.
+    """
+    is_new = study is not None and not study.exists()
+    try:
+        yield
+    except SetupError as error:
+        if study is not None and is_new:
+            with Store.open(study) as store, Claims(study) as claims:
+                is_used = store.n_finished() > 0 or bool(claims.owners())
+            if not is_used:
+                study.unlink()
+        raise InputError(*error.args) from error
 
 
 def _first_trials(search: SearchOptions, space: CheckedSpace) -> tuple[Candidate, ...]:
@@ -282,6 +314,9 @@ def _train(
     # Without workers, this process calls the objective.
     for ending in queue.run(None if workers.capacity else task, unseen):
         has_begun = True
+        if ending.setup_error is not None and not _has_succeeded(ledger.results.values()):
+            task.stop.ask()
+            raise ending.setup_error
         detail = {}
         if ending.error:
             detail["error"] = ending.error
@@ -305,3 +340,8 @@ def _train(
         )
         ledger.finish([result])
     return [] if has_begun else list(filter(good_enough.allows, chunks))
+
+
+def _has_succeeded(results: Iterable[Result]) -> bool:
+    """Return whether a trial has ended without an error."""
+    return any(result.state != "failed" for result in results)

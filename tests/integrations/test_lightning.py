@@ -150,6 +150,18 @@ def test_a_metric_that_was_never_logged(tmp_path):
         fit(LightningCallback(print, monitor="acc"), tmp_path)
 
 
+def test_a_wrong_monitor_ends_a_search_at_its_first_trial(tmp_path):
+    numbers = []
+
+    def objective(params, report):
+        numbers.append(report.number)
+        fit(LightningCallback(report, monitor="acc"), tmp_path, lr=params["lr"], max_epochs=1)
+
+    with pytest.raises(gputune.InputError, match="^monitor='acc' names a metric that the validat"):
+        gputune.search(objective, {"lr": [0.1, 0.2]}, direction="maximize", workers=1, verbose=0)
+    assert numbers == [0]
+
+
 def test_a_metric_of_the_training_is_refused(tmp_path):
     message = "monitor='train_loss' .* did not log. It logged 'val_acc', 'val_loss'."
     with pytest.raises(gputune.InputError, match=message):

@@ -19,6 +19,7 @@ from scipy.stats import loguniform, randint
 
 import gputune
 from forked import Fork
+from gputune.executors.worker import SetupError
 from gputune.modules.construction import build_module
 from gputune.population.population import Shape
 from refused import refused
@@ -178,6 +179,31 @@ def test_a_failed_trial_keeps_its_error_and_the_search_goes_on(capsys):
         match="8 of 8 trials raised an error, the first TypeError: the value that the",
     ):
         search(lambda params, report: None)
+
+
+def mistaken(params, report):
+    """Fails with the error of a trainer's callback, except for a great learning rate."""
+    if params["lr"] < 1:
+        raise SetupError("monitor='acc'", "names no metric", remedy="Log the metric.")
+    return params["lr"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_mistake_of_all_trials_ends_the_search_at_the_first(workers, tmp_path, capsys):
+    study = tmp_path / "study.db"
+    space = {"lr": [0.1, 0.2, 0.3, 0.4]}
+    with pytest.raises(gputune.InputError) as error:
+        search(mistaken, space, workers=workers, study=study, verbose=1)
+    assert type(error.value) is gputune.InputError
+    assert str(error.value) == "monitor='acc' names no metric. Log the metric."
+    assert "failed" not in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # the corrected search may use the same file
+    assert search(space=SPACE, study=study).best_trial.state == "complete"
+
+
+def test_a_mistake_after_a_success_fails_its_trial_only(tmp_path):
+    study = search(mistaken, {"lr": [0.1, 0.2]}, include=[{"lr": 2.0}], study=tmp_path / "s.db")
+    assert {trial.state for trial in study.trials} == {"complete", "failed"}
 
 
 def test_more_reports_than_max_epochs_are_noted_once(capsys):
