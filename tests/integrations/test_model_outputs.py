@@ -241,7 +241,7 @@ def test_a_class_of_transformers_is_no_builder(model, message):
 
 
 def test_a_class_of_transformers_with_its_config_in_the_space_is_a_builder():
-    space = {"module__config": [config()], "lr": [0.01], "batch_size": [8]}
+    space = {"module__config": [classifier(3).config], "lr": [0.01], "batch_size": [8]}
     options = {**OPTIONS, "space": space, "n_trials": 1, "max_epochs": 1}
     study = gputune.tune(transformers.BertForSequenceClassification, X, Y, **options)
     assert np.isfinite(study.best_score)
