@@ -4,8 +4,10 @@ import json
 import platform
 import re
 import subprocess
-from argparse import ArgumentTypeError
-from collections.abc import Iterable
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,6 +18,8 @@ from typing import Any, TypeVar
 import joblib
 import torch
 
+import gputune
+
 Kind = TypeVar("Kind")
 
 HERE = Path(__file__).parent
@@ -25,13 +29,22 @@ PACKAGES = ("gputune", "torch", "scikit-learn", "numpy", "scipy", "joblib")
 def _commit() -> str:
     """Return the commit of the source tree.
 
-    "-dirty" is appended if files differ from it. The result is "unknown" without git.
+    "-dirty" is appended if the code differs from it. Pages and results are no code. The result is
+    "unknown" without git.
     """
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
+    code = [":/", ":(top,exclude)docs", ":(top,exclude)scripts/benchmark/results"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = _git("describe", "--always", "--abbrev=12")
+        changes = _git("status", "--porcelain", "--untracked-files=no", "--", *code)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{commit}-dirty" if changes else commit
+
+
+def _git(*words: str) -> str:
+    """Return what a git command prints about this source tree."""
+    command = ["git", "-C", str(HERE), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 SOURCE = {"commit": _commit(), "date": datetime.now(UTC).date().isoformat()}
@@ -141,6 +154,33 @@ class Clock:
 
     def __call__(self) -> tuple[float, float]:
         return perf_counter() - self.begin[0], process_time() - self.begin[1]
+
+
+@contextmanager
+def kept_clock(path: Path) -> Iterator[Clock]:
+    """Yield a clock that continues the clock of earlier runs.
+
+    The file keeps the seconds of all runs, as JSON. A run that is killed adds nothing.
+    """
+    clock = Clock(*json.loads(path.read_text())) if path.exists() else Clock()
+    try:
+        yield clock
+    finally:
+        path.write_text(json.dumps(clock()))
+
+
+def run_script(
+    run: Callable[[Namespace], int], parser: ArgumentParser, arguments: Sequence[str] | None
+) -> int:
+    """Run a script with its options, and return its exit code.
+
+    An input that gputune refuses is printed as an error, and the exit code is 2.
+    """
+    try:
+        return run(parser.parse_args(arguments))
+    except gputune.InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def file_stem(machine: dict[str, Any], what: str = "training") -> str:

@@ -34,7 +34,7 @@ from scipy.stats import spearmanr
 import gputune
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmark.report import HERE, Clock, describe_machine, positive, publish, table
+from benchmark.report import HERE, Clock, describe_machine, positive, publish, run_script, table
 
 DESCRIPTION = """\
 A random sample of FCNet's grid "protein structure" (Klein and Hutter 2019, arXiv:1905.04970), trained again with
@@ -273,11 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="random seed of the sample and the split [default: 0]")
     add("--study", type=Path, help="study file, to continue after an interruption")
     add("--out", type=Path, default=HERE / "results", help="folder of the result files")
-    try:
-        return run(parser.parse_args(arguments))
-    except gputune.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_script(run, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ not measured again.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,17 @@ import pandas as pd
 import gputune
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmark.report import HERE, Clock, describe_machine, positive, publish, published, table
+from benchmark.report import (
+    HERE,
+    Clock,
+    describe_machine,
+    kept_clock,
+    positive,
+    publish,
+    published,
+    run_script,
+    table,
+)
 
 PARTS = ("train", "val", "test")
 REGRESSION = ("california",)
@@ -170,9 +179,7 @@ def search(
     """
     word, space, _, epochs = SEARCHES[model]
     file.parent.mkdir(parents=True, exist_ok=True)
-    spent = file.with_suffix(".json")
-    clock = Clock(*json.loads(spent.read_text())) if spent.exists() else Clock()
-    try:
+    with kept_clock(file.with_suffix(".json")) as clock:
         study = gputune.tune(
             word,
             data.X,
@@ -189,8 +196,6 @@ def search(
             random_state=seed,
             verbose=0,
         )
-    finally:
-        spent.write_text(json.dumps(clock()))
     return study, *clock()
 
 
@@ -299,11 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--studies", type=Path, default=Path("tuned-mlp-studies"), help="folder of the studies")
     add("--out", type=Path, default=HERE / "results", help="folder of the two files")
     add("--note", default="", metavar="WORDS", help="said on the page")
-    try:
-        return run(parser.parse_args(arguments))
-    except gputune.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_script(run, parser, arguments)
 
 
 if __name__ == "__main__":

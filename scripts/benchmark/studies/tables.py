@@ -103,9 +103,8 @@ class Split:
 
     def search(self, model: str, **options: Any) -> gputune.Study:
         task = "regression" if self.task == "regression" else "classification"
-        return gputune.tune(
-            model, self.X, self.y, cv=FOLDS, scoring=self.scoring, task=task, verbose=0, **options
-        )
+        options = {"cv": FOLDS, "scoring": self.scoring, "task": task, "verbose": 0, **options}
+        return gputune.tune(model, self.X, self.y, **options)
 
     def score(self, model: Any) -> float:
         """Return the score of a model on the held-out rows; an RMSE is positive."""
@@ -150,14 +149,14 @@ def run(options: Namespace) -> int:
     return 0
 
 
-def loader(path: Path | None) -> Load:
+def loader(path: Path | None, option: str = "--tables") -> Load:
     """Return the function ``load(name) -> X, y, task`` of a Python file.
 
-    Raises SystemExit if the file has none.
+    Raises SystemExit if there is no path. ``option`` is the option that needs it.
     """
     if path is None:
         raise SystemExit(
-            "--tables needs --data FILE.py, a file with load(name) -> X, y, task of the tables' "
+            f"{option} needs --data FILE.py, a file with load(name) -> X, y, task of the tables' "
             "names."
         )
     spec = importlib.util.spec_from_file_location("tables_data", path)
