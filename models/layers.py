@@ -1,4 +1,4 @@
-"""Parts that several models use: a check of sizes, and a dropout with a rate that can change."""
+"""Parts of the models: checks of sizes and shapes, and a dropout with a rate that can change."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +31,38 @@ def shared_depth(arguments: Mapping[str, Any], depth: int) -> int:
 def per_layer(value: Any, depth: int) -> list[Any]:
     """Return the value of an argument for each hidden layer."""
     return [*value] if _is_per_layer(value) else [value] * depth
+
+
+def spatial_dims_of(input_shape: tuple[int, ...], spatial_dims: int | None) -> int:
+    """Return the number of axes along which the convolutions slide: 1 or 2."""
+    if spatial_dims not in (None, 1, 2):
+        raise ValueError(f"spatial_dims must be 1, 2 or None, got {spatial_dims=}.")
+    n_axes = len(input_shape)
+    if n_axes not in (2, 3) or (n_axes, spatial_dims) == (3, 1):
+        raise ValueError(
+            "a CNN takes images, (channels, height, width) or (height, width), or sequences, "
+            f"(channels, length), got rows of shape {input_shape} and {spatial_dims=}: reshape X, "
+            "for example to (rows, 1, length), or choose a different model"
+        )
+    is_one_channel = n_axes == 2 and input_shape[0] == 1
+    return spatial_dims or (1 if is_one_channel else 2)
+
+
+def check_places(input_shape: tuple[int, ...], dims: int, depth: int) -> None:
+    """Raise ValueError if rows are too small to be halved ``depth`` times along ``dims`` axes."""
+    places = input_shape[-dims:]
+    least = 2**depth
+    if min(places) >= least:
+        return
+    axes = "the length" if dims == 1 else "height and width"
+    rows = "sequences" if dims == 1 else "images"
+    needed = " x ".join([str(least)] * dims)
+    got = " x ".join(map(str, places))
+    raise ValueError(
+        f"depth={depth} halves {axes} {depth} times, which needs {rows} of {needed} or more, got "
+        f"{got}: lower depth, or check the order of the axes. Sequences are (channels, length), "
+        "and need spatial_dims=1 if they have several channels"
+    )
 
 
 class Dropout(nn.Module):

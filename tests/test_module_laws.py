@@ -12,6 +12,7 @@ from torch import nn
 import reference
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.train import BegunChunk
+from gputune.models import CNN
 from gputune.modules.inspection import traits_of
 from gputune.native import library as built
 from gputune.population.population import Population
@@ -24,6 +25,7 @@ G = torch.Generator().manual_seed(3)
 N = 61
 IMAGES = torch.rand(N, 2, 6, 6, generator=G, dtype=torch.float64)
 SEQUENCES = torch.randn(N, 3, 3, generator=G, dtype=torch.float64)
+SIGNALS = torch.randn(N, 2, 9, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 IDS = torch.randint(9, (N, 4), generator=G)
 NUMBERS = torch.randn(N, 2, generator=G, dtype=torch.float64)
 
@@ -137,6 +139,10 @@ Branching = variant(Convolutions, branch)
 
 CASES = {
     "cnn": (Convolutions, (IMAGES,)),
+    "signals": (
+        partial(CNN, input_shape=(2, 9), channels=3, dropout=0.1, spatial_dims=1),
+        (SIGNALS,),
+    ),
     "gru": (partial(Recurrent, kind=nn.GRU), (SEQUENCES,)),
     "lstm": (partial(Recurrent, kind=nn.LSTM), (SEQUENCES,)),
     "encoder": (Encoder, (SEQUENCES,)),
@@ -148,7 +154,7 @@ CASES = {
 }
 # An eager step is a recorded one without the recording; a masked encoder is an encoder, one that
 # branches is a cnn.
-CODED = ("gru", "encoder", "two inputs", "shared")
+CODED = ("signals", "gru", "encoder", "two inputs", "shared")
 SHORT = {
     "eager": ("cnn",),
     "recorded": ("cnn", "gru", "lstm", "two inputs", "shared", "residual", "masked", "branching"),

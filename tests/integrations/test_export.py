@@ -287,10 +287,12 @@ META = RNG.normal(size=(40, 2))
 IDS = torch.from_numpy(RNG.integers(0, 5, (40, 6)))
 LABELS = np.stack([np.arange(40) % 2, np.arange(40) // 2 % 2], 1)
 TOKENS = {"lr": [0.01], "module__n_tokens": [5]}
+SIGNALS = {"lr": [0.01], "module__spatial_dims": [1]}
 
 
 CASES = [
     ("cnn", IMAGES, LABELS[:, 0], ["X"], {"numbers": "standard"}),
+    ("cnn", STEPS.transpose(0, 2, 1), LABELS[:, 0], ["X"], {"space": SIGNALS}),
     ("gru", IDS, LABELS[:, 0], ["X"], {"space": TOKENS}),
     ("gru", STEPS, META, ["X"], {"numbers": "standard"}),
     (Two, {"image": IMAGES, "meta": META}, LABELS, ["image", "meta"], {}),
@@ -304,7 +306,7 @@ CASES = [
         pytest.param(
             case,
             suffix,
-            marks=[LONG] * (n == 2 or (suffix == ".onnx") != (n == 4))
+            marks=[LONG] * (n in (1, 3) or (suffix == ".onnx") != (n == 5))
             + [pytest.mark.cpu] * (case[0] == "gru"),
         )
         for n, case in enumerate(CASES)

@@ -53,6 +53,9 @@ def test_the_code_of_a_model_is_an_example_that_fits_a_page(model):
     [
         (CNN((2, 8, 6), 3, channels=4), (2, 8, 6)),
         (CNN((8, 8), 3, depth=3, dropout=0.5), (8, 8)),
+        (CNN((1, 9), 3), (1, 9)),
+        (CNN((5, 9), 3, depth=3, spatial_dims=1), (5, 9)),
+        (CNN((1, 4, 9), 3), (1, 4, 9)),
         (GRU((7, 2), 3, layers=2), (7, 2)),
         (MLP(5, 3, width=7, depth=3, activation="tanh"), (5,)),
         (MLP(5, 3, width=(7, 2)), (5,)),
@@ -85,6 +88,21 @@ def test_bytes_and_token_ids_are_taken_as_they_are():
     assert GRU((6,), 2, n_tokens=5)(IDS.int()).shape == (40, 2)
 
 
+@pytest.mark.parametrize("shape", [(1, 12), (3, 12)])
+def test_a_network_for_sequences_is_made_of_the_layers_of_torch(shape):
+    torch.manual_seed(0)
+    model = CNN(shape, 2, channels=4, depth=2, spatial_dims=1).double()
+    torch.manual_seed(0)
+    layers = []
+    for inputs, outputs in ((shape[0], 4), (4, 8)):
+        convolution = nn.Conv1d(inputs, outputs, 3, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm1d(outputs), nn.ReLU(), nn.MaxPool1d(2)]
+    last = nn.Linear(8, 2)
+    plain = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), last).double()
+    x = torch.randn(5, *shape).double()
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
@@ -108,7 +126,29 @@ def test_bytes_and_token_ids_are_taken_as_they_are():
         (
             CNN,
             {"input_shape": (64,)},
-            r"a CNN takes images, .*got rows of shape \(64,\): reshape X",
+            r"a CNN takes images, .* or sequences, .*, got rows of shape \(64,\) and "
+            r"spatial_dims=None: reshape X, for example to \(rows, 1, length\)",
+        ),
+        (
+            CNN,
+            {"input_shape": (3, 8, 8), "spatial_dims": 1},
+            r"got rows of shape \(3, 8, 8\) and spatial_dims=1: reshape X",
+        ),
+        (
+            CNN,
+            {"input_shape": (3, 8), "spatial_dims": 3},
+            "spatial_dims must be 1, 2 or None, got spatial_dims=3",
+        ),
+        (
+            CNN,
+            {"input_shape": (3, 40)},
+            "images of 4 x 4 or more, got 3 x 40: .*need spatial_dims=1 if they have several",
+        ),
+        (
+            CNN,
+            {"input_shape": (40, 3), "spatial_dims": 1},
+            r"depth=2 halves the length 2 times, .* sequences of 4 or more, got 3: lower depth, or "
+            r"check the order of the axes. Sequences are \(channels, length\)",
         ),
         (
             CNN,
@@ -150,6 +190,24 @@ def test_they_are_searched_by_name_and_loaded_without_trust(tmp_path, monkeypatc
     again = gputune.load_model(tmp_path / "model")
     assert type(again.module) is CNN
     np.testing.assert_array_equal(again.predict_proba(IMAGES), model.predict_proba(IMAGES))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_sequences_are_searched_saved_and_loaded(tmp_path, channels):
+    sequences = IMAGES.reshape(40, 2, 48)[:, :channels]
+    space = {"lr": [0.01], "module__channels": [4], "module__depth": [3]}
+    if channels > 1:
+        space["module__spatial_dims"] = [1]
+    model = gputune.tune("cnn", sequences, LABELS, space=space, **ONE).best_model()
+    assert isinstance(model.module.blocks[0][0], nn.Conv1d)
+    model.save(tmp_path / "model")
+    again = gputune.load_model(tmp_path / "model")
+    np.testing.assert_array_equal(again.predict_proba(sequences), model.predict_proba(sequences))
+
+
+def test_a_table_is_reshaped_for_the_network():
+    with refused(r"got rows of shape \(12,\).*reshape X, for example to \(rows, 1, length\)"):
+        gputune.tune("cnn", IMAGES[:, 0, :2].reshape(40, 12), LABELS, **ONE)
 
 
 @pytest.mark.cpu  # the simulated device has no cuDNN
