@@ -13,13 +13,14 @@ Shape letters: F folds, C configurations (trials), m validation rows, K outputs,
 import ctypes
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.engine.dropout import dropout_draw
+from gputune.engine.backends.cost import member_seconds
 from gputune.engine.mlp import StackedMLP
 from gputune.native.library import (
     ACTIVATIONS,
@@ -27,6 +28,7 @@ from gputune.native.library import (
     OPTIMIZERS,
     ROW_SCORES,
     MemberWork,
+    fill_uniform,
     library,
     make_work,
 )
@@ -36,6 +38,7 @@ from gputune.population.kinds import dropout_rates, hidden_widths
 from gputune.population.state import State, differ_only_in_rates, selected_configs
 from gputune.scoring.scores import ROW_MEANS
 from gputune.scoring.scoring import Validation
+from gputune.seeding import stream_seed
 from gputune.types import Config
 
 WorkArrays: TypeAlias = dict[str, Tensor | None]
@@ -74,6 +77,7 @@ class CompiledChunk:
         configs = self.configs = list(network.configs)
         self.epoch = 0  # epochs that the members have trained
         self.nanoseconds = torch.zeros(2, dtype=torch.int64)
+        self.draw_buffer = torch.empty(0)  # random numbers of dropout, kept for the next epoch
         self.flat = network.start()
         moments = n_moments(configs[0]["optimizer"], (config["momentum"] for config in configs))
         self.averages = any(config["ema"] for config in configs)
@@ -151,9 +155,9 @@ class CompiledChunk:
             "sizes": self.place(self.sizes),
             "schedule": self.place([schedules.index(c["schedule"]) for c in self.configs]),
             "theta": self.flat,
-            # Members with the most steps come first. Among equals, fold after fold: its rows are
-            # then in the cache.
-            "queue": self.place(np.argsort(-self.steps.flatten(), kind="stable")),
+            # The members with the longest epochs come first, so that all threads end at about the
+            # same time. Among equals, fold after fold: its rows are then in the cache.
+            "queue": self.place(np.argsort(-self._epoch_seconds().flatten(), kind="stable")),
             "nanoseconds": self.nanoseconds,
             **self.make_buffers(1),
         }
@@ -162,6 +166,17 @@ class CompiledChunk:
         if self.averages:
             self.arrays["average"] = moments.pop()
         self.arrays |= zip(("first", "second"), moments)
+
+    def _epoch_seconds(self) -> np.ndarray:
+        """Return the estimated seconds of an epoch of each member, (F, C)."""
+        hidden = np.array(list(map(hidden_widths, self.configs)), dtype=np.int64)
+        hidden = hidden.reshape(len(self.configs), -1)  # (C, 0) without hidden layers
+        inputs = np.full((len(hidden), 1), self.data.n_features)
+        outputs = np.full((len(hidden), 1), self.data.n_outputs)
+        layers = np.concatenate([inputs, hidden, outputs], axis=1)
+        parameters = ((layers[:, :-1] + 1) * layers[:, 1:]).sum(axis=1)
+        units = hidden.sum(axis=1)
+        return member_seconds(self.steps, self.sizes, parameters, units)
 
     def _set_member_values(self) -> None:
         """Set the arguments of the compiled code that have one number for each trial, (C,)."""
@@ -239,21 +254,39 @@ class CompiledChunk:
         self.epoch = epoch + 1
         arrays = {**self.arrays, "order": row_order(self.data, self.seed, epoch).contiguous()}
         if self.network.rates is not None:
-            # Uniform draws of dropout, one after the other: (rows, H) for each step and layer,
-            # where rows is the longest minibatch of the step.
-            depth = self.network.depth
-            width = self.network.hidden
-            rows = self.draw_rows()
-            draws = []
-            for step, n_rows in enumerate(rows.tolist()):
-                for layer in range(depth):
-                    draw = dropout_draw(self.seed, (epoch, step), layer, n_rows, width)
-                    draws.append(draw.flatten())
-            ends = np.cumsum(rows * depth * width)
-            arrays["draws"] = torch.cat(draws)
-            arrays["draw_start"] = self.place(np.append(0, ends[:-1]))
-            arrays["draw_rows"] = self.place(rows)
+            arrays |= self._draws(epoch)
         _run(library(self.data.dtype), {**self.numbers, "epoch": epoch}, arrays)
+
+    def _draws(self, epoch: int) -> WorkArrays:
+        """Return the uniform random numbers of dropout for an epoch, and where each step's begin.
+
+        Each step and layer has its own random stream, (rows, H), where rows is the longest
+        minibatch of the step. The threads divide the steps.
+        """
+        depth = self.network.depth
+        rows = self.draw_rows()
+        counts = rows * self.network.hidden  # of one layer
+        starts = np.append(0, np.cumsum(depth * counts))
+        if self.draw_buffer.numel() < starts[-1]:
+            self.draw_buffer = torch.empty(int(starts[-1]), dtype=torch.float32)
+
+        def fill(steps: range) -> None:
+            for step in steps:
+                begin = int(starts[step])
+                for layer in range(depth):
+                    end = begin + int(counts[step])
+                    seed = stream_seed(self.seed, "dropout", epoch, step, layer)
+                    fill_uniform(seed, [self.draw_buffer[begin:end]])
+                    begin = end
+
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, [range(i, len(rows), threads) for i in range(threads)]))
+        return {
+            "draws": self.draw_buffer,
+            "draw_start": self.place(starts[:-1]),
+            "draw_rows": self.place(rows),
+        }
 
     def draw_rows(self) -> np.ndarray:
         """Return the number of rows for which dropout needs random numbers in each step, (steps,).

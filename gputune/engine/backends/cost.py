@@ -85,17 +85,32 @@ class TrialSizes:
         self.longest_scored = max(valid_rows) * data.n_outputs
 
 
+def member_seconds(
+    steps: np.ndarray,
+    batch_sizes: np.ndarray,
+    parameters: int | np.ndarray,
+    units: int | np.ndarray,
+) -> np.ndarray:
+    """Estimate the seconds of one epoch of a member of a built-in model in compiled code.
+
+    Args:
+        steps: Steps of an epoch.
+        batch_sizes: Rows of a minibatch.
+        parameters: Number of parameters.
+        units: Number of hidden units.
+    """
+    row_seconds = 3 * _COMPILED_PRODUCT_SECONDS * parameters + _COMPILED_ACTIVATION_SECONDS * units
+    update_seconds = _COMPILED_STEP_SECONDS + _COMPILED_PARAMETER_SECONDS * parameters
+    return steps * (update_seconds + batch_sizes * row_seconds)
+
+
 def by_member_cost(sizes: TrialSizes) -> Cost:
     """Estimate the cost of a trial of a built-in model, if every member takes its own steps.
 
     The working memory of a member belongs to the thread.
     """
     folds = sizes.data.n_folds
-    row_seconds = (
-        3 * _COMPILED_PRODUCT_SECONDS * sizes.size + _COMPILED_ACTIVATION_SECONDS * sizes.units
-    )
-    update_seconds = _COMPILED_STEP_SECONDS + _COMPILED_PARAMETER_SECONDS * sizes.size
-    seconds = (sizes.steps * (update_seconds + sizes.batch_sizes * row_seconds)).mean()
+    seconds = member_seconds(sizes.steps, sizes.batch_sizes, sizes.size, sizes.units).mean()
     # Outputs of all folds, and the terms of the scores of one fold.
     scored = sizes.scored + 4 * sizes.longest_scored
     trial_bytes = sizes.item * ((3 + sizes.averages) * folds * sizes.size + scored)
