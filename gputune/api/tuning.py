@@ -97,8 +97,8 @@ def tune(
     Args:
         model: the model to tune.
 
-            - a name: "mlp", "logistic", "realmlp" (RealMLP, for tables), "cnn" (for images) or
-              "gru" (for sequences);
+            - a name: "mlp", "logistic", "realmlp" (RealMLP, for tables), "cnn" (for images and
+              sequences) or "gru" (for sequences);
             - a ``torch.nn.Module`` class, or a function or ``functools.partial`` that returns a
               module;
             - "FILE.py:NAME", such a class or function in a Python file.

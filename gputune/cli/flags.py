@@ -62,7 +62,7 @@ _FIRST_RULES: dict[str, dict[str, Rule]] = {
         "model": Rule(
             "--model <NAME>",
             "Model to tune, or your own module",
-            "cnn is for images, gru for sequences.",
+            "cnn is for images and sequences, gru for sequences.",
             "mlp",
             values=("mlp", "logistic", "realmlp", "cnn", "gru", "FILE.py:NAME"),
         ),

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import gputune
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmark.report import HERE, Clock, describe_machine, positive, publish, table
+from benchmark.report import HERE, Clock, describe_machine, positive, publish, run_script, table
 
 DESCRIPTION = """\
 Test accuracy of gputune's built-in models on MNIST-1D (Greydanus 2020, arXiv:2011.14439), tuned with cross-validation
@@ -423,6 +423,11 @@ def compare_rates(options: argparse.Namespace) -> int:
     )
 
 
+def run(options: argparse.Namespace) -> int:
+    """Repeat the notebook, or tune the models."""
+    return compare_rates(options) if options.learn_rate else compare(options)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the options and run; the exit code is 2 if the package mnist1d is missing."""
     parser = argparse.ArgumentParser(
@@ -445,12 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"steps of the learning rate [default: {OUTER_STEPS}]",
     )
     add("--out", type=Path, default=HERE / "results", help="folder of the result files")
-    options = parser.parse_args(arguments)
-    try:
-        return compare_rates(options) if options.learn_rate else compare(options)
-    except gputune.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_script(run, parser, arguments)
 
 
 if __name__ == "__main__":
