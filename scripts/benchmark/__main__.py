@@ -46,6 +46,11 @@ All engines must reach the same scores before their times are shown.
     python scripts/benchmark --heads                LoRA and a tuned head on MiniLM: held-out scores
     python scripts/benchmark --realmlp --data FILE.py
                                                  RealMLP's space in gputune and in pytabkit
+    python scripts/benchmark --records digits --seeds 5 --change "fewer epochs"
+    python scripts/benchmark --records california adult --data FILE.py
+    python scripts/benchmark --records           seconds to reach a fixed quality, on the page
+                                                 docs/records.md; without names only the tables of
+                                                 the page are made again
 
 The engines are sklearn, torch (a plain loop), compile (the loop's step through torch.compile),
 optuna, ray, skorch, jax and gputune. An engine whose package is missing is named in the report and
@@ -91,12 +96,16 @@ measures, prints and writes; it returns 0, or 1 where what must hold does not: t
 nothing, but for ``--optuna``, ``--operations``, and ``--modules``, which leaves out the rows that
 disagree."""
 
+RECORDS = ("digits", "california", "adult")
+
 HELP = {
     "epochs": "default 20, with --hypergradients 5, --grid 10, --quality 27",
     "repeats": "default 3, with --hypergradients 7, --optuna 10, --native 15, --grid 1",
     "work": f"{' or '.join(WIDTHS)}, each with its own number of trials (default: both, --trials long)",
     "engines": "of those above, with a number: on the first trials only (default: all; --grid: "
     "sklearn,torch)",
+    "records": f"measure {', '.join(RECORDS)} (or none of them), and update docs/records.md",
+    "data": "with --tables, --portfolio, --realmlp, --records: has load(name) -> X, y, task",
     "rows": "with --modules: only rows with one of these in their name; with --tables: these ways; "
     "with --realmlp: these tables",
 }
@@ -120,14 +129,19 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FILE",
         help="with --halving, --quality: UCI's adult.data, also .gz",
     )
+    add("--records", nargs="*", choices=RECORDS, metavar="NAME", help=HELP["records"])
+    add("--seeds", type=positive, default=5, help="with --records: number of seeds [default: 5]")
+    add("--change", default="", metavar="WORDS", help="with --records: what changed, for the table")
     add("--rows", nargs="+", metavar="WORDS", help=HELP["rows"])
-    add("--data", type=Path, metavar="FILE.py", help="with --tables: has load(name) -> X, y, task")
+    add("--data", type=Path, metavar="FILE.py", help=HELP["data"])
     add("--small", action="store_true", help="with --modules: fewer trials of the loop, no Optuna")
     add("--steps", action="store_true", help="with --modules: only the time of one step")
     for name, says in STUDIES.items():
         add(f"--{name}", action="store_true", help=says)
     options = parser.parse_args(arguments)
     chosen = next((name for name in STUDIES if getattr(options, name)), "training")
+    if options.records is not None:
+        chosen = "records"
     code: int = import_module(f"benchmark.studies.{chosen}").run(options)
     return code
 

@@ -1,0 +1,199 @@
+"""The tasks of the records: what is trained, how its quality is measured, and the target."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import gputune
+from benchmark.studies.tables import loader
+
+Reach = Callable[[int], Callable[[], float]]
+"""Trains with a seed, and returns a function that computes the quality."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A record's task.
+
+    Attributes:
+        name: the word of the command line.
+        work: a sentence that says what is trained.
+        metric: the quality.
+        target: the quality to reach.
+        prepare: loads the rows, from the file of ``--data`` if the task needs one. None if another
+            script measures the task.
+        is_error: whether less is better.
+    """
+
+    name: str
+    work: str
+    metric: str
+    target: float
+    prepare: Callable[[Path | None], Reach] | None
+    is_error: bool = False
+
+    @property
+    def pattern(self) -> str:
+        """The log files of this task, in the folder of results."""
+        return f"records/{self.name}-*.json"
+
+    def read(self, log: dict[str, Any]) -> dict[str, Any]:
+        """Return the log in the content of such a file."""
+        return log
+
+
+class FCNetTask(Task):
+    """The sample of FCNet's grid, which scripts/reproduce/fcnet.py trains."""
+
+    @property
+    def pattern(self) -> str:
+        return "fcnet-*.json"
+
+    def read(self, log: dict[str, Any]) -> dict[str, Any]:
+        attempt = {
+            "seed": log["seed"],
+            "quality": log["agreement"]["spearman"],
+            "seconds": log["seconds"],
+            "cpu_seconds": log["cpu"],
+        }
+        change = f"{len(log['trials'])} configurations"
+        return {"machine": log["machine"], "change": change, "seeds": [attempt]}
+
+
+DIGITS: dict[str, Any] = {"n_trials": 16, "max_epochs": 5, "cv": 5}
+
+
+def digits(data: Path | None) -> Reach:
+    """Prepare a search on scikit-learn's digits. The quality is the best mean score over folds."""
+    X, y = load_digits(return_X_y=True)
+
+    def reach(seed: int) -> Callable[[], float]:
+        study = gputune.tune("mlp", X, y, random_state=seed, verbose=0, **DIGITS)
+        return lambda: study.best_score
+
+    return reach
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The rows of a table: those to search on (training rows first), and the test rows."""
+
+    X: pd.DataFrame
+    y: np.ndarray
+    n_train: int
+    X_test: pd.DataFrame
+    y_test: np.ndarray
+
+
+def published_parts(name: str, X: pd.DataFrame, y: pd.Series) -> Parts:
+    """Return the published split of a table: 64% training, 16% validation and 20% test rows.
+
+    It is the split of Gorishniy et al. (2021), arXiv:2106.11959. adult keeps its official test
+    rows, which are the rows from 32,561 on.
+    """
+    target = y.to_numpy()
+    classes = None if target.dtype.kind == "f" else target
+    rows = np.arange(len(target))
+    if name == "adult":
+        known, test = rows[:32_561], rows[32_561:]
+    else:
+        known, test = train_test_split(rows, test_size=0.2, stratify=classes, random_state=0)
+    among = None if classes is None else classes[known]
+    train, valid = train_test_split(known, test_size=0.2, stratify=among, random_state=1)
+    order = np.concatenate([train, valid])
+    return Parts(
+        X.iloc[order].reset_index(drop=True),
+        target[order],
+        len(train),
+        X.iloc[test].reset_index(drop=True),
+        target[test],
+    )
+
+
+@dataclass(frozen=True)
+class TableSearch:
+    """A search on the published split of a table, and the ensemble of its trials.
+
+    Each trial trains on the training rows and is scored on the validation rows. The chosen trials
+    then train on both, ``refit`` times each.
+    """
+
+    table: str
+    n_trials: int
+    max_epochs: int
+    refit: int
+
+    def __call__(self, data: Path | None) -> Reach:
+        """Load the table, and return the function that trains."""
+        X, y, task = loader(data, "--records")(self.table)
+        parts = published_parts(self.table, X, y)
+        is_regression = task == "regression"
+        training = np.arange(parts.n_train)
+        validation = np.arange(parts.n_train, len(parts.y))
+
+        def reach(seed: int) -> Callable[[], float]:
+            study = gputune.tune(
+                "realmlp",
+                parts.X,
+                parts.y,
+                n_trials=self.n_trials,
+                max_epochs=self.max_epochs,
+                cv=[(training, validation)],
+                scoring="neg_root_mean_squared_error" if is_regression else "accuracy",
+                task="regression" if is_regression else "classification",
+                random_state=seed,
+                verbose=0,
+            )
+            predicted = study.ensemble(refit=self.refit, verbose=0).predict(parts.X_test)
+            return lambda: quality(np.asarray(predicted).ravel(), parts.y_test, is_regression)
+
+        return reach
+
+
+def quality(predicted: np.ndarray, truth: np.ndarray, is_regression: bool) -> float:
+    """Return the root mean squared error of a regression, or the accuracy."""
+    if is_regression:
+        return float(np.sqrt(np.mean((predicted - truth) ** 2)))
+    return float(np.mean(predicted == truth))
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "digits",
+            "16 configurations of the MLP's default space, 5 folds of 5 epochs",
+            "cross-validated accuracy",
+            0.97,
+            digits,
+        ),
+        Task(
+            "california",
+            "8 trials of RealMLP for 64 epochs, and their ensemble",
+            "test RMSE",
+            0.44,
+            TableSearch("california", n_trials=8, max_epochs=64, refit=1),
+            is_error=True,
+        ),
+        Task(
+            "adult",
+            "8 trials of RealMLP for 64 epochs, and their ensemble",
+            "test accuracy",
+            0.87,
+            TableSearch("adult", n_trials=8, max_epochs=64, refit=1),
+        ),
+        FCNetTask(
+            "fcnet",
+            "200 configurations of FCNet's grid, 100 epochs",
+            "rank correlation with the published scores",
+            0.95,
+            None,
+        ),
+    )
+}
