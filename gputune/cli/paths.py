@@ -9,6 +9,7 @@ from pathlib import Path
 from gputune.cli.arguments import MODEL, study_file
 from gputune.input_files import MISSING_TABLE, check_file, check_model_folder
 from gputune.study.database import check_study_file
+from gputune.study.file_system import check_one_process
 
 _ARRAYS = (".npz", ".npy", ".pt", ".pth")  # which have no other remedy than the right path
 
@@ -20,6 +21,8 @@ def check_paths(arguments: Namespace) -> None:
     command itself checks the content of the files.
     """
     command = arguments.command
+    if command == "resume":
+        check_one_process(study_file(arguments.study), joins=arguments.wait)
     if command == "resume" and arguments.wait:
         _wait_for_study(arguments.study, quiet=arguments.verbose == 0)
     if command in ("resume", "report"):

@@ -50,7 +50,13 @@ from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
 from gputune.tuning.choices import choose_model
-from gputune.tuning.interrupt import CTRL_C, SIGNALS, TERMINATED, interruption
+from gputune.tuning.interrupt import (
+    CTRL_C,
+    SIGNALS,
+    TERMINATED,
+    finishing_after_warning,
+    interruption,
+)
 from gputune.tuning.options import RowOptions
 from gputune.tuning.pipeline import search
 from gputune.tuning.progress import PREPARING, Profile, Progress
@@ -197,20 +203,25 @@ class _Run:
         with _explaining_interrupts(self.place):
             ending = self._make_ending(self._search())
             if self.keeps_model:
-                with self.profile.clock("training the best on all rows"):
-                    if self.arguments.command == "train":
-                        ending = replace(ending, trial=_requested_trial(ending.study))
-                    ending = self._with_best(ending)
-                if self.has_ensemble:
-                    ending = self._with_ensemble(ending)
-                if self.arguments.command != "train":
-                    ending = self._with_comparison(ending)
-                ending = replace(ending, model_sentences=self._model_sentences(ending.model))
+                with finishing_after_warning(Progress(self.arguments.verbose).say):
+                    ending = self._with_models(ending)
         text = self._text(ending)
         if self.arguments.json or not self.arguments.profile:
             return text
         dtype = getattr(torch, self.call.options.machine.dtype)
         return f"{text}\n\n{self.profile.report(dtype=dtype, device=self.profile.device)}"
+
+    def _with_models(self, ending: Ending) -> Ending:
+        """Train the models that the command saves or compares, after the search has ended."""
+        with self.profile.clock("training the best on all rows"):
+            if self.arguments.command == "train":
+                ending = replace(ending, trial=_requested_trial(ending.study))
+            ending = self._with_best(ending)
+        if self.has_ensemble:
+            ending = self._with_ensemble(ending)
+        if self.arguments.command != "train":
+            ending = self._with_comparison(ending)
+        return replace(ending, model_sentences=self._model_sentences(ending.model))
 
     def _search(self) -> Study:
         """Run the search. After an interrupt save the best model so far."""

@@ -30,7 +30,7 @@ from filelock import lock_descriptor
 
 from gputune.errors import InputError
 from gputune.study.database import connect, sqlite_errors, transaction
-from gputune.study.file_system import network_file_system
+from gputune.study.file_system import ONE_BY_ONE, network_file_system
 from gputune.study.record import has_form
 from gputune.study.rows import PlannedChunk
 from gputune.study.values import MALFORMED
@@ -150,8 +150,7 @@ class Claims(AbstractContextManager["Claims"]):
                     f"study={str(self.path)!r}",
                     f"is on a network file system ({kind}), where only one process at a time can "
                     f"work on a study, but {owner} works on it",
-                    remedy=f"{self.remedy(owner)} Or put the study on a local disk. In SLURM, let "
-                    "the jobs run one after another: --array=0-9%1.",
+                    remedy=f"{self.remedy(owner)} Or put the study on a local disk. {ONE_BY_ONE}",
                 )
 
     def take_setup(self) -> Owner | None:

@@ -122,6 +122,28 @@ def ended_by_signals(
             signal.signal(number, handler)
 
 
+@contextmanager
+def finishing_after_warning(say: Callable[[str], None]) -> Iterator[None]:
+    """Let SIGUSR1 not end the work in the ``with`` block, which follows the search and is short.
+
+    The signal only says that the job ends soon. A handler of the user's program stays in place.
+    """
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        with suppress(RuntimeError):  # as above
+            say("note: SIGUSR1 came after the search. gputune still saves the model")
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if WARNED is None or not is_main or signal.getsignal(WARNED) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(WARNED, note)
+    try:
+        yield
+    finally:
+        signal.signal(WARNED, signal.SIG_DFL)
+
+
 _LOOK_SECONDS = 0.2
 """The time between two looks for requests of ``gputune stop``."""
 

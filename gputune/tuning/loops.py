@@ -31,6 +31,7 @@ from gputune.spaces.random import numbered
 from gputune.spaces.space import check_own_include, check_own_space
 from gputune.study.claims import Claims
 from gputune.study.code import source_text
+from gputune.study.file_system import check_one_process
 from gputune.study.ledger import open_ledger
 from gputune.study.record import DIRECTIONS, Arguments, SearchRecord
 from gputune.study.store import Candidate, PlannedChunk, Result, Store
@@ -82,6 +83,7 @@ def search_loop(
         options = options.changed(target_score=-options.search.target_score)
     search = options.search
     machine = options.machine
+    check_one_process(machine.study)
     stop = stop_after(search.timeout)
     _check_objective(objective, direction)
     if machine.cluster is not None:

@@ -24,6 +24,7 @@ from gputune.spaces.edges import edge_remarks
 from gputune.spaces.random import draw, notes
 from gputune.spaces.space import choices_of
 from gputune.study.code import remember
+from gputune.study.file_system import check_one_process
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.module_source import remember_code
 from gputune.study.record import SearchRecord
@@ -82,6 +83,7 @@ def search(
     """
     options = call.options
     machine = options.machine
+    check_one_process(machine.study)
     stop = stop_after(options.search.timeout)
     callbacks = Callbacks(machine.callbacks, stop)
     # Callbacks get a copy of the curves, because the search continues to use its own.

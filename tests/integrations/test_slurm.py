@@ -85,7 +85,7 @@ def test_a_preempted_job_ends_with_143(sbatch, tmp_path):
 def test_the_jobs_of_an_array_share_one_search(sbatch, tmp_path):
     text = (FILES / "array.sbatch").read_text()
     few = "--trials 30 --epochs 20 --memory 1KB --workers 1"
-    text = text.replace("--trials 500", few)
+    text = text.replace("--trials 500", few).replace("/scratch/gputune-out", "gputune-out")
     second = sbatch.submit(text, task=1)  # waits for the study of the first
     time.sleep(1.0)
     assert not (tmp_path / "gputune-out").exists()

@@ -5,6 +5,7 @@ import re
 import pytest
 
 import gputune
+from command_line import refusal
 from gputune.study import claims as claims_file
 from gputune.study import file_system
 from gputune.study.claims import Claims
@@ -75,11 +76,58 @@ def test_a_second_process_is_refused(tmp_path, monkeypatch):
         message = (
             f"study='{path}' is on a network file system (nfs4), where only one process at a time "
             f"can work on a study, but {owner} works on it. Wait for it, or end it. Or put the "
-            "study on a local disk. In SLURM, let the jobs run one after another: --array=0-9%1."
+            "study on a local disk. In SLURM, submit jobs that run one after another: sbatch "
+            "--dependency=singleton."
         )
         with pytest.raises(gputune.InputError, match=re.escape(message)):
             search(path)
     assert search(path).best_params == {"a": 2}
+
+
+@pytest.fixture
+def network_folder(tmp_path, monkeypatch):
+    """A folder that the list of mounts describes as a network file system."""
+    table = tmp_path / "mountinfo"
+    folder = tmp_path / "home"
+    folder.mkdir()
+    table.write_text(f"{MOUNTS}40 22 0:40 / {folder} rw - nfs4 server:/home rw\n")
+    monkeypatch.setattr(file_system, "_MOUNTS", table)
+    return folder
+
+
+ARRAY = (
+    "is on a network file system (nfs4), where only one process at a time can work on a study, but "
+    "this process is a task of a SLURM job array. Put the study on a local disk of one node. In "
+    "SLURM, submit jobs that run one after another: sbatch --dependency=singleton."
+)
+
+
+def test_a_task_of_an_array_is_refused_before_it_trains(network_folder, monkeypatch):
+    path = network_folder / "study.db"
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
+    message = re.escape(f"study={str(path)!r} {ARRAY}")
+    with pytest.raises(gputune.InputError, match=message):
+        search(path)
+    with pytest.raises(gputune.InputError, match=message):
+        gputune.tune("mlp", [[0.0], [1.0]] * 5, [0, 1] * 5, n_trials=1, study=path, verbose=0)
+    assert not list(network_folder.iterdir())
+    local = network_folder.parent / "study.db"
+    assert search(local).best_params == {"a": 2}
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "1")  # a single process
+    assert search(path).best_params == {"a": 2}
+
+
+def test_resume_wait_is_refused_at_once(network_folder, monkeypatch):
+    reason = (
+        "but --wait joins the search of another process. Put the study on a local disk, or leave "
+        "--wait out after the other process ended."
+    )
+    assert reason in refusal("resume", network_folder, "--wait")  # no study exists: it would wait
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert ARRAY in refusal("resume", network_folder)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+    assert "there is no study file" in refusal("resume", network_folder)
 
 
 def test_a_study_on_a_local_disk_is_shared(tmp_path):

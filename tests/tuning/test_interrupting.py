@@ -186,6 +186,23 @@ def test_sigusr1_leaves_the_model_of_the_best_so_far_and_ends_with_138(tmp_path)
     assert gputune.load_model(tmp_path / "out/model").info["epochs"] == 1
 
 
+# At the final training on all rows, after the search.
+AT_REFIT = """
+import os, signal
+from gputune.api.study import Study
+from moments import at_call
+at_call(Study, "best_model", 1, lambda: os.killpg(0, signal.SIGUSR1), before=True)
+"""
+
+
+def test_sigusr1_after_the_search_does_not_cost_the_model(tmp_path):
+    command = ["tune", "sklearn:iris", "--trials", "2", "--epochs", "2", "--workers", "1"]
+    code, out, err = finish(*command, "--out", "out", cwd=tmp_path, first=AT_REFIT)
+    assert code == 0 and "Model    out/model" in out
+    assert "note: SIGUSR1 came after the search. gputune still saves the model" in err
+    assert gputune.load_model(tmp_path / "out/model").info["epochs"] >= 1
+
+
 def test_sigusr1_to_all_processes_does_not_end_the_workers(tmp_path):
     code, out, err = finish_many(tmp_path, WARN, 2)
     trials = gputune.Study.open(tmp_path / "out" / "study.db").trials
