@@ -15,6 +15,8 @@ from gputune.text import clean
 from gputune.tuning.method import method_class
 from gputune.wording import Verbatim
 
+_WHOLE = "Leave --trial out to end the whole search."
+
 
 def stop(arguments: argparse.Namespace) -> str:
     """Request the processes of a running search to end it, or to end one trial.
@@ -78,6 +80,13 @@ def _check_trial(file: Path, trial: int) -> None:
     if result is not None and result.state != "stopped":
         rule = "must be the number of a trial that has not ended"
         raise InputError("--trial", rule, got=Verbatim(f"{trial}, which is {result.state}"))
+    if isinstance(record.arguments.kept.get("workers"), dict):  # a cluster
+        raise InputError(
+            "--trial",
+            "cannot end one trial of a search on a cluster, because its tasks do not receive the "
+            "request",
+            remedy=_WHOLE,
+        )
     method = record.method
     name = method if isinstance(method, str) else method["name"]
     if not method_class(name).ends_single_trials or record.optimizer == "exact":
@@ -87,4 +96,4 @@ def _check_trial(file: Path, trial: int) -> None:
         )
         if record.optimizer == "exact":
             rule = f"cannot end one trial of {reason}, which takes seconds"
-        raise InputError("--trial", rule, remedy="Leave --trial out to end the whole search.")
+        raise InputError("--trial", rule, remedy=_WHOLE)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from scipy import stats
@@ -11,6 +11,7 @@ import gputune
 from command_line import kinds, output, refusal, run, write_table
 from forked import Fork
 from gputune.study.claims import Claims
+from gputune.study.record import Arguments
 from gputune.study.store import Store
 from study_rows import candidates, result
 
@@ -233,6 +234,21 @@ def test_a_population_has_no_single_trial_to_end(owned):
     assert claims.stop_requests() == (False, set())
     output("stop", path)
     assert claims.stop_requests() == (True, set())
+
+
+def test_a_cluster_has_no_single_trial_to_end(tmp_path):
+    path = tmp_path / "study.db"
+    arguments = Arguments(kept={"workers": {"cluster": "ray", "address": "local"}})
+    with Store.create(path, {**META, "arguments": asdict(arguments)}) as store:
+        store.add_trials(candidates(range(2)))
+    message = (
+        "--trial cannot end one trial of a search on a cluster, because its tasks do not receive "
+        "the request. Leave --trial out to end the whole search."
+    )
+    with Claims(path) as claims:
+        assert claims.take_setup() is None
+        assert message in refusal("stop", path, "--trial", "0")
+        assert claims.stop_requests() == (False, set())
 
 
 @pytest.mark.parametrize("method", ["random", "halving"])
