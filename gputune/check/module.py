@@ -253,7 +253,7 @@ class _Measurement:
                 begin = clock()
                 for batch in batches:
                     rows = [x[batch] for x in inputs]
-                    if objective.loss == "cross_entropy":
+                    if objective.step is None and objective.loss == "cross_entropy":
                         loss = functional.cross_entropy(call_module(module, rows, names), y[batch])
                     else:
                         losses = objective.losses(module, rows, y[batch], self.config, names=names)

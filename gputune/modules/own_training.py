@@ -67,6 +67,19 @@ def may_train_itself(builder: Builder) -> bool:
     return not isinstance(made, type) or library_of(made) is not None
 
 
+def step_of_class(builder: Builder) -> Callable[..., Tensor] | None:
+    """Return the training step that a module class defines itself.
+
+    Returns None if the class defines no step, and for a function, which may return any module.
+    """
+    made = builder.func if isinstance(builder, partial) else builder
+    library = library_of(made) if isinstance(made, type) else None
+    if library is None:
+        return None
+    step: Callable[..., Tensor] | None = integration("modules", library).step_of(made)
+    return step
+
+
 def training_of_module(module: nn.Module, horizon: Horizon) -> OwnTraining | None:
     """Return the training that a module defines itself, or None.
 

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from gputune.annotations import FloatArray
 from gputune.errors import InputError, InputWarning, check_count, warn
-from gputune.modules.construction import Builder, what_to_pass
+from gputune.modules.own_training import step_of_class
 from gputune.optimizers.classes import (
     OPTIMIZER_PREFIX,
     check_optimizer,
@@ -29,14 +29,13 @@ from gputune.scoring.objective import LOSS_PREFIX
 from gputune.scoring.torch_losses import name_of_loss, other_units, remedy_for_units
 from gputune.sklearn.dataset import CheckedRows
 from gputune.sklearn.networks import (
-    MODULE_ARGUMENTS,
     EstimatorNames,
     TrainedEstimator,
     hint_for_parameter,
+    module_builder,
 )
 from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Recipe, TrainedMember, draw_seed
 from gputune.spaces.config import check_value
-from gputune.study.module_source import is_builder
 from gputune.types import Config
 
 _PREFIXES = ("module__", "criterion__", OPTIMIZER_PREFIX)
@@ -158,6 +157,10 @@ class _NeuralNet(TrainedEstimator):
         if self.numbers not in ("none", "standard"):
             raise InputError("numbers", "must be 'none' or 'standard'", got=self.numbers)
         check_count(self.max_epochs, "max_epochs", remedy="For example 50.")
+        builder = module_builder(self.module)
+        step = self.training_step
+        if step is None and self.criterion is None:
+            step = step_of_class(builder)
         return Recipe(
             "module",
             self._config(),
@@ -165,9 +168,9 @@ class _NeuralNet(TrainedEstimator):
             epochs=int(self.max_epochs),
             seed=draw_seed(self.random_state, draw),
             device=self.device,
-            module=_builder(self.module),
+            module=builder,
             loss=self._loss(),
-            step=self.training_step,
+            step=step,
             augment=self.augment,
             numbers=self.numbers,
         )
@@ -234,19 +237,6 @@ class _NeuralNet(TrainedEstimator):
         return criterion
 
 
-def _builder(module: object) -> Builder:
-    """Return the user's module class or function. Raises InputError for anything else."""
-    if isinstance(module, nn.Module):
-        raise InputError("module", what_to_pass(module), remedy=MODULE_ARGUMENTS)
-    if not is_builder(module):
-        raise InputError(
-            "module",
-            "must be a torch.nn.Module class, or a function or functools.partial that returns one",
-            got=module,
-        )
-    return module
-
-
 def _settings(criterion: nn.Module) -> Config:
     """Return the settings of a loss object as a dict. A tensor of weights becomes a list."""
     settings = {name: value for name, value in vars(criterion).items() if not name.startswith("_")}
@@ -277,7 +267,8 @@ _PARAMETERS = """
         module__*: arguments of the module. ``module__hidden=32`` is its argument ``hidden``.
         criterion: the loss.
 
-            - None: the cross-entropy for classes (the module may end with a softmax, as in
+            - None: the ``training_step`` of a LightningModule class. For other modules, the
+              cross-entropy for classes (the module may end with a softmax, as in
               skorch), the binary cross-entropy (``nn.BCEWithLogitsLoss``) for labels and for one
               logit for two classes, and the squared error of standardized numbers.
             - A name of ``gputune.tune(loss=...)``.

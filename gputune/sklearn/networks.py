@@ -27,9 +27,10 @@ from gputune.engine.train import BegunChunk
 from gputune.errors import InputError
 from gputune.hypergradients.chunk import HypergradientJob
 from gputune.methods.descent_training import SlopeMode
-from gputune.modules.construction import Builder, name_of, parameters_of
+from gputune.modules.construction import Builder, name_of, parameters_of, what_to_pass
 from gputune.modules.inspection import returns_one_logit, traits_of
 from gputune.modules.module_trial import ModuleTrial
+from gputune.modules.own_training import may_train_itself, step_of_class
 from gputune.modules.probabilities import are_probabilities
 from gputune.population.outputs import call_module, first_output
 from gputune.population.population import Population
@@ -53,7 +54,7 @@ from gputune.text import nearest
 from gputune.threads import is_small_pass, on_one_thread
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config
-from gputune.wording import Interface, Reference
+from gputune.wording import Interface, Reference, Verbatim, option
 
 Members = dict[FoldTrial, TrainedMember | Exception]
 """The result of each (fold, trial): a trained member or an error.
@@ -237,6 +238,19 @@ def with_estimator_names(error: InputError) -> InputError:
 MODULE_ARGUMENTS = "Arguments of the module are written module__*."
 
 
+def module_builder(module: object) -> Builder:
+    """Return the user's module class or function. Raises InputError for anything else."""
+    if isinstance(module, nn.Module):
+        raise InputError("module", what_to_pass(module), remedy=MODULE_ARGUMENTS)
+    if not is_builder(module):
+        raise InputError(
+            "module",
+            "must be a torch.nn.Module class, or a function or functools.partial that returns one",
+            got=module,
+        )
+    return module
+
+
 def hint_for_parameter(name: str, parameters: Iterable[str], module: object) -> str:
     """Return advice for an unknown parameter of an estimator of the user's module.
 
@@ -317,11 +331,33 @@ def _check_module(batch: RecipeBatch, config: Config) -> int:
     data = batch.data
     if builder is None:
         return 0
+    _check_loss(batch.recipes[0], config, data)
     traits = traits_of(builder, config, data, objective=batch.objective)
     takes_probabilities = batch.objective is not None and batch.objective.loss is likelihood_loss
     if traits.probabilities and not takes_probabilities and data.task in ("binary", "multiclass"):
         raise _needs_logits(builder)
     return traits.parameters
+
+
+def _check_loss(recipe: Recipe, config: Config, data: Dataset) -> None:
+    """Raise InputError if a function returns a module that defines its own training step.
+
+    The estimator would ignore the step, because it reads the step from a class.
+    """
+    builder = recipe.module
+    is_default = recipe.step is None and recipe.loss is None
+    if builder is None or not is_default or not may_train_itself(builder):
+        return
+    kind = type(ModuleTrial(builder, config, data.of(config)).module)
+    if step_of_class(kind) is not None:
+        raise InputError(
+            "model",
+            f"returns a {kind.__name__}, whose training_step an estimator uses only if it receives "
+            "the class",
+            got=Verbatim(name_of(builder)),
+            remedy=f"Pass {kind.__name__} or functools.partial({kind.__name__}, ...), or pass "
+            f"{option('loss')} for another loss.",
+        )
 
 
 def _needs_logits(builder: Builder) -> InputError:

@@ -38,13 +38,7 @@ def own_training(module: Any, horizon: Horizon) -> OwnTraining:
     kind: Any = type(module)
     base = _base_of(kind)
     name = kind.__name__
-    if not module.automatic_optimization:
-        raise InputError(
-            None,
-            f"{name} sets automatic_optimization = False, but gputune takes the optimizer steps "
-            "itself",
-            remedy=f"Return the loss from training_step, with automatic optimization. {_TO_SEARCH}",
-        )
+    _check_optimization(module)
     if kind.forward is base.forward:
         raise InputError(
             None,
@@ -52,10 +46,8 @@ def own_training(module: Any, horizon: Horizon) -> OwnTraining:
             remedy="Add def forward(self, x): ..., which returns the outputs for the inputs x.",
         )
     ignored = _ignored(kind, base)
-    step = None
-    if kind.training_step is not base.training_step:
-        step = TrainingStep(f"{kind.__module__}", f"{kind.__qualname__}.training_step")
-    else:
+    step = step_of(kind)
+    if step is None:
         ignored = [part for part in ignored if part != "logging"]
     _check_attributes(kind, base, ignored)
     if step is None:
@@ -91,6 +83,24 @@ def own_training(module: Any, horizon: Horizon) -> OwnTraining:
     if ignored:
         remark = f"{remark}; gputune ignores {', '.join(ignored)}"
     return OwnTraining(step, optimizer, defaults, schedule, remark)
+
+
+def step_of(kind: Any) -> "TrainingStep | None":
+    """Return the training step of a class of LightningModules, or None if the class has none."""
+    if kind.training_step is _base_of(kind).training_step:
+        return None
+    return TrainingStep(f"{kind.__module__}", f"{kind.__qualname__}.training_step")
+
+
+def _check_optimization(module: Any) -> None:
+    """Raise InputError if a LightningModule takes the optimizer steps itself."""
+    if not module.automatic_optimization:
+        raise InputError(
+            None,
+            f"{type(module).__name__} sets automatic_optimization = False, but gputune takes the optimizer steps "
+            "itself",
+            remedy=f"Return the loss from training_step, with automatic optimization. {_TO_SEARCH}",
+        )
 
 
 def _base_of(kind: Any) -> Any:
@@ -187,8 +197,10 @@ class TrainingStep:
     def __call__(self, module: Any, batch: tuple[object, Tensor]) -> Tensor:
         """Return the loss of a minibatch (x, y).
 
-        Raises InputError if the step needs a trainer or returns no loss.
+        Raises InputError for manual optimization, and if the step needs a trainer or returns no
+        loss.
         """
+        _check_optimization(module)
         name = type(module).__name__
         arguments = [batch, 0][: _n_arguments(module.__class__)]
         with _attached(module, _StandIn(name, "training_step", {})):
