@@ -28,15 +28,19 @@ def attempts_of(records, qualities):
     return [records.Attempt(seed, q, 2.0 + seed, 1.0) for seed, q in enumerate(qualities)]
 
 
-def test_the_tables_of_the_page_are_made_of_the_log_files(records):
+def test_the_tables_of_the_pages_are_made_of_the_log_files(records):
+    for page in records.PAGES:
+        text = page.read_text()
+        is_new = records.with_tables(text, RESULTS) == text
+        assert is_new, f"{page.name} is old: run python scripts/benchmark --records"
     text = (ROOT / "docs" / "records.md").read_text()
-    assert records.with_tables(text, RESULTS) == text
     for name in records.TASKS:
         assert f"<!-- {name} -->" in text
+    assert "<!-- figures of fcnet -->" in (ROOT / "docs" / "published-results.md").read_text()
 
 
 def test_a_measured_record_has_a_log_file_and_a_verdict(script, records, tmp_path, capsys):
-    page = records.PAGE.read_text()
+    before = [page.read_text() for page in records.PAGES]
     words = ["--records", "digits", "--seeds", "1", "--change", "a test", "--out", str(tmp_path)]
     assert script("benchmark.__main__").main(words) == 0
     said = capsys.readouterr().out
@@ -47,7 +51,8 @@ def test_a_measured_record_has_a_log_file_and_a_verdict(script, records, tmp_pat
     assert log["p"] is None and log["target"] == 0.97
     assert f"digits: cross-validated accuracy {seed['quality']:.4f}, target 0.97" in said
     assert "The rule is not met (no: 1 of 5 seeds)." in said and "| a test |" in said
-    assert records.PAGE.read_text() == page  # these results are in another folder
+    # these results are in another folder
+    assert [page.read_text() for page in records.PAGES] == before
 
 
 def test_the_p_value_is_that_of_a_one_sided_t_test(records):
@@ -134,6 +139,19 @@ def test_a_result_of_fcnet_is_a_measurement_with_one_seed(records, tmp_path):
     assert "| 200 configurations | [log](../scripts/benchmark/results/fcnet-a.json) |" in table
 
 
+def test_the_figures_of_a_result_page_are_copied_with_a_link(records, tmp_path):
+    text = "<!-- figures of fcnet -->\n<!-- end of figures of fcnet -->\n"
+    assert "Not measured yet." in records.with_tables(text, tmp_path)
+    (tmp_path / "fcnet-a.md").write_text(
+        "# FCNet\n\nA, 2 cores\n\n| a | b |\n|---|---|\n| c | 1 |\n"
+    )
+    assert records.with_tables(text, tmp_path) == (
+        "<!-- figures of fcnet -->\n\n| a | b |\n|---|---|\n| c | 1 |\n\n"
+        "[The result page](../scripts/benchmark/results/fcnet-a.md) names the machine, the "
+        "versions and the date.\n\n<!-- end of figures of fcnet -->\n"
+    )
+
+
 def test_the_published_split_has_the_published_numbers_of_rows(tasks):
     X = pd.DataFrame({"row": np.arange(20_640)})
     parts = tasks.published_parts("california", X, pd.Series(np.linspace(0, 1, 20_640)))
@@ -177,7 +195,7 @@ def test_the_options_are_checked(script, tmp_path, capsys, monkeypatch):
     # Without names, only the tables are made again.
     records = script("benchmark.studies.records")
     page = tmp_path / "records.md"
-    shutil.copy(records.PAGE, page)
-    monkeypatch.setattr(records, "PAGE", page)
+    shutil.copy(records.PAGES[0], page)
+    monkeypatch.setattr(records, "PAGES", [page])
     assert main(["--records"]) == 0
     assert page.read_text() == records.with_tables(page.read_text(), RESULTS)

@@ -1,7 +1,8 @@
 """Records: the seconds that gputune needs to reach a fixed quality, on the page docs/records.md.
 
 Each seed trains in a process of its own. A log file keeps the figures of all seeds, and the tables
-of the page are made of all log files:
+of the page are made of all log files. Tables of docs/published-results.md are copied from result
+pages:
 
     python scripts/benchmark --records digits --seeds 5
     python scripts/benchmark --records california adult --data FILE.py --change "fewer epochs"
@@ -30,7 +31,11 @@ from benchmark.work import stop_workers
 SEEDS = 5
 P_LIMIT = 0.01
 RESULTS = HERE / "results"
-PAGE = HERE.parents[1] / "docs" / "records.md"
+DOCS = HERE.parents[1] / "docs"
+PAGES = [DOCS / "records.md", DOCS / "published-results.md"]
+FIGURES = ("fcnet", "mnist1d")
+"""Result pages of scripts/reproduce whose table of figures stands on a page of the docs."""
+
 HEAD = "date|seconds|CPU seconds|quality|p|record|commit|machine|what changed|log"
 
 
@@ -47,14 +52,15 @@ class Attempt:
 def run(options: Namespace) -> int:
     """Measure the records that the options name, and write their log files.
 
-    The page gets its new tables only if the log files are in the usual folder.
+    The pages get their new tables only if the log files are in the usual folder.
     """
     for name in options.records:
         measure_record(TASKS[name], options)
         print(f"\n{record_table(options.out, TASKS[name])}\n")
     if options.out.resolve() == RESULTS:
-        PAGE.write_text(with_tables(PAGE.read_text(), RESULTS))
-        print(f"written: {PAGE}")
+        for page in PAGES:
+            page.write_text(with_tables(page.read_text(), RESULTS))
+            print(f"written: {page}")
     return 0
 
 
@@ -216,18 +222,36 @@ def record_table(folder: Path, task: Task) -> str:
     return table(HEAD, rows)
 
 
+def figures_table(folder: Path, name: str) -> str:
+    """Return the table of a result page, with a link to this page."""
+    pages = sorted(folder.glob(f"{name}-*.md"))
+    if not pages:
+        return "Not measured yet."
+    lines = pages[-1].read_text().splitlines()
+    rows = "\n".join(line for line in lines if line.startswith("|"))
+    link = f"../scripts/benchmark/results/{pages[-1].name}"
+    return f"{rows}\n\n[The result page]({link}) names the machine, the versions and the date."
+
+
 def with_tables(text: str, folder: Path) -> str:
     """Return the page's text with the present tables.
 
     A table stands between the lines "<!-- NAME -->" and "<!-- end of NAME -->".
     """
     for name, task in TASKS.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        if begin in text:
-            before, _, rest = text.partition(begin)
-            after = rest.partition(end)[2]
-            text = f"{before}{begin}\n{record_table(folder, task)}\n\n{end}{after}"
+        text = _with_block(text, name, record_table(folder, task))
+    for name in FIGURES:
+        text = _with_block(text, f"figures of {name}", figures_table(folder, name))
     return text
+
+
+def _with_block(text: str, name: str, block: str) -> str:
+    """Return the text with a new block between two comments, if it has the comments."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    if begin not in text:
+        return text
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{block}\n\n{rest[rest.index(end) :]}"
 
 
 if __name__ == "__main__":
