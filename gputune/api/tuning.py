@@ -155,6 +155,9 @@ def tune(
             - A number of folds, at least 2. Rows are shuffled with ``random_state``, and stratified
               for classes.
             - A scikit-learn splitter. It receives X as you passed it.
+            - "time:5", for five folds whose validation rows come after the training rows in time.
+              If X is a table with one date column, the rows are in the order of its values.
+              Otherwise they are in their given order.
             - An iterable of (train, valid) pairs of row positions, masks or slices.
             - One tuple (train, valid), for a fixed validation split.
 

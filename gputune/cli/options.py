@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scipy import stats
 
-from gputune.data.folds import parse_cv
+from gputune.data.time_order import parse_cv
 from gputune.entry_points import integrations
 from gputune.errors import InputError, import_extra
 from gputune.executors.cluster import Cluster, named_cluster

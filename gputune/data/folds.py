@@ -28,6 +28,7 @@ from torch import Tensor
 
 from gputune.data.dataset import Rows
 from gputune.data.target import MAX_CLASSES, Target, refuse_missing
+from gputune.data.time_order import rows_in_time
 from gputune.errors import InputError, warn
 from gputune.seeding import stream_seed
 from gputune.wording import Verbatim, option
@@ -79,7 +80,8 @@ def make_folds(
     else:
         raise InputError(
             "cv",
-            "must be a number of folds, a scikit-learn splitter or pairs of (train, valid) rows",
+            "must be a number of folds, a scikit-learn splitter, 'time:5' or pairs of (train, "
+            "valid) rows",
             got=cv,
         )
     if not pairs:
@@ -146,21 +148,6 @@ def all_rows(n_rows: int) -> Rows:
     return np.arange(n_rows, dtype=np.int64), np.empty(0, dtype=np.int64)
 
 
-def parse_cv(text: str) -> int | TimeSeriesSplit:
-    """Return the value of ``--cv``: 5 for "5", or a time series split for "time:5".
-
-    In a time series split the validation rows always come after the training rows.
-    """
-    kind, _, count = text.rpartition(":")
-    if kind not in ("", "time") or not count.isdecimal() or int(count) < 2:
-        raise InputError(
-            "cv",
-            "must be the number of folds, at least 2, or a time series split such as time:5",
-            got=text,
-        )
-    return TimeSeriesSplit(int(count)) if kind else int(count)
-
-
 def check_groups(groups: object, n_rows: int, cv: object = None) -> np.ndarray | None:
     """Check the group of each row, and return the groups as an array (n,), or None without groups.
 
@@ -177,6 +164,13 @@ def check_groups(groups: object, n_rows: int, cv: object = None) -> np.ndarray |
             got=Verbatim(f"shape {values.shape}"),
         )
     refuse_missing(values, "groups", "Put each of these rows into a group of its own.")
+    if n_rows > 1 and (values == values[0]).all():
+        raise InputError(
+            "groups",
+            "must have at least two different values",
+            got=Verbatim(f"only {values[:1].tolist()[0]!r}"),
+            remedy=f"Leave out {option('groups')}, or pass another column.",
+        )
     if isinstance(cv, TimeSeriesSplit):
         raise InputError(
             "groups",
@@ -389,8 +383,8 @@ def hold_out(
     groups = check_groups(groups, n_rows, cv)
     random_state = stream_seed(seed, "hold out") % 2**32
     if isinstance(cv, TimeSeriesSplit):
-        test = np.arange(n_rows - n_test, n_rows)
-        rest = np.arange(n_rows - n_test - cv.gap)
+        rows = rows_in_time(cv, n_rows)
+        rest, test = rows[: n_rows - n_test - cv.gap], rows[n_rows - n_test :]
     elif groups is not None:
         n_groups = len(set(groups.tolist()))
         if math.ceil(test_size * n_groups) >= n_groups:

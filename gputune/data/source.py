@@ -22,7 +22,7 @@ from gputune.data.array_files import ARRAY_SUFFIXES, pick_arrays
 from gputune.data.arrays import Arrays, as_arrays
 from gputune.data.columns import AnyRows, checked_tensor
 from gputune.data.files import line_of, read_table
-from gputune.data.folds import check_groups, hold_out, parse_cv
+from gputune.data.folds import check_groups, hold_out
 from gputune.data.kinds import Kind, checked_labels
 from gputune.data.loaders import refuse_loader
 from gputune.data.missing_target import (
@@ -43,6 +43,7 @@ from gputune.data.table import (
     split_target,
 )
 from gputune.data.target import Target, TaskWord, check_target, target_array
+from gputune.data.time_order import in_time_order, parse_cv
 from gputune.data.torch_dataset import LABELS, read_dataset
 from gputune.errors import InputError
 from gputune.input_files import check_room
@@ -483,9 +484,8 @@ def split_held_out(
 
     With ``test_size=0`` the second result is None.
     """
-    rest, test = hold_out(
-        target, test_size=test_size, groups=source.groups, cv=parse_cv(cv), seed=seed
-    )
+    splitter = in_time_order(parse_cv(cv), source.X)
+    rest, test = hold_out(target, test_size=test_size, groups=source.groups, cv=splitter, seed=seed)
     # The task is chosen once from all rows: the remaining rows may have fewer distinct values.
     task = "classification" if target.classes is not None else cast(TaskWord, target.task)
     split = {"test_size": test_size, "cv": cv, "seed": seed, "task": task, "rows": len(source.X)}

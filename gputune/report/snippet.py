@@ -252,6 +252,8 @@ def _folds(script: _Script, record: SearchRecord) -> str:
     text = record.cv
     if text.isdigit():
         return text
+    if text.startswith("time:"):
+        return script.literal(text)
     return script.argument("cv", f"the {_comment(text)} of the search")
 
 

@@ -169,7 +169,7 @@ class SearchRecord:
             32 in older versions.
         class_weight: the class weights as text. None if the rows were not weighted.
         sample_weight: a digest of the sample weights. None if the rows were not weighted.
-        cv: the number of folds, or the class of the splitter.
+        cv: the number of folds, a text such as "time:5", or the class of the splitter.
         folds: the number of folds.
         splits: the digest of the rows of the folds.
         objective: the loss, the training step and the changes to minibatches. "" for only the

@@ -196,7 +196,7 @@ class RowOptions(OptionGroup):
         5,
         "--cv <FOLDS>",
         "Number of folds, or time:INT",
-        "time:5 makes five folds of rows in chronological order.",
+        "time:5 makes five folds in the order of the date column, or of the rows.",
         "5",
         values=("an integer from 2", "time:INT"),
     )

@@ -28,6 +28,7 @@ from gputune.data.target import (
     whole_numbers_words,
     with_transform,
 )
+from gputune.data.time_order import in_time_order, parse_cv, time_remark
 from gputune.data.weights import check_weights
 from gputune.engine.choice import DeviceChoice, Workload, device_for
 from gputune.errors import InputError
@@ -189,13 +190,19 @@ class Problem:
 
         A scikit-learn splitter receives the rows in the form that the user passed.
         """
-        cv = self.options.rows.cv
+        cv = in_time_order(self.cv, self.source.X)
         groups = self.source.groups
         seed = self.options.search.random_state
         X = self.source.original_rows() if isinstance(cv, Splitter) else None
         if isinstance(X, Arrays):  # a splitter cannot count the rows of several inputs
             X = None if len(X.parts) > 1 else X.as_given()
         return make_folds(cv, self.target, X=X, groups=groups, seed=seed)
+
+    @property
+    def cv(self) -> object:
+        """The option ``cv``, with the splitter for a text such as "time:5"."""
+        cv = self.options.rows.cv
+        return parse_cv(cv) if isinstance(cv, str) and cv.startswith("time:") else cv
 
     @property
     def has_soft_labels(self) -> bool:
@@ -326,10 +333,12 @@ class Problem:
         return remarks
 
     def remarks_on_target(self) -> tuple[str, ...]:
-        """Return remarks for the user on the target, such as dropped rows or integers that may be
-        classes."""
+        """Return remarks for the user on the rows and the target, such as their order in time,
+        dropped rows, or integers that may be classes."""
         source = self.source
         remarks = list[str]()
+        if remark := time_remark(self.cv, source.X):
+            remarks.append(remark)
         if source.n_dropped:
             remarks.append(dropped_words(source.n_dropped, self.target.name))
         is_guess = self.options.rows.task is None or source.is_task_guessed

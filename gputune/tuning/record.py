@@ -26,6 +26,7 @@ from gputune.data.source import (
 )
 from gputune.data.target import TaskWord, check_target
 from gputune.data.target_transform import is_known, transform_from_json, transform_to_json
+from gputune.data.time_order import TimeSplit
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.cluster import cluster_from_json
@@ -49,6 +50,13 @@ from gputune.tuning.options import RULES, STORED, Options, RowOptions, make_opti
 from gputune.types import Json, Outputs
 from gputune.version import __version__
 from gputune.wording import option, per_interface
+
+
+def _cv_text(cv: object) -> str:
+    """Return the text of the option ``cv`` in a study: "5", "time:5", or the class of a splitter."""
+    if isinstance(cv, TimeSplit):
+        return f"time:{cv.n_splits}"
+    return repr(cv) if isinstance(cv, int | np.integer) else type(cv).__name__
 
 
 def search_record(
@@ -93,7 +101,6 @@ def search_record(
     sample_weight = None
     if training.sample_weight is not None:
         sample_weight = digest_of(np.asarray(training.sample_weight))
-    is_number = isinstance(rows.cv, int | np.integer)
     positives = (metric["positive"] for metric in metrics if metric["positive"] is not None)
     return SearchRecord(
         model=choice.name,
@@ -116,7 +123,7 @@ def search_record(
         notes=[*problem.layout.notes, *notes],
         class_weight=None if training.class_weight is None else repr(training.class_weight),
         sample_weight=sample_weight,
-        cv=repr(rows.cv) if is_number else type(rows.cv).__name__,
+        cv=_cv_text(problem.cv),
         folds=data.n_folds,
         splits=digest_of(*split_rows),
         objective="" if objective is None else objective.name_unless_default(target.task),

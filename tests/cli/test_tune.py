@@ -8,6 +8,7 @@ import re
 import shlex
 import sqlite3
 from dataclasses import replace
+from datetime import UTC, datetime
 from html import unescape
 from pathlib import Path
 
@@ -451,7 +452,18 @@ def test_a_time_series_keeps_the_last_rows_apart(tmp_path):
     )
     study = study_in(folder)
     assert read_again(study.meta["source"]).X.column("step").tolist() == list(range(32))
-    assert study.meta["cv"] == "TimeSeriesSplit" and study.meta["folds"] == 3
+    assert study.meta["cv"] == "time:3" and study.meta["folds"] == 3
+
+
+def test_a_time_series_with_an_unsorted_date_column_keeps_the_last_days_apart(tmp_path):
+    days = [f"2024-{1 + day // 28:02}-{1 + day % 28:02}" for day in range(40)]
+    _, folder, _ = searched(
+        tmp_path, "--cv", "time:3", target="price", day=days[::2] + days[1::2], price=PRICES
+    )
+    study = study_in(folder)
+    seconds = read_again(study.meta["source"]).X.column("day")
+    assert len(seconds) == 32 and seconds.max() == datetime(2024, 2, 4, tzinfo=UTC).timestamp()
+    assert any("not sorted by the date column 'day'" in note for note in study.meta["notes"])
 
 
 def test_the_solved_logistic_regression_of_a_bundled_set(tmp_path):

@@ -21,8 +21,9 @@ from sklearn.model_selection import (
     TimeSeriesSplit,
 )
 
-from gputune.data.folds import hold_out, make_folds, parse_cv
+from gputune.data.folds import hold_out, make_folds
 from gputune.data.target import check_target
+from gputune.data.time_order import parse_cv
 from refused import refused
 
 N = 40
@@ -177,7 +178,11 @@ def test_a_splitter_sees_the_rows_and_the_target():
         (9, GROUPS, "cv must not be larger than the number of groups, 8, got 9"),
         (35, None, r"cannot split these 40 rows: .*n_splits=35"),
         *[
-            (cv, None, f"cv must be a number of folds, a scikit-learn splitter .*got {cv!r}")
+            (
+                cv,
+                None,
+                f"cv must be a number of folds, a scikit-learn splitter, 'time:5' .*got {cv!r}",
+            )
             for cv in (True, 2.5, "5", None)
         ],
         ([], None, "at least one fold"),
@@ -208,6 +213,11 @@ def test_a_splitter_sees_the_rows_and_the_target():
         (KFold(41), None, "cannot split these 40 rows: .*n_splits=41"),
         (2, [1, 2, 3], r"groups must have one value per row, shape \(40,\), got shape \(3,\)"),
         (2, ["a", None, np.nan, *"b" * 37], r"groups has 2 missing values \(the first in row 1\)"),
+        (
+            2,
+            ["a"] * 40,
+            "groups must have at least two different values, got only 'a'.* another col",
+        ),
         (2, [np.nan, *range(39)], r"groups has 1 missing value \(the first in row 0\)"),
     ],
 )

@@ -1,0 +1,112 @@
+"""The order of rows in time, for ``cv="time:5"``.
+
+If the table has a date column, a time series split that is written as text follows this column.
+A scikit-learn splitter takes the rows in their given order, as scikit-learn does.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from sklearn.model_selection import TimeSeriesSplit
+
+from gputune.data.table import Table, quoted
+from gputune.errors import InputError
+from gputune.text import count
+
+
+class TimeSplit(TimeSeriesSplit):  # type: ignore[misc]  # scikit-learn has no types
+    """A time series split that the user wrote as text, such as "time:5".
+
+    ``order`` has the positions of the rows in the order of time, (n,), or None if the rows are in
+    this order already.
+    """
+
+    def __init__(self, n_splits: int, order: np.ndarray | None = None) -> None:
+        super().__init__(n_splits)
+        self.order = order
+
+    def split(
+        self, X: object, y: object = None, groups: object = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for train, valid in super().split(X, y, groups):
+            if self.order is None:
+                yield train, valid
+            else:
+                yield self.order[train], self.order[valid]
+
+
+def rows_in_time(cv: TimeSeriesSplit, n_rows: int) -> np.ndarray:
+    """Return the positions of the rows in the order that a time series split gives them, (n,)."""
+    order = cv.order if isinstance(cv, TimeSplit) else None
+    return np.arange(n_rows) if order is None else order
+
+
+def parse_cv(text: str) -> int | TimeSplit:
+    """Return the value of ``--cv``: 5 for "5", or a time series split for "time:5".
+
+    In a time series split the validation rows always come after the training rows.
+    """
+    kind, _, number = text.rpartition(":")
+    if kind not in ("", "time") or not number.isdecimal() or int(number) < 2:
+        raise InputError(
+            "cv",
+            "must be the number of folds, at least 2, or a time series split such as time:5",
+            got=text,
+        )
+    return TimeSplit(int(number)) if kind else int(number)
+
+
+def in_time_order(cv: object, X: object) -> object:
+    """Return ``cv``. If it is a ``TimeSplit``, it follows the date column of the table X.
+
+    The rows stay in their given order if they are sorted by a date column already, or if X has no
+    date column or several.
+
+    Raises:
+        InputError: the date column has missing values.
+    """
+    names = unsorted_dates(cv, X)
+    if not isinstance(cv, TimeSplit) or not isinstance(X, Table) or len(names) != 1:
+        return cv
+    dates = X.column(names[0])
+    missing = np.flatnonzero(np.isnan(dates))
+    if len(missing):
+        raise InputError(
+            "cv",
+            f"splits by time, but the date column {names[0]!r} has "
+            f"{count(len(missing), 'missing value')} (the first is in row {missing[0]})",
+            remedy="Fill in the values, leave out these rows, or sort the rows and leave out the "
+            "column.",
+        )
+    return TimeSplit(cv.n_splits, np.argsort(dates, kind="stable"))
+
+
+def unsorted_dates(cv: object, X: object) -> tuple[str, ...]:
+    """Return the names of the date columns, if a ``TimeSplit`` needs an order and X has none.
+
+    The result is empty if the rows are in the order of one of the date columns.
+    """
+    if not isinstance(cv, TimeSplit) or not isinstance(X, Table):
+        return ()
+    names = tuple(name for name, kind in zip(X.names, X.kinds, strict=True) if kind == "date")
+    for name in names:
+        known = X.column(name)[~np.isnan(X.column(name))]
+        if (np.diff(known) >= 0).all():
+            return ()
+    return names
+
+
+def time_remark(cv: object, X: object) -> str:
+    """Return a sentence on the order of the rows that a ``TimeSplit`` uses, or ""."""
+    names = unsorted_dates(cv, X)
+    if len(names) == 1:
+        return (
+            f"the rows are not sorted by the date column {names[0]!r}, so the folds are made in "
+            "the order of its values"
+        )
+    if names:
+        return (
+            f"the rows are sorted by none of the date columns {quoted(names)}, so the folds take "
+            "the rows in their given order; sort the rows first if this is not their order in time"
+        )
+    return ""
