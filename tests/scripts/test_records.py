@@ -175,7 +175,7 @@ def load(name):
 
 def test_a_search_on_a_table_is_scored_on_the_test_rows(tasks, tmp_path):
     (tmp_path / "tables.py").write_text(FILE)
-    search = tasks.TableSearch("california", n_trials=2, max_epochs=2, refit=1)
+    search = tasks.TableSearch("california", {"n_trials": 2, "max_epochs": 2}, refit=1)
     score = search(tmp_path / "tables.py")(0)
     assert 0.4 < score() < 2
     assert tasks.quality(np.array([1.0, 5.0]), np.array([1.0, 1.0]), True) == 8**0.5

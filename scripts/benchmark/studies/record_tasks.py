@@ -1,6 +1,6 @@
 """The tasks of the records: what is trained, how its quality is measured, and the target."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,15 +118,14 @@ def published_parts(name: str, X: pd.DataFrame, y: pd.Series) -> Parts:
 
 @dataclass(frozen=True)
 class TableSearch:
-    """A search on the published split of a table, and the ensemble of its trials.
+    """A search of RealMLP on the published split of a table, and the ensemble of its trials.
 
     Each trial trains on the training rows and is scored on the validation rows. The chosen trials
-    then train on both, ``refit`` times each.
+    then train on both, ``refit`` times each. ``options`` are further arguments of ``tune``.
     """
 
     table: str
-    n_trials: int
-    max_epochs: int
+    options: Mapping[str, Any]
     refit: int
 
     def __call__(self, data: Path | None) -> Reach:
@@ -142,13 +141,12 @@ class TableSearch:
                 "realmlp",
                 parts.X,
                 parts.y,
-                n_trials=self.n_trials,
-                max_epochs=self.max_epochs,
                 cv=[(training, validation)],
                 scoring="neg_root_mean_squared_error" if is_regression else "accuracy",
                 task="regression" if is_regression else "classification",
                 random_state=seed,
                 verbose=0,
+                **self.options,
             )
             predicted = study.ensemble(refit=self.refit, verbose=0).predict(parts.X_test)
             return lambda: quality(np.asarray(predicted).ravel(), parts.y_test, is_regression)
@@ -162,6 +160,9 @@ def quality(predicted: np.ndarray, truth: np.ndarray, is_regression: bool) -> fl
         return float(np.sqrt(np.mean((predicted - truth) ** 2)))
     return float(np.mean(predicted == truth))
 
+
+CALIFORNIA: dict[str, Any] = {"n_trials": 8, "max_epochs": 64}
+ADULT: dict[str, Any] = {"n_trials": 8, "max_epochs": 64}
 
 TASKS = {
     task.name: task
@@ -178,7 +179,7 @@ TASKS = {
             "8 trials of RealMLP for 64 epochs, and their ensemble",
             "test RMSE",
             0.44,
-            TableSearch("california", n_trials=8, max_epochs=64, refit=1),
+            TableSearch("california", CALIFORNIA, refit=2),
             is_error=True,
         ),
         Task(
@@ -186,7 +187,7 @@ TASKS = {
             "8 trials of RealMLP for 64 epochs, and their ensemble",
             "test accuracy",
             0.87,
-            TableSearch("adult", n_trials=8, max_epochs=64, refit=1),
+            TableSearch("adult", ADULT, refit=1),
         ),
         FCNetTask(
             "fcnet",
