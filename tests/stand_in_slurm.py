@@ -31,13 +31,15 @@ class Sbatch:
 
     def __init__(self, folder):
         self.folder = folder
-        programs = folder / "bin"
-        programs.mkdir()
-        self._write(programs / "gputune", f'exec "{sys.executable}" -P -m gputune "$@"')
-        self._write(programs / "scontrol", f'echo "$@" >> "{folder}/scontrol.txt"')
-        self.path = f"{programs}:{os.environ['PATH']}"
+        self.programs = folder / "bin"
+        self.programs.mkdir()
+        self.write_program("gputune", f'exec "{sys.executable}" -P -m gputune "$@"')
+        self.write_program("scontrol", f'echo "$@" >> "{folder}/scontrol.txt"')
+        self.path = f"{self.programs}:{os.environ['PATH']}"
 
-    def _write(self, path, line):
+    def write_program(self, name, line):
+        """Write a program of one line of bash that the jobs find first."""
+        path = self.programs / name
         path.write_text(f"#!/bin/bash\n{line}\n")
         path.chmod(0o755)
 

@@ -145,7 +145,18 @@ def test_python_blocks_run_in_order_and_print_what_is_shown(page, tmp_path, monk
         script = command[0] == sys.executable and not how
         return Fork(command[2]) if script else popen(command, **how)
 
+    run_process = subprocess.run
+
+    def run_command(command, **how):
+        # a page's gputune command runs in this process, which has imported everything
+        if command[1:3] != ["-m", "gputune"]:
+            return run_process(command, **how)
+        code = main(command[3:])
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(command, code, out, err)
+
     monkeypatch.setattr(subprocess, "Popen", begin)
+    monkeypatch.setattr(subprocess, "run", run_command)
     run_blocks(page, capsys)
 
 

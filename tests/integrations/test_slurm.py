@@ -38,8 +38,21 @@ def wait_for_training(folder):
         time.sleep(0.05)
 
 
-def test_a_warned_job_is_requeued(sbatch, tmp_path):
-    run_a_warned_job(sbatch, tmp_path)
+@pytest.mark.parametrize(("code", "requeued"), [(138, ["requeue 42"]), (143, []), (0, [])])
+def test_the_script_passes_signals_on_and_requeues_after_138(sbatch, tmp_path, code, requeued):
+    """With a stand-in for gputune, which ends after SIGUSR1 or SIGTERM with some exit code."""
+    program = f"sleep 60 & trap 'kill $!; exit {code}' USR1 TERM; touch began; wait"
+    sbatch.write_program("gputune", program)
+    job = sbatch.submit((FILES / "one_gpu.sbatch").read_text())
+    end = time.monotonic() + 60
+    while not (tmp_path / "began").exists():
+        assert time.monotonic() < end and job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM if code == 143 else signal.SIGUSR1)
+    job.communicate()
+    assert job.returncode == code
+    calls = tmp_path / "scontrol.txt"
+    assert (calls.read_text().splitlines() if calls.exists() else []) == requeued
 
 
 def run_a_warned_job(sbatch, tmp_path):

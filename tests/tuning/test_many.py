@@ -50,11 +50,21 @@ def negative_error(x, y):
     return lambda net: -functional.mse_loss(net(x)[:, 0], y).item()
 
 
+CLASSES = (LABELS, accuracy, "accuracy")
+REGRESSION = (NUMBERS, negative_error, "neg_loss")
+
+
 @pytest.mark.parametrize(
-    ("y", "score", "name"),
-    [(LABELS, accuracy, "accuracy"), (NUMBERS, negative_error, "neg_loss")],
+    ("y", "score", "name", "backend"),
+    [
+        (*CLASSES, "recorded"),
+        (*REGRESSION, "auto"),
+        (*CLASSES, "loop"),
+        pytest.param(*CLASSES, "auto", marks=pytest.mark.long),
+        pytest.param(*REGRESSION, "recorded", marks=pytest.mark.long),
+        pytest.param(*REGRESSION, "loop", marks=pytest.mark.long),
+    ],
 )
-@pytest.mark.parametrize("backend", ["auto", "recorded", "loop"])
 def test_every_module_and_curve_is_that_of_a_plain_loop(y, score, name, backend):
     options = {"max_epochs": EPOCHS, "dtype": "float64", "backend": backend}
     trained = gputune.train_many(Net, CONFIGS, X, y, cv=3, **options)
@@ -224,7 +234,7 @@ def test_the_call_costs_little_more_than_the_engine():
         gputune.train_many(Net, configs, X, LABELS, backend="recorded")
 
     seconds = {engine: [], call: []}
-    for _ in range(4):  # the first of each fills caches
+    for _ in range(3):  # the first of each fills caches
         for function, taken in seconds.items():
             begin = time.process_time()
             function()
