@@ -26,6 +26,9 @@ _DEVICE = "Pass device, such as device='cuda'."
 TRAINER_ADVICE: Mapping[str, str] = {
     "num_train_epochs": "Pass max_epochs.",
     **dict.fromkeys(("max_steps", "num_steps"), _EPOCHS),
+    **dict.fromkeys(
+        ("early_stopping", "early_stopping_patience"), "Pass patience, a number of epochs."
+    ),
     "max_time": "Pass timeout, such as timeout='5m'.",
     **dict.fromkeys(("monitor", "compute_metrics", "metric_for_best_model"), _SCORING),
     **dict.fromkeys(("accelerator", "devices", "use_cpu", "num_nodes", "gpus"), _DEVICE),

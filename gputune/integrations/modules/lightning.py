@@ -111,10 +111,9 @@ def _base_of(kind: Any) -> Any:
 def _ignored(kind: Any, base: Any) -> list[str]:
     """Return the names of the methods that a LightningModule overrides and gputune never calls.
 
-    The list begins with "logging" if the training step logs values.
+    The list begins with "logging" if the training logs values.
     """
-    code = getattr(inspect.unwrap(kind.training_step), "__code__", None)
-    ignored = ["logging"] if code is not None and _LOGGING & set(code.co_names) else []
+    ignored = ["logging"] if _LOGGING & _attributes_read(kind, base).keys() else []
     for name in dir(base):
         of_torch = name.startswith("_") or hasattr(nn.Module, name) or name in _TRAINED
         if not of_torch and getattr(kind, name) is not getattr(base, name):
