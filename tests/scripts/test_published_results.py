@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "published-results.md").read_text()
+TEXT = " ".join(PAGE.split())
 RESULTS = ROOT / "scripts" / "benchmark" / "results"
 
 
@@ -22,3 +25,25 @@ def test_the_tuned_mlps(script):
         cells = [", ".join(reversed(theirs)), *(f"{score:.4f}" for score in ours.values())]
         assert list(ours) == ["best trial", "ensemble"]
         assert f"| {name}, {metric} | {' | '.join(cells)} |" in PAGE
+
+
+def test_fcnet():
+    (path,) = RESULTS.glob("fcnet-*.json")
+    numbers = json.loads(path.read_text())
+    agreement = numbers["agreement"]
+    assert f"gputune's errors with the published errors is {agreement['spearman']:.3f}." in TEXT
+    assert f"rank correlation {agreement['spearman']:.3f} |" in PAGE
+    assert f"correlation of {agreement['between_seeds']:.3f} with another" in TEXT
+    assert f"their mean rank is in the top {100 * agreement['best_rank']:.1f}%" in TEXT
+    errors = np.array([trial["error"] for trial in numbers["trials"]])
+    published = np.array([trial["published"] for trial in numbers["trials"]])
+    learned_nothing = np.abs(errors - 1) < 0.05
+    unit = np.median(published[learned_nothing])
+    assert f"The errors of {learned_nothing.sum()} networks lie between 0.95 and 1.05" in TEXT
+    assert f"the median of their published errors is {unit:.3f}" in TEXT
+    ratios = errors * unit / published
+    assert f"the median ratio to the published errors is {np.median(ratios):.2f}" in TEXT
+    n_close = (np.abs(ratios - 1) < 0.1).sum()
+    assert f"between 0.9 and 1.1 for {n_close} of the {len(ratios)} networks" in TEXT
+    assert f"recorded {numbers['recorded_hours']:.1f} hours for one training" in TEXT
+    assert f"gputune needs {numbers['seconds']:,.0f} s on two cores" in TEXT
