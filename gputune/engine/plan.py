@@ -99,6 +99,7 @@ class Plan:
         failures: Sentences that say why a faster backend does not train.
         seconds: Estimated seconds of training on one core.
         features: A clause that says whether features of frozen layers are kept, or "".
+        batch_sizes: A clause that says which batch sizes of a user's module train together, or "".
     """
 
     chunks: tuple[Population, ...]
@@ -115,6 +116,7 @@ class Plan:
     failures: tuple[str, ...] = ()
     seconds: float = 0.0
     features: str = ""
+    batch_sizes: str = ""
 
     @property
     def at_once(self) -> int:
@@ -169,8 +171,8 @@ class Plan:
             if in_files:
                 parts.append(f"{size_words(in_files)} in files")
             text += f"; the states of paused trials take up to {' and '.join(parts)}"
-        if self.features:
-            text += f"; {self.features}"
+        for clause in filter(None, (self.features, self.batch_sizes)):
+            text += f"; {clause}"
         return "; ".join([text, *self.failures])
 
 
@@ -295,7 +297,8 @@ class Planner:
         costs."""
         config = population.configs[0]
         traits = self.traits.get(population.arguments)
-        work = TrialWork(population.kind, config, traits, self.data)
+        sizes = {config["batch_size"] for config in population.configs}
+        work = TrialWork(population.kind, config, traits, self.data, mixes_sizes=len(sizes) > 1)
         way, reason = way_of(self.backend, work, self.reason)
         backend = backend_named(way)
         cost = trial_cost(

@@ -29,6 +29,7 @@ from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.update import optimizer_of
 from gputune.population.batches import Batches, StepShape
 from gputune.population.kinds import highest_dropout
+from gputune.population.pieces import make_batches
 from gputune.population.population import Network
 from gputune.population.state import State, selected_configs
 from gputune.scoring.scoring import Validation
@@ -82,10 +83,8 @@ class StackedChunk:
         self.epoch = 0  # epochs that the members have trained
         # (F, C): steps that each member would have taken more at its present batch size
         self._lag = np.zeros((data.n_folds, len(configs)), dtype=np.int64)
-        sizes = [config["batch_size"] for config in configs]
-        self.batches = Batches(
-            data, sizes, target, seed=seed, exact=network.exact, least_rows=network.least_rows
-        )
+        self._target = target
+        self.batches = self._make_batches(configs)
         # problems while steps were recorded: sentences, as an ordered set
         self.faults: dict[str, None] = {}
         self._flat = network.start()
@@ -95,6 +94,18 @@ class StackedChunk:
         )
         self._rebuild()
 
+    def _make_batches(self, configs: Sequence[Config]) -> Batches:
+        """Return the minibatches of trials with these configurations."""
+        network = self._network
+        return make_batches(
+            self.validation.data,
+            [config["batch_size"] for config in configs],
+            self._target,
+            seed=self._options["seed"],
+            exact=network.exact,
+            least_rows=network.least_rows,
+        )
+
     def _rebuild(self) -> None:
         """Make all objects that refer to the buffers: views, gradients, tables, recorded steps and
         random numbers."""
@@ -102,6 +113,8 @@ class StackedChunk:
         self.params = self._network.blocks.views(self._flat)
         self.dropout = self.update.clock.per_trial(list(map(highest_dropout, self.configs)))
         self.grads = self._network.trained.views(self.grad)
+        # The sum of the gradients of the pieces of a minibatch, if the batch sizes differ.
+        self.total = torch.zeros_like(self.grad) if self.batches.is_pieced else None
         self.steps: StepTaker = Direct()
         if self.recorded:
             self.update.prepare()
@@ -157,7 +170,8 @@ class StackedChunk:
     def _state(self) -> list[Tensor]:
         """Return the tensors that a training step changes: parameters, optimizer state and
         counters."""
-        return [self._flat, *self.update.state(), self.update.clock.done, self.batches.step]
+        tensors = [self._flat, *self.update.state(), self.update.clock.done, self.batches.step]
+        return tensors if self.total is None else [*tensors, self.total]
 
     @property
     def nbytes(self) -> int:
@@ -310,9 +324,23 @@ class StackedChunk:
             if self.draws is not None:
                 part = replace(part, draws=self.draws.at(self.batches.step, run.rows))
             self._network.gradient(self.params, part, self.grads)
+        if self.total is not None:
+            self._add_piece(self.total, shape)
         active = None if shape.all_active else self.batches.active()
         self.update.step(self._trained, self.grad, active)
         self.batches.step.add_(1)
+
+    def _add_piece(self, total: Tensor, shape: StepShape) -> None:
+        """Add the gradient of a piece to the gradients of the earlier pieces of each member's
+        minibatch (``total``), and copy the sum to the gradient, which the optimizer overwrites."""
+        if shape.all_begin:
+            total.copy_(self.grad)
+            return
+        keeps = self.batches.continuing().to(total.dtype)
+        for keep, part in self._network.trained.by_block(keeps, total):
+            part.mul_(keep)
+        total.add_(self.grad)
+        self.grad.copy_(total)
 
     def scores(self) -> np.ndarray:
         """Return the scores (C trials, F folds) of all members. Each member is scored on the
@@ -342,8 +370,7 @@ class StackedChunk:
             return
         taken = self.steps_taken[list(slots)].T  # (F, C)
         if only_drops or not (fits and self._refill(places, new_configs)):
-            sizes = None if configs is None else [config["batch_size"] for config in new_configs]
-            self._make_again(places, new_configs, sizes)
+            self._make_again(places, new_configs)
         self._set_lag(self.epoch * self.batches.steps[:, self.places] - taken)
 
     def _refill(self, places: Sequence[int], configs: Sequence[Config]) -> bool:
@@ -364,16 +391,13 @@ class StackedChunk:
         self._set_places(list(range(len(places))))
         return True
 
-    def _make_again(
-        self, places: list[int], configs: list[Config], sizes: Sequence[int] | None
-    ) -> None:
-        """Make tensors for trials with the states at these positions. ``sizes`` are their batch
-        sizes, or None if these do not change."""
+    def _make_again(self, places: list[int], configs: list[Config]) -> None:
+        """Make tensors for trials with the states at these positions."""
         on_device = torch.tensor(places).to(self._flat.device)
         self.steps = Direct()  # recorded steps refer to the old tensors
         self._flat = self._network.blocks.select(self._flat, on_device)
         self._network = self._network.with_configs(configs)
-        self.batches.select(places, sizes)
+        self.batches = self._make_batches(configs)
         self.configs = configs
         steps = self.batches.active_until
         self.update.select(

@@ -16,14 +16,16 @@ from gputune.population.population import Network
 
 _OF_HOST = frozenset(
     """StackedMLP.configs StackedModule.configs Batches.sizes Batches.steps Batches.host_taken Batches.shapes
-    Batches.epoch MlpDraws.rows ModuleDraws.rows""".split()
+    Batches.epoch PiecedBatches.sizes PiecedBatches.steps PiecedBatches.borders PiecedBatches.shapes
+    PiecedBatches.epoch MlpDraws.rows ModuleDraws.rows""".split()
 )
 """Attributes that only Python code reads, between training steps. If a new chunk reuses an old
 chunk, gputune copies their values to it."""
 
 _STAYS = frozenset(
     """StackedModule.template StackedModule.stateless StackedModule.harmless_calls
-    StackedMLP._workspaces Batches.inputs Batches.target Batches.weights""".split()
+    StackedMLP._workspaces Batches.inputs Batches.target Batches.weights PiecedBatches.inputs
+    PiecedBatches.target PiecedBatches.weights""".split()
 )
 """Attributes that are always equal in chunks with the same arguments, so gputune does not compare
 them.

@@ -19,6 +19,7 @@ from gputune.memory import CPU
 from gputune.modules.adapters import member_buffers
 from gputune.modules.calls import named_tensors, not_trained, state_of
 from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook
+from gputune.modules.divisible import why_indivisible
 from gputune.modules.draw_watch import Trail
 from gputune.modules.failures import StackedError
 from gputune.modules.hidden_state import (
@@ -240,6 +241,7 @@ def _traits_after_a_call(trial: ModuleTrial, untrained: Untrained) -> Traits:
         if reason:
             traits = _with_merging(trial, replace(traits, unstackable=reason))
     traits = replace(traits, unstackable=reason, unused=() if reason else unused)
+    traits = replace(traits, indivisible=why_indivisible(trial, traits, trained))
     settings = pretrained_of(trial.builder)
     if settings is not None:
         settings.check_traits(replace(traits, unused=unused), module)

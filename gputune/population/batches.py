@@ -179,11 +179,13 @@ class StepShape:
     properties share a recording.
 
     ``parts`` has one entry for each group of neighboring folds with equally long minibatches.
-    ``all_active`` says that all members take the step.
+    ``all_active`` says that all members take the step. ``all_begin`` says that the minibatches of
+    all members begin with this step. It is False only for pieces of minibatches (``pieces.py``).
     """
 
     parts: tuple[Part, ...]
     all_active: bool
+    all_begin: bool = True
 
 
 class Batches:
@@ -199,6 +201,8 @@ class Batches:
             separate parts.
         least_rows: A last minibatch of fewer rows is left out.
     """
+
+    is_pieced = False  # whether a step is only a piece of some members' minibatches
 
     def __init__(
         self,
@@ -283,16 +287,6 @@ class Batches:
             compiled = kernels(SOURCE, ("minibatch",), self.data.device, self.data.dtype)
             self.kernel = None if compiled is None else compiled[0]
 
-    def select(self, slots: Sequence[int], sizes: Sequence[int] | None = None) -> None:
-        """Keep only the minibatches of the trials at the positions ``slots``, which may repeat.
-
-        ``sizes`` are the new batch sizes of these trials. None: they do not change.
-        """
-        if sizes is None:
-            self._set_sizes(self.sizes[:, list(slots)])
-            return
-        self._set_sizes(self._capped(sizes))
-
     def _capped(self, sizes: Sequence[int]) -> np.ndarray:
         """Return batch sizes (F, C) that are at most the fold's length, and note whether all trials
         share their minibatches."""
@@ -323,6 +317,11 @@ class Batches:
         """Return a mask (F, C) of the members that take the current step. A member with fewer
         steps is False at the end of an epoch."""
         return self.step < self.active_until
+
+    def continuing(self) -> Tensor:
+        """Return a mask (F, C) of the members whose minibatch began before the current step. No
+        minibatch does, except in ``pieces.py``."""
+        return torch.zeros_like(self.active_until, dtype=torch.bool)
 
     def parts(self, shape: StepShape, key: StepKey) -> tuple[Batch, ...]:
         """Return the minibatches of the current step, one for each group of neighboring folds. The

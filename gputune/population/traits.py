@@ -50,6 +50,9 @@ class Traits:
     slow: str = ""
     coded: bool = False  # whether members were measured to train fastest in compiled code
     uncoded: str = ""  # why members do not train in compiled code; "" if not known
+    # Why minibatches cannot be cut into pieces, as members of different batch sizes need (a clause);
+    # "" if they can.
+    indivisible: str = "the module was not tried"
 
 
 class FastestWay(NamedTuple):

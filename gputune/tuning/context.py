@@ -147,13 +147,17 @@ class Context(Session):
             self.progress.say(f"note: {remark}", once=True)
         with self.profile.clock("planning"):
             make = partial(
-                self.trainer.plan, groups, epochs=epochs, parameters=parameters, measure=self._need
+                self.trainer.plan, epochs=epochs, parameters=parameters, measure=self._need
             )
-            plan = make()
+            plan = make(groups)
             # The timing may have found a faster way for some chunks. The plan is then made again.
             if self._time(plan, groups, epochs):
-                plan = make()
-            plan = replace(plan, failures=tuple(self.trainer.pool.failures))
+                plan = make(groups)
+            joined, clause = self.trainer.join_sizes(groups)
+            if len(joined) < len(groups):
+                plan = make(joined)
+            failures = tuple(self.trainer.pool.failures)
+            plan = replace(plan, failures=failures, batch_sizes=clause)
         self.profile.plan = plan
         if plan.chunk_bytes > (self.trainer.memory or math.inf):
             memory = option("memory", self.options.machine.memory)

@@ -21,6 +21,7 @@ from gputune.engine.backend import torch_threads
 from gputune.engine.backends.base import TrialWork
 from gputune.engine.backends.selection import choose_for_search, refusals, trains_as
 from gputune.engine.backends.table import backend_named
+from gputune.engine.batch_sizes import joined_sizes
 from gputune.engine.job import (
     Failure,
     Job,
@@ -194,6 +195,14 @@ class Trainer:
         rows = max(self.data.train_lengths)
         own_loss = self.objective is not None and not self.objective.is_named
         return populations(configs, self.kind, rows=rows, own_steps=own_steps, own_loss=own_loss)
+
+    def join_sizes(self, groups: Sequence[Population]) -> tuple[list[Population], str]:
+        """Join populations that differ only in the batch size, if their trials can train together.
+
+        Returns the populations, and a clause for the plan.
+        """
+        known = known_traits(self.module_class, self.data)
+        return joined_sizes(groups, self.data, self.backend, known)
 
     def plan(
         self,

@@ -44,6 +44,7 @@ All engines must reach the same scores before their times are shown.
                                                  LoRA and heads on a frozen BERT, compared with
                                                  loops of PEFT and PyTorch
     python scripts/benchmark --heads                LoRA and a tuned head on MiniLM: held-out scores
+    python scripts/benchmark --sizes                three batch sizes together and apart
     python scripts/benchmark --realmlp --data FILE.py
                                                  RealMLP's space in gputune and in pytabkit
     python scripts/benchmark --records digits --seeds 5 --change "fewer epochs"
@@ -87,6 +88,7 @@ STUDIES = {
     "operations": "steps in compiled code and recorded; --rows are words in names of operations",
     "lora": "LoRA and heads on a frozen BERT beside loops that keep the base",
     "heads": "LoRA and a tuned head on texts whose words do not show the class, 5 seeds",
+    "sizes": "trials of three batch sizes together and in one population per size",
     "tables": "networks and boosted trees; --rows are ways, --repeats the splits (3)",
     "portfolio": "a short list of good configurations of the MLP, over the tables of --data",
     "realmlp": "RealMLP's space here and in pytabkit, its authors' package; --rows are tables of --data",

@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,13 @@ def describe_machine(*, with_card: bool = False) -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         **SOURCE,
     }
+
+
+def begin_on_one_thread() -> dict[str, Any]:
+    """Use one thread of torch, ignore warnings, and return the description of the machine."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    return describe_machine()
 
 
 def card() -> str | None:

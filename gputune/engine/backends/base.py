@@ -59,12 +59,14 @@ class TrialWork:
     """A trial that needs a backend, with the known facts about its model and data.
 
     ``traits`` describes a user's module. ``traits`` and ``data`` are None if they are not known.
+    ``mixes_sizes`` says that the trial shares its chunk with trials of other batch sizes.
     """
 
     kind: ModelKind
     config: Config
     traits: Traits | None = None
     data: Dataset | None = None
+    mixes_sizes: bool = False
 
     @property
     def is_on_gpu(self) -> bool:
@@ -93,6 +95,8 @@ class Backend:
         trains_built_in: Whether the backend trains the built-in models.
         is_fallible: Whether ``slower`` makes a chunk if this backend fails to make it.
         takes_single_trials: Whether chunks of several trials gain nothing.
+        adds_pieces: Whether trials of a user's module with different batch sizes can share a chunk,
+            because the gradients of pieces of a minibatch add up.
         module_class: The class of the network of a user's module.
     """
 
@@ -105,6 +109,7 @@ class Backend:
     is_fallible: ClassVar[bool] = False
     shares_threads: ClassVar[bool] = False
     takes_single_trials: ClassVar[bool] = False
+    adds_pieces: ClassVar[bool] = False
     module_class: ClassVar[type[StackedModule] | type[LoopedModule]] = StackedModule
 
     @property

@@ -85,6 +85,8 @@ class Compiled(Backend):
             if refusal := refusal_to_stack(work):
                 return refusal
             if work.traits and work.traits.coded and config["optimizer"] in RULES:
+                if work.mixes_sizes:
+                    return Refusal("compiled code trains one batch size at a time", "recorded")
                 return None
             reason = work.traits.uncoded if work.traits else ""
             return Refusal(reason or _NOT_MEASURED, "recorded")

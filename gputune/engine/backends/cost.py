@@ -122,7 +122,9 @@ def stacked_cost(sizes: TrialSizes) -> Cost:
     data = sizes.data
     folds = data.n_folds
     most_steps = int(sizes.steps.max())
-    rows = int(sizes.batch_sizes.max())
+    # Stacked members of a user's module read at most the rows of the smallest batch size at once.
+    largest = sizes.batch_sizes.min() if is_module(sizes.kind) else sizes.batch_sizes.max()
+    rows = int(largest)
     units = max(sizes.units, _WIDE_LAYERS * sizes.widest)
     input_numbers = (rows * data.row_numbers) // len(sizes.batch_sizes)
     activations = rows * (4 * units + 3 * data.n_outputs) + input_numbers

@@ -37,6 +37,7 @@ class Eager(Backend):
     name = "eager"
     noun = "stacked training"
     in_words = "eagerly"
+    adds_pieces = True
 
     def refuses(self, work: TrialWork) -> Refusal | None:
         return refusal_to_stack(work)

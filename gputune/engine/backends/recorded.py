@@ -19,6 +19,7 @@ class Recorded(Backend):
     noun = "a recorded step"
     in_words = "in recorded steps"
     slower = "eager"
+    adds_pieces = True
 
     @property
     def failure(self) -> str:

@@ -119,9 +119,10 @@ def trains_as(
     traits: Traits | None = None,
     *,
     data: Dataset | None = None,
+    mixes_sizes: bool = False,
 ) -> str:
     """Return the backend that trains one trial, if the search chose the backend ``name``."""
-    return way_of(name, TrialWork(kind, config, traits, data)).name
+    return way_of(name, TrialWork(kind, config, traits, data, mixes_sizes)).name
 
 
 def failures(name: str) -> list[str]:
@@ -151,7 +152,15 @@ def make_chunk(
     next slower backend.
     """
     config = network.configs[0]
-    name = trains_as(name, network.kind, config, network.traits, data=validation.data)
+    sizes = {config["batch_size"] for config in network.configs}
+    name = trains_as(
+        name,
+        network.kind,
+        config,
+        network.traits,
+        data=validation.data,
+        mixes_sizes=len(sizes) > 1,
+    )
     # The members of an earlier chunk may have failed to train stacked.
     if network.one_by_one and not backend_named(name).module_class.one_by_one:
         name = "loop"

@@ -14,7 +14,6 @@ For each seed, both sides search on the same 400 texts with 2 folds, and their b
 """
 
 import random
-import warnings
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import gputune
-from benchmark.report import Clock, describe_machine, publish, published, table
+from benchmark.report import Clock, begin_on_one_thread, publish, published, table
 
 SEEDS = 5
 ROWS = 400
@@ -66,9 +65,7 @@ class Row:
 
 def run(options: Namespace) -> int:
     """Measure every seed that has no result yet, and write the results."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    machine = describe_machine()
+    machine = begin_on_one_thread()
     rows = {row.seed: row for row in published(options.out, "heads", machine, "rows", Row)}
     for seed in range(SEEDS):
         if seed not in rows:

@@ -17,7 +17,6 @@ batches of 256 rows, features kept. It may use all cores, and one minute of wall
 
 import os
 import resource
-import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gputune
-from benchmark.report import describe_machine, publish, published, table
+from benchmark.report import begin_on_one_thread, publish, published, table
 from gputune.engine.plan import cores
 from gputune.executors.worker import idle
 from gputune.modules import feature_rows
@@ -138,9 +137,7 @@ class Heads:
 
 def run(options: Namespace) -> int:
     """Measure the chosen cases, and write them next to the earlier ones."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    machine = describe_machine()
+    machine = begin_on_one_thread()
     rows = {str(row.case): row for row in published(options.out, "lora", machine, "rows", Row)}
     for case in CASES:
         if options.rows and not any(word in str(case) for word in options.rows):
