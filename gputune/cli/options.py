@@ -206,6 +206,13 @@ def parse_specs(
     return space
 
 
+_OTHER_RANGE = re.compile(
+    r"(log_?uniform|uniform|randint|log_int|choice|linspace|logspace|range)\(.*\)"
+    r"|(?=.*(?:[.e]|:log))[-+.\de]+:[-+.\de]+(:log)?"  # 16:9 may be a text
+)
+"""A range as Python or another program would write it, such as loguniform(1e-4, 1) or 1e-4:1."""
+
+
 def parse_spec(text: str, *, own_keys: bool = False) -> tuple[str, object]:
     """Return the key and the values of one ``KEY=SPEC`` text, for ``check_space``.
 
@@ -227,6 +234,9 @@ def parse_spec(text: str, *, own_keys: bool = False) -> tuple[str, object]:
     kind = OWN_KEY if own_keys else key
     if ends and (kind in RANGES or None not in (_number(ends[1]), _number(ends[2]))):
         return key, _parse_range(kind, ends[1], ends[2], (ends[3] or "").strip(), text)
+    if _OTHER_RANGE.fullmatch(spec):
+        rule = "A range must be written LOW..HIGH, with ':log' for a log scale"
+        raise InputError(None, rule, got=text, remedy=_EXAMPLES)
     values = [_parse_value(kind, part.strip(), text) for part in re.split(r",(?![^()]*\))", spec)]
     return key, values if len(values) > 1 or isinstance(values[0], tuple) else values[0]
 

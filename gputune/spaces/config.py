@@ -181,11 +181,16 @@ def check_key(key: object, *, keys: Collection[str], module: bool, name: str) ->
     )
 
 
+_EPOCHS = ("max_epochs", "epochs", "n_epochs", "num_epochs", "num_train_epochs")
+
+
 def _key_remedy(key: str, keys: Collection[str], module: bool) -> str:
     """Return advice for the user, for the error about a key that is not legal."""
     if key in ("hypergrad_lr", "hypergrad_rule"):
         example = option("optimizer", "adamwhd")
         return f"Only the optimizers {', '.join(ONLINE)} have it, for example {example}."
+    if key in _EPOCHS:
+        return f"All trials train for the same number of epochs. Pass {option('max_epochs', 20)}."
     argument = f"Write an argument of the module as '{MODULE_PREFIX}{key}'." if module else ""
     if near := nearest(key, sorted(keys), others=_OTHER_NAMES):
         return f"Did you mean {near!r}? {argument}".rstrip()

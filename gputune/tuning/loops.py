@@ -192,6 +192,8 @@ def _check_objective(objective: object, direction: object) -> None:
         raise InputError(
             "objective",
             f"must take two arguments, (params, report), but {name} does not: {error}",
+            remedy="Write def objective(params, report): ..., and call report(value) after each "
+            "epoch.",
         ) from None
     except ValueError:  # a function in C may have no signature
         pass

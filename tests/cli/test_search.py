@@ -150,6 +150,19 @@ def test_an_own_key_may_have_any_value(loop):
     assert code == 1 and "TypeError" in err  # the function computes with the text
 
 
+@pytest.mark.parametrize("spec", ["loguniform(1e-4,1)", "randint(1,9)", "1e-4:1e-1", "1:9:log"])
+def test_a_range_in_another_notation_is_no_text(loop, spec):
+    says = f"A range must be written LOW..HIGH, with ':log' for a log scale, got 'lr={spec}'."
+    words = ("--space", f"lr={spec}", "--direction", "minimize")
+    assert f"{says} Examples: " in refusal("search", loop, *words)
+
+
+def test_a_text_with_a_colon_is_a_value(loop):
+    words = ("--space", "lr=0.1", "depth=1", "aspect=16:9", "--direction", "minimize", "-q")
+    document = json.loads(output("search", loop, *words, "--workers", "1", "--json"))
+    assert document["best"]["params"]["aspect"] == "16:9"
+
+
 def test_the_folder_must_be_a_folder(loop, tmp_path):
     (tmp_path / "file").touch()
     assert "--out must be a folder, got 'file'" in refusal("search", loop, *SPACE, "--out", "file")

@@ -91,6 +91,10 @@ def test_penalty_stays_a_key_of_the_space():
         ({"depth": (1, 4)}, r"or scipy.stats.randint\(1, 5\) for"),
         ({"dropout": (0, 0.5)}, r"or scipy.stats.uniform\(0, 0.5\) for"),
         ({"widht": [8]}, "^space must have only the keys .*got 'widht'. Did you mean 'width'?"),
+        (
+            {"max_epochs": [8]},
+            "got 'max_epochs'. All trials train for the same number of epochs. Pass max_epochs=20.",
+        ),
         ([{"lr": [1]}, {"lrr": [1]}], r"^space\[1\] must have only the keys .*Did you mean 'lr'?"),
         ({"module__k": [8]}, r"^space has the key 'module__k', but module__"),
         ({"lr": [0.1, 0]}, r"^space\['lr'\] must be a finite number > 0, got 0"),

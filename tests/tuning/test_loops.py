@@ -497,7 +497,7 @@ def test_a_sampler_hears_of_earlier_scores(capsys):
         ({"objective": 3}, ["objective", "(params, report)", "3"]),
         (
             {"objective": lambda params: 1.0},
-            ["objective", "two arguments", "too many positional arguments"],
+            ["objective", "two arguments", "too many positional arguments", "Write def objective("],
         ),
         ({"direction": "up"}, ["direction", "'minimize'", "'up'"]),
         ({"space": {}}, ["space", "at least one key", "{}"]),
