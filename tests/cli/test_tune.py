@@ -712,6 +712,18 @@ def test_images_that_a_model_does_not_take_are_written_again(tmp_path, monkeypat
     assert code == 2 and re.search(message.replace("(", r"\(").replace("[", r"\["), err)
 
 
+def test_sequences_of_several_channels_are_tuned_from_a_file(tmp_path):
+    signals = np.random.default_rng(0).normal(size=(40, 3, 16)).astype(np.float32)
+    np.savez(tmp_path / "signals.npz", signal=signals, kind=np.arange(40) % 2)
+    command = ["tune", tmp_path / "signals.npz", "--target", "kind", "--model", "cnn", *FAST]
+    code, _, err = run(*command)
+    assert code == 2 and "got 3 x 16" in err and "need spatial_dims=1" in err
+    folder = tmp_path / "out"
+    assert run(*command, "--space", "module__spatial_dims=1", "--out", folder)[0] == 0
+    model = gputune.load_model(folder / "model")
+    assert isinstance(model.module.blocks[0][0], torch.nn.Conv1d)
+
+
 def test_one_logit_of_two_classes(tmp_path):
     (tmp_path / "net.py").write_text(
         NET.replace("n_outputs, hidden", "hidden").replace("n_outputs", "1")
