@@ -414,7 +414,7 @@ def compare_rates(options: argparse.Namespace) -> int:
     )
     return publish(
         options.out,
-        "mnist1d-learn-rate",
+        "learned-rate",
         "MNIST-1D, a learned learning rate",
         LEARN_RATE,
         table(head, cells),

@@ -109,7 +109,7 @@ def test_the_learned_rates_are_published(mnist, rows, monkeypatch, tmp_path, cap
     monkeypatch.setattr(mnist, "STEPS", 5)
     assert mnist.main(["--learn-rate", "--outer-steps", "2", "--out", str(tmp_path)]) == 0
     assert "| 0.15 | 0.6203 | - |" in capsys.readouterr().out
-    (file,) = tmp_path.glob("mnist1d-learn-rate-*.json")
+    (file,) = tmp_path.glob("learned-rate-*.json")
     learned = json.loads(file.read_text())["learned"]
     assert [result["start"] for result in learned] == [1.5, 0.15]
     assert all(len(result["gputune"]) == 2 for result in learned)
