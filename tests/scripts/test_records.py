@@ -39,7 +39,18 @@ def test_the_tables_of_the_pages_are_made_of_the_log_files(records):
     assert "<!-- figures of fcnet -->" in (ROOT / "docs" / "published-results.md").read_text()
 
 
-def test_a_measured_record_has_a_log_file_and_a_verdict(script, records, tmp_path, capsys):
+@pytest.mark.long
+def test_a_seed_is_measured_in_a_process_of_its_own(records):
+    attempt = records.in_fresh_process(records.TASKS["digits"], 1, None)
+    assert attempt.seed == 1 and attempt.quality > 0.9
+    assert attempt.seconds > 0 and attempt.cpu_seconds > 0
+
+
+def test_a_measured_record_has_a_log_file_and_a_verdict(
+    script, records, tmp_path, capsys, monkeypatch
+):
+    # without the time to start a process
+    monkeypatch.setattr(records, "in_fresh_process", records.measure_here)
     before = [page.read_text() for page in records.PAGES]
     words = ["--records", "digits", "--seeds", "1", "--change", "a test", "--out", str(tmp_path)]
     assert script("benchmark.__main__").main(words) == 0
