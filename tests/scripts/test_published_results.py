@@ -47,3 +47,22 @@ def test_fcnet():
     assert f"between 0.9 and 1.1 for {n_close} of the {len(ratios)} networks" in TEXT
     assert f"recorded {numbers['recorded_hours']:.1f} hours for one training" in TEXT
     assert f"gputune needs {numbers['seconds']:,.0f} s on two cores" in TEXT
+
+
+def test_the_earlier_scores_on_the_page_of_records():
+    numbers = json.loads((RESULTS / "tuned-mlp-amd-epyc-1-cores.json").read_text())["results"]
+    page = " ".join((ROOT / "docs" / "records.md").read_text().split())
+
+    def ensemble(table, model, trials):
+        (one,) = [
+            one
+            for one in numbers
+            if (one["table"], one["model"], one["trials"]) == (table, model, trials)
+            and one["way"] == "ensemble"
+        ]
+        return one
+
+    california = ensemble("california", "realmlp", 16)
+    words = f"an RMSE of {california['score']:.4f}, after {california['cpu']:,.0f} CPU seconds"
+    assert words in page
+    assert f"an accuracy of {ensemble('adult', 'portfolio', 32)['score']:.4f}." in page
