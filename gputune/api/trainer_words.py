@@ -1,4 +1,4 @@
-"""Arguments of the trainers of Lightning and transformers, and what gputune has in their place."""
+"""Advice on arguments of the trainers of Lightning and transformers that gputune lacks."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Remarks on columns that gputune may read differently from what the user means.
+"""Remarks on columns with an ambiguous meaning.
 
 Most of them are on columns that gputune reads in one way from a text file and in another from a
 data frame.

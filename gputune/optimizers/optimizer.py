@@ -122,7 +122,7 @@ class Optimizer:
         self._start(configs, flat)
 
     def _start(self, configs: Sequence[Config], flat: Tensor) -> None:
-        """Create the optimizer state (moments and averages) as it is before the first step."""
+        """Create the initial optimizer state (moments and averages)."""
         moments = n_moments(self.optimizer, (config["momentum"] for config in configs))
         self.moments = [torch.zeros_like(flat) for _ in range(moments)]
         averages = any(number_of(config, "ema") for config in configs)
