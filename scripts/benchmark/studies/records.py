@@ -33,7 +33,7 @@ P_LIMIT = 0.01
 RESULTS = HERE / "results"
 DOCS = HERE.parents[1] / "docs"
 PAGES = [DOCS / "records.md", DOCS / "published-results.md"]
-FIGURES = ("fcnet", "mnist1d")
+FIGURES = ("fcnet", "mnist1d", "learned-rate")
 """Result pages of scripts/reproduce whose table of figures stands on a page of the docs."""
 
 HEAD = "date|seconds|CPU seconds|quality|p|record|commit|machine|what changed|log"
