@@ -88,7 +88,10 @@ class HostRows:
         places = (begin[..., None] + np.arange(rows)).reshape(len(begin), -1)
         # Places beyond the end repeat the last one. Such rows have weight zero, or are not used.
         places = places.clip(max=self.order.shape[1] - 1)
-        positions = np.take_along_axis(self.order[folds], places, 1)
+        return self.at(np.take_along_axis(self.order[folds], places, 1))
+
+    def at(self, positions: np.ndarray) -> list[Tensor]:
+        """Copy the rows at these positions to the device, and return one tensor for each input."""
         index = torch.from_numpy(positions.ravel())
         gathered = []
         for x in self.inputs:
@@ -339,9 +342,7 @@ class Batches:
         _, input_rows, target_rows = rows  # (F, 1 or C, B)
         shape = input_rows.shape
         if self.host is not None:
-            step = key[1]
-            last = step + 1 == len(self.shapes)
-            gathered = self.host.take(part.folds, step, part.rows, self.host_taken, last=last)
+            gathered = self._from_host(self.host, part, key[1])
         else:
             positions = input_rows.flatten()
             gathered = [x.index_select(0, positions) for x in self.inputs]
@@ -353,6 +354,11 @@ class Batches:
         y = self.target.index_select(0, target_rows.flatten())
         y = y.view(-1, part.rows, *y.shape[1:])
         return Batch(tuple(inputs), y, share, part.folds, key)
+
+    def _from_host(self, host: HostRows, part: Part, step: int) -> list[Tensor]:
+        """Return the rows of one step from main memory, one tensor for each input."""
+        last = step + 1 == len(self.shapes)
+        return host.take(part.folds, step, part.rows, self.host_taken, last=last)
 
     def _rows(self, part: Part) -> tuple[Tensor, Tensor | float]:
         """Return the positions of a minibatch's rows in weights, inputs and target, and the rows'

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
-from gputune.population.batches import Batches, Part, StepShape, steps_of
+from gputune.population.batches import Batches, HostRows, Part, StepShape, steps_of
 
 
 def make_batches(
@@ -119,6 +119,10 @@ class PiecedBatches(Batches):
         """Return a mask (F, C) of the members whose minibatch began before the current piece."""
         begin = self.begins.index_select(0, self.step[None])
         return begin % self.member_sizes != 0
+
+    def _from_host(self, host: HostRows, part: Part, step: int) -> list[Tensor]:
+        begin, end = self.borders[step : step + 2]
+        return host.at(host.order[part.folds, begin:end])
 
     def _rows(self, part: Part) -> tuple[Tensor, Tensor | float]:
         places = self.begins.index_select(0, self.step[None]) + self.positions[: part.rows]

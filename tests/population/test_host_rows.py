@@ -12,12 +12,13 @@ from torch import nn
 import gputune
 from gputune.data import dataset
 from gputune.data.arrays import as_arrays
-from gputune.population.batches import Batches, HostRows
+from gputune.population.batches import HostRows
+from gputune.population.pieces import make_batches
 from problems import make_data
 
 
 @pytest.mark.parametrize(
-    ("sizes", "exact"), [([16, 16], True), ([16, 16], False), ([16, 7], False)]
+    ("sizes", "exact"), [([16, 16], True), ([16, 16], False), ([16, 7], False), ([16, 7], True)]
 )
 def test_minibatches_are_the_same(sizes, exact, monkeypatch):
     data = make_data(weights=True, n=203)
@@ -30,7 +31,7 @@ def test_minibatches_are_the_same(sizes, exact, monkeypatch):
 
     monkeypatch.setattr(HostRows, "take", take)
     here, there = (
-        Batches(d, sizes, data.y[None], seed=0, exact=exact)
+        make_batches(d, sizes, data.y[None], seed=0, exact=exact)
         for d in (data, replace(data, on_host=True))
     )
     for epoch in range(2):
