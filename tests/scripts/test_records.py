@@ -150,6 +150,19 @@ def test_a_result_of_fcnet_is_a_measurement_with_one_seed(records, tmp_path):
     assert "| 200 configurations | [log](../scripts/benchmark/results/fcnet-a.json) |" in table
 
 
+def test_the_result_of_mnist1d_is_a_measurement_of_the_cnn(records, tmp_path):
+    runs = [
+        {"model": model, "seed": seed, "accuracy": accuracy, "seconds": 60.0, "cpu": 90.0}
+        for seed in range(3)
+        for model, accuracy in (("mlp", 0.7), ("cnn", 0.95))
+    ]
+    machine = {"cpu": "A", "cores": 2, "commit": "abc", "date": "2026-01-02"}
+    (tmp_path / "mnist1d-a.json").write_text(json.dumps({"machine": machine, "results": runs}))
+    table = records.record_table(tmp_path, records.TASKS["mnist1d"])
+    row = "| 60.00 | 90.00 | 0.9500 ± 0.0000 | 0 | no: 3 of 5 seeds | abc | A, 2 cores |"
+    assert table.count("2026-01-02") == 1 and row in table
+
+
 def test_the_figures_of_a_result_page_are_copied_with_a_link(records, tmp_path):
     text = "<!-- figures of fcnet -->\n<!-- end of figures of fcnet -->\n"
     assert "Not measured yet." in records.with_tables(text, tmp_path)

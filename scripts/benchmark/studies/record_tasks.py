@@ -67,6 +67,28 @@ class FCNetTask(Task):
         return {"machine": log["machine"], "change": change, "seeds": [attempt]}
 
 
+class MNIST1DTask(Task):
+    """The CNN on MNIST-1D, which scripts/reproduce/mnist1d.py tunes."""
+
+    @property
+    def pattern(self) -> str:
+        return "mnist1d-*.json"
+
+    def read(self, log: dict[str, Any]) -> dict[str, Any]:
+        attempts = [
+            {
+                "seed": one["seed"],
+                "quality": one["accuracy"],
+                "seconds": one["seconds"],
+                "cpu_seconds": one["cpu"],
+            }
+            for one in log["results"]
+            if one["model"] == "cnn"
+        ]
+        change = "the search of scripts/reproduce/mnist1d.py"
+        return {"machine": log["machine"], "change": change, "seeds": attempts}
+
+
 DIGITS: dict[str, Any] = {"n_trials": 16, "max_epochs": 5, "cv": 5}
 
 
@@ -200,6 +222,13 @@ TASKS = {
             "test accuracy",
             0.87,
             TableSearch("adult", ADULT, refit=2),
+        ),
+        MNIST1DTask(
+            "mnist1d",
+            "a search of the built-in CNN, and its best configuration on all training rows",
+            "test accuracy",
+            0.94,
+            None,
         ),
         FCNetTask(
             "fcnet",
