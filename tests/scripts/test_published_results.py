@@ -63,6 +63,6 @@ def test_the_earlier_scores_on_the_page_of_records():
         return one
 
     california = ensemble("california", "realmlp", 16)
-    words = f"an RMSE of {california['score']:.4f}, after {california['cpu']:,.0f} CPU seconds"
-    assert words in page
+    score = f"an RMSE of {california['score']:.4f}, slightly above the target"
+    assert f"{score}, after {california['cpu']:,.0f} CPU seconds" in page
     assert f"an accuracy of {ensemble('adult', 'portfolio', 32)['score']:.4f}." in page
