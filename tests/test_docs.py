@@ -155,6 +155,8 @@ def test_python_blocks_run_in_order_and_print_what_is_shown(page, tmp_path, monk
         out, err = capsys.readouterr()
         return subprocess.CompletedProcess(command, code, out, err)
 
+    if "wandb" in sys.modules:  # it keeps the folder of the first run of the process
+        sys.modules["wandb"].teardown()
     monkeypatch.setattr(subprocess, "Popen", begin)
     monkeypatch.setattr(subprocess, "run", run_command)
     run_blocks(page, capsys)
