@@ -1,4 +1,4 @@
-"""Finds out whether the minibatches of a module can be cut into pieces, whose gradients add up.
+"""Check if the gradients of a minibatch's pieces add up to the gradient of the minibatch.
 
 Trials with different batch sizes then train together (``population/pieces.py``).
 """

@@ -322,8 +322,8 @@ class Batches:
         return self.step < self.active_until
 
     def continuing(self) -> Tensor:
-        """Return a mask (F, C) of the members whose minibatch began before the current step. No
-        minibatch does, except in ``pieces.py``."""
+        """Return a mask (F, C). True: the member's minibatch began before the current step, which
+        happens only in ``pieces.py``."""
         return torch.zeros_like(self.active_until, dtype=torch.bool)
 
     def parts(self, shape: StepShape, key: StepKey) -> tuple[Batch, ...]:

@@ -110,13 +110,13 @@ class PiecedBatches(Batches):
         self.shares.copy_(weights / totals)
 
     def active(self) -> Tensor:
-        """Return a mask (F, C) of the members whose minibatch ends with the current piece."""
+        """Return a mask (F, C). True: the member takes a step after the current piece."""
         end = self.ends.index_select(0, self.step[None])
         at_end = end == self.ends_of_folds
         return at_end | ((end % self.member_sizes == 0) & (end < self.ends_of_folds))
 
     def continuing(self) -> Tensor:
-        """Return a mask (F, C) of the members whose minibatch began before the current piece."""
+        """Return a mask (F, C). True: the member's minibatch began before the current piece."""
         begin = self.begins.index_select(0, self.step[None])
         return begin % self.member_sizes != 0
 
