@@ -47,6 +47,8 @@ All engines must reach the same scores before their times are shown.
     python scripts/benchmark --sizes                three batch sizes together and apart
     python scripts/benchmark --realmlp --data FILE.py
                                                  RealMLP's space in gputune and in pytabkit
+    python scripts/benchmark --realmlp-portfolio --data FILE.py
+                                                 the same short list for RealMLP; resumes by table
     python scripts/benchmark --records digits --seeds 5 --change "fewer epochs"
     python scripts/benchmark --records california adult --data FILE.py
     python scripts/benchmark --records           seconds to reach a fixed quality, on the page
@@ -91,6 +93,7 @@ STUDIES = {
     "sizes": "trials of three batch sizes together and in one population per size",
     "tables": "networks and boosted trees; --rows are ways, --repeats the splits (3)",
     "portfolio": "a short list of good configurations of the MLP, over the tables of --data",
+    "realmlp_portfolio": "a short list of good configurations of RealMLP, over the tables of --data",
     "realmlp": "RealMLP's space here and in pytabkit, its authors' package; --rows are tables of --data",
 }
 """What else is measured, and what the option says of it. The ``run`` of the module of that name
@@ -107,9 +110,9 @@ HELP = {
     "engines": "of those above, with a number: on the first trials only (default: all; --grid: "
     "sklearn,torch)",
     "records": f"measure {', '.join(RECORDS)} (or none of them), and update docs/records.md",
-    "data": "with --tables, --portfolio, --realmlp, --records: has load(name) -> X, y, task",
+    "data": "with --tables, --portfolio, --realmlp, --realmlp-portfolio, --records: has load(name) -> X, y, task",
     "rows": "with --modules: only rows with one of these in their name; with --tables: these ways; "
-    "with --realmlp: these tables",
+    "with --realmlp and --realmlp-portfolio: these tables",
 }
 
 
@@ -139,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--small", action="store_true", help="with --modules: fewer trials of the loop, no Optuna")
     add("--steps", action="store_true", help="with --modules: only the time of one step")
     for name, says in STUDIES.items():
-        add(f"--{name}", action="store_true", help=says)
+        add(f"--{name.replace('_', '-')}", action="store_true", help=says)
     options = parser.parse_args(arguments)
     chosen = next((name for name in STUDIES if getattr(options, name)), "training")
     if options.records is not None:

@@ -28,7 +28,8 @@ def study(script, tmp_path, capsys, monkeypatch):
         module = script(f"benchmark.studies.{name}")
         for key, value in constants.items():
             monkeypatch.setattr(module, key, value)
-        code = script("benchmark.__main__").main([f"--{name}", "--out", str(tmp_path), *options])
+        option = name.replace("_", "-")
+        code = script("benchmark.__main__").main([f"--{option}", "--out", str(tmp_path), *options])
         said = capsys.readouterr().out
         files = list(tmp_path.iterdir())
         if code and not (name in ("modules", "operations") and files):
@@ -162,6 +163,16 @@ def test_portfolio(study, flowers):
         and whole["configurations"][0]["numbers"]
         and "| mean | " in text
     )
+
+
+@pytest.mark.long
+def test_realmlp_portfolio(study, flowers):
+    small = {"NAMES": ("iris", "again"), "TRIALS": 3, "EPOCHS": 2, "SIZE": 3}
+    _, whole, text = study("realmlp_portfolio", *flowers, **small)
+    assert len(whole["candidates"]) == 2 + 2 * 3 and len(whole["results"]) == 2
+    assert whole["candidates"][1]["module__waves"] == 64
+    assert np.shape(whole["results"][0]["fold_scores"]) == (8, 3)
+    assert "| mean | " in text and text.count("\n- {") == 3
 
 
 def test_native_needs_a_compiler(study):
