@@ -7,12 +7,15 @@ import re
 import statistics
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import joblib
 import numpy as np
+import pandas as pd
 import polars as pl
 import pytest
 from sklearn.datasets import load_digits, load_iris
+from sklearn.dummy import DummyClassifier
 
 from gputune.native.library import find_compiler
 from problems import needs_compiled_code
@@ -163,6 +166,30 @@ def test_portfolio(study, flowers):
         and whole["configurations"][0]["numbers"]
         and "| mean | " in text
     )
+
+
+def test_many_rows(script, study, flowers):
+    module = script("benchmark.studies.many_rows")
+
+    def trees(library, X, y, task, scoring, *, folds, seconds):
+        assert (library, folds, len(X), seconds) == ("lightgbm", 3, 120, pytest.approx(7.2))
+        return DummyClassifier().fit(X, y), 5, 0
+
+    small = {
+        "NAMES": ("iris",),
+        "trees": SimpleNamespace(tuned=trees, versions=lambda: {"lightgbm": "4"}),
+    }
+    _, whole, text = study("many_rows", *flowers, "--rows", "LightGBM", "CatBoost", **small)
+    (result,) = whole["results"]
+    assert (result["table"], result["side"], result["trials"]) == ("iris", "LightGBM", 5)
+    assert result["error"] == pytest.approx(2 / 3)
+    assert "| iris | 120 | 0.6667 (0 s, 5 trials) |" in text
+    dates = pd.DataFrame({"date": ["20150103", "20150101", "20150102", "20150105", "20150104"]})
+    split = module.split_of(
+        "kc_house", lambda name: (dates, pd.Series([3.0, 1, 2, 5, 4]), "regression")
+    )
+    assert list(split.X_test["date"]) == ["20150105"]
+    assert np.exp(split.y).tolist() == pytest.approx([1, 2, 3, 4])
 
 
 @pytest.mark.long

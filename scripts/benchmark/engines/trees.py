@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ def tuned(
     folds: int,
     seconds: float,
 ) -> tuple[OfTable, int, int]:
-    """Return a library's trees, tuned by Optuna's TPE for ``seconds``.
+    """Return a library's trees, tuned by Optuna's TPE for ``seconds`` of the processor.
 
     Also returns the number of trials and the best one. Each fold stops early. The best trial is
     fitted on all rows with the mean number of rounds over the folds.
@@ -175,8 +175,8 @@ def tuned(
         return float(np.mean(scores))
 
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0))
-    begin = perf_counter()
-    while perf_counter() - begin < seconds:
+    begin = process_time()
+    while process_time() - begin < seconds:
         study.optimize(objective, n_trials=1)
     best = study.best_trial
     settings = _settings(library, task, scoring, best.user_attrs["rounds"])
