@@ -40,6 +40,8 @@ All engines must reach the same scores before their times are shown.
     python scripts/benchmark --many-rows --data FILE.py [--rows adult LightGBM]
                                                  tables of at least 20,000 rows: gputune and tuned
                                                  boosted trees for equal seconds (9 CPU hours; resumes)
+    python scripts/benchmark --tabm --data FILE.py
+                                                 TabM-mini and RealMLP for equal seconds (90 minutes)
     python scripts/benchmark --portfolio --data FILE.py
                                                  a short list of good configurations, chosen over
                                                  these tables
@@ -96,6 +98,7 @@ STUDIES = {
     "sizes": "trials of three batch sizes together and in one population per size",
     "tables": "networks and boosted trees; --rows are ways, --repeats the splits (3)",
     "many_rows": "gputune and boosted trees on large tables; --rows are tables and sides",
+    "tabm": "TabM-mini as a user's module, and RealMLP; --rows are tables",
     "portfolio": "a short list of good configurations of the MLP, over the tables of --data",
     "realmlp_portfolio": "a short list of good configurations of RealMLP, over the tables of --data",
     "realmlp": "RealMLP's space here and in pytabkit, its authors' package; --rows are tables of --data",
@@ -114,7 +117,7 @@ HELP = {
     "engines": "of those above, with a number: on the first trials only (default: all; --grid: "
     "sklearn,torch)",
     "records": f"measure {', '.join(RECORDS)} (or none of them), and update docs/records.md",
-    "data": "with --tables, --portfolio, --many-rows, --realmlp, --realmlp-portfolio, --records: has "
+    "data": "with --tables, --portfolio, --many-rows, --tabm, --realmlp, --realmlp-portfolio, --records: has "
     "load(name) -> X, y, task",
     "rows": "with --modules: only rows with one of these in their name; with --tables: these ways; "
     "with --realmlp and --realmlp-portfolio: these tables; with --many-rows: these tables and sides",

@@ -193,6 +193,15 @@ def test_many_rows(script, study, flowers):
 
 
 @pytest.mark.long
+def test_tabm(study, flowers):
+    small = {"NAMES": ("iris",), "TRIALS": 2, "EPOCHS": 2, "LONGEST": 2}
+    _, whole, text = study("tabm", *flowers, **small)
+    assert [one["epochs"] for one in whole["results"]] == [4, 4, 4]
+    assert all(0 < one["error"] < 1 for one in whole["results"])
+    assert "| iris | 120 | " in text
+
+
+@pytest.mark.long
 def test_realmlp_portfolio(study, flowers):
     small = {"NAMES": ("iris", "again"), "TRIALS": 3, "EPOCHS": 2, "SIZE": 3}
     _, whole, text = study("realmlp_portfolio", *flowers, **small)
