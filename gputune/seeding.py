@@ -31,6 +31,14 @@ def stream_seed(seed: int, *key: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def replica_seed(seed: int, replica: int) -> int:
+    """Return the seed of one of the networks that a trial trains on the same rows.
+
+    The network 0 has the seed of the search.
+    """
+    return seed if replica == 0 else stream_seed(seed, "ensemble", replica)
+
+
 def stream(seed: int, *key: object) -> torch.Generator:
     """Return a random generator on the CPU for one purpose, for example ``stream(seed, "rows", n,
     epoch)``.

@@ -149,7 +149,7 @@ def train_together(data, configs, *, kind="mlp", seed=0, epochs=3, horizon=None,
     """Train complete configurations in their populations; return member(f, i) -> module and the
     curves."""
     found = {}
-    curves = np.full((len(configs), epochs, data.n_folds), np.nan)
+    curves = np.full((len(configs), epochs, data.n_splits), np.nan)
     rows = max(len(fold.train) for fold in data.folds)
     for population in populations(configs, kind, rows=rows):
         network = StackedMLP(kind, population.configs, shape_of(data), seed=seed)

@@ -11,7 +11,8 @@ from torch import nn
 import gputune
 from command_line import run
 from gputune.engine.backend import matrix_products
-from gputune.tuning.options import MachineOptions, make_options
+from gputune.tuning.machine_options import MachineOptions
+from gputune.tuning.options import make_options
 from refused import refused
 
 MATMUL = torch.backends.cuda.matmul

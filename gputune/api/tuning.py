@@ -70,6 +70,7 @@ def tune(
     optimizer: str | type[torch.optim.Optimizer] | None = None,
     schedule: ScheduleWord = "constant",
     max_epochs: int = 50,
+    n_ens: int = 1,
     patience: int | None = None,
     epoch: Literal["best", "last"] = "best",
     timeout: float | str | None = None,
@@ -262,6 +263,10 @@ def tune(
 
         max_epochs: number of epochs that a trial trains at most, at least 1. Schedules always span
             this number.
+        n_ens: number of networks (at least 1) that each trial trains per fold, for the models "mlp"
+            and "realmlp". They have different initial weights and orders of the rows, and their
+            predictions are averaged: probabilities of classes, or numbers. Each score is the score
+            of this average. The tuned model contains all networks.
         patience: number of epochs (at least 1) without a better mean validation score after which a
             trial ends. Its members then leave their population. The trial is scored at its best
             epoch. None: all trials train for ``max_epochs``.
@@ -369,6 +374,7 @@ def tune(
         numbers=numbers,
         schedule=schedule,
         max_epochs=max_epochs,
+        n_ens=n_ens,
         patience=patience,
         epoch=epoch,
         timeout=timeout,

@@ -185,7 +185,7 @@ class _Run:
                 compares = stored.get("compare_default")
             saved = read_saved_description(self.folder)
             of_saved_model = {
-                "ensemble": "ensemble" in saved.get("spec", {}),
+                "ensemble": "ensemble" in saved.get("info", {}),
                 "intervals": saved.get("residuals") is not None,
                 "calibrate": saved.get("temperature", 1.0) != 1.0,
             }
@@ -273,7 +273,7 @@ class _Run:
         ensemble of an earlier call is not replaced.
         """
         scored = any(math.isfinite(trial.score) for trial in ending.study.trials)
-        if scored and "ensemble" not in read_saved_description(self.folder).get("spec", {}):
+        if scored and "ensemble" not in read_saved_description(self.folder).get("info", {}):
             message = "training the best trial so far on all rows (Ctrl-C skips this)"
             Progress(self.call.options.machine.verbose).say(message)
             with suppress(DivergedError, KeyboardInterrupt):

@@ -154,6 +154,9 @@ class Dataset:
     preparations: Mapping[str, Inputs] = field(default_factory=dict)
     # True if inputs lie in main memory and only gathered rows are sent to the device
     on_host: bool = False
+    # Networks of a trial on each split whose outputs are averaged. Fold r * S + s is the split s of
+    # S, for the replica r: the same rows, from other initial weights and in another order.
+    replicas: int = 1
 
     def of(self, config: Config) -> "Dataset":
         """Return the dataset on which trials with a given configuration train.
@@ -219,6 +222,19 @@ class Dataset:
     @property
     def n_folds(self) -> int:
         return len(self.folds)
+
+    @property
+    def n_splits(self) -> int:
+        """The number of different pairs of training and validation rows: the folds of a study."""
+        return len(self.folds) // self.replicas
+
+    def split_of(self, fold: int) -> int:
+        """Return the index of the split whose rows a fold has."""
+        return fold % self.n_splits
+
+    def replica_of(self, fold: int) -> int:
+        """Return the number of the replica that trains on a fold."""
+        return fold // self.n_splits
 
     @property
     def train_lengths(self) -> list[int]:
@@ -294,8 +310,9 @@ class Dataset:
         x = self.inputs[0]
         if len(self.inputs) > 1 or x.dim() != 3 or not x.is_floating_point():
             return (None,) * len(self.folds)
-        pairs = zip(self.copies, self.folds)
-        return tuple(first_equal(x[copy, fold.valid]) for copy, fold in pairs)
+        pairs = list(zip(self.copies, self.folds))[: self.n_splits]
+        positions = [first_equal(x[copy, fold.valid]) for copy, fold in pairs]
+        return tuple(positions * self.replicas)
 
 
 def make_dataset(

@@ -72,7 +72,8 @@ class CompiledChunk:
         # The score as a function of a mean over rows that compiled code computes. It is None if the
         # score is computed from outputs.
         self.row_mean = None
-        if scoring and scoring.score and not scoring.others and not data.transforms:
+        scores_members = data.replicas == 1 and not data.transforms
+        if scoring and scoring.score and not scoring.others and scores_members:
             self.row_mean = ROW_MEANS.get(scoring.score)
         configs = self.configs = list(network.configs)
         self.epoch = 0  # epochs that the members have trained
@@ -298,7 +299,7 @@ class CompiledChunk:
     def scores(self) -> np.ndarray:
         """Return the scores (C, epochs, F) of all members. Each member is scored on the validation
         rows of its fold."""
-        means = self.arrays["means"]
+        row_means = self.arrays["means"]
         written = self.arrays["scored"]
         trials = len(self.configs)
         # For each epoch, a list of the outputs (C, m, K) of each fold.
@@ -310,15 +311,17 @@ class CompiledChunk:
                 outputs.append(
                     [y.view(trials, len(target), -1) for y, target in zip(parts, self.targets)]
                 )
-        if means is None or self.row_mean is None:
+        if row_means is None or self.row_mean is None:
             params = self.network.blocks.views(self.scored)
-            of_epochs = [
-                self.validation.scores(self.network, params, trials, of_folds)
-                for of_folds in outputs
-            ]
+            of_epochs = []
+            means: list[list[Tensor]] = []
+            for of_folds in outputs:
+                of_epochs.append(self.validation.scores(self.network, params, trials, of_folds))
+                means += self.validation.outputs
             scores = np.stack(of_epochs, 1)
-        else:  # means are (epochs, F, C)
-            pairs = zip(means.unbind(1), self.targets)
+            outputs = means
+        else:  # (epochs, F, C)
+            pairs = zip(row_means.unbind(1), self.targets)
             stacked = torch.stack([self.row_mean.score(*pair) for pair in pairs], -1)
             stacked = stacked.movedim(1, 0)  # (epochs, C, F) -> (C, epochs, F)
             scores = torch.where(stacked.isfinite(), stacked, torch.nan).cpu().numpy()

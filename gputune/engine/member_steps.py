@@ -9,7 +9,6 @@ tables. A member's own values are copied from the tables before its steps.
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -51,7 +50,7 @@ class OneMember:
             network.builder,
             # a configuration with dropout, if any has it: the code of all members then drops units
             [max(network.configs, key=lambda config: float(config["dropout"]))],
-            replace(network.shape, folds=1, rows=None, present=data.present),
+            network.shape.of_one_fold(data.present),
             seed=seed,
             traits=network.traits,
             objective=network.objective,

@@ -67,4 +67,5 @@ def data_of_fold(data: Dataset, fold: int) -> Dataset:
         scale=data.scale[part].clone(),
         transforms=data.transforms[part],
         scaling=tuple(scaling),
+        replicas=1,
     )

@@ -54,6 +54,15 @@ _MODULES: Mapping[ModelKind, tuple[Callable[..., MLP | LogisticRegression], tupl
 """Maps a kind of model to its plain module, and to the hyperparameters that are its arguments."""
 
 
+def _start_values(seed: int, layer: int, n_in: int, n_out: int) -> Tensor:
+    """Return the initial weights and biases of a layer, (n_out * n_in + n_out,) float64, uniform in
+    [-1/sqrt(n_in), 1/sqrt(n_in))."""
+    generator = stream(seed, "start", layer, n_out, n_in)
+    size = n_out * n_in + n_out
+    draw = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
+    return (2 * draw - 1) / math.sqrt(n_in)
+
+
 class StackedMLP:
     """The stacked networks of C trials on F folds: MLPs or linear models, with their gradient.
 
@@ -131,24 +140,21 @@ class StackedMLP:
     def start(self) -> Tensor:
         """Return the initial parameters of all members in one flat buffer.
 
-        All folds, and all trials with the same layer sizes, start with the same values. The values
-        follow the distribution of nn.Linear for the fan-in without padding.
+        All folds, and all trials with the same layer sizes, start with the same values, except that
+        each replica has its own. The values follow the distribution of nn.Linear for the fan-in
+        without padding.
         """
         flat = torch.zeros(self.blocks.size, dtype=self.shape.dtype)
         views = self.blocks.by_member(flat)
-        for c, config in enumerate(self.configs):
-            for layer, (n_in, n_out) in enumerate(self._true_sizes(config)):
-                generator = stream(self.seed, "start", layer, n_out, n_in)
-                size = n_out * n_in
-                draw = torch.rand(
-                    size + n_out, generator=generator, dtype=torch.float64, device="cpu"
-                )
-                # Uniform in [-1/sqrt(n_in), 1/sqrt(n_in)).
-                draw = (2 * draw - 1) / math.sqrt(n_in)
-                draw = draw.to(flat.dtype)
-                weight = draw[:size].view(n_out, n_in).T
-                views[f"weight{layer}"][:, c, :n_in, :n_out] = weight
-                views[f"bias{layer}"][:, c, ..., :n_out] = draw[size:]
+        n_splits = self.shape.folds // self.shape.replicas
+        for replica, seed in enumerate(self.shape.seeds(self.seed)[::n_splits]):
+            folds = slice(replica * n_splits, (replica + 1) * n_splits)
+            for c, config in enumerate(self.configs):
+                for layer, (n_in, n_out) in enumerate(self._true_sizes(config)):
+                    draw = _start_values(seed, layer, n_in, n_out).to(flat.dtype)
+                    weight = draw[: n_out * n_in].view(n_out, n_in).T
+                    views[f"weight{layer}"][folds, c, :n_in, :n_out] = weight
+                    views[f"bias{layer}"][folds, c, ..., :n_out] = draw[n_out * n_in :]
         return flat.to(self.shape.device)
 
     def _true_sizes(self, config: Config) -> list[tuple[int, int]]:

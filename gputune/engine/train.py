@@ -27,7 +27,8 @@ from gputune.modules.failures import explain
 from gputune.population.kinds import ModelKind, hidden_layers, is_module
 from gputune.population.population import Network, Population
 from gputune.population.state import Selection, State
-from gputune.scoring.scoring import BestOutputs, Scoring, Validation, shape_of_scores
+from gputune.scoring.best_outputs import BestOutputs
+from gputune.scoring.scoring import Scoring, Validation, shape_of_scores
 from gputune.types import Config, Outputs, first_metric
 
 
@@ -211,7 +212,7 @@ def train(
     epoch = chunk.epoch
     scoring = training.scoring
     is_over = False
-    scores_shape = shape_of_scores(scoring, data.n_folds)
+    scores_shape = shape_of_scores(scoring, data.n_splits)
     # (C, epochs, F), and (C, epochs, F, M) with several metrics.
     curves = np.full((len(chunk.configs), training.epochs, *scores_shape), np.nan)
     each_epoch = _operations_of(chunk, network.kind, data)

@@ -107,7 +107,7 @@ def _features(
     n_examples = min(_EXAMPLES, data.n_rows)
     if n_examples < 2:
         raise NotKept("there is only one row")
-    shape = replace(Shape.of(data), folds=1)
+    shape = replace(Shape.of(data), folds=1, replicas=1)
     module = convert(build_module(builder, module_arguments(config), shape, seed=0), data.dtype)
     module = module.to(device)
     inner = module.module

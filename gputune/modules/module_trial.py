@@ -72,7 +72,7 @@ class ModuleTrial:
         inputs, y = data.example(_n_examples(builder))
         self.inputs = [x.cpu() for x in inputs]
         self.y = y.cpu()
-        self.shape = replace(Shape.of(data), folds=1, device=CPU, present=None, rows=None)
+        self.shape = replace(Shape.of(data).of_one_fold(), device=CPU)
         self.writes = WriteWatch()
         self.widest = 1  # most numbers that a submodule has returned for one row
         module = build_module(

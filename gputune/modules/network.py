@@ -118,7 +118,8 @@ class ModuleNetwork:
 
     def starts(self) -> list[Params]:
         """Return the initial tensors for each fold, for members without an ``init_seed``."""
-        return [self._start(fold, self.seed) for fold in range(self.shape.folds)]
+        seeds = self.shape.seeds(self.seed)
+        return [self._start(fold, seed) for fold, seed in enumerate(seeds)]
 
     def _start(self, fold: int, seed: int) -> Params:
         """Return the initial tensors for a fold and a seed.
@@ -144,7 +145,7 @@ class ModuleNetwork:
         """
         config = self.configs[trial]
         if "init_seed" in config:
-            start = self._start(fold, config["init_seed"])
+            start = self._start(fold, self.shape.seeds(config["init_seed"])[fold])
         if adapters_of(self.builder) is None:
             return start
         tensors = {name: w.clone() for name, w in start.items()}

@@ -5,8 +5,9 @@ Shape letters: F folds, C configurations (trials), P members, B rows of a miniba
 data.
 
 Minibatches are consecutive slices of each fold's row order. The order of an epoch is a permutation
-of the positions 0..n-1 within a fold's training rows. It depends only on (seed, n, epoch), so a
-member reads the same rows by itself and together with others. A short last minibatch is used too.
+of the positions 0..n-1 within a fold's training rows. It depends only on (seed, n, epoch), and on
+the replica if a trial trains several networks on a fold. A member therefore reads the same rows by
+itself and together with others. A short last minibatch is used too.
 If all trials have one batch size, the members of a fold share their rows. Otherwise each trial
 reads its own slice, and rows beyond its batch size have weight zero.
 
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from gputune.data.dataset import Dataset, stage_rows
 from gputune.native.cuda import Kernel, kernels, launch
-from gputune.seeding import stream
+from gputune.seeding import replica_seed, stream
 from gputune.types import StepKey
 
 SOURCE = Path(__file__).with_name("minibatch.cu")
@@ -436,16 +437,17 @@ def row_order(data: Dataset, seed: int, epoch: int) -> Tensor:
     The rows are positions in the data. A shorter fold repeats its first row at its end.
     """
     longest = max(data.train_lengths)
-    permutations: dict[int, Tensor] = {}
+    permutations: dict[tuple[int, int], Tensor] = {}
     order = []
-    for fold in data.folds:
+    for number, fold in enumerate(data.folds):
         n = len(fold.train)
         # Folds of equal length share one permutation.
-        if n not in permutations:
-            generator = stream(seed, "rows", n, epoch)
+        key = n, data.replica_of(number)
+        if key not in permutations:
+            generator = stream(replica_seed(seed, key[1]), "rows", n, epoch)
             permutation = torch.randperm(n, generator=generator, device="cpu")
-            permutations[n] = permutation.to(data.device)
-        shuffled = fold.train[permutations[n]]
+            permutations[key] = permutation.to(data.device)
+        shuffled = fold.train[permutations[key]]
         padding = fold.train[:1].expand(longest - n)
         order.append(torch.cat([shuffled, padding]))
     return torch.stack(order)

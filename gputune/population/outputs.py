@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gputune.types import Task
 
@@ -70,3 +71,28 @@ def class_logits(outputs: Tensor, task: Task, axes: int) -> Tensor:
     if is_one_logit(outputs, task, axes):
         return two_logits(outputs.reshape(*outputs.shape[:axes], 1))
     return outputs
+
+
+def mean_outputs(outputs: Tensor, weights: Tensor, task: Task, axes: int = 2) -> Tensor:
+    """Return outputs for the weighted mean of the predictions of M networks.
+
+    For classes and labels, the mean is over probabilities, and the result are logits. For numbers,
+    it is over the outputs.
+
+    Args:
+        outputs: The outputs (M, ..., m) or (M, ..., m, K), with ``axes`` axes before K.
+        weights: The weights of the networks, (M,), which add up to 1.
+        task: The kind of target.
+        axes: The number of axes before K.
+    """
+    outputs = class_logits(outputs, task, axes)
+    weights = weights.to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
+    if task == "regression":
+        return (weights * outputs).sum(0)
+    log_weights = weights.log()
+    if task == "multilabel":
+        # log p - log (1 - p) of the mean probability p; each of the two as a sum in logarithms.
+        log_yes = (log_weights + functional.logsigmoid(outputs)).logsumexp(0)
+        log_no = (log_weights + functional.logsigmoid(-outputs)).logsumexp(0)
+        return log_yes - log_no
+    return (log_weights + outputs.log_softmax(-1)).logsumexp(0)

@@ -15,14 +15,13 @@ study into one.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
@@ -39,8 +38,9 @@ from gputune.population.kinds import (
     is_module,
     padded_width,
 )
-from gputune.population.outputs import class_logits, first_output
+from gputune.population.outputs import first_output, mean_outputs
 from gputune.population.traits import Traits
+from gputune.seeding import replica_seed
 from gputune.types import (
     DECAY_FACTOR,
     DEFAULTS,
@@ -258,6 +258,7 @@ class Shape:
     n_features: int
     n_outputs: int
     folds: int = 1
+    replicas: int = 1  # ``Dataset.replicas``
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
     regression: bool = False
@@ -286,6 +287,7 @@ class Shape:
             n_features=data.n_features,
             n_outputs=data.n_outputs,
             folds=data.n_folds,
+            replicas=data.replicas,
             dtype=data.dtype,
             device=data.device,
             regression=data.task == "regression",
@@ -297,6 +299,15 @@ class Shape:
             precision=precision,
             rows=data.training_rows,
         )
+
+    def of_one_fold(self, present: Tensor | None = None) -> "Shape":
+        """Return the Shape of members on a single fold, without access to its rows."""
+        return replace(self, folds=1, replicas=1, present=present, rows=None)
+
+    def seeds(self, seed: int) -> list[int]:
+        """Return the seed of the initial weights of each fold, (F,). Replicas have other seeds."""
+        n_splits = self.folds // self.replicas
+        return [replica_seed(seed, fold // n_splits) for fold in range(self.folds)]
 
 
 class Draws(Protocol):
@@ -439,14 +450,4 @@ class Ensemble(nn.Module):
                 args = [args[0][:, begin:end]]
             member_outputs.append(first_output(member(*args, **kwargs)))
         # (M, ..., K)
-        outputs = class_logits(torch.stack(member_outputs), self.task, 2)
-        weights = self.weights.to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
-        if self.task == "regression":
-            return (weights * outputs).sum(0)
-        log_weights = weights.log()
-        if self.task == "multilabel":
-            # log p - log (1 - p) of the mean probability p; each of the two as a sum in logarithms.
-            log_yes = (log_weights + functional.logsigmoid(outputs)).logsumexp(0)
-            log_no = (log_weights + functional.logsigmoid(-outputs)).logsumexp(0)
-            return log_yes - log_no
-        return (log_weights + outputs.log_softmax(-1)).logsumexp(0)
+        return mean_outputs(torch.stack(member_outputs), self.weights, self.task)

@@ -1,7 +1,7 @@
 """Compute the validation scores of all members at once. A member is one trial on one fold.
 
 gputune computes a score on the device, or calls a scikit-learn scorer. The process waits for the
-device once per epoch. ``BestOutputs`` can store the scored outputs of each trial's best epoch.
+device once per epoch.
 
 In shapes, C counts trials, F folds, M metrics, m validation rows of a fold, and K outputs per row.
 """
@@ -16,19 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gputune.annotations import FloatArray
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.memory import free_of_gpu
-from gputune.population.outputs import call_module, class_logits, is_one_logit
-from gputune.population.population import Network
+from gputune.population.outputs import call_module, class_logits, is_one_logit, mean_outputs
+from gputune.population.population import Ensemble, Network
 from gputune.scoring import scores
 from gputune.scoring.evaluation_draws import drawing_rows
 from gputune.scoring.label_scores import average_precision
 from gputune.scoring.objective import pairs_all_rows
 from gputune.seeding import keyed_draws
 from gputune.threads import SMALL_LOSS, on_one_thread
-from gputune.types import EvaluationKey, Outputs, Params, Task
+from gputune.types import EvaluationKey, Params, Task
 
 Scorer = Callable[..., SupportsFloat]
 """A scorer: a function of (estimator, X, y) that returns a number. Greater numbers are better."""
@@ -350,7 +349,8 @@ class Validation:
             network: The network of the members.
             params: The parameters of the members.
             trials: The number of trials, C.
-            computed: The outputs (C, m, K) of each fold if they are already computed.
+            computed: The outputs (C, m, K) of each fold if they are already computed. F counts the
+                folds of the study: with replicas, the outputs of S * R folds become those of F = S.
             epoch: The number of epochs that the members have trained. This number seeds the random
                 numbers that the modules draw.
         """
@@ -358,22 +358,46 @@ class Validation:
         columns = []
         kept = []
         block = self._block_rows(network, trials)
-        for fold in range(self.data.n_folds):
-            if computed is not None:
-                outputs = computed[fold]
-            else:
-                blocks = [
-                    self._outputs(network, params, part, (epoch, fold, number * block), block)
-                    for number, part in enumerate(self.blocks(fold, block))
-                ]
-                outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
-            member = partial(network.member, params, fold)
+        for split in range(self.data.n_splits):
+            folds = range(split, self.data.n_folds, self.data.n_splits)
+            of_replicas = []
+            for fold in folds:
+                if computed is not None:
+                    of_replicas.append(computed[fold])
+                else:
+                    of_replicas.append(self._outputs_of(network, params, fold, epoch, block))
+            outputs = of_replicas[0]
+            member: TrialModel = partial(network.member, params, split)
+            if len(folds) > 1:
+                outputs = self._mean(of_replicas, split)
+                member = partial(_mean_member, network, params, folds, self.data.task)
             with on_one_thread(if_small=outputs.numel() <= SMALL_LOSS):
-                columns.append(self.scoring.metrics(self.data, fold, outputs, member))
+                columns.append(self.scoring.metrics(self.data, split, outputs, member))
             if self.scoring.kept_bytes:
                 kept.append(outputs)
         self.outputs = [kept]
         return torch.stack(columns, 1).cpu().numpy()  # the only device sync of an epoch
+
+    def _outputs_of(
+        self, network: Network, params: Params, fold: int, epoch: int, block: int
+    ) -> Tensor:
+        """Return the outputs (C, m, K) on the validation rows of a fold, computed in blocks of
+        ``block`` rows."""
+        outputs = [
+            self._outputs(network, params, part, (epoch, fold, number * block), block)
+            for number, part in enumerate(self.blocks(fold, block))
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def _mean(self, outputs: Sequence[Tensor], split: int) -> Tensor:
+        """Return outputs for the mean prediction of the replicas, (C, m, K), from the outputs of
+        each replica."""
+        stacked = torch.stack(list(outputs))  # (R, C, m, K)
+        if self.data.present is not None and not is_one_logit(stacked, self.data.task, 3):
+            stacked = stacked.masked_fill(~self.data.present[split], -torch.inf)
+        weights = torch.ones(len(stacked), dtype=torch.float64, device=stacked.device)
+        weights /= len(stacked)
+        return mean_outputs(stacked, weights, self.data.task, 3)
 
     def _outputs(
         self,
@@ -394,12 +418,13 @@ class Validation:
         outputs = network.outputs(params, fold, part, key)
         if _versions(part) == before:
             return outputs
-        self.kept.pop((fold, block), None)
+        self.kept.pop((self.data.split_of(fold), block), None)
         rows = self.data.folds[fold].valid[start : start + block]
         return network.outputs(params, fold, self.data.rows(fold, rows), key)
 
     def blocks(self, fold: int, rows: int) -> Iterable[tuple[Tensor, ...]]:
         """Return the validation rows of a fold in blocks of at most ``rows`` rows."""
+        fold = self.data.split_of(fold)  # replicas share their rows
         valid = self.data.folds[fold].valid
         parts = (self.data.rows(fold, part) for part in torch.split(valid, rows))
         if self.data.n_rows * self.data.row_numbers > _KEPT_NUMBERS:
@@ -427,73 +452,14 @@ class Validation:
         return max(least, self.block_bytes // row_bytes)
 
 
+def _mean_member(
+    network: Network, params: Params, folds: Sequence[int], task: Task, trial: int
+) -> nn.Module:
+    """Return one trial's model that predicts the mean of its replicas, one on each of ``folds``."""
+    members = [network.member(params, fold, trial) for fold in folds]
+    return Ensemble(members, [1 / len(folds)] * len(folds), task)
+
+
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
     """Return the version counters of tensors (0 without a counter), which reveal writes to them."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-class BestOutputs:
-    """The validation outputs of each trial's best epoch so far, for trials that train together.
-
-    The outputs cover the validation rows of all folds.
-
-    If the outputs need more than ``limit`` bytes, only the outputs of the best trials are stored.
-    ``means`` (C,) are the best mean validation scores of earlier epochs whose outputs are unknown,
-    or -inf without such epochs.
-    """
-
-    def __init__(self, limit: int, means: FloatArray) -> None:
-        self.limit = limit
-        self.means = means
-        self.epochs = np.zeros(len(means), dtype=np.int64)
-        self.places: dict[int, int] = {}
-        self.values: Tensor | None = None
-
-    def take(
-        self,
-        epoch: int,
-        trials: Sequence[int],
-        means: FloatArray,
-        outputs: Sequence[Tensor],
-    ) -> None:
-        """Store the outputs of each trial whose mean validation score is its best so far.
-
-        Args:
-            epoch: The epoch in which the outputs were scored.
-            trials: The indexes of T trials among the trials that train together.
-            means: Their mean validation scores, (T,).
-            outputs: Their outputs for each fold, (T, m, K).
-        """
-        rows = np.flatnonzero(means > self.means[list(trials)])
-        if not rows.size:
-            return
-        better = np.asarray(trials)[rows]
-        self.means[better] = means[rows]
-        self.epochs[better] = epoch
-        index = torch.from_numpy(rows).to(outputs[0].device)
-        parts = [one.index_select(0, index).reshape(len(rows), one.shape[1], -1) for one in outputs]
-        # F parts (T, m, K) -> (T, rows of all folds, K)
-        values = torch.cat(parts, 1).float()
-        if self.values is None:
-            most = min(len(self.means), self.limit // max(1, values[0].nbytes))
-            self.values = values.new_empty(most, *values.shape[1:])
-        most = len(self.values)
-        best = set(np.argsort(-self.means, kind="stable")[:most].tolist())
-        self.places = {trial: place for trial, place in self.places.items() if trial in best}
-        # A trial that stays among the best keeps its place. A new one takes a free place.
-        free = sorted(set(range(most)) - set(self.places.values()))
-        kept = [row for row, trial in enumerate(better.tolist()) if trial in best]
-        self.places |= zip(
-            [trial for trial in better[kept].tolist() if trial not in self.places], free
-        )
-        self.values[[self.places[trial] for trial in better[kept].tolist()]] = values[kept]
-
-    def of_trials(self, index: Sequence[int]) -> dict[int, Outputs]:
-        """Return the stored outputs by trial number. ``index`` (C,) holds the trial numbers."""
-        if self.values is None:
-            return {}
-        values = self.values.cpu().numpy()
-        return {
-            index[c]: Outputs(int(self.epochs[c]), values[place].copy())
-            for c, place in self.places.items()
-        }

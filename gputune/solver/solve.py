@@ -21,7 +21,8 @@ from gputune.data.dataset import Dataset
 from gputune.engine.job import Outcome
 from gputune.errors import warn
 from gputune.models import LogisticRegression
-from gputune.scoring.scoring import BestOutputs, Scoring
+from gputune.scoring.best_outputs import BestOutputs
+from gputune.scoring.scoring import Scoring
 from gputune.solver.newton import StepFunction, descend, newton_step, proximal_newton_step
 from gputune.solver.objective import SolverRows, rows_of
 from gputune.threads import SMALL_PRODUCT, on_one_thread

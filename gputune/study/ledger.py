@@ -292,8 +292,8 @@ def differences(stored: SearchRecord, current: SearchRecord) -> list[str]:
 
 def _comparable(record: SearchRecord, name: str) -> Any:
     """Return a field of a search record, or None if the file of the record lacks the field."""
-    # Files without max_levels come from a version that always used 32.
-    is_absent = name in record.absent and name != "max_levels"
+    # Files without these fields come from a version that always used their defaults.
+    is_absent = name in record.absent and name not in ("max_levels", "n_ens")
     return None if is_absent else getattr(record, name)
 
 

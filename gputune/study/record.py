@@ -183,6 +183,7 @@ class SearchRecord:
         baseline: the "answer" that needs no model, as text, and its "score". None for a custom
             scorer.
         max_epochs: the number of epochs; 1 for a model that is solved.
+        n_ens: the number of networks of a trial on each fold. Always 1 in older versions.
         device: the device on which it trained first. A resumed search may use another.
     """
 
@@ -225,6 +226,7 @@ class SearchRecord:
     epoch: str = _argument("", "epoch", training=False)
     patience: int | None = _argument(None, "patience", form=(int, None), training=False)
     max_epochs: int = _argument(0, "max_epochs", logged=True)
+    n_ens: int = _record_field(1, "n_ens", logged=True)
     seed: int | None = _argument(None, "random_state", form=int, logged=True)
     dtype: str = _argument("", "dtype")
     device: str = _record_field("")
@@ -271,6 +273,7 @@ class SearchRecord:
             "metrics",
             "patience",
             "max_levels",
+            "n_ens",
         )
         return [name for name in IDENTITY if name in self.absent and name not in later]
 

@@ -117,7 +117,7 @@ class Context(Session):
 
         The shape is (0, F), or (0, F, M) with several metrics.
         """
-        return np.empty((0, *shape_of_scores(self.scoring, self.data.n_folds)))
+        return np.empty((0, *shape_of_scores(self.scoring, self.data.n_splits)))
 
     @property
     def epochs(self) -> int:

@@ -211,7 +211,7 @@ def _function(objective: object) -> tuple[object, str]:
 
 _ABSENT = """
 target optimizer schedule task classes source fingerprint features columns numbers max_levels class_weight sample_weight
-cv splits objective code positive baseline dtype device
+n_ens cv splits objective code positive baseline dtype device
 """.split()
 """The fields of a search record about rows and models. Searches with a custom training loop lack
 them."""

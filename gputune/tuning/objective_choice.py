@@ -9,7 +9,8 @@ from gputune.population.kinds import is_module
 from gputune.scoring.losses import LOSS_OF_TASK
 from gputune.scoring.objective import Objective, make_objective
 from gputune.tuning.choices import ModelChoice
-from gputune.tuning.options import MachineOptions, TrainingOptions
+from gputune.tuning.machine_options import MachineOptions
+from gputune.tuning.options import TrainingOptions
 from gputune.wording import option, per_interface
 
 _PASS_MODULE = per_interface(

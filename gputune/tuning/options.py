@@ -5,44 +5,31 @@ must not wait for torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from gputune.engine.backends.table import backend_words
 from gputune.tuning import checks
-from gputune.tuning.rules import COMPUTE, DATA, MODEL, OUTPUT, SEARCH, STOPPING, OptionGroup, Rule
-from gputune.types import NUMBERS, SCHEDULES, BackendWord, MethodWord, Numbers, Precision
+from gputune.tuning.machine_options import MachineOptions
+from gputune.tuning.rules import DATA, MODEL, SEARCH, STOPPING, OptionGroup, Rule, option_field
+from gputune.types import NUMBERS, SCHEDULES, MethodWord, Numbers
 
 if TYPE_CHECKING:
-    import torch
-
     from gputune.data.columns import Columns
     from gputune.data.kinds import Kind
     from gputune.data.missing_target import MissingTarget
     from gputune.data.target import TaskWord
     from gputune.data.target_transform import TargetTransform
     from gputune.data.weights import ClassWeight
-    from gputune.executors.cluster import Cluster
     from gputune.scoring.metrics import Scorings
     from gputune.study.study import Study
-    from gputune.tuning.callbacks import Callback
     from gputune.tuning.method import Method
 
 
-def _option(value: object, *rule: Any, **settings: Any) -> Any:
-    """Return a dataclass field for an option with a default value and a rule (check and help
-    text)."""
-    return field(default=value, metadata={"rule": Rule(*rule, **settings)})
-
-
-_data = partial(_option, group=DATA)
-_model = partial(_option, group=MODEL)
-_search = partial(_option, group=SEARCH)
-_stopping = partial(_option, group=STOPPING)
-_compute = partial(_option, group=COMPUTE)
-_output = partial(_option, group=OUTPUT)
+_data = partial(option_field, group=DATA)
+_model = partial(option_field, group=MODEL)
+_search = partial(option_field, group=SEARCH)
+_stopping = partial(option_field, group=STOPPING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +264,18 @@ class TrainingOptions(OptionGroup):
         takes="1..",
         check=partial(checks.count, none=True),
     )
-    epoch: Literal["best", "last"] = _option("best", check=checks.one_of("best", "last"))
+    epoch: Literal["best", "last"] = option_field("best", check=checks.one_of("best", "last"))
+    n_ens: int = _model(
+        1,
+        "--n-ens <INT>",
+        "Number of networks that each trial trains per fold and averages",
+        "The networks of a trial have different initial weights and orders of the rows. The trial's "
+        "score is the score of their mean prediction. Only for the models mlp and realmlp.",
+        "1",
+        takes="1..",
+        check=checks.count,
+        stored=True,
+    )
     schedule: str = _model(
         "constant",
         "--schedule <NAME>",
@@ -315,133 +313,6 @@ class TrainingOptions(OptionGroup):
         stored=True,
     )
     sample_weight: object = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class MachineOptions(OptionGroup):
-    """The options on the devices and processes, the study file and the output."""
-
-    device: str = _compute(
-        "auto",
-        "--device <NAME>",
-        "Device to train on",
-        "auto uses a GPU for long training, and cuda uses all GPUs of the machine.",
-        "auto",
-        values=("auto", "cpu", "cuda", "cuda:INDEX"),
-        stored=True,
-        resume="A different device; results are then equal up to rounding",
-    )
-    backend: BackendWord = _compute(
-        "auto",
-        "--backend <NAME>",
-        "How the members are trained",
-        "kernel: a kernel on a GPU. compiled: compiled code on a CPU. recorded: record one step "
-        "and replay it. eager: operations on stacked tensors. loop: train one member after "
-        "another. stacked: stack the members of your module, recorded or eager, and raise an "
-        "error if they cannot be stacked.",
-        "auto",
-        values=backend_words(),
-        check=checks.backend,
-        stored=True,
-        resume=True,
-    )
-    dtype: str = _compute(
-        "float32",
-        "--dtype <NAME>",
-        "Number format of the training",
-        default="float32",
-        values=("float32", "float64"),
-        check=checks.one_of("float32", "float64"),
-        stored=True,
-    )
-    tf32: bool = _compute(
-        False,
-        "--tf32",
-        "Multiply matrices faster on a GPU, with fewer bits",
-        stored=True,
-    )
-    precision: Precision = _compute(
-        "full",
-        "--precision <NAME>",
-        "Precision of a module in training",
-        "bf16 computes matrix products and convolutions in bfloat16.",
-        "full",
-        choices=("full", "bf16"),
-        check=checks.one_of("full", "bf16"),
-        stored=True,
-    )
-    memory: int | str | None = _compute(
-        None,
-        "--memory <SIZE>",
-        "Device memory that trials may use while they train together, such as 8GB",
-        default="chosen for the device",
-        check=checks.memory,
-        stored=True,
-        resume="Device memory that new trials may use while they train together",
-    )
-    workers: "int | Literal['auto'] | Cluster" = _compute(
-        "auto",
-        "--workers <INT>",
-        "Number of processes on a CPU",
-        default="auto",
-        takes="workers",
-        values=("auto", "an integer from 1"),
-        check=checks.workers,
-        stored=True,
-        resume=True,
-    )
-    study: Path | None = _option(None, check=checks.path)
-    checkpoint_seconds: float = _output(
-        60,
-        "--checkpoint-seconds <SECONDS>",
-        "Interval between checkpoints",
-        "The checkpoints are in the folder study.db.state. If the process is killed, at most this "
-        "much training plus one epoch is repeated.",
-        "60",
-        takes="number",
-        check=checks.seconds,
-        stored=True,
-        resume=True,
-    )
-    keep_predictions: bool = _output(
-        True,
-        "--no-predictions",
-        "Do not store the predictions of validation rows",
-        "Without stored predictions, ensembles and calibration train trials again.",
-        "store them",
-        check=checks.one_of(True, False),
-        stored=True,
-        resume=True,
-    )
-    callbacks: "tuple[Callback, ...]" = _option((), check=checks.callbacks)
-    verbose: int = _option(1, check=checks.verbosity)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.cluster is not None:
-            self.cluster.check(self.device)
-        device = self.device_here()
-        if self.tf32 is not False:
-            from gputune.engine.backend import check_tf32
-
-            check_tf32(self.tf32, self.dtype, self.workers, device)
-
-    @property
-    def cluster(self) -> "Cluster | None":
-        """The cluster that trains the trials (``workers="ray"``), or None."""
-        from gputune.executors.cluster import Cluster
-
-        return self.workers if isinstance(self.workers, Cluster) else None
-
-    def device_here(self) -> "torch.device":
-        """Return the device that this process uses.
-
-        In a search on a cluster, the option ``device`` names the device of the cluster's tasks.
-        This process then uses any available device.
-        """
-        from gputune.engine.backend import choose_device
-
-        return choose_device(self.device if self.cluster is None else "auto")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch
 
 from gputune.data.arrays import ArrayLayout
 from gputune.data.columns import Layout
+from gputune.data.replicas import with_replicas
 from gputune.engine.backend import matrix_products, other_gpus
 from gputune.engine.plan import Plan, parse_memory
 from gputune.engine.stop import Stop, entry, stop_after
@@ -46,7 +47,7 @@ from gputune.tuning.session import (
     first_trials,
     with_earlier,
 )
-from gputune.tuning.setup import Setup, set_up
+from gputune.tuning.setup import Setup, check_networks, check_rows_of_networks, set_up
 from gputune.tuning.task_choice import chosen_task
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config
@@ -265,6 +266,7 @@ def _prepare(call: SearchCall, progress: Progress, store: Store | None) -> Setup
     problem, space = _problem_and_space(call)
     options = problem.options
     folds = problem.folds()
+    check_rows_of_networks(options.training.n_ens, folds)
     with without_collector():
         trials = first_trials(space, problem.choice, options, store, problem.portfolio)
         configs = [
@@ -279,6 +281,7 @@ def _problem_and_space(call: SearchCall) -> tuple[Problem, CheckedSpace]:
     options = call.options
     # An invalid space is refused before the rows are encoded.
     checked_space(call.choice, options)
+    check_networks(call.choice, options)
     if options.training.patience is not None:
         check_patience(options.search.method, options.training.epoch, solved=call.choice.solved)
     task = chosen_task(call.source, call.choice, options)
@@ -361,7 +364,7 @@ def _trainer(setup: Setup, stop: Stop, cluster: Connection | None, progress: Pro
     choice = setup.problem.choice
     options = setup.problem.options
     machine = options.machine
-    data = setup.data
+    data = with_replicas(setup.data, options.training.n_ens)
     workers = None if isinstance(machine.workers, str | Cluster) else int(machine.workers)
     # TF32 can be set only in this process. On a cluster each worker has its own GPU.
     uses_one_gpu = machine.tf32 or cluster is not None

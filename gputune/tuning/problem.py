@@ -82,7 +82,7 @@ class Problem:
             kind=choice.kind,
             configs=configs or [choice.complete({}, options.training.schedule)],
             epochs=options.training.max_epochs,
-            rows=[len(train) for train, _ in folds],
+            rows=[len(train) for train, _ in folds] * options.training.n_ens,
             repeats=repeats,
             n_outputs=self.target.n_outputs,
             n_features=self.n_features if isinstance(self.layout, Layout) else 1,

@@ -27,6 +27,8 @@ from gputune.data.source import (
 from gputune.data.target import TaskWord, check_target
 from gputune.data.target_transform import is_known, transform_from_json, transform_to_json
 from gputune.data.time_order import TimeSplit
+from gputune.engine.backend import choose_device
+from gputune.engine.backends.selection import choose_backend
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.cluster import cluster_from_json
@@ -39,6 +41,7 @@ from gputune.spaces.distributions import (
     space_to_json,
 )
 from gputune.study.code import digest_of_code, is_remembered
+from gputune.study.model_fields import DTYPES
 from gputune.study.module_source import script_of
 from gputune.study.record import RECORD_FIELDS, Arguments, SearchRecord
 from gputune.study.store import state_folder
@@ -47,7 +50,7 @@ from gputune.tuning.choices import ModelChoice, recorded_model
 from gputune.tuning.context import Context
 from gputune.tuning.method import method_from_json
 from gputune.tuning.options import RULES, STORED, Options, RowOptions, make_options
-from gputune.types import Json, Outputs
+from gputune.types import Config, Json, Outputs
 from gputune.version import __version__
 from gputune.wording import option, per_interface
 
@@ -96,7 +99,7 @@ def search_record(
             if callable(function):
                 code[name] = digest_of_code(function)
     split_rows: list[np.ndarray] = []
-    for fold in data.folds:
+    for fold in data.folds[: data.n_splits]:
         split_rows += [fold.train.cpu().numpy(), fold.valid.cpu().numpy()]
     sample_weight = None
     if training.sample_weight is not None:
@@ -124,7 +127,7 @@ def search_record(
         class_weight=None if training.class_weight is None else repr(training.class_weight),
         sample_weight=sample_weight,
         cv=_cv_text(problem.cv),
-        folds=data.n_folds,
+        folds=data.n_splits,
         splits=digest_of(*split_rows),
         objective="" if objective is None else objective.name_unless_default(target.task),
         code=code,
@@ -135,6 +138,7 @@ def search_record(
         epoch=training.epoch,
         patience=training.patience,
         max_epochs=1 if choice.solved else training.max_epochs,
+        n_ens=training.n_ens,
         seed=options.search.random_state,
         dtype=str(data.dtype).removeprefix("torch."),
         device=str(data.device) if cluster is None else cluster.device,
@@ -202,6 +206,35 @@ def recorded_options(record: SearchRecord, **changed: object) -> Options:
     return make_options(**{**stored, "method": method_from_json(record.method), **changed})
 
 
+def machine_options_here(record: SearchRecord) -> Config:
+    """Return the stored options for the device, the backend and TF32, as far as this machine
+    supports them.
+
+    Unsupported options become "auto" or False. The number of processes is always one.
+    """
+    kept = record.arguments.kept
+    # The stored device of a search on a cluster is that of its tasks.
+    device = "auto" if isinstance(kept.get("workers"), dict) else kept.get("device", "auto")
+    backend = kept.get("backend", "auto")
+    tf32 = kept.get("tf32", False)
+    try:
+        place = choose_device(device)
+    except InputError:
+        device = "auto"
+        place = choose_device("auto")
+    try:
+        if backend != "auto":
+            choose_backend(backend, place, DTYPES[record.dtype])
+    except InputError:
+        backend = "auto"
+    return {
+        "device": device,
+        "backend": backend,
+        "tf32": tf32 and place.type == "cuda",
+        "workers": 1,
+    }
+
+
 def versions() -> dict[str, str]:
     """Return the version of gputune and of each package that affects results, by name."""
     return {
@@ -246,10 +279,11 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
     # The digest covers every option that changes the training.
     values = {name: getattr(record, name) for name, part in RECORD_FIELDS.items() if part.training}
     # Left out when unset, so that checkpoints of older studies keep their digest.
-    later = {"metrics": record.metrics, "code": record.code, "max_levels": record.max_levels}
-    for name, value in later.items():
-        if value and value != SearchRecord.max_levels:
-            values[name] = value
+    later: dict[str, Any] = {"metrics": record.metrics, "code": record.code}
+    for name in ("max_levels", "n_ens"):
+        value = getattr(record, name)
+        later[name] = value if value != getattr(SearchRecord, name) else None
+    values |= {name: value for name, value in later.items() if value}
     return CheckpointFolder(state_folder(study), sha256(to_json(values, name="checkpoint")))
 
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset, Rows
 from gputune.data.encode import Statistics
 from gputune.data.folds import all_rows
+from gputune.data.replicas import with_replicas
 from gputune.data.source import Source, fingerprint, read_again, rows_difference
 from gputune.data.target import TaskWord
 from gputune.data.target_transform import is_known
-from gputune.engine.backend import choose_device, matrix_products
+from gputune.engine.backend import matrix_products
 from gputune.engine.backends.selection import choose_backend
 from gputune.engine.job import ProgressCallback
 from gputune.errors import DivergedError, InputError
@@ -33,14 +34,13 @@ from gputune.solver.solve import solve_all, solved_module
 from gputune.spaces.distributions import space_from_json
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
-from gputune.study.model_fields import DTYPES
-from gputune.study.record import RECORD_FIELDS, SearchRecord, lost_option
+from gputune.study.record import RECORD_FIELDS, lost_option
 from gputune.study.study import Study, Trial
 from gputune.study.trained_rows import sample_of_rows
 from gputune.tuning.choices import ModelChoice, recorded_model
 from gputune.tuning.options import Options, RowOptions
 from gputune.tuning.problem import Problem, make_problem
-from gputune.tuning.record import SearchCall, read_rows, recorded_options
+from gputune.tuning.record import SearchCall, machine_options_here, read_rows, recorded_options
 from gputune.tuning.trainer import Trainer, unseen
 from gputune.types import Config
 from gputune.version import __version__
@@ -136,7 +136,8 @@ class ReopenedSearch:
         """Train each trial to its best epoch on the folds of the data, and return the trained
         modules.
 
-        The result has one list per trial, with one module per fold. Raises DivergedError.
+        The result has one list per trial, with one module per fold. With ``n_ens``, this module is
+        the ``Ensemble`` of the trial's networks on the fold. Raises DivergedError.
         """
         configs = list(map(self.config, trials))
         if self.choice.solved:
@@ -181,7 +182,7 @@ class ReopenedSearch:
                 options.machine.backend, data.device, data.dtype, choice.kind
             )
         return Trainer(
-            data=data,
+            data=with_replicas(data, options.training.n_ens),
             kind=choice.kind,
             module_class=choice.module_class,
             objective=self.problem.objective,
@@ -348,9 +349,13 @@ def refit_trial(search: ReopenedSearch, trial: Trial) -> TunedModel:
         **search.score(trial.score, trial.std_error),
         **search.note_on_draws(data, [trial]),
     }
-    seeds = search.seeds([search.options.search.random_state])
-    spec = {"kwargs": search.arguments(trial, data), **seeds}
-    return search.model(module, data, spec, info)
+    arguments = search.arguments(trial, data)
+    n_networks = search.options.training.n_ens
+    spec: Config = {"kwargs": arguments}
+    if n_networks > 1:
+        spec["ensemble"] = [arguments] * n_networks
+    seeds = search.seeds([search.options.search.random_state] * n_networks)
+    return search.model(module.eval(), data, spec | seeds, info)
 
 
 def _read_search(access: Access) -> SearchCall:
@@ -388,7 +393,7 @@ def _read_search(access: Access) -> SearchCall:
             f"{access.called}() cannot read {missing} from the study file",
             remedy="Call this method on the study that tune() returned, in the same process.",
         )
-    options = recorded_options(record, **_machine(record), class_weight=class_weight)
+    options = recorded_options(record, **machine_options_here(record), class_weight=class_weight)
     choice = recorded_model(
         dict(record.spec),
         record.optimizer,
@@ -435,35 +440,6 @@ def _source_of(access: Access, choice: ModelChoice, rows: RowOptions) -> Source:
             f"{access} cannot read {origin['path']!r} again, because the file is gone",
             remedy="Pass X and y.",
         ) from error
-
-
-def _machine(record: SearchRecord) -> Config:
-    """Return the stored options for the device, the backend and TF32, as far as this machine
-    supports them.
-
-    Unsupported options become "auto" or False. The number of processes is always one.
-    """
-    kept = record.arguments.kept
-    # The stored device of a search on a cluster is that of its tasks.
-    device = "auto" if isinstance(kept.get("workers"), dict) else kept.get("device", "auto")
-    backend = kept.get("backend", "auto")
-    tf32 = kept.get("tf32", False)
-    try:
-        place = choose_device(device)
-    except InputError:
-        device = "auto"
-        place = choose_device("auto")
-    try:
-        if backend != "auto":
-            choose_backend(backend, place, DTYPES[record.dtype])
-    except InputError:
-        backend = "auto"
-    return {
-        "device": device,
-        "backend": backend,
-        "tf32": tf32 and place.type == "cuda",
-        "workers": 1,
-    }
 
 
 def _other_rows(search: ReopenedSearch, access: Access) -> InputError:

@@ -4,8 +4,8 @@ The constants name the sections of the command line's help.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 DATA = "Data"
 MODEL = "Model"
@@ -81,6 +81,12 @@ class Rule:
         "" for a flag without a value.
         """
         return self.flag.partition(" ")[2]
+
+
+def option_field(value: object, *rule: Any, **settings: Any) -> Any:
+    """Return a dataclass field for an option with a default value and a rule (check and help
+    text)."""
+    return field(default=value, metadata={"rule": Rule(*rule, **settings)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ import torch
 
 from gputune.data.dataset import Dataset, Rows, ScorerRows
 from gputune.engine.choice import DeviceChoice
+from gputune.errors import InputError
+from gputune.models import RealMLP
 from gputune.optimizers.classes import check_optimizer
 from gputune.scoring.metrics import check_folds, has_function
 from gputune.scoring.objective import make_objective
@@ -14,10 +16,52 @@ from gputune.scoring.scoring import Scoring
 from gputune.spaces.distributions import CheckedSpace
 from gputune.spaces.random import draw
 from gputune.study.store import Candidate, Store
+from gputune.text import count
+from gputune.tuning.choices import ModelChoice
+from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem
 from gputune.tuning.progress import Progress
 from gputune.types import KEPT_BYTES, Config
 from gputune.wording import option
+
+
+def check_networks(choice: ModelChoice, options: Options) -> None:
+    """Raise InputError if the trials of a search cannot train several networks (``n_ens``)."""
+    n_ens = options.training.n_ens
+    if n_ens == 1:
+        return
+    remedy = f"Leave {option('n_ens')} out."
+    if choice.solved:
+        rule = (
+            f"has no effect for {option('model', choice.name)}, because every solved logistic "
+            "regression is the same"
+        )
+    elif choice.searched != "mlp" and choice.module_class is not RealMLP:
+        rule = (
+            "supports only the models mlp and realmlp, because the mean prediction of other "
+            f"modules may have no meaning, but the model is {choice.name}"
+        )
+        remedy = f"{remedy} Several trials can be averaged with study.ensemble()."
+    elif options.search.differentiates:
+        rule = (
+            "is the number of networks whose predictions are averaged, but "
+            f"{option('method', 'hypergradient')} differentiates the loss of each network"
+        )
+    else:
+        return
+    raise InputError(option("n_ens", n_ens), rule, remedy=remedy)
+
+
+def check_rows_of_networks(n_ens: int, folds: Sequence[Rows]) -> None:
+    """Raise InputError if a fold has fewer training rows than a trial has networks."""
+    fewest = min(len(train) for train, _ in folds)
+    if fewest < n_ens:
+        raise InputError(
+            option("n_ens", n_ens),
+            "must be at most the number of training rows of a fold, so that each network can train "
+            f"in its own order of the rows, but a fold has only {count(fewest, 'training row')}",
+            remedy=f"Pass {option('n_ens', fewest)} or less.",
+        )
 
 
 @dataclass(frozen=True, eq=False)

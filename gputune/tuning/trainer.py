@@ -45,7 +45,7 @@ from gputune.modules.construction import Builder
 from gputune.modules.feature_rows import with_kept_features
 from gputune.modules.inspection import gain_of_code, known_traits, note_fastest, traits_of
 from gputune.population.kinds import ModelKind
-from gputune.population.population import Population, arguments_text, populations
+from gputune.population.population import Ensemble, Population, arguments_text, populations
 from gputune.population.state import State
 from gputune.population.traits import FastestWay
 from gputune.scoring.objective import Objective
@@ -357,7 +357,8 @@ class Trainer:
 
         A schedule has the configuration of a trial from each epoch on. All trials pause together
         where a configuration changes. Returns one list per trial, with a trained module for every
-        fold, on the CPU.
+        split of the data, on the CPU. With replicas, the module is the ``Ensemble`` of a trial's
+        networks on the split.
         """
         members: dict[int, list[nn.Module]] = {}
         states: dict[int, State] = {}
@@ -404,10 +405,10 @@ class Trainer:
             begun = replace(begun, state=State.stack([states.pop(trial) for trial in trials]))
 
         def store(trained: Trained) -> bool:
-            folds = range(self.data.n_folds)
+            splits = range(self.data.n_splits)
             for place, trial in enumerate(trials):
                 if epochs[trial] == trained.epochs:
-                    members[trial] = [trained.member(fold, place) for fold in folds]
+                    members[trial] = [self._module(trained, split, place) for split in splits]
             progress(len(trials), trained.curves[:, trained.epochs - 1 : trained.epochs])
             # True ends the chunk: all its trials have reached their last epoch.
             return all(epochs[trial] <= trained.epochs for trial in trials)
@@ -417,6 +418,16 @@ class Trainer:
             state = trained.state
             for place, trial in enumerate(trials):
                 states[trial] = state.select([place])
+
+    def _module(self, trained: Trained, split: int, place: int) -> nn.Module:
+        """Return the module of the trial at a place in a chunk: its network on a split, or the mean
+        of its replicas there."""
+        data = self.data
+        folds = range(split, data.n_folds, data.n_splits)
+        modules = [trained.member(fold, place) for fold in folds]
+        if len(modules) == 1:
+            return modules[0]
+        return Ensemble(modules, [1 / len(modules)] * len(modules), data.task)
 
     def train_scheduled(
         self,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from gputune.errors import InputError, check_count
 from gputune.population.population import Ensemble
 from gputune.scoring.evaluation_draws import EvaluationDraws
 from gputune.scoring.scoring import Scoring
-from gputune.seeding import stream, stream_seed
+from gputune.seeding import replica_seed, stream
 from gputune.study.model import TunedModel
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study, Trial
@@ -43,6 +43,7 @@ from gputune.tuning.refit import Access, ReopenedSearch, refit_trial, search_of
 from gputune.types import Config
 from gputune.wording import per_interface
 
+Item = TypeVar("Item")
 Refit: TypeAlias = int | Literal["all", "folds"]
 
 # The number of shuffles of a column, and the largest number of rows of a fold that are used.
@@ -249,20 +250,28 @@ def _mean_model(
     seeds: list[int] = []
     for data, seed in runs:
         for (module,) in search.train(data, trials, seed=seed):
-            modules.append(module)
-            seeds.append(seed)
+            networks = module.members if isinstance(module, Ensemble) else [module]
+            modules.extend(networks)
+            seeds += [seed] * len(networks)
     info = info | search.note_on_draws(runs[0][0], trials)
     columns, statistics = _columns([all_data.of(search.config(trial)) for trial in trials])
-    columns *= len(runs)
-    # Each trial is trained in each run, and its weight is split over these modules.
-    weights = [weight / len(runs) for _, weight in shares] * len(runs)
+    # Each trial trains ``n_ens`` networks in each run, and its weight is split over them.
+    n_ens = search.options.training.n_ens
+    columns = _each(columns, n_ens) * len(runs)
+    weights = _each([weight / (n_ens * len(runs)) for _, weight in shares], n_ens) * len(runs)
     network = Ensemble(modules, weights, search.problem.target.task, columns)
-    arguments = [search.arguments(trial, all_data) for trial in trials] * len(runs)
+    arguments = [search.arguments(trial, all_data) for trial in trials]
+    arguments = _each(arguments, n_ens) * len(runs)
     spec: Config = {"kwargs": arguments[0], "ensemble": arguments}
     if columns:
         spec["columns"] = columns
     spec |= search.seeds(seeds)
     return search.model(network.eval(), all_data, spec, info, statistics)
+
+
+def _each(values: Sequence[Item], times: int) -> list[Item]:
+    """Return a list in which each value is repeated ``times`` times in a row."""
+    return [value for value in values for _ in range(times)]
 
 
 def _ensemble_runs(
@@ -271,8 +280,10 @@ def _ensemble_runs(
     """Return the data and the random seed for each repeated training of an ensemble's trials."""
     seed = search.options.search.random_state
     if n_seeds is not None:
-        later = [stream_seed(seed, "ensemble", number) for number in range(1, n_seeds)]
-        return [(data, run_seed) for run_seed in (seed, *later)]
+        n_ens = search.options.training.n_ens
+        # The networks of a run have the seeds ``first`` and, from it, those of its replicas.
+        firsts = range(0, n_seeds * n_ens, n_ens)
+        return [(data, replica_seed(seed, first)) for first in firsts]
     (all_rows,) = data.folds
     runs = []
     for train, _ in unpack_folds(search.study.record.arguments.folds):

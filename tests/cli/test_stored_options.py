@@ -104,6 +104,7 @@ STORED = {
     "class_weight": ("classes", as_option(lambda options: options.class_weight), "balanced"),
     "drop": ("classes", as_option(lambda options: list(options.drop)), ["c"]),
     "kinds": ("classes", as_option(lambda options: options.kinds), {"z": "category"}),
+    "n_ens": ("numbers", as_option(lambda options: options.n_ens), 1),
     "max_levels": ("classes", as_option(lambda options: options.max_levels), 5),
     "missing_target": ("classes", as_option(lambda options: options.missing_target), "drop"),
     "columns": ("classes", as_option(lambda options: options.columns), "keep"),

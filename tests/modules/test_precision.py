@@ -10,7 +10,8 @@ from torch import nn
 
 import gputune
 from gputune.errors import InputError
-from gputune.tuning.options import MachineOptions, make_options
+from gputune.tuning.machine_options import MachineOptions
+from gputune.tuning.options import make_options
 from reference import train_module
 
 G = torch.Generator().manual_seed(0)

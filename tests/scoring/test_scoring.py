@@ -13,7 +13,7 @@ import torch
 from sklearn.inspection import permutation_importance
 
 import gputune
-from gputune.scoring.scoring import BestOutputs
+from gputune.scoring.best_outputs import BestOutputs
 from problems import Linear
 from refused import refused
 

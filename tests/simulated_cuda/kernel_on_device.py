@@ -17,7 +17,7 @@ from gputune.check.check import LAWS
 from gputune.engine import kernel
 from gputune.engine.backends.table import backend_named
 from gputune.native.library import NotBuiltError
-from gputune.scoring.scoring import BestOutputs
+from gputune.scoring.best_outputs import BestOutputs
 from gputune.tuning.trainer import Trainer
 from problems import Linear, fill, largest_difference, make_data, train_together
 from refused import refused

@@ -301,7 +301,16 @@ def test_no_text_adds_an_element_to_a_card(text):
     assert gputune.text.clean(text) in unescape(html)
 
 
-LATER = ("positive", "objective", "code", "target_transform", "metrics", "patience", "max_levels")
+LATER = (
+    "positive",
+    "objective",
+    "code",
+    "target_transform",
+    "metrics",
+    "patience",
+    "max_levels",
+    "n_ens",
+)
 
 
 def test_a_record_gives_its_options_back():
@@ -341,6 +350,7 @@ def test_the_order_in_which_a_checkpoint_digests_a_search_stays():
     training += " splits objective scoring positive max_epochs seed dtype"
     assert [name for name, part in RECORD_FIELDS.items() if part.training] == training.split()
     others = {"target", "space", "method", "epoch", "patience", "metrics", "code", "max_levels"}
+    others |= {"n_ens"}
     assert {*IDENTITY} - {*training.split()} == others
 
 
