@@ -14,7 +14,7 @@ from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopChunk, LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from operations import COMPILED, INPUTS, LOOP, RECORDED, ROWS
 from problems import fill, largest_difference, make_data, rows_of, shape_of
 

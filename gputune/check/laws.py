@@ -46,7 +46,8 @@ from gputune.population.population import Population, Shape, complete, populatio
 from gputune.scoring.estimators import fitted
 from gputune.scoring.metrics import make_scoring
 from gputune.scoring.scores import OF_TASK
-from gputune.scoring.scoring import Scoring, Validation
+from gputune.scoring.scoring import Scoring
+from gputune.scoring.validation import Validation
 from gputune.seeding import stream
 from gputune.types import Config, Task
 

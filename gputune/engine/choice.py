@@ -48,7 +48,7 @@ from gputune.native.library import NotBuiltError
 from gputune.population.kinds import ModelKind, hidden_layers, is_module
 from gputune.population.population import Population, complete, populations
 from gputune.population.traits import FastestWay
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.types import BackendWord, Config, Say
 
 # Seconds on the CPU. A GPU needs some of this time only to make a context and load libraries.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gputune.population.population import Network
 from gputune.population.state import State
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.types import Config
 
 
@@ -80,6 +80,9 @@ class Chunk(Protocol):
         Raises:
             ValueError: A new configuration needs other tensors.
         """
+
+    def release(self) -> None:
+        """Free memory that the next ``advance`` or ``scores`` allocates again."""
 
     @property
     def state(self) -> State:

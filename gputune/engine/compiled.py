@@ -37,7 +37,7 @@ from gputune.population.batches import row_order
 from gputune.population.kinds import dropout_rates, hidden_widths
 from gputune.population.state import State, differ_only_in_rates, selected_configs
 from gputune.scoring.scores import ROW_MEANS
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.seeding import stream_seed
 from gputune.types import Config
 
@@ -243,6 +243,10 @@ class CompiledChunk:
         rows took."""
         training, scoring = self.nanoseconds.tolist()
         return float(scoring / max(1, training + scoring))
+
+    def release(self) -> None:
+        """Free memory that the next training of these trials allocates again."""
+        self.validation.release()
 
     def set_epochs(self, limit: int) -> int:
         """Return the number of epochs of the next ``advance``, which is always 1."""

@@ -25,12 +25,15 @@ from gputune.modules.trace import Place, Storages, TraceError, tensors, trace
 from gputune.native.library import Kernels, build_kernels, build_seconds
 from gputune.optimizers.update import OnlineUpdate
 from gputune.population.batches import StepShape
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 
 # Numbers of one layer's outputs on validation rows that the code computes at a time, so that they
 # stay in the cache, and the fewest rows.
 _CACHED_NUMBERS = 1 << 18
 _FEWEST_ROWS = 32
+# Bytes of random numbers that compiled steps keep between two trainings. Allocating more memory than
+# this takes little time next to a training.
+_KEPT_DRAWS = 4 << 20
 # bytes of a pointer
 _POINTER = ctypes.sizeof(ctypes.c_void_p)
 
@@ -80,8 +83,11 @@ class OneMember:
         self.scores_params = _scores_params(chunk)
         self.memories: Storages = {}
 
-    def write(self, code: MemberCode) -> None:
-        """Trace the training steps of an epoch, and add the steps to ``code`` as C code."""
+    def write(self, code: MemberCode, all_draws: Sequence[ModuleDraws]) -> None:
+        """Trace the training steps of an epoch, and add the steps to ``code`` as C code.
+
+        ``all_draws`` make the random numbers of the members of all folds, which may share memory.
+        """
         single = self.single
         shapes = single.batches.shapes
         single.batches.begin(0)
@@ -91,8 +97,8 @@ class OneMember:
             if shape not in steps:
                 # Tracing takes the step, and its draws may be used as indices, so they must be
                 # valid.
-                if self.draws is not None:
-                    self.draws.fill(0, i - i % self.draws.ahead)
+                for draws in all_draws:
+                    draws.fill(0, i - i % draws.ahead)
                 single.batches.step.fill_(i)
                 traced = trace(partial(single._step, shape, (0, i)))
                 steps[shape] = code.add(traced, self.memories)
@@ -319,7 +325,8 @@ class CompiledSteps:
 
     ``members`` has a traced member for each fold. Folds of equal lengths share it. ``draws`` are
     the random numbers that the steps read, of ``ahead`` steps at once. Later chunks of the same
-    trials' shape can use the same steps.
+    trials' shape can use the same steps. ``n_releases`` counts the calls of ``release`` that freed
+    memory: a ``MemberMemory`` from before a release has invalid addresses.
 
     Raises TraceError if the module cannot be traced. ``check_build`` receives an estimate of the
     seconds of the build before the code is built. It may raise an exception to prevent the build.
@@ -336,6 +343,7 @@ class CompiledSteps:
         self.validation = chunk.validation
         self.constants = chunk.network.constants
         self.shapes = chunk.batches.shapes
+        self.n_releases = 0
         data = chunk.validation.data
         code = MemberCode(data.dtype)
         # A step of one member is thousands of small operations, which more threads only delay.
@@ -349,15 +357,39 @@ class CompiledSteps:
                 self.members.append(by_lengths[lengths])
             members = by_lengths.values()
             self.draws = [member.draws for member in members if member.draws is not None]
+            for draws in self.draws[1:]:
+                draws.share(self.draws[0])
             self.ahead = min([len(self.shapes), *(draws.ahead for draws in self.draws)])
             for draws in self.draws:
                 draws.ahead = self.ahead
             for member in members:
-                member.write(code)
+                member.write(code, self.draws)
             bodies = list(code.kernels)
             if check_build is not None:
                 check_build(build_seconds(bodies, data.dtype))
             self.kernels = build_kernels(bodies, data.dtype)
+
+    def allocate(self) -> None:
+        """Allocate the memory of the random numbers, if ``release`` has freed it."""
+        for buffer in self._draw_buffers():
+            if buffer.untyped_storage().nbytes() < buffer.nbytes:
+                buffer.untyped_storage().resize_(buffer.nbytes)
+
+    def release(self) -> None:
+        """Free the memory of the random numbers if it is large.
+
+        A search keeps the compiled steps of several shapes. Together their random numbers would
+        take more memory than the data.
+        """
+        buffers = self._draw_buffers()
+        if sum(buffer.nbytes for buffer in buffers) > _KEPT_DRAWS:
+            self.n_releases += 1
+            for buffer in buffers:
+                buffer.untyped_storage().resize_(0)
+
+    def _draw_buffers(self) -> list[Tensor]:
+        """Return the tensors with the random numbers of the steps ahead."""
+        return tensors([draws.buffers for draws in self.draws])
 
     def fits(self, chunk: StackedChunk, seed: int) -> bool:
         """Return whether these steps train the members of a chunk of the same trials' shape."""

@@ -21,7 +21,7 @@ from gputune.engine.backend import torch_threads
 from gputune.engine.member_steps import CompiledSteps, MemberMemory, OneMember
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.module import StackedModule
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.types import Config
 
 # steps that are timed to measure the speed
@@ -62,6 +62,7 @@ class MemberChunk(StackedChunk):
         self.outputs: list[Tensor | None] = []
         # memory of each thread, kept because asking the system for pages takes long
         self.memories: list[dict[OneMember, MemberMemory]] = []
+        self.n_releases = code.n_releases
 
     def select(self, slots: Sequence[int], configs: Sequence[Config | None] | None = None) -> None:
         """Replace the trials, as in every ``StackedChunk``. The steps are traced again if new
@@ -73,6 +74,11 @@ class MemberChunk(StackedChunk):
     def advance(self, epoch: int) -> None:
         """Train all members for one epoch in compiled code."""
         self._begin(epoch)
+        self.code.allocate()
+        if self.n_releases < self.code.n_releases:
+            # The addresses in the threads' memories are no longer those of the random numbers.
+            self.memories = []
+            self.n_releases = self.code.n_releases
         # Only some megabytes: threads take longer to meet than to copy them.
         # Each tensor is (C, F, N).
         with torch_threads(1):
@@ -106,11 +112,17 @@ class MemberChunk(StackedChunk):
         with torch_threads(1):
             return self.validation.scores(self._network, params, len(self.configs), outputs)
 
+    def release(self) -> None:
+        """Free the memory that the next training allocates again, as in every ``StackedChunk``."""
+        super().release()
+        self.code.release()
+
     def seconds_of_a_step(self) -> float:
         """Measure the CPU seconds of one training step of the first member, without a change of the
-        member's state."""
+        member's state. Then release the memory."""
         self.batches.begin(0)
         self.update.begin(0)
+        self.code.allocate()
         member = self.code.members[0]
         if member.draws is not None:
             member.draws.fill(0, 0)
@@ -124,6 +136,7 @@ class MemberChunk(StackedChunk):
             begin = time.thread_time()  # CPU time of this thread, whatever else the machine does
             memory.take_steps(self.code.kernels, 0, end)
             times.append(time.thread_time() - begin)
+        self.release()
         return min(times) / min(end, len(member.steps))
 
     def _take_steps(self, rows: Sequence[Tensor], begin: int, end: int) -> None:

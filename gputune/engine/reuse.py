@@ -15,7 +15,7 @@ from typing import Any
 from gputune.engine.member_steps import CompiledSteps
 from gputune.engine.stacked import StackedChunk
 from gputune.population.population import Network, Population, shape_of
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.types import Config
 
 # Limit for the parameters of kept chunks. A larger chunk has long epochs, and should give back its

@@ -32,7 +32,7 @@ from gputune.population.kinds import highest_dropout
 from gputune.population.pieces import make_batches
 from gputune.population.population import Network
 from gputune.population.state import State, selected_configs
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.types import Config, StepKey
 
 # Least share of the trials in recorded tensors that must be alive. It limits the number of
@@ -175,8 +175,13 @@ class StackedChunk:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory of the parameters and buffers of all members."""
-        return self._flat.nbytes
+        """Bytes of memory of the parameters and buffers of all members, and of the order of the
+        rows."""
+        return self._flat.nbytes + self.batches.order.nbytes
+
+    def release(self) -> None:
+        """Free memory that the next training of these trials allocates again."""
+        self.validation.release()
 
     def is_made_with(self, validation: Validation, **options: int) -> bool:
         """Return whether the constructor received these arguments. The network is not compared.

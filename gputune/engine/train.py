@@ -28,7 +28,8 @@ from gputune.population.kinds import ModelKind, hidden_layers, is_module
 from gputune.population.population import Network, Population
 from gputune.population.state import Selection, State
 from gputune.scoring.best_outputs import BestOutputs
-from gputune.scoring.scoring import Scoring, Validation, shape_of_scores
+from gputune.scoring.scoring import Scoring, shape_of_scores
+from gputune.scoring.validation import Validation
 from gputune.types import Config, Outputs, first_metric
 
 
@@ -251,6 +252,7 @@ def train(
             alive.select(decision)
         else:
             is_over = decision
+    members.release()
     training.pool.faults |= members.faults
     training.pool.add(members)
     return so_far()

@@ -321,6 +321,23 @@ class ModuleDraws:
         with keyed_draws(self.device, self.seed, "try"):
             yield _recorded(partial(forward, batch))
 
+    def share(self, other: "ModuleDraws") -> None:
+        """Read the random numbers of minibatches that ``other`` makes too from its memory.
+
+        Only ``other`` then writes these numbers, which depend on the epoch, step and shapes.
+        """
+        if len(self.rows) != len(other.rows):
+            return
+        for rows in self.buffers.keys() & other.buffers.keys():
+            shapes = [buffer.shape[1:] for buffer in self.buffers[rows]]
+            if shapes != [buffer.shape[1:] for buffer in other.buffers[rows]]:
+                continue
+            self.buffers[rows] = other.buffers[rows]
+            for step_rows, other_rows in zip(self.rows, other.rows):
+                if rows in step_rows:
+                    step_rows.remove(rows)
+                    other_rows.add(rows)
+
     def fill(self, epoch: int, step: int) -> None:
         """Write the random numbers of a step and of the next steps into a buffer, unless they are
         already there."""

@@ -31,7 +31,7 @@ from gputune.optimizers.update import optimizer_of
 from gputune.population.batches import Batches, row_order, steps_of
 from gputune.population.population import beyond_adam
 from gputune.population.state import State, selected_configs
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.seeding import keyed_draws, start_stream
 from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, EvaluationKey, Params
 from gputune.wording import option
@@ -410,6 +410,10 @@ class LoopChunk:
         params = self.network.blocks.views(self.scored)
         trials = len(self.network.configs)
         return self.validation.scores(self.network, params, trials, epoch=self.epoch)
+
+    def release(self) -> None:
+        """Free memory that the next training of these trials allocates again."""
+        self.validation.release()
 
     def set_epochs(self, limit: int) -> int:
         """Return the number of epochs of the next ``advance``, which is always 1."""

@@ -7,7 +7,7 @@ In shapes, C counts trials, F folds, M metrics, m validation rows of a fold, and
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import SupportsFloat
@@ -18,16 +18,12 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
-from gputune.memory import free_of_gpu
-from gputune.population.outputs import call_module, class_logits, is_one_logit, mean_outputs
-from gputune.population.population import Ensemble, Network
+from gputune.population.outputs import call_module, class_logits, is_one_logit
 from gputune.scoring import scores
-from gputune.scoring.evaluation_draws import drawing_rows
 from gputune.scoring.label_scores import average_precision
 from gputune.scoring.objective import pairs_all_rows
 from gputune.seeding import keyed_draws
-from gputune.threads import SMALL_LOSS, on_one_thread
-from gputune.types import EvaluationKey, Params, Task
+from gputune.types import Task
 
 Scorer = Callable[..., SupportsFloat]
 """A scorer: a function of (estimator, X, y) that returns a number. Greater numbers are better."""
@@ -301,165 +297,3 @@ def _predict(data: Dataset, fold: int, member: TrialModel, trial: int, X: object
         own = [x.clone() for x in inputs]
         outputs = call_module(member(trial), own, data.names).view(1, len(inputs[0]), -1)
     return _in_target_units(data, fold, outputs.to(data.device))[0].cpu()
-
-
-# Limits of one layer's validation outputs. On a CPU a block stays in the cache of a core. On a GPU
-# a small block would cost launches and do little work. At most 1/32 of the free memory is used,
-# because the outputs of several layers exist at the same time.
-_BLOCK_BYTES = 4 << 20
-# A call on fewer than 64 rows costs more than its work, unless large frozen layers make the rows wide:
-# 11 trials of a BERT's last layer take 20% less time in blocks of 8 texts than of 32.
-_SHARED_BLOCK_BYTES = 8 << 20
-_GPU_BLOCK_BYTES = 256 << 20
-_GPU_SHARE = 32
-_KEPT_NUMBERS = 1 << 25  # larger inputs are gathered again at every epoch instead of kept
-
-
-class Validation:
-    """Runs the members (one trial on one fold each) on their validation rows, and scores them.
-
-    Validation rows that are small enough stay in memory for the next epoch.
-    """
-
-    def __init__(self, data: Dataset, scoring: Scoring | None) -> None:
-        self.data = data
-        self.scoring = scoring
-        self.block_bytes = _BLOCK_BYTES
-        # A power of two, so that small changes of the free memory do not change the bits.
-        if data.device.type == "cuda":
-            share = max(_BLOCK_BYTES, free_of_gpu(data.device) // _GPU_SHARE)
-            self.block_bytes = min(_GPU_BLOCK_BYTES, 1 << (share.bit_length() - 1))
-        self.kept: dict[tuple[int, int], tuple[tuple[Tensor, ...], ...]] = {}
-        self.outputs: Sequence[list[Tensor]] = []
-        """The last scored outputs by epoch and fold, each (C, m, K). Empty lists if no outputs are
-        stored."""
-
-    def scores(
-        self,
-        network: Network,
-        params: Params,
-        trials: int,
-        computed: Sequence[Tensor] | None = None,
-        *,
-        epoch: int = 0,
-    ) -> np.ndarray:
-        """Evaluate all members, and return their scores (C, F), or (C, F, M) for M metrics.
-
-        Args:
-            network: The network of the members.
-            params: The parameters of the members.
-            trials: The number of trials, C.
-            computed: The outputs (C, m, K) of each fold if they are already computed. F counts the
-                folds of the study: with replicas, the outputs of S * R folds become those of F = S.
-            epoch: The number of epochs that the members have trained. This number seeds the random
-                numbers that the modules draw.
-        """
-        assert self.scoring is not None
-        columns = []
-        kept = []
-        block = self._block_rows(network, trials)
-        for split in range(self.data.n_splits):
-            folds = range(split, self.data.n_folds, self.data.n_splits)
-            of_replicas = []
-            for fold in folds:
-                if computed is not None:
-                    of_replicas.append(computed[fold])
-                else:
-                    of_replicas.append(self._outputs_of(network, params, fold, epoch, block))
-            outputs = of_replicas[0]
-            member: TrialModel = partial(network.member, params, split)
-            if len(folds) > 1:
-                outputs = self._mean(of_replicas, split)
-                member = partial(_mean_member, network, params, folds, self.data.task)
-            with on_one_thread(if_small=outputs.numel() <= SMALL_LOSS):
-                columns.append(self.scoring.metrics(self.data, split, outputs, member))
-            if self.scoring.kept_bytes:
-                kept.append(outputs)
-        self.outputs = [kept]
-        return torch.stack(columns, 1).cpu().numpy()  # the only device sync of an epoch
-
-    def _outputs_of(
-        self, network: Network, params: Params, fold: int, epoch: int, block: int
-    ) -> Tensor:
-        """Return the outputs (C, m, K) on the validation rows of a fold, computed in blocks of
-        ``block`` rows."""
-        outputs = [
-            self._outputs(network, params, part, (epoch, fold, number * block), block)
-            for number, part in enumerate(self.blocks(fold, block))
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-
-    def _mean(self, outputs: Sequence[Tensor], split: int) -> Tensor:
-        """Return outputs for the mean prediction of the replicas, (C, m, K), from the outputs of
-        each replica."""
-        stacked = torch.stack(list(outputs))  # (R, C, m, K)
-        if self.data.present is not None and not is_one_logit(stacked, self.data.task, 3):
-            stacked = stacked.masked_fill(~self.data.present[split], -torch.inf)
-        weights = torch.ones(len(stacked), dtype=torch.float64, device=stacked.device)
-        weights /= len(stacked)
-        return mean_outputs(stacked, weights, self.data.task, 3)
-
-    def _outputs(
-        self,
-        network: Network,
-        params: Params,
-        part: Sequence[Tensor],
-        key: EvaluationKey,
-        block: int,
-    ) -> Tensor:
-        """Run the network on a block of a fold's validation rows, and return its outputs (C, m, K).
-
-        A module that is known to write into its inputs receives copies of the rows. If a module
-        writes into the rows for the first time, the method reads the rows again and calls the
-        network a second time.
-        """
-        _, fold, start = key
-        before = _versions(part)
-        outputs = network.outputs(params, fold, part, key)
-        if _versions(part) == before:
-            return outputs
-        self.kept.pop((self.data.split_of(fold), block), None)
-        rows = self.data.folds[fold].valid[start : start + block]
-        return network.outputs(params, fold, self.data.rows(fold, rows), key)
-
-    def blocks(self, fold: int, rows: int) -> Iterable[tuple[Tensor, ...]]:
-        """Return the validation rows of a fold in blocks of at most ``rows`` rows."""
-        fold = self.data.split_of(fold)  # replicas share their rows
-        valid = self.data.folds[fold].valid
-        parts = (self.data.rows(fold, part) for part in torch.split(valid, rows))
-        if self.data.n_rows * self.data.row_numbers > _KEPT_NUMBERS:
-            return parts
-        if (fold, rows) not in self.kept:
-            self.kept[fold, rows] = tuple(parts)
-        return self.kept[fold, rows]
-
-    def _block_rows(self, network: Network, trials: int) -> int:
-        """Return the number of validation rows that the network evaluates at a time.
-
-        One layer's outputs of all trials then stay within ``block_bytes``, if the rows are narrow.
-        """
-        if not network.alone:
-            return self.data.n_rows
-        row_numbers = self.data.row_numbers
-        shares_rows = network.traits is not None and network.traits.common_rows
-        if shares_rows:
-            row_numbers = -(-row_numbers // trials)  # one copy for all trials
-        widest = max(row_numbers, network.widest)
-        if network.evaluation_draws:
-            return drawing_rows(widest)
-        row_bytes = trials * widest * self.data.dtype.itemsize
-        least = min(64, max(4, _SHARED_BLOCK_BYTES // row_bytes)) if shares_rows else 64
-        return max(least, self.block_bytes // row_bytes)
-
-
-def _mean_member(
-    network: Network, params: Params, folds: Sequence[int], task: Task, trial: int
-) -> nn.Module:
-    """Return one trial's model that predicts the mean of its replicas, one on each of ``folds``."""
-    members = [network.member(params, fold, trial) for fold in folds]
-    return Ensemble(members, [1 / len(folds)] * len(folds), task)
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Return the version counters of tensors (0 without a counter), which reveal writes to them."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

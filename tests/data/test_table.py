@@ -72,6 +72,14 @@ def test_pandas_types():
         np.testing.assert_array_equal(table.column(name), expected)
 
 
+@pytest.mark.parametrize("frame", [pd.DataFrame, pl.DataFrame])
+def test_equal_texts_of_a_column_are_one_object(frame):
+    texts = ["a long text", "another", None] * 4
+    (column,) = as_table(frame({"a": texts})).columns
+    assert column.tolist() == texts
+    assert len({id(text) for text in column}) == 3
+
+
 def test_polars_types():
     columns = {
         "category": pl.Series(["a", None], dtype=pl.Categorical),

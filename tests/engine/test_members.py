@@ -18,7 +18,7 @@ from gputune.modules.module import StackedModule
 from gputune.native import library as built
 from gputune.population.traits import Traits
 from gputune.scoring.objective import Objective
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.threads import on_threads
 from problems import Linear, fill, make_data, scoring_of, shape_of, train
 
@@ -148,6 +148,34 @@ def test_trials_leave_and_draws_are_made_a_few_steps_ahead(monkeypatch):
         for one in (chunk, other):
             one.select(np.flatnonzero(stays[: len(one.places)]))
         assert_alike(chunk, other, [epoch])
+
+
+def test_folds_of_different_lengths_share_the_random_numbers_of_full_minibatches():
+    """The folds have 30 and 31 training rows: three minibatches of 9, then one of 3 or 4."""
+    chunk, other = both(make_data(), fill({"lr": 0.01, "batch_size": 9}))
+    first, second = chunk.code.draws
+    assert first.buffers[9][0].data_ptr() == second.buffers[9][0].data_ptr()
+    assert first.buffers.keys() - second.buffers.keys() == {3}
+    assert_alike(chunk, other)
+
+
+def test_chunks_that_share_released_code_train_in_turns(monkeypatch):
+    """Each release frees the random numbers, so their addresses change."""
+    monkeypatch.setattr(member_steps, "_KEPT_DRAWS", 0)
+    configs = fill({"lr": 0.01, "batch_size": 9})
+    chunk, other = both(make_data(), configs)
+    options = {"seed": 0, "horizon": 6, "code": chunk.code}
+    second = MemberChunk(chunk.network, chunk.validation, **options)
+    second_other = StackedChunk(other.network, other.validation, seed=0, horizon=6)
+    for epoch in range(3):
+        for one, expected in ((chunk, other), (second, second_other)):
+            assert_alike(one, expected, [epoch])
+            if epoch < 2:
+                one.release()
+                assert not any(x.untyped_storage().nbytes() for x in chunk.code._draw_buffers())
+        if epoch == 1:
+            chunk.code.allocate()
+    assert second.n_releases == chunk.code.n_releases == 4
 
 
 def test_a_loss_parameter_that_only_some_trials_set():

@@ -19,7 +19,7 @@ from gputune.modules.recorder import CpuRecorder
 from gputune.native import library
 from gputune.population.state import Selection, State
 from gputune.scoring.objective import Objective
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.seeding import stream, stream_seed
 from problems import (
     Net,

@@ -18,7 +18,8 @@ from gputune.engine.reuse import ChunkPool
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.recorder import RECORDERS, Replays
 from gputune.population.population import Population
-from gputune.scoring.scoring import Validation
+from gputune.scoring import validation
+from gputune.scoring.validation import Validation
 from problems import Linear, fill, make_data, scoring_of, shape_of
 from stand_in import CaptureError, StandIn
 
@@ -258,3 +259,16 @@ def test_on_a_gpu_graphs_give_the_numbers_of_eager_training(optimizer, sizes):
     options = {"n_trials": 8, "max_epochs": 6, "optimizer": optimizer, "device": "cuda"}
     with torch.enable_grad():
         both_searches("mlp", X, y, space=space, **options)
+
+
+def test_large_validation_rows_are_freed_and_read_again(monkeypatch):
+    chunk = make_chunk(make_data(), configs_of(2), recorded=False)
+    chunk.advance(0)
+    before = chunk.scores()
+    rows = next(iter(chunk.validation.kept.values()))
+    chunk.release()  # the rows of small data stay
+    assert next(iter(chunk.validation.kept.values())) is rows
+    monkeypatch.setattr(validation, "_RELEASED_BYTES", 0)
+    chunk.release()
+    assert not chunk.validation.kept
+    np.testing.assert_array_equal(chunk.scores(), before)

@@ -15,7 +15,7 @@ from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
 from gputune.engine.waiting import WaitingChunk, WaitingState
 from gputune.population.state import State
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from problems import Net, fill, make_data, scoring_of, shape_of
 
 IRIS = load_iris(return_X_y=True)

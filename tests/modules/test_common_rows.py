@@ -16,7 +16,7 @@ from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule
 from gputune.population.batches import Batches
 from gputune.population.population import populations
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from problems import (
     fill,
     largest_difference,

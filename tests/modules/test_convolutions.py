@@ -18,7 +18,7 @@ from gputune.modules.member_code import MemberCode
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import trace
 from gputune.native import library as built
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from problems import data_of, fill, largest_difference, rows_of, scoring_of, shape_of
 
 pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler")

@@ -16,7 +16,7 @@ from gputune.modules.program import compile_trace
 from gputune.modules.recorder import CpuRecorder, Replays
 from gputune.modules.trace import TraceError, _OperationRecorder, arrange, trace
 from gputune.scoring.metrics import make_scoring
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from problems import fill, make_data, shape_of, variant
 
 

@@ -19,7 +19,7 @@ from gputune.engine import compiled
 from gputune.engine.mlp import StackedMLP
 from gputune.native.cuda import OPTIONS, MemberKernel, compile_kernel
 from gputune.scoring.scores import REGRESSION
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from native.emulated import (
     HERE,
     LARGEST,

@@ -33,7 +33,7 @@ from gputune.optimizers.optimizer import Clock
 from gputune.optimizers.rules import RULES
 from gputune.optimizers.update import Update
 from gputune.population.batches import Batches
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.sklearn import LogisticRegression, MLPClassifier, RandomizedSearchCV
 from gputune.tuning.context import Context
 from problems import fill, make_data, scoring_of, shape_of, train

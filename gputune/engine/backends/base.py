@@ -22,7 +22,7 @@ from gputune.modules.module import StackedModule
 from gputune.population.kinds import ModelKind
 from gputune.population.population import Network
 from gputune.population.traits import Traits
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.types import Config, Say
 
 # Bytes of a chunk's state on the CPU. 8 to 32 MiB were equally fast, more was slower.

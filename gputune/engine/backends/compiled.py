@@ -24,7 +24,7 @@ from gputune.native.library import OPTIMIZERS, NotBuiltError, library
 from gputune.optimizers.rules import RULES
 from gputune.population.kinds import ModelKind, is_module
 from gputune.population.population import Network, beyond_adam
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.wording import option
 
 _DEEPEST = 63  # most hidden layers that the compiled code can hold

@@ -6,7 +6,7 @@ from gputune.engine.reuse import ChunkPool
 from gputune.optimizers.classes import loop_reason
 from gputune.population.kinds import is_module
 from gputune.population.population import Network
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 
 
 def one_by_one_reason(work: TrialWork) -> str:

@@ -18,7 +18,7 @@ from gputune.errors import InputError
 from gputune.native.library import NotBuiltError
 from gputune.population.kinds import ModelKind, is_module
 from gputune.population.population import Network
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.text import count
 from gputune.types import Config, Say
 from gputune.wording import option

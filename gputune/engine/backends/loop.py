@@ -9,7 +9,7 @@ from gputune.engine.reuse import ChunkPool
 from gputune.modules.looped import LoopChunk, LoopedModule
 from gputune.population.kinds import is_module
 from gputune.population.population import Network
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 
 
 class Loop(Backend):

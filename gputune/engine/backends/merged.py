@@ -7,7 +7,7 @@ from gputune.modules.merged import MergedModule
 from gputune.optimizers.classes import loop_reason
 from gputune.population.kinds import is_module
 from gputune.population.population import Network
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 
 
 class Merged(Backend):

@@ -8,7 +8,7 @@ from gputune.errors import InputError
 from gputune.modules.recorder import RECORDERS, CudaRecorder
 from gputune.optimizers.rules import RULES
 from gputune.population.population import Network
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.wording import option
 
 

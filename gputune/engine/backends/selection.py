@@ -23,7 +23,7 @@ from gputune.native.library import NotBuiltError
 from gputune.population.kinds import ModelKind, is_module
 from gputune.population.population import Network
 from gputune.population.traits import Traits
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 from gputune.types import BackendWord, Config
 
 

@@ -24,7 +24,7 @@ from gputune.engine.members import MemberChunk
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule
-from gputune.scoring.scoring import Validation
+from gputune.scoring.validation import Validation
 
 TESTS = Path(__file__).parents[3] / "tests"
 ROWS = 3200
