@@ -447,29 +447,18 @@ def _realmlp_tabarena(goal: Goal) -> CheckedSpace:
     return [common | {"module__waves": waves, "module__size": size} for waves, size in embeddings]
 
 
-_KEYS = "lr batch_size weight_decay width depth dropout activation schedule ema numbers".split()
-_MLPS = (
-    (0.0197, 128, 0.0177, 128, 2, 0.0, "relu", "constant", 0.99, "standard"),
-    (0.00257, 64, 0.114, 256, 1, 0.0, "gelu", "cosine", 0.0, "piecewise"),
-    (0.0037, 32, 0.000865, 256, 3, 0.2, "relu", "constant", 0.99, "standard"),
-    (0.00374, 128, 0.00403, 128, 1, 0.4, "relu", "constant", 0.99, "standard"),
-    (0.00441, 32, 7.89e-05, 128, 2, 0.1, "relu", "cosine", 0.0, "quantile"),
-    (0.0047, 256, 6.07e-05, 256, 1, 0.4, "silu", "constant", 0.0, "piecewise"),
-    (0.00267, 256, 0.000267, 256, 3, 0.1, "gelu", "constant", 0.0, "piecewise"),
-)
-PORTFOLIOS: Mapping[str, Sequence[Config]] = {
-    "mlp": [dict(zip(_KEYS, values, strict=True)) for values in _MLPS]
-}
-"""Good configurations with which a named space begins.
-
-The configurations were chosen on eleven tables (scripts/benchmark).
-"""
-
 SPACES: Mapping[str, Callable[[Goal], CheckedSpace]] = {
     "mlp": lambda goal: [default_space("mlp", "adamw")],
     "realmlp": _realmlp,
     "realmlp-tabarena": _realmlp_tabarena,
 }
+
+MODELS_OF_SPACES: Mapping[str, str] = {
+    "mlp": "mlp",
+    "realmlp": "realmlp",
+    "realmlp-tabarena": "realmlp",
+}
+"""The model of each named space."""
 
 
 def named_space(name: str, goal: Goal) -> CheckedSpace:

@@ -41,7 +41,8 @@ from gputune.scoring.objective import Objective
 from gputune.scoring.output_units import output_units, refuse_other_units, soft_label_scoring
 from gputune.scoring.scoring import Scoring
 from gputune.spaces.distributions import CheckedSpace
-from gputune.spaces.space import PORTFOLIOS, choices_of
+from gputune.spaces.portfolios import portfolio_of
+from gputune.spaces.space import choices_of
 from gputune.study.model_fields import DTYPES
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.module_training import own_training
@@ -182,7 +183,7 @@ class Problem:
         if not isinstance(space, str) or search.differentiates:
             return []
         ways = TENSOR_NUMBERS if isinstance(self.raw, Tensor) else NUMBERS
-        configs = PORTFOLIOS.get(space, ())
+        configs = portfolio_of(space, self.choice.goal)
         return [config for config in configs if config.get("numbers", "standard") in ways]
 
     def folds(self) -> list[Rows]:

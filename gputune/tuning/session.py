@@ -28,9 +28,10 @@ from gputune.optimizers.classes import argument_defaults
 from gputune.scoring.objective import loss_defaults
 from gputune.spaces.config import ConfigCheck, check_config, legal_keys
 from gputune.spaces.distributions import CheckedSpace, is_inside, space_text, to_scipy
+from gputune.spaces.portfolios import PORTFOLIOS
 from gputune.spaces.random import NO_DEFAULT, first_candidates, n_counted, numbered, remarks, top_up
 from gputune.spaces.space import (
-    PORTFOLIOS,
+    MODELS_OF_SPACES,
     SPACES,
     check_include,
     check_space,
@@ -82,7 +83,7 @@ def checked_space(choice: ModelChoice, options: Options) -> CheckedSpace:
     check_include(search.include, keys=keys, module=module)
     space = "realmlp" if search.space is None and choice.recipe else search.space
     if isinstance(space, str):
-        _check_named(space, choice)
+        _check_named(space, choice, is_asked=search.space is not None)
         space = named_space(space, choice.goal)
     elif space is None:
         lr = choice.own_defaults.get("lr")
@@ -107,28 +108,25 @@ def keys_of(choice: ModelChoice) -> tuple[str, ...]:
     return keys if adapters_of(choice.module_class) is None else (*keys, *ADAPTER_DEFAULTS)
 
 
-def _check_named(space: str, choice: ModelChoice) -> None:
+def _check_named(space: str, choice: ModelChoice, *, is_asked: bool) -> None:
     """Raise InputError if a named space does not fit the model or the optimizer.
 
-    A space with a portfolio (tested configurations) was measured with AdamW only.
+    A portfolio (tested configurations) was measured with AdamW only. Only a search that asks for
+    the space by its name (``is_asked``) has a portfolio.
     """
     if space not in SPACES:
         return  # ``named_space`` raises the error
-    if space in PORTFOLIOS:
-        model = "mlp"
-        is_fitting = choice.searched == "mlp"
-    else:
-        model = "realmlp"
-        is_fitting = bool(choice.recipe)
-    if not is_fitting:
-        name = "realmlp" if choice.recipe else choice.name
+    model = MODELS_OF_SPACES[space]
+    is_realmlp = bool(choice.recipe)
+    if not (is_realmlp if model == "realmlp" else choice.searched == model):
+        name = "realmlp" if is_realmlp else choice.name
         raise InputError(
             f"space={space!r}",
             f"needs {option('model', model)}",
             got=Verbatim(option("model", name)),
             remedy="Choose that model, or a space of your own.",
         )
-    if space in PORTFOLIOS and choice.optimizer != "adamw":
+    if is_asked and space in PORTFOLIOS and choice.optimizer != "adamw":
         raise InputError(
             f"space={space!r}",
             "begins with configurations that were measured with adamw",

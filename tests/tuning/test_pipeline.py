@@ -32,7 +32,7 @@ from gputune.data.target import check_target
 from gputune.population.population import complete
 from gputune.report.snippet import snippet
 from gputune.spaces.edges import edge_remarks
-from gputune.spaces.space import PORTFOLIOS
+from gputune.spaces.portfolios import PORTFOLIOS
 from gputune.study.store import Store
 from problems import largest_difference, living_tensors
 from refused import refused
