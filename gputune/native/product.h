@@ -35,7 +35,9 @@ typedef real vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(rea
 #endif
 
 /* Two vectors in which the numbers of a and b alternate: FIRST takes their first halves, SECOND
-   their second halves. */
+   their second halves. With AVX2, these are the halves of each lane of 16 bytes, because an
+   instruction that moves numbers from one lane to the other takes longer. LOWER then takes the
+   lower lanes of a and b, and UPPER their upper lanes. */
 #ifdef DOUBLE
 #define NUMBERS (VECTOR_BYTES / 8)
 typedef int64_t places __attribute__((vector_size(VECTOR_BYTES)));
@@ -47,14 +49,26 @@ typedef int32_t places __attribute__((vector_size(VECTOR_BYTES)));
 #define FIRST 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define SECOND 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #elif NUMBERS == 8
-#define FIRST 0, 8, 1, 9, 2, 10, 3, 11
-#define SECOND 4, 12, 5, 13, 6, 14, 7, 15
+#define FIRST 0, 8, 1, 9, 4, 12, 5, 13
+#define SECOND 2, 10, 3, 11, 6, 14, 7, 15
+#define LOWER 0, 1, 2, 3, 8, 9, 10, 11
+#define UPPER 4, 5, 6, 7, 12, 13, 14, 15
+#elif NUMBERS == 4 && VECTOR_BYTES == 32
+#define FIRST 0, 4, 2, 6
+#define SECOND 1, 5, 3, 7
+#define LOWER 0, 1, 4, 5
+#define UPPER 2, 3, 6, 7
 #elif NUMBERS == 4
 #define FIRST 0, 4, 1, 5
 #define SECOND 2, 6, 3, 7
 #else
 #define FIRST 0, 2
 #define SECOND 1, 3
+#endif
+#ifdef LOWER
+#define LANE_COUNT 2
+#else
+#define LANE_COUNT 1
 #endif
 #ifdef __clang__
 #define IN_TURN(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -63,12 +77,19 @@ typedef int32_t places __attribute__((vector_size(VECTOR_BYTES)));
 #endif
 
 /* A block of LANES x LANES numbers of a, transposed into b. Each pass interleaves the first half of
-   the lines with the second half. After log2(LANES) passes the lines are the columns. */
+   the lines with the second half. After log2(LANES) passes the lines are the columns. With AVX2, all
+   passes except the last stay within the lanes, and the last pass exchanges the lanes of two lines.
+   The order of the first lines makes up for the difference. */
 ALWAYS_INLINE void transpose_block(const real *a, long a_row, real *b, long b_row) {
     vector line[LANES], next[LANES];
-    for (int p = 0; p < LANES; p++) line[p] = *(const vector *)(a + p * a_row);
+    for (int p = 0; p < LANES; p++)
+#ifdef LOWER
+        line[p] = *(const vector *)(a + (p % 2 * (LANES / 2) + p / 2) * a_row);
+#else
+        line[p] = *(const vector *)(a + p * a_row);
+#endif
 #pragma GCC unroll 4
-    for (int left = LANES; left > 1; left /= 2) {
+    for (int left = LANES; left > LANE_COUNT; left /= 2) {
 #pragma GCC unroll 8
         for (int p = 0; p < LANES / 2; p++) {
             next[2 * p] = IN_TURN(line[p], line[p + LANES / 2], FIRST);
@@ -77,6 +98,15 @@ ALWAYS_INLINE void transpose_block(const real *a, long a_row, real *b, long b_ro
 #pragma GCC unroll 16
         for (int p = 0; p < LANES; p++) line[p] = next[p];
     }
+#ifdef LOWER
+#pragma GCC unroll 8
+    for (int p = 0; p < LANES / 2; p++) {
+        next[p] = IN_TURN(line[p], line[p + LANES / 2], LOWER);
+        next[p + LANES / 2] = IN_TURN(line[p], line[p + LANES / 2], UPPER);
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < LANES; p++) line[p] = next[p];
+#endif
     for (int p = 0; p < LANES; p++) *(vector *)(b + p * b_row) = line[p];
 }
 
