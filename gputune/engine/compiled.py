@@ -28,7 +28,7 @@ from gputune.native.library import (
     OPTIMIZERS,
     ROW_SCORES,
     MemberWork,
-    fill_uniform,
+    fill_streams,
     library,
     make_work,
 )
@@ -266,7 +266,7 @@ class CompiledChunk:
         """Return the uniform random numbers of dropout for an epoch, and where each step's begin.
 
         Each step and layer has its own random stream, (rows, H), where rows is the longest
-        minibatch of the step. The threads divide the steps.
+        minibatch of the step. Each thread draws a range of steps.
         """
         depth = self.network.depth
         rows = self.draw_rows()
@@ -275,18 +275,21 @@ class CompiledChunk:
         if self.draw_buffer.numel() < starts[-1]:
             self.draw_buffer = torch.empty(int(starts[-1]), dtype=torch.float32)
 
-        def fill(steps: range) -> None:
-            for step in steps:
-                begin = int(starts[step])
-                for layer in range(depth):
-                    end = begin + int(counts[step])
-                    seed = stream_seed(self.seed, "dropout", epoch, step, layer)
-                    fill_uniform(seed, [self.draw_buffer[begin:end]])
-                    begin = end
+        def fill(begin: int, end: int) -> None:
+            seeds = [
+                stream_seed(self.seed, "dropout", epoch, step, layer)
+                for step in range(begin, end)
+                for layer in range(depth)
+            ]
+            drawn = self.draw_buffer[int(starts[begin]) : int(starts[end])]
+            fill_streams(seeds, np.repeat(counts[begin:end], depth).tolist(), drawn)
 
         threads = torch.get_num_threads()
+        # The threads draw about equally many numbers.
+        shares = starts[-1] * np.arange(threads + 1) // threads
+        bounds = np.searchsorted(starts, shares).tolist()
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(fill, [range(i, len(rows), threads) for i in range(threads)]))
+            list(pool.map(fill, bounds[:-1], bounds[1:]))
         return {
             "draws": self.draw_buffer,
             "draw_start": self.place(starts[:-1]),

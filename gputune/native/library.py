@@ -63,6 +63,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
         loaded = ctypes.CDLL(next(path for level, path in built.items() if level <= best))
         loaded.train_members.restype = ctypes.c_int
         loaded.draw_uniform.restype = None
+        loaded.draw_streams.restype = None
         loaded.step_functions.restype = ctypes.c_void_p
     except (OSError, AttributeError) as error:
         raise NotBuiltError(
@@ -88,6 +89,24 @@ def fill_uniform(seed: int, parts: Sequence[torch.Tensor]) -> bool:
         ctypes.c_int64(seed & 0xFFFFFFFF), ctypes.c_int64(len(parts)), places, counts
     )
     return True
+
+
+def fill_streams(seeds: Sequence[int], counts: Sequence[int], out: torch.Tensor) -> None:
+    """Fill a float32 tensor with the random numbers of several streams, one stream after another.
+
+    Stream i has the first ``counts[i]`` numbers of ``torch.rand`` for the seed ``seeds[i]``. One
+    call for many streams lets other threads run meanwhile. Raises NotBuiltError if gputune's
+    compiled C library is missing.
+    """
+    assert out.is_contiguous() and out.dtype == torch.float32 and out.numel() == sum(counts)
+    loaded = library(torch.float32)
+    numbers = ctypes.c_int64 * len(seeds)
+    loaded.draw_streams(
+        ctypes.c_int64(len(seeds)),
+        numbers(*(seed & 0xFFFFFFFF for seed in seeds)),
+        numbers(*counts),
+        ctypes.c_void_p(out.data_ptr()),
+    )
 
 
 _NUMBERS = (

@@ -163,3 +163,8 @@ void draw_uniform(int64_t seed, int64_t n, float *const *parts, const int64_t *c
             }
         }
 }
+
+/* Write the first counts[i] numbers of the stream of seeds[i] to ``out``, one stream after another. */
+void draw_streams(int64_t n, const int64_t *seeds, const int64_t *counts, float *out) {
+    for (int64_t i = 0; i < n; out += counts[i], i++) draw_uniform(seeds[i], 1, &out, counts + i);
+}

@@ -19,7 +19,15 @@ import torch
 import gputune
 from gputune.engine import compiled
 from gputune.native import library as native
-from gputune.native.library import FOLDER, LEVELS, MemberWork, NotBuiltError, fill_uniform, library
+from gputune.native.library import (
+    FOLDER,
+    LEVELS,
+    MemberWork,
+    NotBuiltError,
+    fill_streams,
+    fill_uniform,
+    library,
+)
 from native.emulated import bytes_of, written
 from problems import (
     Linear,
@@ -113,6 +121,17 @@ def test_uniform_draws_are_those_of_torch(seed):
     assert fill_uniform(seed, parts)
     for part in parts:
         assert torch.equal(part, torch.rand(part.shape, generator=generator))
+
+
+@needs_compiled_code
+def test_streams_are_drawn_one_after_another():
+    seeds = [5, 2**63 - 1, 0]
+    counts = [700, 0, 33]
+    out = torch.empty(sum(counts))
+    fill_streams(seeds, counts, out)
+    for seed, count, part in zip(seeds, counts, out.split(counts)):
+        generator = torch.Generator().manual_seed(seed)
+        assert torch.equal(part, torch.rand(count, generator=generator))
 
 
 @needs_compiled_code

@@ -28,10 +28,11 @@ from gputune.scoring.validation import Validation
 from gputune.wording import option
 
 _DEEPEST = 63  # most hidden layers that the compiled code can hold
-# An epoch of compiled members is long compared with the work between two epochs.
-_CHUNK_BYTES = 64 << 20
-# For a user's module, whose chunks each take some tenths of a second to begin.
-_MODULE_CHUNK_BYTES = 256 << 20
+# An epoch of compiled members is long compared with the work between two epochs. Large chunks also
+# have advantages: the threads of a chunk wait for its longest member once per epoch, the members of
+# a chunk share the draws of dropout, and a chunk of a user's module takes some tenths of a second to
+# begin.
+_CHUNK_BYTES = 256 << 20
 
 _NOT_MEASURED = (
     f"a module trains in compiled code only if {option('backend', 'auto')} has timed it on this "
@@ -109,7 +110,7 @@ class Compiled(Backend):
         return stacked_cost(sizes) if is_module(sizes.kind) else by_member_cost(sizes)
 
     def chunk_bytes(self, kind: ModelKind, device: torch.device, free: int | None) -> int:
-        return _MODULE_CHUNK_BYTES if is_module(kind) else _CHUNK_BYTES
+        return _CHUNK_BYTES
 
     def cuts_freely(self, kind: ModelKind) -> bool:
         # Each chunk of a user's module traces the step again.
