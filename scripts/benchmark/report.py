@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -175,6 +175,11 @@ def kept_clock(path: Path) -> Iterator[Clock]:
         yield clock
     finally:
         path.write_text(json.dumps(clock()))
+
+
+def script_parser(description: str | None) -> ArgumentParser:
+    """Return a parser whose help text has the description with its line breaks."""
+    return ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
 
 
 def run_script(

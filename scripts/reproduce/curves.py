@@ -26,9 +26,9 @@ written file has the arrays ``mlp`` and ``realmlp`` of shape (tables, configurat
 and the text ``description``, in JSON. docs/published-results.md shows how to read them.
 """
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,14 @@ from sklearn.model_selection import ParameterSampler
 import gputune
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmark.report import describe_machine, kept_clock, positive, run_script, table
+from benchmark.report import (
+    describe_machine,
+    kept_clock,
+    positive,
+    run_script,
+    script_parser,
+    table,
+)
 from benchmark.studies.tables import FOLDS, ROWS, Load, Split, loader, split_of
 
 TABLES = {
@@ -192,7 +199,7 @@ def read_loader(path: Path) -> Load:
         ) from error
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Namespace) -> int:
     """Train all configurations on all tables, and write the file of curves."""
     load = read_loader(options.file)
     machine = describe_machine()
@@ -285,9 +292,7 @@ WHOLE = 500
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the options and run; the exit code is 2 for invalid files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("file", type=Path, metavar="FILE.py", help="has load(name) -> X, y, task of the tables")
     add("out", type=Path, metavar="OUT.npz", help="file of the curves")

@@ -20,9 +20,9 @@ All configurations train on the same seeded split: 60% of the rows train, and 20
 remaining 20% are not used.
 """
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,16 @@ from scipy.stats import spearmanr
 import gputune
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmark.report import HERE, Clock, describe_machine, positive, publish, run_script, table
+from benchmark.report import (
+    HERE,
+    Clock,
+    describe_machine,
+    positive,
+    publish,
+    run_script,
+    script_parser,
+    table,
+)
 
 DESCRIPTION = """\
 A random sample of FCNet's grid "protein structure" (Klein and Hutter 2019, arXiv:1905.04970), trained again with
@@ -208,7 +217,7 @@ def member_steps(grid: Grid, n_train: int, epochs: int) -> int:
     return sum(epochs * -(-n_train // config["batch_size"]) for config in grid.configs)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Namespace) -> int:
     """Train the sample, print the comparison, and write the result file."""
     X, y = read_rows(options.rows)
     grid = read_grid(options.table)
@@ -255,9 +264,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the options and run; the exit code is 2 for invalid files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("rows", type=Path, metavar="ROWS", help="text file of the data, the target last")
     add("table", type=Path, metavar="TABLE", help=".npz file of the published grid")

@@ -18,9 +18,9 @@ mean training loss. The script runs the notebook's loop in plain PyTorch, and th
 with ``gputune.hypergradient``.
 """
 
-import argparse
 import math
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -37,7 +37,16 @@ from tqdm import tqdm
 import gputune
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmark.report import HERE, Clock, describe_machine, positive, publish, run_script, table
+from benchmark.report import (
+    HERE,
+    Clock,
+    describe_machine,
+    positive,
+    publish,
+    run_script,
+    script_parser,
+    table,
+)
 
 DESCRIPTION = """\
 Test accuracy of gputune's built-in models on MNIST-1D (Greydanus 2020, arXiv:2011.14439), tuned with cross-validation
@@ -198,7 +207,7 @@ def summary(results: Sequence[Result], n_test: int) -> list[dict[str, Any]]:
     return lines
 
 
-def compare(options: argparse.Namespace) -> int:
+def compare(options: Namespace) -> int:
     """Tune the models with each seed, and write the result file."""
     rows = load()
     machine = describe_machine()
@@ -393,7 +402,7 @@ def learn_rate(rows: Rows, start: float, *, steps: int, outer_steps: int) -> Lea
     return LearnedRate(start, plain, found, cpu_plain, cpu_found)
 
 
-def compare_rates(options: argparse.Namespace) -> int:
+def compare_rates(options: Namespace) -> int:
     """Learn the rate from both initial rates, and write the result file."""
     rows = load()
     machine = describe_machine()
@@ -423,16 +432,14 @@ def compare_rates(options: argparse.Namespace) -> int:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Namespace) -> int:
     """Repeat the notebook, or tune the models."""
     return compare_rates(options) if options.learn_rate else compare(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the options and run; the exit code is 2 if the package mnist1d is missing."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add(
         "--models",

@@ -13,8 +13,8 @@ run can be continued: each search has its own study in --studies, and results in
 not measured again.
 """
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from benchmark.report import (
     publish,
     published,
     run_script,
+    script_parser,
     table,
 )
 
@@ -260,7 +261,7 @@ def scores(results: Sequence[Result]) -> str:
     return table("table|model|test score|trials in it|seconds|CPU seconds|on", rows)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Namespace) -> int:
     machine = describe_machine()
     results = published(options.out, "tuned-mlp", machine, "results", Result)
     for name in options.tables:
@@ -285,9 +286,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help=f"the tables, from {ADDRESS}")
     add("--tables", nargs="+", choices=PUBLISHED, default=[*PUBLISHED])
