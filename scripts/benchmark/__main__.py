@@ -108,7 +108,7 @@ measures, prints and writes; it returns 0, or 1 where what must hold does not: t
 nothing, but for ``--optuna``, ``--operations``, and ``--modules``, which leaves out the rows that
 disagree."""
 
-RECORDS = ("digits", "california", "adult")
+RECORDS = ("digits", "california", "adult", "mnist1d")
 
 HELP = {
     "epochs": "default 20, with --hypergradients 5, --grid 10, --quality 27",
