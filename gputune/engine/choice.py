@@ -37,7 +37,7 @@ from gputune.engine.backends.selection import choose_backend, refusals, trains_a
 from gputune.engine.backends.table import backend_named
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.members import MemberChunk
-from gputune.engine.plan import cores, repeats_frozen_layers, shares_most_layers
+from gputune.engine.plan import TIMED_STEPS, cores, repeats_frozen_layers, stacks_untimed
 from gputune.engine.reuse import ChunkPool
 from gputune.errors import warn
 from gputune.fallback import words_unless_strict
@@ -269,8 +269,6 @@ def work_of_a_step(
     return float(parameters(n_features, *hidden, n_outputs)) * (10 + batch) / timed
 
 
-# Steps of an epoch, all of one shape. They are recorded in the first epoch.
-_STEPS = 3
 _TRIED_EPOCHS = 4
 # Seconds of all members one by one. A shorter training ends before the timing could help.
 _WORTH_SECONDS = 3.0
@@ -313,7 +311,8 @@ def fastest_way(
     data = data.of(group.configs[0])
     traits = job.traits.get(group.arguments)
     repeats = repeats_frozen_layers(traits, data)
-    if repeats and shares_most_layers(traits, len(group.index)):
+    folds = len(data.train_lengths)
+    if repeats and stacks_untimed(traits, len(group.index), folds, member_steps):
         return FastestWay(uncoded=_REPEATS)
     short_data = _few_steps(data, group)
     tell("one by one")
@@ -371,7 +370,7 @@ def fastest_way(
 
 def _few_steps(data: Dataset, group: Population) -> Dataset:
     """Return the data with few training rows in each fold, so that an epoch has few steps."""
-    rows = _STEPS * group.configs[0]["batch_size"]
+    rows = TIMED_STEPS * group.configs[0]["batch_size"]
     folds = [Fold(fold.train[:rows], fold.valid) for fold in data.folds]
     return replace(data, folds=tuple(folds))
 

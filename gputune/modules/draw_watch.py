@@ -108,6 +108,8 @@ class Trail:
         self._weights = 0
         self._shared_weights = 0
         self._is_shared = True
+        self.convolves = False
+        """Whether a convolution was called behind the first trained layer, or is such a layer."""
         self._has_frozen = not all(w.requires_grad for w in module.parameters())
 
     @contextmanager
@@ -148,6 +150,7 @@ class Trail:
             numbers = sum(w.numel() for w in weights)
             self._weights += numbers
             self._shared_weights += numbers if self._is_shared else 0
+            self.convolves |= not self._is_shared and any(w.dim() > 2 for w in weights)
         if isinstance(result, Tensor) and (result.requires_grad or not self._has_frozen):
             self.largest = max(self.largest, result.numel())
 

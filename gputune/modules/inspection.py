@@ -223,6 +223,7 @@ def _traits_after_a_call(trial: ModuleTrial, untrained: Untrained) -> Traits:
         parameters=sum(w.numel() for w in trainable.values()),
         frozen=sum(w.numel() for w in module.parameters() if not w.requires_grad),
         shared=0.0 if any(w.dim() > 2 for w in trainable.values()) else trial.trail.shared,
+        convolves=trial.trail.convolves,
         writes=trial.writes.has_written,
         draws=trial.watch.draws or bool(outside),
         branches=trial.watch.branches,

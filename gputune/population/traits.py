@@ -44,6 +44,8 @@ class Traits:
     frozen: int = 0  # number of frozen parameters
     # share of its weights in frozen layers before the first trained layer; 0 if convolutions train
     shared: float = 0.0
+    # whether a convolution trains, or follows the first trained layer
+    convolves: bool = False
     # whether a row's outputs are positive with the sum 1, as after a softmax
     probabilities: bool = False
     # by how much members were measured to train faster one by one; "" if not, or not known

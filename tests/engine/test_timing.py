@@ -126,6 +126,31 @@ def test_trials_that_share_most_of_their_layers_are_stacked_without_a_timing(
     assert found.uncoded == "compiled code computes the frozen layers again for each trial"
 
 
+@pytest.mark.parametrize(
+    ("steps", "convolves", "is_timed"),
+    [
+        # A timing takes 8 steps of 4 trials (3 stacked, one in the loop) on 2 folds: 64.
+        (1280, False, True),
+        (1279, False, False),
+        (1279, True, True),
+    ],
+)
+def test_a_short_training_behind_frozen_layers_is_stacked_without_a_timing(
+    monkeypatch, steps, convolves, is_timed
+):
+    seconds = {"loop": 0.01, "recorded": 0.02}
+    monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: seconds[backend])
+    configs = (CHUNK.configs * 2)[:3]
+    chunk = replace(CHUNK, index=(0, 1, 2), configs=configs)
+    traits = Traits(common_rows=True, frozen=1 << 20, parameters=100, convolves=convolves)
+    job = replace(JOB, traits={chunk.arguments: traits})
+    found = fastest_way(job, DATA, chunk, member_steps=steps)
+    assert (bool(found.seconds), bool(found.slow)) == (is_timed, is_timed)
+    small = replace(job, traits={chunk.arguments: replace(traits, frozen=1000)})
+    monkeypatch.setattr(choice, "_compiled_seconds", lambda job, data, chunk, check_build: 0.1)
+    assert fastest_way(small, DATA, chunk, member_steps=steps).seconds
+
+
 def test_merged_rows_are_timed_by_their_name(monkeypatch):
     seconds = {"loop": 0.001, "merged": 0.002}
     monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: seconds[backend])

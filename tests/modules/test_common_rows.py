@@ -153,9 +153,34 @@ def test_the_share_of_weights_before_the_first_trained_layer_is_known():
     d, k = data.n_features, data.n_outputs
     expected = 16 * d / (16 * d + 16 * 8 + 8 * k)
     for build in (Frozen, Embedded):
-        assert traits_of(build, CONFIGS[0], data).shared == pytest.approx(expected)
+        traits = traits_of(build, CONFIGS[0], data)
+        assert traits.shared == pytest.approx(expected) and not traits.convolves
     convolving = {**CONFIGS[0], "module__convolves": True}
-    assert traits_of(Embedded, convolving, data).shared == 0
+    traits = traits_of(Embedded, convolving, data)
+    assert traits.shared == 0 and traits.convolves
+
+
+class Convolved(nn.Module):
+    """A trained layer before or behind a frozen convolution."""
+
+    def __init__(self, n_features, n_outputs, behind):
+        super().__init__()
+        self.behind = behind
+        self.trained = nn.Linear(n_features, n_features)
+        self.convolution = nn.Conv1d(1, 1, 1).requires_grad_(False)
+        self.head = nn.Linear(n_features, n_outputs)
+
+    def forward(self, x):
+        if self.behind:
+            x = self.trained(x)
+        x = self.convolution(x[:, None])[:, 0]
+        return self.head(x if self.behind else self.trained(x))
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_convolution_behind_a_trained_layer_is_noticed(behind):
+    config = {**CONFIGS[0], "module__behind": behind}
+    assert traits_of(Convolved, config, make_data()).convolves == behind
 
 
 def test_a_module_without_frozen_parameters_maps_its_rows():
