@@ -178,6 +178,8 @@ TENSOR_NUMBERS = ("standard", "none")
 """The ways to prepare tensors, images and sequences."""
 
 
+LARGE_TABLE = 50_000
+"""Number of rows of a table up to which the defaults of a search do not depend on the rows."""
 KEPT_BYTES = 128 << 20
 """Bytes of the outputs that a study keeps.
 

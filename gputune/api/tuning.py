@@ -69,9 +69,9 @@ def tune(
     numbers: Numbers | Literal["auto"] = "auto",
     optimizer: str | type[torch.optim.Optimizer] | None = None,
     schedule: ScheduleWord = "constant",
-    max_epochs: int = 50,
+    max_epochs: int | Literal["auto"] = "auto",
     n_ens: int = 1,
-    patience: int | None = None,
+    patience: int | Literal["auto"] | None = "auto",
     epoch: Literal["best", "last"] = "best",
     timeout: float | str | None = None,
     target_score: float | None = None,
@@ -263,14 +263,17 @@ def tune(
             - "flat_cos": 1 in the first half of the steps, then half a cosine to 0.
 
         max_epochs: number of epochs that a trial trains at most, at least 1. Schedules always span
-            this number.
+            this number. "auto": 50. For a built-in model and n > 50,000 rows, "auto" means
+            50 x 50,000 / n, and at least 10.
         n_ens: number of networks (at least 1) that each trial trains per fold, for the models "mlp"
             and "realmlp". They have different initial weights and orders of the rows, and their
             predictions are averaged: probabilities of classes, or numbers. Each score is the score
             of this average. The tuned model contains all networks.
         patience: number of epochs (at least 1) without a better mean validation score after which a
             trial ends. Its members then leave their population. The trial is scored at its best
-            epoch. None: all trials train for ``max_epochs``.
+            epoch. None: all trials train for ``max_epochs``. "auto": None up to 50,000 rows, for
+            your own module, and with a learning rate schedule. Otherwise a quarter of
+            ``max_epochs``, and at least 3.
         epoch: "best" takes the mean validation score at the best epoch, "last" the one after the
             last epoch.
         timeout: time (above 0) after which training stops at the end of the running epoch: a number

@@ -89,7 +89,7 @@ def _time_text(planned: Preview[Study], options: Options) -> str:
     seconds = plan.seconds / (plan.workers * plan.threads)
     limits = []
     seconds *= method.trainings_per_trial
-    if method.decides_length or options.training.patience is not None:
+    if method.decides_length or planned.study.record.patience is not None:
         limits.append("at most, because trials may end early")
     if options.search.timeout is not None:
         limits.append(f"the timeout ends it after {seconds_text(options.search.timeout)}")

@@ -55,7 +55,7 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
             Job,
             epochs=epochs,
             checkpointing=context.checkpointing(numbers),
-            patience=context.options.training.patience,
+            patience=context.options.training.patience_epochs,
             numbers=tuple(numbers),
         )
         outcomes = context.trainer.train(
@@ -111,7 +111,7 @@ def _finish_chunk(context: Context, trials: Sequence[Candidate], outcome: Outcom
 
     With the option ``patience``, cut each learning curve at the epoch where its trial ended.
     """
-    patience = context.options.training.patience
+    patience = context.options.training.patience_epochs
     results = []
     context.note_fault(outcome.fault)
     context.profile.spent += outcome.spent

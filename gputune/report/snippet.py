@@ -12,7 +12,7 @@ from gputune.study.record import RECORD_FIELDS, SearchRecord
 from gputune.study.study import Study, Trial, best_trial
 from gputune.study.values import to_json
 from gputune.text import clean
-from gputune.types import Json
+from gputune.types import LARGE_TABLE, Json
 from gputune.views.scores import epochs_by
 
 _LONGEST = 70
@@ -246,6 +246,8 @@ def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
         "n_ens": str(SearchRecord.n_ens),
         "schedule": "'constant'",
     }
+    if record.fingerprint["rows"] > LARGE_TABLE:
+        del defaults["patience"]  # the default depends on the number of rows
     return {name: value for name, value in options.items() if value != defaults.get(name)}
 
 

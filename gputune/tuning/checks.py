@@ -50,12 +50,14 @@ def backend(name: str, value: object) -> object:
     return value
 
 
-def count(name: str, value: object, *, none: bool = False) -> object:
+def count(name: str, value: object, *, none: bool = False, auto: bool = False) -> object:
     """Raise InputError unless an option's value is an integer >= 1.
 
-    None is valid only with ``none=True``. Returns the unchanged value.
+    None is valid only with ``none=True``, and "auto" only with ``auto=True``. Returns the unchanged
+    value.
     """
-    check_count(value, name, none=none)
+    if not (auto and isinstance(value, str) and value == "auto"):
+        check_count(value, name, none=none)
     return value
 
 

@@ -207,7 +207,7 @@ def train_given(
     space: CheckedSpace = [{key: [value] for key, value in config.items()} for config in params]
     setup = set_up(problem, space, folds, trials, configs, progress)
     context = context_without_study(setup, progress)
-    epochs = options.training.max_epochs
+    epochs = options.training.epochs
     plan = context.plan(configs, epochs=epochs)
     job = context.trainer.job(Job, epochs=epochs)
     curves = np.full((len(configs), epochs, len(folds)), np.nan)

@@ -204,20 +204,26 @@ def method_from_json(value: str | Json) -> Method:
     return method_class(value["name"]).from_json(options)
 
 
-def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
-    """Raise InputError if the option ``patience`` has no effect in a search.
+def why_no_patience(method: Method, epoch: str, *, solved: bool) -> str:
+    """Return the reason why the option ``patience`` has no effect in a search, as a clause, or "".
 
     ``patience`` needs trials that train epoch by epoch and are scored at their best epoch. The
     method must not decide itself how long a trial trains.
     """
     if solved:
         solver = option("optimizer", "exact")
-        reason = f"the logistic regression solved with {solver} has no epochs"
-    elif epoch == "last":
-        reason = f"{option('epoch', 'last')} scores the last epoch"
-    elif method.decides_length:
-        reason = f"{option('method', method.name)} {method.about_length}"
-    else:
+        return f"the logistic regression solved with {solver} has no epochs"
+    if epoch == "last":
+        return f"{option('epoch', 'last')} scores the last epoch"
+    if method.decides_length:
+        return f"{option('method', method.name)} {method.about_length}"
+    return ""
+
+
+def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
+    """Raise InputError if the option ``patience`` has no effect in a search."""
+    reason = why_no_patience(method, epoch, solved=solved)
+    if not reason:
         return
     raise InputError(
         "patience",

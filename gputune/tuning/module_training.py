@@ -56,7 +56,7 @@ def own_training(
         configs = draw(checked_space(choice, options), _TRIED, search.random_state)
     shape = _shape(target, layout, numbers)
     rows = len(target.values)
-    horizon = Horizon(training.max_epochs, training.max_epochs * -(-rows // DEFAULTS["batch_size"]))
+    horizon = Horizon(training.epochs, training.epochs * -(-rows // DEFAULTS["batch_size"]))
     found: list[tuple[Config, OwnTraining]] = []
     for config in configs:
         arguments = module_arguments(config)

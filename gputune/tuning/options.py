@@ -240,29 +240,45 @@ class RowOptions(OptionGroup):
     )
 
 
+DEFAULT_EPOCHS = 50
+"""The default of ``max_epochs``, except for large tables (``length.py``)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(OptionGroup):
     """The options on the training of one configuration, such as epochs and loss."""
 
-    max_epochs: int = _search(
-        50,
+    @property
+    def epochs(self) -> int:
+        """The maximum number of epochs, in a search that has replaced "auto"."""
+        return DEFAULT_EPOCHS if self.max_epochs == "auto" else self.max_epochs
+
+    @property
+    def patience_epochs(self) -> int | None:
+        """The patience in epochs, or None, in a search that has replaced "auto"."""
+        return None if self.patience == "auto" else self.patience
+
+    max_epochs: int | Literal["auto"] = _search(
+        "auto",
         "--epochs <INT>",
         "Maximum number of epochs",
         "With --method hypergradient the derivative spans all epochs, so a short training run "
-        "favors small learning rates.",
-        "50",
+        "favors small learning rates. Above 50,000 rows, the built-in models train for 50 epochs x "
+        "50,000 / rows, at least 10.",
+        "50, fewer above 50,000 rows",
         takes="1..",
-        check=checks.count,
+        check=partial(checks.count, auto=True),
         stored=True,
     )
-    patience: int | None = _stopping(
-        None,
+    patience: int | Literal["auto"] | None = _stopping(
+        "auto",
         "--patience <INT>",
         "Stop a trial after this number of epochs without a better score",
-        "The score is the mean over the folds.",
+        "The score is the mean over the folds. Above 50,000 rows, the default of a built-in model "
+        "without a schedule is a quarter of the epochs, at least 3.",
         "all train to the end",
         takes="1..",
-        check=partial(checks.count, none=True),
+        check=partial(checks.count, none=True, auto=True),
     )
     epoch: Literal["best", "last"] = option_field("best", check=checks.one_of("best", "last"))
     n_ens: int = _model(

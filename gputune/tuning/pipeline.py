@@ -35,6 +35,7 @@ from gputune.tuning.callbacks import Callbacks
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.context import Context
 from gputune.tuning.interrupt import CTRL_C
+from gputune.tuning.length import with_length
 from gputune.tuning.method import check_patience
 from gputune.tuning.problem import Problem, make_problem
 from gputune.tuning.progress import PREPARING, Profile, Progress
@@ -278,14 +279,15 @@ def _prepare(call: SearchCall, progress: Progress, store: Store | None) -> Setup
 def _problem_and_space(call: SearchCall) -> tuple[Problem, CheckedSpace]:
     """Check the arguments of a search, and return its problem, which has the encoded rows, and the
     search space."""
-    options = call.options
     # An invalid space is refused before the rows are encoded.
-    checked_space(call.choice, options)
-    check_networks(call.choice, options)
+    early_space = checked_space(call.choice, call.options)
+    check_networks(call.choice, call.options)
+    options, remarks = with_length(call.options, call.choice, early_space, len(call.source.X))
     if options.training.patience is not None:
         check_patience(options.search.method, options.training.epoch, solved=call.choice.solved)
     task = chosen_task(call.source, call.choice, options)
     problem = make_problem(call.source, task, call.choice, options)
+    problem = replace(problem, remarks_on_length=remarks)
     # The space is checked again, because the target decides some defaults of the choice.
     space = checked_space(problem.choice, options)
     return problem.with_space(space, with_earlier(options.search, space)), space
@@ -302,6 +304,7 @@ def _record(setup: Setup, context: Context) -> SearchRecord:
     pretrained = pretrained_of(problem.choice.module_class)
     remarks = [
         *problem.remarks_on_target(),
+        *problem.remarks_on_length,
         *(() if pretrained is None else pretrained.remarks()),
         *filter(None, [problem.choice.own_remark]),
         *notes(
@@ -374,7 +377,7 @@ def _trainer(setup: Setup, stop: Stop, cluster: Connection | None, progress: Pro
         module_class=choice.module_class,
         objective=setup.problem.objective,
         seed=options.search.random_state,
-        horizon=1 if choice.solved else options.training.max_epochs,
+        horizon=1 if choice.solved else options.training.epochs,
         scoring=setup.scoring,
         memory=parse_memory(machine.memory),
         precision=machine.precision,

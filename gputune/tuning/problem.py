@@ -68,6 +68,8 @@ class Problem:
     columns: Columns
     numbers: Numbers
     objective: Objective | None
+    # remarks for the user on a number of epochs or a patience that depends on the number of rows
+    remarks_on_length: tuple[str, ...] = ()
 
     def device_choice(
         self, folds: Sequence[Rows], configs: Sequence[Config], *, repeats: float = 1.0
@@ -82,7 +84,7 @@ class Problem:
         work = Workload(
             kind=choice.kind,
             configs=configs or [choice.complete({}, options.training.schedule)],
-            epochs=options.training.max_epochs,
+            epochs=options.training.epochs,
             rows=[len(train) for train, _ in folds] * options.training.n_ens,
             repeats=repeats,
             n_outputs=self.target.n_outputs,

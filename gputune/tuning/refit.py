@@ -187,7 +187,7 @@ class ReopenedSearch:
             module_class=choice.module_class,
             objective=self.problem.objective,
             seed=seed,
-            horizon=options.training.max_epochs,
+            horizon=options.training.epochs,
             backend=backend,
             precision=options.machine.precision,
         )
