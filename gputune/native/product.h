@@ -48,11 +48,14 @@ typedef int32_t places __attribute__((vector_size(VECTOR_BYTES)));
 #if NUMBERS == 16
 #define FIRST 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define SECOND 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif NUMBERS == 8
+#elif NUMBERS == 8 && VECTOR_BYTES == 32
 #define FIRST 0, 8, 1, 9, 4, 12, 5, 13
 #define SECOND 2, 10, 3, 11, 6, 14, 7, 15
 #define LOWER 0, 1, 2, 3, 8, 9, 10, 11
 #define UPPER 4, 5, 6, 7, 12, 13, 14, 15
+#elif NUMBERS == 8
+#define FIRST 0, 8, 1, 9, 2, 10, 3, 11
+#define SECOND 4, 12, 5, 13, 6, 14, 7, 15
 #elif NUMBERS == 4 && VECTOR_BYTES == 32
 #define FIRST 0, 4, 2, 6
 #define SECOND 1, 5, 3, 7
