@@ -65,27 +65,30 @@ def run(options: Namespace) -> int:
 
 
 def measure_record(task: Task, options: Namespace) -> None:
-    """Measure one record with all seeds, and write its log file."""
+    """Measure one record with all seeds, and write its log file.
+
+    The file is written after each seed, so that a stopped measurement keeps the seeds that ended.
+    """
     machine = describe_machine()
     load = os.getloadavg()[0]
-    attempts = []
-    for seed in range(options.seeds):
-        attempts.append(in_fresh_process(task, seed, options.data))
-        print(f"{task.name}, {attempts[-1]}", flush=True)
-    log = {
-        "record": task.name,
-        "machine": machine,
-        "load": round(load, 1),
-        "change": options.change,
-        "work": task.work,
-        "target": task.target,
-        "p": p_value(task, attempts),
-        "seeds": [asdict(attempt) for attempt in attempts],
-    }
     logs = options.out / "records"
     logs.mkdir(parents=True, exist_ok=True)
     path = logs / log_name(task, machine)
-    path.write_text(json.dumps(log, indent=1, allow_nan=False) + "\n")
+    attempts: list[Attempt] = []
+    for seed in range(options.seeds):
+        attempts.append(in_fresh_process(task, seed, options.data))
+        print(f"{task.name}, {attempts[-1]}", flush=True)
+        log = {
+            "record": task.name,
+            "machine": machine,
+            "load": round(load, 1),
+            "change": options.change,
+            "work": task.work,
+            "target": task.target,
+            "p": p_value(task, attempts),
+            "seeds": [asdict(attempt) for attempt in attempts],
+        }
+        path.write_text(json.dumps(log, indent=1, allow_nan=False) + "\n")
     print(verdict(task, attempts))
     print(f"written: {path}")
 
