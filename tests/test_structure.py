@@ -180,7 +180,7 @@ def test_a_public_name_stays_itself_whatever_is_imported():
 
 def test_the_signature_of_tune():
     expected = (
-        "model X y space n_trials include include_default warm_start method cv groups scoring "
+        "model X y preset space n_trials include include_default warm_start method cv groups scoring "
         "positive task missing_target target_transform loss training_step augment class_weight "
         "sample_weight drop kinds max_levels columns numbers optimizer schedule max_epochs "
         "n_ens patience epoch timeout target_score patience_trials study checkpoint_seconds device "

@@ -2,6 +2,7 @@
 interrupted search."""
 
 from collections.abc import Callable, Collection, Mapping
+from contextvars import ContextVar
 from functools import partial, wraps
 from inspect import signature
 from typing import ParamSpec, TypeVar, cast
@@ -32,6 +33,14 @@ _OTHER_NAMES: Mapping[str, str] = {
 would not find these pairs."""
 
 
+_passed: ContextVar[frozenset[str]] = ContextVar("passed", default=frozenset())
+
+
+def passed_arguments() -> frozenset[str]:
+    """Return the names of the arguments that the caller passed to the running public function."""
+    return _passed.get()
+
+
 def public(function: Callable[Given, Value]) -> Callable[Given, Value]:
     """Decorate a public function so that its errors help a user at a Python prompt.
 
@@ -39,11 +48,13 @@ def public(function: Callable[Given, Value]) -> Callable[Given, Value]:
     does. In a notebook or at a prompt, an interrupted search returns its study so far.
     """
     known = signature(function).parameters
+    order = tuple(known)
     advice = partial(_advice, known.keys())
     hinted = with_argument_hints(_OTHER_NAMES, advice)(function)
 
     @wraps(function)
     def called(*args: Given.args, **kwargs: Given.kwargs) -> Value:
+        token = _passed.set(frozenset([*order[: len(args)], *kwargs.keys()]))
         try:
             return hinted(*args, **kwargs)
         except SearchInterrupted as stopped:
@@ -55,6 +66,8 @@ def public(function: Callable[Given, Value]) -> Callable[Given, Value]:
             Progress(cast(int, kwargs.get("verbose", 1))).say(str(stopped))
             so_far: Value = stopped.study
             return so_far
+        finally:
+            _passed.reset(token)
 
     return called
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch.utils.data import Dataset
 
-from gputune.api.interactive import public
+from gputune.api.interactive import passed_arguments, public
 from gputune.api.study import Study
 from gputune.data.columns import Columns
 from gputune.data.kinds import Kind
@@ -26,6 +26,7 @@ from gputune.tuning.interrupt import script_signals
 from gputune.tuning.method import Method
 from gputune.tuning.options import make_options
 from gputune.tuning.pipeline import search as search_rows
+from gputune.tuning.presets import AUTO, check_preset, with_preset
 from gputune.tuning.progress import reading_bar
 from gputune.tuning.record import SearchCall, read_rows
 from gputune.types import (
@@ -44,6 +45,7 @@ def tune(
     X: object,
     y: object = None,
     *,
+    preset: str | None = None,
     space: object = None,
     n_trials: int = 64,
     include: Sequence[Mapping[str, object]] = (),
@@ -102,7 +104,8 @@ def tune(
               sequences) or "gru" (for sequences);
             - a ``torch.nn.Module`` class, or a function or ``functools.partial`` that returns a
               module;
-            - "FILE.py:NAME", such a class or function in a Python file.
+            - "FILE.py:NAME", such a class or function in a Python file;
+            - "auto": the model that ``preset`` chooses.
 
             A class or function is called with the trial's ``module__*`` values, and with
             ``n_features``, ``n_outputs``, ``input_shape`` and ``feature_groups`` if its signature
@@ -117,6 +120,16 @@ def tune(
 
         y: the targets, or the name of the target column of a file or DataFrame. If X is a .npy
             file, y is another .npy file.
+        preset: a named choice of model, portfolio, trials, folds, epochs, patience, number of
+            networks and calibration for a table, from its numbers of rows and columns and from
+            ``timeout``. Arguments that you pass win over the preset. gputune prints the choices.
+
+            - "best": RealMLP, meant for ``study.ensemble()``.
+            - "medium": an MLP, meant for ``study.ensemble()``.
+            - "fast": an MLP, within a minute.
+
+            Pass "auto" as the model to let the preset choose it. Presets exist only for "mlp" and
+            "realmlp".
         space: the hyperparameters to search. None: the default space of the model.
 
             - A dict from a hyperparameter to its values: a list, a scipy.stats distribution,
@@ -398,7 +411,10 @@ def tune(
         callbacks=callbacks,
         verbose=verbose,
     )
-    choice = choose_model(model, optimizer)
+    if preset is not None:
+        check_preset(preset, model)
+    chosen_by_preset = preset is not None and model == AUTO
+    choice = choose_model("mlp" if chosen_by_preset else model, optimizer)
     # Read the Dataset here, behind a progress bar. ``read_source`` would read it silently.
     if choice.takes_arrays and isinstance(X, Dataset):
         X, y = read_dataset(X, y, partial(reading_bar, verbose=options.machine.verbose))
@@ -409,6 +425,8 @@ def tune(
             sample_weight=select_values(options.training.sample_weight, source.positions)
         )
     call = SearchCall(choice, source, options)
+    if preset is not None:
+        call = with_preset(call, preset, model, optimizer, passed_arguments())
     return search_rows(call, script_signals(), study_type=Study)
 
 

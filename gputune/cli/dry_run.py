@@ -25,13 +25,15 @@ def dry_run(arguments: argparse.Namespace, call: SearchCall, study_file: Path) -
         call.source,
         options,
         intervals=bool(arguments.intervals),
-        calibrate=bool(arguments.calibrate),
+        calibrate=bool(arguments.calibrate) or call.final_model.get("calibrate", False),
     )
     planned = preview(call, verbose=arguments.verbose, interface=CommandLine(), study_type=Study)
     study = planned.study
     ending = Ending(arguments.file, study, call.source, study_file, planned.layout)
     method = options.search.method.name
     lines = facts(ending)
+    if call.preset:
+        lines.append(("Preset", CommandLine().render(call.preset)))
     if method != "random":
         lines.append(("Method", method))
     lines += notes_on(study)

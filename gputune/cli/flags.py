@@ -12,6 +12,7 @@ from gputune.entry_points import integrations
 from gputune.executors.cluster import cluster_class
 from gputune.tuning.method import method_classes
 from gputune.tuning.options import RULES
+from gputune.tuning.preset_table import PRESETS
 from gputune.tuning.rules import (
     COMPUTE,
     DATA,
@@ -42,6 +43,11 @@ def _help_of_methods() -> str:
     """Return one sentence about each search method that describes itself."""
     methods = METHOD_CLASSES.values()
     return " ".join(f"{kind.name}: {kind.help}." for kind in methods if kind.help)
+
+
+def _help_of_presets() -> str:
+    """Return one sentence about each preset."""
+    return " ".join(f"{name}: {preset.help}." for name, preset in PRESETS.items())
 
 
 _FIRST_RULES: dict[str, dict[str, Rule]] = {
@@ -76,6 +82,13 @@ _FIRST_RULES: dict[str, dict[str, Rule]] = {
         ),
     },
     SEARCH: {
+        "preset": Rule(
+            "--preset <NAME>",
+            "Choice of model, trials, epochs and ensemble for a table",
+            "The choices depend on the rows, the columns and --timeout. Flags that you write win over "
+            f"the preset. {_help_of_presets()}",
+            values=tuple(PRESETS),
+        ),
         "config_file": Rule(
             "--config <FILE>",
             "TOML file with options",

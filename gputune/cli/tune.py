@@ -59,6 +59,7 @@ from gputune.tuning.interrupt import (
 )
 from gputune.tuning.options import RowOptions
 from gputune.tuning.pipeline import search
+from gputune.tuning.presets import AUTO, check_preset, with_preset
 from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.record import SearchCall, read_rows, recorded_search
 from gputune.tuning.session import checked_space, first_trials
@@ -83,7 +84,11 @@ def tune(arguments: argparse.Namespace) -> str:
     _check_out(out)
     options = options_of(arguments, out / STUDY)
     rows = options.rows
-    choice = choose_model(arguments.model or "mlp", arguments.optimizer)
+    preset = getattr(arguments, "preset", None)
+    model = arguments.model or (AUTO if preset is not None else "mlp")
+    if preset is not None:
+        check_preset(preset, model)
+    choice = choose_model("mlp" if model == AUTO else model, arguments.optimizer)
     with profile.clock(PREPARING):
         source = read_rows(choice, rows, arguments.file, arguments.target, arguments.groups)
     task = chosen_task(source, choice, options)
@@ -101,10 +106,12 @@ def tune(arguments: argparse.Namespace) -> str:
     if arguments.json and (arguments.dry_run or arguments.profile):
         other = "--dry-run" if arguments.dry_run else "--profile"
         raise InputError(None, f"--json and {other} exclude each other", remedy="Leave one out.")
+    call = SearchCall(choice, rest, options, test)
+    if preset is not None:
+        call = with_preset(call, preset, model, arguments.optimizer, typed_options(arguments))
     if arguments.dry_run:
-        return dry_run(arguments, SearchCall(choice, rest, options, test), out / STUDY)
+        return dry_run(arguments, call, out / STUDY)
     with _folder((options.machine.study or out / STUDY).parent):
-        call = SearchCall(choice, rest, options, test)
         return _Run(arguments, call, out / STUDY, begin, profile).finish()
 
 
@@ -173,14 +180,17 @@ class _Run:
     def _final_model(self) -> dict[str, bool]:
         """Return the options of the model that the command saves, such as ``ensemble``.
 
-        The options are flags of this command. If the command resumes a search, gputune adds the
-        flags of the original command, which the study stores. A study of an earlier version does
-        not store the flags. gputune then derives the options from the saved model, if there is one.
+        The options are flags of this command, or choices of its preset. If the command resumes a
+        search, gputune adds the flags of the original command, which the study stores. A study of
+        an earlier version does not store the flags. gputune then derives the options from the saved
+        model, if there is one.
         """
         final_model = {name: bool(getattr(self.arguments, name, None)) for name in FINAL_MODEL}
         compares = getattr(self.arguments, "compare_default", None)
-        if self.arguments.command == "resume":
-            stored = self.call.final_model
+        stored = self.call.final_model  # by the original command, or by a preset
+        if self.arguments.command != "resume":
+            final_model |= {name: True for name in FINAL_MODEL if stored.get(name)}
+        else:
             if compares is None:
                 compares = stored.get("compare_default")
             saved = read_saved_description(self.folder)

@@ -113,6 +113,8 @@ def search(
             arguments = replace(record.arguments, final_model=dict(call.final_model))
             record = replace(record, arguments=arguments)
             progress.say(problem.summary())
+            if call.preset:
+                progress.say(call.preset)
             for note in (*problem.remarks(), *(record.notes if say_notes else ())):
                 progress.say(f"note: {note}")
             make_study = partial(study_type.from_rows, record.to_json())

@@ -299,6 +299,7 @@ class SearchCall:
         outputs: The outputs of trials on validation rows, by trial number, if no file stores them.
         final_model: The options of the model that the command line saves at the end. See
             ``Arguments``.
+        preset: A sentence on the choices of a preset, or "".
     """
 
     choice: ModelChoice
@@ -307,6 +308,7 @@ class SearchCall:
     test: Source | None = None
     outputs: Mapping[int, Outputs] = field(default_factory=dict)
     final_model: Mapping[str, bool] = field(default_factory=dict)
+    preset: str = ""
 
 
 def recorded_search(

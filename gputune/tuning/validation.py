@@ -87,7 +87,8 @@ def _obstacle(study: Study) -> tuple[str, str] | None:
 def _is_calibrated(access: Access, calibrate: bool | None) -> bool:
     """Return True if the model's probabilities are to be calibrated.
 
-    ``calibrate=None`` means True only if the log loss ranks the trials of a classification.
+    ``calibrate=None`` means True if the log loss ranks the trials of a classification, or if the
+    search was called with ``--calibrate`` or with a preset that calibrates.
     """
     record = access.study.record
     if calibrate not in (None, True, False):
@@ -96,7 +97,8 @@ def _is_calibrated(access: Access, calibrate: bool | None) -> bool:
         )
     is_of_classes = record.task in ("binary", "multiclass")
     if calibrate is None:
-        return is_of_classes and record.scoring == "neg_log_loss"
+        is_chosen = record.arguments.final_model.get("calibrate", False)  # by a preset or a flag
+        return is_of_classes and (is_chosen or record.scoring == "neg_log_loss")
     if calibrate and not is_of_classes:
         targets = {"multilabel": "several labels", "custom": "a custom target"}
         target = targets.get(record.task, "numbers")

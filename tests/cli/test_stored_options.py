@@ -152,6 +152,7 @@ NOT_STORED = {
     "dry_run": "writes no study",
     "json": "is the form of what one run prints",
     "config_file": "gives other options",
+    "preset": "gives other options",
     "verbose": "is what one run prints",
     "ray": "is stored as workers; tests/integrations/test_ray_workers.py resumes such a search",
     "sampler": "is an object of Optuna: resume says that it is missing, and the same command resumes",

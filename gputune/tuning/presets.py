@@ -1,0 +1,221 @@
+"""Presets: named choices of model, portfolio, epochs and final model for a table.
+
+A preset chooses from the number of rows, the number of columns and the timeout, never from the speed
+of the machine. The same call therefore makes the same choices on every machine, and a stopped search
+can be resumed.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from gputune.data.arrays import Arrays
+from gputune.data.target import check_target
+from gputune.errors import InputError
+from gputune.text import count, did_you_mean
+from gputune.tuning.choices import choose_model
+from gputune.tuning.options import RULES, make_options
+from gputune.tuning.preset_table import ALIASES, PRESETS, ModelName
+from gputune.tuning.record import SearchCall
+from gputune.tuning.task_choice import chosen_task
+from gputune.wording import Verbatim, option, per_interface
+
+AUTO = "auto"
+"""The model of a call whose preset chooses the model."""
+
+_SECONDS: Mapping[ModelName, tuple[float, float]] = {"mlp": (8e-6, 0.2e-6), "realmlp": (50e-6, 0.0)}
+"""Measured CPU seconds of training one network of the model's portfolio on one row, once: a constant
+part, and a part for each column (2 cores of an EPYC, 10 and 50 columns)."""
+_MANY_ROWS = 10_000
+"""Rows from which three folds instead of five are enough."""
+_MOST_NETWORKS = (8, 4, 2)
+"""Numbers of networks per trial for a timeout that leaves time. AutoGluon's portfolio has 8."""
+
+
+def check_preset(name: object, model: object) -> str:
+    """Return the short name of a preset.
+
+    Raises InputError for an unknown name, and for a model between which presets do not choose.
+    """
+    short = ALIASES.get(str(name), str(name))
+    if short not in PRESETS:
+        raise InputError(
+            "preset",
+            f"must be one of {', '.join(PRESETS)}",
+            got=name,
+            remedy=did_you_mean(name, (*PRESETS, *ALIASES)).strip(),
+        )
+    if model not in (AUTO, "mlp", "realmlp"):
+        module = getattr(model, "__name__", None) or type(model).__name__
+        raise InputError(
+            option("preset", name),
+            "chooses the settings of mlp and realmlp for a table, and has none for another model",
+            got=Verbatim(f"the model {model if isinstance(model, str) else module}"),
+            remedy=f"Leave {option('preset')} out"
+            + per_interface(', or pass "auto" as the model.', ", or leave --model out."),
+        )
+    return short
+
+
+@dataclass(frozen=True)
+class _Case:
+    """The table and the arguments for which a preset chooses.
+
+    ``values`` are the user's arguments by name, with "model", "ensemble" and "calibrate".
+    """
+
+    rows: int
+    columns: int
+    has_classes: bool
+    values: Mapping[str, Any]
+
+    @property
+    def folds(self) -> int:
+        cv = self.values.get("cv", 3 if self.rows > _MANY_ROWS else 5)
+        return cv if isinstance(cv, int) else 5
+
+    def seconds(self, chosen: Mapping[str, Any]) -> float:
+        """Return the estimated CPU seconds of the training with some choices."""
+        constant, per_column = _SECONDS[chosen["model"]]
+        trainings = int(chosen["n_trials"] * chosen["n_ens"] * chosen["max_epochs"])
+        row_passes = trainings * (self.folds - 1) * self.rows
+        return row_passes * (constant + per_column * self.columns)
+
+
+def with_preset(
+    call: SearchCall, name: str, model: object, optimizer: object, given: Collection[str]
+) -> SearchCall:
+    """Return the call of a search with the choices of a preset.
+
+    Args:
+        call: The call with the user's arguments, and with the model mlp if the preset chooses it.
+        name: The name of the preset.
+        model: The user's model, or "auto".
+        optimizer: The user's optimizer, or None.
+        given: The names of the arguments that the user gave. They win over the preset.
+
+    Raises:
+        InputError: the preset does not fit the model or the search method.
+    """
+    short = check_preset(name, model)
+    options = call.options
+    if options.search.differentiates:
+        raise InputError(
+            option("preset", name),
+            "chooses a portfolio and an ensemble, which a hypergradient search does not have",
+            got=Verbatim(option("method", "hypergradient")),
+            remedy="Leave one of them out.",
+        )
+    case = _case(call, given, model)
+    chosen = _choices(short, case)
+    chosen = {key: value for key, value in chosen.items() if key not in _not_chosen(call)}
+    # Choices that are equal to the default need no words.
+    defaults = make_options().values()
+    values = {
+        key: chosen[key]
+        for key in RULES
+        if key in chosen and key not in case.values and chosen[key] != defaults[key]
+    }
+    extras = {key: True for key in _EXTRAS if chosen[key]}
+    return replace(
+        call,
+        choice=choose_model(chosen["model"], optimizer),
+        options=options.changed(**values),
+        final_model={**extras, **call.final_model},
+        preset=_sentence(name, chosen["model"], values, extras, case),
+    )
+
+
+def _case(call: SearchCall, given: Collection[str], model: object) -> _Case:
+    """Return the table and the user's arguments of a call."""
+    source = call.source
+    X = source.X
+    options = call.options
+    task = chosen_task(source, call.choice, options)
+    target = check_target(source.y, task=task, n_rows=len(X), name=source.target)
+    columns = 1
+    if isinstance(X, Tensor):
+        columns = X.shape[1] if X.dim() > 1 else 1
+    elif not isinstance(X, Arrays):
+        columns = len(X.names)
+    values = {key: value for key, value in options.values().items() if key in given}
+    if model != AUTO:
+        values["model"] = model
+    return _Case(len(X), columns, target.task in ("binary", "multiclass"), values)
+
+
+def _not_chosen(call: SearchCall) -> set[str]:
+    """Return the options that a preset must not set, because the search does not support them."""
+    names = set()
+    if call.options.search.method.decides_length or call.options.training.epoch == "last":
+        names.add("patience")
+    if call.choice.optimizer != "adamw":  # the portfolios were measured with AdamW
+        names.add("space")
+    return names
+
+
+def _choices(name: str, case: _Case) -> dict[str, Any]:
+    """Return the choices of a preset for a table, by argument name, with the user's arguments."""
+    preset = PRESETS[name]
+    chosen: dict[str, Any] = {
+        "model": preset.model,
+        "n_trials": preset.n_trials,
+        "cv": case.folds,
+        "max_epochs": preset.epochs_for(case.rows),
+        "n_ens": 1,
+        "patience": preset.patience,
+        "timeout": preset.timeout,
+        "ensemble": preset.ensemble,
+        "calibrate": case.has_classes,
+    }
+    chosen |= case.values
+    # Each model has a space of its name, with a portfolio.
+    chosen["space"] = case.values.get("space", chosen["model"])
+    timeout = case.values.get("timeout")
+    if timeout is None:
+        return chosen
+    if case.seconds(chosen) > timeout and "max_epochs" not in case.values:
+        share = timeout / case.seconds(chosen)
+        chosen["max_epochs"] = max(preset.epochs[0], math.floor(share * chosen["max_epochs"]))
+    is_too_long = case.seconds(chosen) > timeout
+    if is_too_long and preset.faster and "model" not in case.values:
+        return _choices(preset.faster, case)
+    if "n_ens" not in case.values and preset.ensemble:
+        for n_ens in _MOST_NETWORKS:
+            if 2 * n_ens * case.seconds(chosen) <= timeout:
+                chosen["n_ens"] = n_ens
+                break
+    return chosen
+
+
+_EXTRAS = {
+    "ensemble": ("an ensemble", "--ensemble"),
+    "calibrate": ("calibrated probabilities", "--calibrate"),
+}
+"""The choices for the final model, in words and as a flag."""
+_SHOWN = ("model", "space", "n_trials", "cv", "max_epochs", "n_ens", "patience", "timeout")
+"""The arguments that a preset may choose."""
+
+
+def _sentence(
+    name: str,
+    model: ModelName,
+    values: Mapping[str, Any],
+    extras: Collection[str],
+    case: _Case,
+) -> str:
+    """Return the plan of a preset for the user, with the choices of the preset and of the user."""
+    words = [] if "model" in case.values else [option("model", model)]
+    words += [option(key, value) for key, value in values.items()]
+    words += [per_interface(*_EXTRAS[key]) for key in extras]
+    size = f"{count(case.rows, 'row')} and {count(case.columns, 'column')}"
+    text = f"{option('preset', name)} chooses for {size}: {', '.join(words)}"
+    kept = [option(key, case.values[key]) for key in _SHOWN if key in case.values]
+    if kept:
+        text += f"; you chose {', '.join(kept)}"
+    if "ensemble" in extras:
+        text += per_interface("; study.ensemble() then makes the model", "")
+    return text

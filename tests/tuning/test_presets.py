@@ -1,0 +1,159 @@
+"""Presets choose a model, a portfolio and the options of a search for a table. The user's arguments
+win, and the plan says who chose what."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_diabetes, load_iris
+
+import gputune
+from command_line import run
+from gputune.tuning.choices import choose_model
+from gputune.tuning.options import make_options
+from gputune.tuning.preset_table import PRESETS
+from gputune.tuning.presets import with_preset
+from gputune.tuning.record import SearchCall, read_rows
+from gputune.wording import PYTHON
+from problems import Linear
+from refused import refused
+
+IRIS = load_iris(return_X_y=True)
+DIABETES = load_diabetes(return_X_y=True)
+tune = partial(gputune.tune, verbose=0, workers=1)
+
+
+def chosen(name, rows=1000, columns=5, model="auto", classes=False, **given):
+    """The call of a search with a preset's choices, for random rows."""
+    X = np.random.default_rng(0).normal(size=(rows, columns))
+    y = np.arange(rows) % 2 == 0 if classes else X[:, 0]
+    options = make_options(**given)
+    choice = choose_model("mlp" if model == "auto" else model, None)
+    call = SearchCall(choice, read_rows(choice, options.rows, X, y), options)
+    return with_preset(call, name, model, None, given)
+
+
+def settings(call):
+    options = call.options
+    return (
+        call.choice.name,
+        options.search.space,
+        options.search.n_trials,
+        options.rows.cv,
+        options.training.max_epochs,
+        options.training.n_ens,
+        options.training.patience,
+        options.search.timeout,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "expected"),
+    [
+        ("best", 1000, ("RealMLP", "realmlp", 8, 5, 256, 1, None, None)),
+        ("best_quality", 50_000, ("RealMLP", "realmlp", 8, 3, 100, 1, None, None)),
+        ("best", 400_000, ("RealMLP", "realmlp", 8, 3, 32, 1, None, None)),
+        ("medium", 1000, ("mlp", "mlp", 24, 5, 100, 1, 16, None)),
+        ("medium_quality", 50_000, ("mlp", "mlp", 24, 3, 20, 1, 16, None)),
+        ("fast", 1000, ("mlp", "mlp", 8, 5, 50, 1, None, 30.0)),
+        ("fast", 50_000, ("mlp", "mlp", 8, 3, 4, 1, None, 30.0)),
+    ],
+)
+def test_a_preset_chooses_by_the_number_of_rows(name, rows, expected):
+    call = chosen(name, rows)
+    assert settings(call) == expected
+    assert call.final_model == ({} if name == "fast" else {"ensemble": True})
+    assert chosen(name, 1000, classes=True).final_model["calibrate"]
+
+
+def test_a_timeout_changes_epochs_networks_and_model():
+    long = chosen("best", 1000, timeout="10h")
+    assert settings(long)[4:6] == (256, 8)
+    middle = chosen("best", 10_000, timeout="10m")
+    assert middle.choice.name == "RealMLP" and 32 <= middle.options.training.max_epochs < 256
+    short = chosen("best", 10_000, timeout="60s")
+    assert short.choice.name == "mlp" and short.options.search.timeout == 60
+    wide = chosen("medium", 20_000, columns=400, timeout="5m")
+    narrow = chosen("medium", 20_000, columns=4, timeout="5m")
+    assert wide.options.training.max_epochs < narrow.options.training.max_epochs
+    kept = chosen("best", 10_000, timeout="60s", model="realmlp")
+    assert kept.choice.name == "RealMLP" and kept.options.training.max_epochs == 32
+
+
+def test_the_arguments_of_the_user_win_and_the_plan_says_so():
+    call = chosen("best", n_trials=64, cv=3, max_epochs=50, space={"lr": [0.1]}, n_ens=2)
+    assert settings(call)[2:6] == (64, 3, 50, 2)
+    assert call.options.search.space == {"lr": [0.1]}
+    text = PYTHON.render(call.preset)
+    assert text == (
+        "preset='best' chooses for 1000 rows and 5 columns: model='realmlp', an ensemble; you chose "
+        "space={'lr': [0.1]}, n_trials=64, cv=3, max_epochs=50, n_ens=2; study.ensemble() then makes "
+        "the model"
+    )
+    call = chosen("medium", model="realmlp", method="halving")
+    assert call.options.training.patience is None  # halving decides how long a trial trains
+    assert "you chose model='realmlp'" in PYTHON.render(call.preset)
+
+
+def test_a_default_that_the_user_writes_wins_too(capsys):
+    X, y = IRIS
+    small = {"n_trials": 1, "max_epochs": 2, "cv": 2}
+    study = gputune.tune("auto", X, y, preset="medium", patience=None, **small)
+    assert study.record.patience is None and len(study.trials) == 1
+    assert (
+        "preset='medium' chooses for 150 rows and 4 columns: model='mlp'" in capsys.readouterr().err
+    )
+    study = tune("auto", X, y, preset="medium", **small)
+    assert study.record.patience == PRESETS["medium"].patience
+    model = study.best_model()
+    assert model.temperature != 1  # the preset calibrates
+
+
+def test_a_study_with_a_preset_goes_on(tmp_path):
+    call = partial(
+        tune, "auto", *DIABETES, preset="best", max_epochs=1, cv=2, study=tmp_path / "s.db"
+    )
+    small = {"lr": [0.01, 0.03], "module__width": [8], "module__depth": [1]}
+    few = call(n_trials=2, space=small)
+    more = call(n_trials=3, space=small)
+    assert more.trials[:2] == few.trials and more.record.model == "RealMLP"
+
+
+def test_presets_that_do_not_fit_are_refused():
+    X, y = IRIS
+    with refused(r"preset must be one of best, medium, fast, got 'bets'. Did you mean 'best'\?"):
+        tune("auto", X, y, preset="bets")
+    with refused(r"preset='best' chooses the settings of mlp and realmlp .*, got the model Linear"):
+        tune(Linear, X, y, preset="best")
+    with refused("has none for another model, got the model logistic. Leave preset out, or pass"):
+        tune("logistic", X, y, preset="best")
+    with refused("which a hypergradient search does not have"):
+        tune("mlp", X, y, preset="best", method="hypergradient")
+    with refused("model.*'auto'"):
+        tune("auto", X, y)
+
+
+def test_the_command_line_prints_the_plan_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a = [0.1 * (i % 3) + 0.01 * (i % 7) for i in range(60)]
+    lines = [f"{number:.2f},{i % 5},k{i % 3}" for i, number in enumerate(a)]
+    (tmp_path / "t.csv").write_text("\n".join(["a,b,kind", *lines]))
+    words = ["t.csv", "--target", "kind", "--epochs", "2", "--cv", "2", "--out", "out"]
+    code, out, err = run("tune", *words, "--preset", "medium", "--trials", "3", "--dry-run")
+    plan = "--preset medium chooses for 48 rows and 2 columns: --model mlp,"
+    assert code == 0 and plan in " ".join(out.split()), out + err
+    code, out, err = run("tune", *words, "--preset", "medium", "--trials", "3", loud=True)
+    assert code == 0 and plan in err and "you chose --trials 3, --cv 2, --epochs 2" in err, err
+    assert "An ensemble of" in out
+    study = gputune.Study.open(tmp_path / "out" / "study.db")
+    assert study.record.arguments.final_model == {
+        "ensemble": True,
+        "intervals": False,
+        "calibrate": True,
+    }
+    code, out, err = run("resume", "out", "--trials", "4")
+    assert code == 0 and "An ensemble of" in out, err
+    code, _, err = run("tune", *words, "--preset", "best", "--model", "cnn")
+    assert code == 2 and "or leave --model out" in err, err
+    code, _, err = run("tune", *words, "--preset", "high")
+    assert code == 2 and "--preset must be one of best, medium, fast" in err, err
