@@ -144,6 +144,8 @@ def facts(ending: Ending) -> list[tuple[str, str]]:
     if held_out is not None:
         data = f"{data} and {held_out['rows']} held out"
     size = f"{count(len(study.trials), 'trial')} x {count(record.folds, 'fold')}"
+    if record.n_ens > 1:
+        size = f"{size} x {record.n_ens} networks"
     if record.optimizer == "exact":
         training = f"{record.model}, solved to convergence; {size}"
     else:

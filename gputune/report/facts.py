@@ -237,6 +237,7 @@ def setting(study: Study) -> list[tuple[str, str]]:
         ("method", method),
         ("space", record.space),
         ("folds", record.folds or None),
+        ("networks per trial and fold", record.n_ens if record.n_ens > 1 else None),
         ("epochs", record.max_epochs or None),
         ("seed", record.seed),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),

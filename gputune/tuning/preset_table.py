@@ -68,7 +68,7 @@ PRESETS: Mapping[str, Preset] = {
         n_trials=8,
         epochs=(4, 50),
         row_epochs=100_000,
-        timeout=30.0,
+        timeout=20,
         ensemble=False,
     ),
 }

@@ -170,9 +170,11 @@ def test_the_command_line_saves_resumes_and_predicts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     X, y = DIABETES
     write_table(tmp_path / "t.csv", a=X[:, 0], b=X[:, 2], c=X[:, 8], y=y)
-    words = "--target y --n-ens 2 --trials 2 --epochs 2 --cv 2 --ensemble --out out -q".split()
-    code, _, err = run("tune", "t.csv", *words)
-    assert code == 0, err
+    words = "--target y --n-ens 2 --trials 2 --epochs 2 --cv 2 --ensemble --out out".split()
+    code, out, err = run("tune", "t.csv", *words)
+    assert code == 0 and "2 trials x 2 folds x 2 networks x 2 epochs" in out, err
+    code, _, err = run("report", "out", "--out", "report.html")
+    assert code == 0 and "networks per trial and fold" in (tmp_path / "report.html").read_text()
     assert gputune.Study.open(tmp_path / "out" / "study.db").record.n_ens == 2
     code, _, err = run("resume", "out", "--trials", "3", "-q")
     assert code == 0, err

@@ -55,8 +55,8 @@ def settings(call):
         ("best", 400_000, ("RealMLP", "realmlp", 8, 3, 32, 1, None, None)),
         ("medium", 1000, ("mlp", "mlp", 24, 5, 100, 1, 16, None)),
         ("medium_quality", 50_000, ("mlp", "mlp", 24, 3, 20, 1, 16, None)),
-        ("fast", 1000, ("mlp", "mlp", 8, 5, 50, 1, None, 30.0)),
-        ("fast", 50_000, ("mlp", "mlp", 8, 3, 4, 1, None, 30.0)),
+        ("fast", 1000, ("mlp", "mlp", 8, 5, 50, 1, None, 20)),
+        ("fast", 50_000, ("mlp", "mlp", 8, 3, 4, 1, None, 20)),
     ],
 )
 def test_a_preset_chooses_by_the_number_of_rows(name, rows, expected):
@@ -90,8 +90,9 @@ def test_the_arguments_of_the_user_win_and_the_plan_says_so():
         "space={'lr': [0.1]}, n_trials=64, cv=3, max_epochs=50, n_ens=2; study.ensemble() then makes "
         "the model"
     )
+    assert chosen("best", max_epochs="auto").options.training.max_epochs == 256
     call = chosen("medium", model="realmlp", method="halving")
-    assert call.options.training.patience is None  # halving decides how long a trial trains
+    assert call.options.training.patience == "auto"  # halving decides how long a trial trains
     assert "you chose model='realmlp'" in PYTHON.render(call.preset)
 
 
