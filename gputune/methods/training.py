@@ -14,6 +14,7 @@ from gputune.engine.checkpoint import Checkpoint
 from gputune.engine.job import Failure, Job, Outcome, stalled_epochs
 from gputune.engine.plan import Plan
 from gputune.engine.train import BegunChunk
+from gputune.methods.first_epochs import are_needed, train_first_epochs
 from gputune.methods.rungs import ComparingRule, train_in_rungs
 from gputune.population.population import Population, by_numbers
 from gputune.solver.solve import solve_chunk
@@ -58,20 +59,38 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
             patience=context.options.training.patience_epochs,
             numbers=tuple(numbers),
         )
-        outcomes = context.trainer.train(
-            job,
-            plan,
-            progress=context.progress.advance,
-            claim=claim,
-            may_begin=context.may_begin(recorded),
-        )
-        for outcome in outcomes:
-            if isinstance(outcome, Failure):
-                number = numbers[outcome.index[0]]
-                context.finish([failed_result(number, context.no_curve, outcome.reason)])
-            else:
-                _finish_chunk(context, recorded.trials, outcome)
+        first = None
+        if are_needed(context, plan):
+            context.progress.say(
+                "note: all trials train for one epoch first, so that each has a score when the "
+                "time is over",
+                once=True,
+            )
+            first = train_first_epochs(context, recorded, plan, claim)
+            plan = first.plan
+        if first is None or not context.is_over():
+            outcomes = context.trainer.train(
+                job,
+                plan,
+                progress=context.progress.advance,
+                claim=claim if first is None else _claimed,
+                may_begin=context.may_begin(recorded),
+            )
+            for trained in outcomes if plan.chunks else ():
+                outcome = trained if first is None else first.completed(trained)
+                if isinstance(outcome, Failure):
+                    number = numbers[outcome.index[0]]
+                    context.finish([failed_result(number, context.no_curve, outcome.reason)])
+                else:
+                    _finish_chunk(context, recorded.trials, outcome)
+        for rest in first.rest() if first is not None else ():
+            _finish_chunk(context, recorded.trials, rest)
     return []
+
+
+def _claimed(chunk: Population) -> bool:
+    """Return True: this process has claimed the chunk before."""
+    return True
 
 
 def _solve(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]:

@@ -1,0 +1,120 @@
+"""Train the first epoch of all trials before any trial continues, in a search with a timeout.
+
+When the time is over, every trial then has a score. Otherwise the groups of trials that train
+together (chunks) would train one after another, and the last chunks would not begin.
+"""
+
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from gputune.engine.job import Failure, Outcome, RungJob, RungOutcome
+from gputune.engine.plan import Plan
+from gputune.engine.train import BegunChunk
+from gputune.executors.executor import Claim
+from gputune.hypergradients.first_step import free_bytes
+from gputune.population.population import Population
+from gputune.tuning.context import Context, RecordedPlan, failed_result
+
+# Share of the time left that the estimated training time exceeds. The estimate may be several times
+# too short, because other programs use the machine.
+_ENOUGH_SHARE = 0.25
+_STATE_SHARE = 0.25  # of the free main memory
+
+
+@dataclass
+class FirstEpochs:
+    """The results of the first epoch of chunks of trials.
+
+    ``plan`` has the chunks that still train, each from the state after its first epoch. ``ended``
+    has the positions of trials that have trained further, or failed.
+    """
+
+    context: Context
+    plan: Plan
+    outcomes: list[RungOutcome] = field(default_factory=list)
+    ended: set[int] = field(default_factory=set)
+
+    def completed(self, outcome: Outcome | Failure) -> Outcome | Failure:
+        """Return the result of trials that have trained further, with the outputs of trials that
+        were best at their first epoch."""
+        self.ended.update(outcome.index)
+        if isinstance(outcome, Failure):
+            return outcome
+        outputs = dict(outcome.outputs)
+        for first in self.outcomes:
+            for i in set(first.outputs).intersection(outcome.index):
+                outputs.setdefault(i, first.outputs[i])
+        return replace(outcome, outputs=outputs)
+
+    def rest(self) -> list[Outcome]:
+        """Return the results of trials that have trained for only one epoch."""
+        results = []
+        for first in self.outcomes:
+            rows = [row for row, i in enumerate(first.index) if i not in self.ended]
+            if not rows:
+                continue
+            index = tuple(first.index[row] for row in rows)
+            # The epochs that are missing are NaN, as in every stopped trial.
+            shape = (len(rows), self.context.epochs, *first.curves.shape[2:])
+            curves = np.full(shape, np.nan)
+            curves[:, :1] = first.curves[rows]
+            seconds = first.seconds * len(rows) / len(first.index)
+            outputs = {i: first.outputs[i] for i in index if i in first.outputs}
+            results.append(Outcome(index, curves, 1, seconds, outputs=outputs))
+        return results
+
+
+def are_needed(context: Context, plan: Plan) -> bool:
+    """Return whether some chunks of a plan may not begin before the timeout of the search."""
+    deadline = context.stop.deadline
+    if deadline is None or context.epochs == 1 or context.good_enough.is_possible:
+        return False
+    if len(plan.chunks) <= plan.at_once:
+        return False
+    seconds = plan.seconds / (plan.workers * plan.threads)
+    if seconds < _ENOUGH_SHARE * (deadline - time.monotonic()):
+        return False
+    return plan.state_bytes <= _STATE_SHARE * free_bytes(torch.device("cpu"))
+
+
+def train_first_epochs(
+    context: Context, recorded: RecordedPlan, plan: Plan, claim: Claim[Population]
+) -> FirstEpochs:
+    """Train each chunk of a plan for one epoch, except chunks that continue from a checkpoint.
+
+    The returned plan has only chunks that this process has claimed.
+    """
+    begun = [chunk for chunk in plan.chunks if BegunChunk.of(chunk).epoch > 0]
+    new = [chunk for chunk in plan.chunks if BegunChunk.of(chunk).epoch == 0]
+    job = context.trainer.job(RungJob, epochs=1, keep_stopped=False)
+    part = replace(plan, chunks=tuple(new))
+    first = FirstEpochs(context, plan)
+    for outcome in context.trainer.train(job, part, progress=context.progress.advance, claim=claim):
+        if isinstance(outcome, Failure):
+            number = recorded.trials[outcome.index[0]].number
+            context.finish([failed_result(number, context.no_curve, outcome.reason)])
+            continue
+        assert isinstance(outcome, RungOutcome)
+        context.note_fault(outcome.fault)
+        context.profile.spent += outcome.spent
+        first.outcomes.append(outcome)
+    chunks: list[Population] = [chunk for chunk in begun if claim(chunk)]
+    for done in first.outcomes:
+        if done.alive:
+            configs = tuple(recorded.configs[i] for i in done.index)
+            chunks.append(
+                BegunChunk(
+                    plan.chunks[0].kind,
+                    done.index,
+                    configs,
+                    done.state,
+                    done.alive,
+                    done.curves,
+                    done.seconds,
+                )
+            )
+    first.plan = replace(plan, chunks=tuple(chunks), workers=max(1, min(plan.workers, len(chunks))))
+    return first

@@ -1,0 +1,73 @@
+"""With a timeout, all trials train their first epoch before any trial trains on."""
+
+import numpy as np
+import pytest
+
+import gputune
+from gputune.methods import first_epochs
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(60, 4))
+Y = np.where(X[:, 0] + 0.5 * RNG.normal(size=60) > 0, "yes", "no")
+# One trial in each chunk. The rate of the last trial is so large that it diverges.
+OPTIONS = {
+    "space": {"lr": [1e-4, 1e-3, 1e-2, 1e30]},
+    "n_trials": 4,
+    "max_epochs": 4,
+    "cv": 2,
+    "scoring": "neg_log_loss",
+    "memory": "1KB",
+}
+
+
+class StopAfter(gputune.callbacks.Callback):
+    """Ends the search after some epochs of any trial."""
+
+    def __init__(self, epochs):
+        self.left = epochs
+
+    def on_epoch(self, _curves):
+        self.left -= 1
+        if self.left == 0:
+            raise gputune.callbacks.StopSearch
+
+
+@pytest.fixture(autouse=True)
+def needed(monkeypatch):
+    monkeypatch.setattr(first_epochs, "_ENOUGH_SHARE", 0)
+
+
+def tune(**more):
+    return gputune.tune("mlp", X, Y, optimizer="sgd", **{"workers": 1, **OPTIONS, **more})
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_results_are_the_same_as_without_a_timeout(workers, capsys):
+    study = tune(timeout=1000, workers=workers)
+    assert "all trials train for one epoch first" in capsys.readouterr().err
+    expected = tune(verbose=0, workers=workers)
+    assert "one epoch first" not in capsys.readouterr().err
+    np.testing.assert_array_equal(study.curves, expected.curves)
+    states = [trial.state for trial in study.trials]
+    assert states == [trial.state for trial in expected.trials]
+    mine = study.ensemble().predict_proba(X)
+    np.testing.assert_array_equal(mine, expected.ensemble().predict_proba(X))
+
+
+def test_all_trials_have_a_score_when_the_time_is_over(tmp_path):
+    """The fifth epoch is the second one of the first trial. The study then continues."""
+    path = tmp_path / "study.db"
+    cut = tune(timeout=1000, callbacks=[StopAfter(5)], study=path, verbose=0)
+    n_epochs = sorted(int(np.isfinite(curve[:, 0]).sum()) for curve in cut.curves)
+    assert n_epochs[1:] == [1, 1, 2]
+    finite = [trial for trial in cut.trials if trial.state != "failed"]
+    assert {trial.state for trial in finite} == {"stopped"}
+    assert all(np.isfinite(trial.score) for trial in finite)
+    whole = tune(study=path, verbose=0)
+    np.testing.assert_array_equal(whole.curves, tune(verbose=0).curves)
+
+
+def test_time_that_is_over_after_the_first_epochs(tmp_path):
+    cut = tune(timeout=1000, callbacks=[StopAfter(4)], verbose=0)
+    assert {trial.state for trial in cut.trials} <= {"stopped", "failed"}
+    assert np.isnan(cut.curves[:, 1:]).all()
