@@ -67,6 +67,19 @@ def test_a_measured_record_has_a_log_file_and_a_verdict(
     assert [page.read_text() for page in records.PAGES] == before
 
 
+def test_a_stopped_measurement_keeps_the_seeds_that_ended(script, records, tmp_path, monkeypatch):
+    def measure(task, seed, data):
+        if seed == 2:
+            raise KeyboardInterrupt
+        return records.Attempt(seed, 0.98, 2.0, 1.0)
+
+    monkeypatch.setattr(records, "in_fresh_process", measure)
+    with pytest.raises(KeyboardInterrupt):
+        script("benchmark.__main__").main(["--records", "digits", "--out", str(tmp_path)])
+    (path,) = (tmp_path / "records").glob("digits-*.json")
+    assert [seed["seed"] for seed in json.loads(path.read_text())["seeds"]] == [0, 1]
+
+
 def test_the_p_value_is_that_of_a_one_sided_t_test(records):
     qualities = [0.972, 0.974, 0.971, 0.975, 0.973]
     gap = statistics.mean(qualities) - 0.97
