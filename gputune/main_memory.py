@@ -1,13 +1,17 @@
-"""The amount of main memory that this process can still use.
+"""The amount of main memory that this process can still use, and how it keeps freed memory.
 
 This module does not import torch, because commands that only read a study must not wait for torch.
 """
 
+import ctypes
 import os
+import platform
 import re
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 _PROC = Path("/proc")
@@ -16,6 +20,67 @@ _PROC = Path("/proc")
 _V2_LIMITS = ("memory.max", "memory.high")
 _RECLAIMABLE = ("active_file", "inactive_file", "slab_reclaimable")
 """Entries of memory.stat that the kernel frees when memory is short, mainly cached files."""
+
+# Parameters of mallopt, from malloc.h of the GNU C library: the number of free bytes at the end of
+# the heap from which the library returns memory to the system, and the size from which a block is
+# memory of its own, which the library returns when the block is freed.
+_TRIM_THRESHOLD = -1
+_OWN_MEMORY_THRESHOLD = -3
+_LARGEST = 2**31 - 1
+# The values that the library chooses for a process that has freed a block of 32 MiB.
+_USUAL_OWN_MEMORY = 32 << 20
+_USUAL_TRIM = 64 << 20
+_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+"""Environment variables by which a user sets these values."""
+
+_lock = threading.Lock()
+_users = 0
+
+
+@contextmanager
+def keep_freed_memory() -> Iterator[None]:
+    """Let this process keep freed memory for its next tensors inside the block.
+
+    Otherwise the GNU C library returns large tensors to the system when they are freed, and the
+    system clears each page again when the next tensor uses it. This took a tenth of the time of a
+    LoRA search with 256 tokens in a step. At the end of the block, free memory is returned. Other C
+    libraries, and values that the user has set in the environment, are left alone.
+    """
+    global _users
+    library = _gnu_allocator()
+    if library is None:
+        yield
+        return
+    with _lock:
+        _users += 1
+        if _users == 1:
+            _set_thresholds(library, _LARGEST, _LARGEST)
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _set_thresholds(library, _USUAL_OWN_MEMORY, _USUAL_TRIM)
+                library.malloc_trim(0)
+
+
+def _set_thresholds(library: ctypes.CDLL, own_memory: int, trim: int) -> None:
+    """Set the two thresholds of the memory allocator, in bytes."""
+    # Older versions of the library refuse more than 32 MiB, and return 0.
+    if not library.mallopt(_OWN_MEMORY_THRESHOLD, own_memory):
+        library.mallopt(_OWN_MEMORY_THRESHOLD, _USUAL_OWN_MEMORY)
+    library.mallopt(_TRIM_THRESHOLD, trim)
+
+
+@cache
+def _gnu_allocator() -> ctypes.CDLL | None:
+    """Return the GNU C library, or None if this process has another one or the user has set its
+    memory allocator."""
+    if any(name in os.environ for name in _SETTINGS) or platform.libc_ver()[0] != "glibc":
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
 
 
 def free_memory() -> int:

@@ -9,7 +9,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, field, replace
 from itertools import pairwise
 
@@ -23,6 +23,7 @@ from gputune.engine.backends.selection import make_chunk
 from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
 from gputune.engine.waiting import WaitingState
+from gputune.main_memory import keep_freed_memory
 from gputune.modules.failures import explain
 from gputune.population.kinds import ModelKind, hidden_layers, is_module
 from gputune.population.population import Network, Population
@@ -208,6 +209,22 @@ def train(
     the known scores of the earlier epochs, or with NaN. If ``at_once`` is True, ``after_epoch``
     need not decide after every epoch, so a kernel launch may train several epochs.
     """
+    # Built-in models train in code that makes no tensors.
+    allocates = is_module(chunk.kind) and data.device.type == "cpu"
+    with keep_freed_memory() if allocates else nullcontext():
+        return _train(network, data, chunk, training, after_epoch, at_once=at_once)
+
+
+def _train(
+    network: Network,
+    data: Dataset,
+    chunk: BegunChunk,
+    training: Training,
+    after_epoch: AfterEpoch | None,
+    *,
+    at_once: bool,
+) -> Trained:
+    """Train a group of trials like ``train``, with PyTorch's settings of the caller."""
     alive = _begin(network, data, chunk, training)
     members = alive.chunk
     epoch = chunk.epoch
