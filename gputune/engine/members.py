@@ -20,6 +20,7 @@ from torch import Tensor
 from gputune.engine.backend import torch_threads
 from gputune.engine.member_steps import CompiledSteps, MemberMemory, OneMember
 from gputune.engine.stacked import StackedChunk
+from gputune.engine.within_epoch import report_steps
 from gputune.modules.module import StackedModule
 from gputune.scoring.validation import Validation
 from gputune.types import Config
@@ -96,7 +97,9 @@ class MemberChunk(StackedChunk):
         for begin in range(0, last, self.code.ahead):
             for draws in self.code.draws:
                 draws.fill(epoch, begin)
-            self._take_steps(rows, begin, min(begin + self.code.ahead, last))
+            end = min(begin + self.code.ahead, last)
+            self._take_steps(rows, begin, end)
+            report_steps(end, last, len(self.places))
         with torch_threads(1):
             for (block, buffer), values in zip(self._buffers(), rows):
                 block.put_rows(buffer, values)

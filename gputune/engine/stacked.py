@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gputune.engine.take_over import take_over
+from gputune.engine.within_epoch import report_steps
 from gputune.errors import warn
 from gputune.fallback import words_unless_strict
 from gputune.memory import is_out_of_memory
@@ -310,6 +311,7 @@ class StackedChunk:
             if self.draws is not None:
                 self.draws.fill(epoch, step)
             self.steps.take(shape, partial(self._step, shape, (epoch, step)))
+            report_steps(step + 1, len(self.batches.shapes), len(self.places))
 
     def _begin(self, epoch: int) -> None:
         """Prepare the order of the rows and the learning rates for an epoch."""

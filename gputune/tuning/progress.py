@@ -17,12 +17,18 @@ from tqdm.auto import tqdm
 
 from gputune.engine.plan import Plan
 from gputune.engine.train import Spent
+from gputune.engine.within_epoch import reported_to
 from gputune.memory import synchronize
 from gputune.text import count, measure_of
 from gputune.types import Json, first_metric
 from gputune.wording import PYTHON, Interface
 
 _LINE_SECONDS = 30  # between plain lines, if no bar is shown
+
+# Seconds after the last complete epoch from which the share of the running epoch is shown, and
+# between two such shares.
+_LONG_EPOCH = 3.0
+_SHARE_SECONDS = 0.5
 
 _LOOK_SECONDS = 1.0  # between two messages to other processes
 
@@ -99,6 +105,10 @@ class Progress:
         self.trials = 0
         self.pruned = 0
         self.said: set[str] = set()
+        self.share = 0.0  # of the running epoch
+        self.trials_in_share = 0
+        self.is_planned = False  # before the plan, only single steps are timed
+        self.next_share = self.begin + _LONG_EPOCH
         self.epochs_done = 0
         self.epochs_before = 0  # of epochs_done, those that an earlier call has trained
         self.epochs = 0
@@ -122,6 +132,8 @@ class Progress:
         If the search trains batch by batch, only the first plan is printed.
         """
         self.processes = plan.workers
+        self.is_planned = True
+        self.next_share = time.monotonic() + _LONG_EPOCH
         if show and not self.batches:
             self.say(f"plan: {plan}", once=True)
 
@@ -159,7 +171,8 @@ class Progress:
         )
         self._show()
         try:
-            yield
+            with reported_to(self.within_epoch):
+                yield
         finally:
             self.bar.close()
             self.bar = None
@@ -170,6 +183,8 @@ class Progress:
         ``curves`` (C, epochs, F) are the scores of these epochs.
         """
         curves = first_metric(curves, axes=3)
+        self.share = 0.0
+        self.next_share = time.monotonic() + _LONG_EPOCH
         self.epochs_done += trial_epochs
         self.bar.update(trial_epochs)
         # Diverged members no longer train, so they are not counted.
@@ -181,6 +196,16 @@ class Progress:
         self._show()
         if self.on_epoch is not None:
             self.on_epoch(curves)
+
+    def within_epoch(self, share: float, trials: int) -> None:
+        """Show the finished share of the running epoch of ``trials`` trials, if the epoch takes
+        longer than a few seconds."""
+        now = time.monotonic()
+        if self.is_planned and now > self.next_share:
+            self.next_share = now + _SHARE_SECONDS
+            self.share = share
+            self.trials_in_share = trials
+            self._show()
 
     def finished(self, trials: int, *, pruned: int = 0) -> None:
         """Add ended trials to the progress bar.
@@ -213,6 +238,8 @@ class Progress:
                 status += f" in each of {self.processes} processes"
         if self.pruned:
             status += f", {self.pruned} pruned"
+        if self.share:
+            status += f", {self.share:.0%} of the running epoch"
         return status
 
     @property
@@ -221,11 +248,12 @@ class Progress:
 
         None before there is an estimate.
         """
-        n_trained = self.epochs_done - self.epochs_before
+        running = self.share * self.trials_in_share
+        n_trained = self.epochs_done - self.epochs_before + running
         if n_trained < max(1.0, _SHARE * self.epochs):
             return None
         pace = (time.monotonic() - self.begin) / n_trained
-        return pace * max(0, self.epochs - self.epochs_done)
+        return pace * max(0, self.epochs - self.epochs_done - running)
 
     def _show(self) -> None:
         """Update the progress bar, the progress for other processes, and the plain lines."""

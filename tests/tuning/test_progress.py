@@ -17,6 +17,8 @@ import gputune
 import reference
 from command_line import run
 from gputune.engine.train import Spent, operations
+from gputune.engine.within_epoch import report_steps
+from gputune.modules import calls
 from gputune.tuning import progress
 from gputune.tuning.progress import Profile, Progress, product_speed, reading_bar
 from problems import fill, make_data, rows_of
@@ -51,6 +53,42 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
     )
     assert lines[2].startswith("trials 4/4, best accuracy 0.5000, 12 members, 4/8 trial-epochs")
     assert not any("|" in line for line in lines)
+
+
+def test_a_long_epoch_shows_its_finished_share(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_LINE_SECONDS", -1)
+    shown = Progress(1)
+    with shown.bar_over(8, 1):
+        report_steps(1, 4, 8)  # steps that are timed for the plan
+        shown.plan(FakePlan(), show=False)
+        report_steps(1, 4, 8)  # the epoch has just begun
+        monkeypatch.setattr(progress, "_LONG_EPOCH", -1)
+        monkeypatch.setattr(progress, "_SHARE_SECONDS", -1)
+        shown.advance(4, np.full((4, 1, 1), 0.5))
+        report_steps(1, 4, 4)
+        assert shown.seconds_left is not None
+        report_steps(4, 4, 4)  # the scores follow at once
+        shown.advance(4, np.full((4, 1, 1), 0.5))
+    report_steps(1, 2, 4)  # nobody listens
+    lines = capsys.readouterr().err.split("\n")
+    shares = [line for line in lines if "running epoch" in line]
+    assert shares == [
+        "trials 0/8, best score 0.5000, 4 members in each of 2 processes, 25% of the running epoch, "
+        "4/8 trials, 0 s left"
+    ]
+
+
+@pytest.mark.parametrize("backend", ["compiled", "eager"])
+def test_training_reports_its_steps_within_an_epoch(backend, monkeypatch, iris):
+    monkeypatch.setattr(calls, "_DRAW_BYTES", 1)  # random numbers of one step at a time
+    shares = []
+    monkeypatch.setattr(Progress, "within_epoch", lambda self, *told: shares.append(told))
+    options = {"backend": backend, "max_epochs": 1, "cv": 2, "verbose": 0, "workers": 1}
+    space = {"batch_size": [25], "module__width": [4], "dropout": [0.1]}
+    gputune.tune("realmlp", *iris, space=space, n_trials=1, **options)
+    # 75 training rows in each fold: three steps, of which the last ends the epoch
+    expected = [(1 / 3, 1), (2 / 3, 1)]
+    assert shares == expected
 
 
 def test_the_best_score_skips_diverged_trials_and_has_the_sign_of_its_name(capsys):
