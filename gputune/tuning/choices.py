@@ -204,6 +204,8 @@ def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
         if model in NAMED or colon:
             return "module", NAMED.get(model) or class_from_file(path, name)
         suggestion = did_you_mean(model, names).strip()
+        if model == "auto":
+            suggestion = f"Or also pass {option('preset', 'best')}, which chooses the model."
     others = per_interface(
         "a torch.nn.Module class, a function that makes modules, or 'FILE.py:NAME'",
         "or FILE.py:NAME",

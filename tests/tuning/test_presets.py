@@ -130,7 +130,7 @@ def test_presets_that_do_not_fit_are_refused():
         tune("logistic", X, y, preset="best")
     with refused("which a hypergradient search does not have"):
         tune("mlp", X, y, preset="best", method="hypergradient")
-    with refused("model.*'auto'"):
+    with refused("got 'auto'. Or also pass preset='best', which chooses the model"):
         tune("auto", X, y)
 
 
