@@ -21,6 +21,7 @@ from gputune.report.importance import columns_chart, confusion_chart
 from gputune.scoring.losses import best_temperature
 from gputune.study.record import Arguments, SearchRecord
 from gputune.study.rows import FoldReport
+from gputune.tuning import record as records
 from gputune.tuning import refit
 from gputune.tuning.choices import recorded_model
 from gputune.tuning.refit import Access
@@ -311,9 +312,9 @@ def machine(monkeypatch, *devices, **kept):
             raise gputune.InputError(None, "no such device")
         return torch.device(device)
 
-    monkeypatch.setattr(refit, "choose_device", choose)
+    monkeypatch.setattr(records, "choose_device", choose)
     record = SearchRecord(dtype="float32", arguments=Arguments(kept=kept))
-    return tuple(refit._machine(record).values())
+    return tuple(records.machine_options_here(record).values())
 
 
 @pytest.mark.parametrize(
