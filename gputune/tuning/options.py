@@ -265,7 +265,7 @@ class TrainingOptions(OptionGroup):
         "With --method hypergradient the derivative spans all epochs, so a short training run "
         "favors small learning rates. Above 50,000 rows, the built-in models train for 50 epochs x "
         "50,000 / rows, at least 10.",
-        "50, fewer above 50,000 rows",
+        "50 or fewer",
         takes="1..",
         check=partial(checks.count, auto=True),
         stored=True,
