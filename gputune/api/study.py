@@ -146,7 +146,7 @@ class Study(data.Study):
             The ensemble as a tuned model.
 
         Raises:
-            InputError: fewer than two trials are complete, the study comes from a hypergradient
+            InputError: fewer than two trials have a score, the study comes from a hypergradient
                 search, the target is custom, or as in ``best_model``.
             DivergedError: a trial diverges when it trains on all rows.
 

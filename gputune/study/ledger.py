@@ -230,8 +230,8 @@ class Ledger:
 
         Args:
             results: the results of the chunk.
-            outputs: outputs by trial number. The outputs are kept if their trial is complete and
-                they are from its best epoch.
+            outputs: outputs by trial number. The outputs are kept if their trial was not pruned
+                and they are from its best epoch.
         """
         new = {result.number: result for result in results if result.number not in self.results}
         best_outputs = {}
@@ -239,7 +239,7 @@ class Ledger:
             output = outputs.get(number)
             if (
                 output is not None
-                and result.state == "complete"
+                and result.state in ("complete", "stopped")
                 and result.best_epoch == output.epoch
             ):
                 best_outputs[number] = output

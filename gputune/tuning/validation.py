@@ -213,12 +213,13 @@ def ensemble(
     n_seeds = 1 if isinstance(refit, str) and refit in ("all", "folds") else refit
     check_count(n_seeds, "ensemble(refit=...)", remedy="Or pass 'all' or 'folds'.")
     _check_folds_train(study, "ensemble()")
-    finished = [t for t in study.ranking() if t.state == "complete" and math.isfinite(t.score)]
-    trials = finished[:candidates]
+    states = ("complete", "stopped")
+    scored = [t for t in study.ranking() if t.state in states and math.isfinite(t.score)]
+    trials = scored[:candidates]
     if len(trials) < 2:
         raise InputError(
             "ensemble()",
-            f"needs two finished trials, but the study has {len(trials)}",
+            f"needs two trials with a score, but the study has {len(trials)}",
             remedy="Search on, or use best_model().",
         )
     calibrated = _is_calibrated(access, calibrate)

@@ -193,6 +193,15 @@ def test_many_rows(script, study, flowers):
 
 
 @pytest.mark.long
+def test_many_rows_with_gputune(study, flowers):
+    small = {"NAMES": ("iris",), "PER_ROW": 0.2}
+    _, whole, text = study("many_rows", *flowers, "--rows", "gputune", **small)
+    (result,) = whole["results"]
+    assert result["trials"] >= 1 and 0 <= result["error"] < 0.5
+    assert "| iris | 120 |" in text
+
+
+@pytest.mark.long
 def test_tabm(study, flowers):
     small = {"NAMES": ("iris",), "TRIALS": 2, "EPOCHS": 2, "LONGEST": 2}
     _, whole, text = study("tabm", *flowers, **small)

@@ -16,6 +16,7 @@ from sklearn.model_selection import StratifiedKFold
 from torch import nn
 
 import gputune
+from gputune.callbacks import Callback, StopSearch
 from gputune.cli.held_out import HeldOut
 from gputune.cli.main import main
 from gputune.cli.summary import ensemble_text
@@ -340,6 +341,45 @@ def test_rows_that_are_not_the_studys_are_refused_in_the_callers_words(study, tm
             call(X=IRIS[0][:100], y=IRIS[1][:100])
 
 
+class StopAfter(Callback):
+    """Stop the search after some epochs."""
+
+    def __init__(self, epochs):
+        self.left = epochs
+
+    def on_epoch(self, curves):
+        self.left -= curves.shape[1]
+        if self.left <= 0:
+            raise StopSearch
+
+
+def scores_again(study):
+    """The fold scores of all trials, computed from the predictions of an ensemble's candidates."""
+    found = predicted(study)
+    return np.array([found.scores(fold, v)[0] for fold, v in enumerate(found.values)]).T
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_trials_that_a_deadline_has_stopped_form_an_ensemble(in_file, tmp_path, capsys):
+    how = {"n_trials": 3, "max_epochs": 40, "space": {"lr": [1e-3, 1e-2, 3e-2]}}
+    how |= {"study": tmp_path / "study.db"} if in_file else {}
+    study = tune("mlp", *IRIS, callbacks=[StopAfter(4)], **how)
+    assert {trial.state for trial in study.trials} == {"stopped"}
+    np.testing.assert_array_equal(
+        scores_again(study), [trial.fold_scores for trial in study.ranking()]
+    )
+    capsys.readouterr()
+    ensemble = study.ensemble(verbose=1)
+    assert "train on their folds" not in capsys.readouterr().err  # their predictions are stored
+    assert ensemble.info["ensemble"].keys() <= {"0", "1", "2"}
+    if in_file:
+        whole = tune("mlp", *IRIS, **how)
+        assert {trial.state for trial in whole.trials} == {"complete"}
+        np.testing.assert_array_equal(
+            scores_again(whole), [trial.fold_scores for trial in whole.ranking()]
+        )
+
+
 @pytest.mark.parametrize(
     ("how", "asked", "message"),
     [
@@ -362,7 +402,7 @@ def test_rows_that_are_not_the_studys_are_refused_in_the_callers_words(study, tm
         (
             {"n_trials": 1},
             {},
-            "needs two finished trials, but the study has 1. Search on, or use best_model",
+            "needs two trials with a score, but the study has 1. Search on, or use best_model",
         ),
         (
             {},
@@ -387,7 +427,7 @@ def test_what_cannot_be_an_ensemble_is_said(study, how, asked, message):
     [
         ([], "An ensemble of"),
         (["--test-size", "0"], "and is saved as the model."),
-        (["--trials", "1"], "No ensemble: ensemble() needs two finished trials"),
+        (["--trials", "1"], "No ensemble: ensemble() needs two trials with a score"),
     ],
 )
 def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
