@@ -12,7 +12,7 @@ import gputune
 from gputune import threads
 from gputune.modules.inspection import inspect_module
 from gputune.modules.module_trial import ModuleTrial
-from gputune.scoring import scoring
+from gputune.scoring import scoring, validation
 from gputune.sklearn import GridSearchCV, LogisticRegression, MLPClassifier, NeuralNetClassifier
 from gputune.solver import solve
 from gputune.threads import is_small_pass, on_one_thread, on_threads
@@ -107,7 +107,7 @@ def test_a_small_convolution_is_inspected_on_one_thread_after_its_first_call(
 
 @pytest.mark.parametrize(("limit", "expected"), [(threads.SMALL_LOSS, 1), (10, 2)])
 def test_scores_of_few_rows_are_computed_on_one_thread(monkeypatch, limit, expected):
-    monkeypatch.setattr(scoring, "SMALL_LOSS", limit)
+    monkeypatch.setattr(validation, "SMALL_LOSS", limit)
     seen = set()
 
     def score(outputs, y):

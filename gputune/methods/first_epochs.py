@@ -5,11 +5,13 @@ together (chunks) would train one after another, and the last chunks would not b
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from gputune.engine.checkpoint import Checkpoint, Checkpointing
 from gputune.engine.job import Failure, Outcome, RungJob, RungOutcome
 from gputune.engine.plan import Plan
 from gputune.engine.train import BegunChunk
@@ -17,6 +19,7 @@ from gputune.executors.executor import Claim
 from gputune.hypergradients.first_step import free_bytes
 from gputune.population.population import Population
 from gputune.tuning.context import Context, RecordedPlan, failed_result
+from gputune.types import Config
 
 # Share of the time left that the estimated training time exceeds. The estimate may be several times
 # too short, because other programs use the machine.
@@ -29,11 +32,13 @@ class FirstEpochs:
     """The results of the first epoch of chunks of trials.
 
     ``plan`` has the chunks that still train, each from the state after its first epoch. ``ended``
-    has the positions of trials that have trained further, or failed.
+    has the positions of trials that have trained further, or failed. ``configs`` has the
+    configurations of all positions.
     """
 
     context: Context
     plan: Plan
+    configs: Sequence[Config]
     outcomes: list[RungOutcome] = field(default_factory=list)
     ended: set[int] = field(default_factory=set)
 
@@ -66,6 +71,19 @@ class FirstEpochs:
             results.append(Outcome(index, curves, 1, seconds, outputs=outputs))
         return results
 
+    def keep_rest(self, checkpointing: Checkpointing | None) -> None:
+        """Write checkpoints of trials that have trained for only one epoch, so that a later call
+        continues after this epoch."""
+        if checkpointing is None:
+            return
+        for first in self.outcomes:
+            if first.alive and self.ended.isdisjoint(first.index):
+                trials = tuple(checkpointing.numbers[i] for i in first.index)
+                checkpoint = Checkpoint(
+                    trials, first.alive, first.curves, first.state, first.seconds
+                )
+                checkpointing.keep(checkpoint, [self.configs[i] for i in first.index])
+
 
 def are_needed(context: Context, plan: Plan) -> bool:
     """Return whether some chunks of a plan may not begin before the timeout of the search."""
@@ -91,7 +109,7 @@ def train_first_epochs(
     new = [chunk for chunk in plan.chunks if BegunChunk.of(chunk).epoch == 0]
     job = context.trainer.job(RungJob, epochs=1, keep_stopped=False)
     part = replace(plan, chunks=tuple(new))
-    first = FirstEpochs(context, plan)
+    first = FirstEpochs(context, plan, recorded.configs)
     for outcome in context.trainer.train(job, part, progress=context.progress.advance, claim=claim):
         if isinstance(outcome, Failure):
             number = recorded.trials[outcome.index[0]].number

@@ -83,8 +83,10 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
                     context.finish([failed_result(number, context.no_curve, outcome.reason)])
                 else:
                     _finish_chunk(context, recorded.trials, outcome)
-        for rest in first.rest() if first is not None else ():
-            _finish_chunk(context, recorded.trials, rest)
+        if first is not None:
+            first.keep_rest(job.checkpointing)
+            for rest in first.rest():
+                _finish_chunk(context, recorded.trials, rest)
     return []
 
 

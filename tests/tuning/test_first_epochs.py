@@ -67,7 +67,16 @@ def test_all_trials_have_a_score_when_the_time_is_over(tmp_path):
     np.testing.assert_array_equal(whole.curves, tune(verbose=0).curves)
 
 
-def test_time_that_is_over_after_the_first_epochs(tmp_path):
-    cut = tune(timeout=1000, callbacks=[StopAfter(4)], verbose=0)
+def test_time_that_is_over_after_the_first_epochs(tmp_path, capsys):
+    path = tmp_path / "study.db"
+    cut = tune(timeout=1000, callbacks=[StopAfter(4)], study=path)
     assert {trial.state for trial in cut.trials} <= {"stopped", "failed"}
     assert np.isnan(cut.curves[:, 1:]).all()
+    capsys.readouterr()
+    whole = tune(study=path)
+    n_stopped = [trial.state for trial in cut.trials].count("stopped")
+    assert (
+        f"{n_stopped} trials can continue from where training was stopped"
+        in capsys.readouterr().err
+    )
+    np.testing.assert_array_equal(whole.curves, tune(verbose=0).curves)
