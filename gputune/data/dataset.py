@@ -229,7 +229,7 @@ class Dataset:
         return len(self.folds) // self.replicas
 
     def split_of(self, fold: int) -> int:
-        """Return the index of the split whose rows a fold has."""
+        """Return the index of a fold's split: its training and validation rows."""
         return fold % self.n_splits
 
     def replica_of(self, fold: int) -> int:

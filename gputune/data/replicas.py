@@ -43,7 +43,7 @@ def _repeated(of_folds: Tensor, replicas: int) -> Tensor:
 
 
 def _repeated_inputs(inputs: Inputs, replicas: int) -> Inputs:
-    """Return prepared inputs whose folds are repeated. All replicas read the same copies."""
+    """Repeat the folds of prepared inputs. All replicas read the same copies."""
     scaling = []
     for of_input in inputs.scaling:
         if of_input is not None:

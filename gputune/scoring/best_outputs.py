@@ -37,7 +37,7 @@ class BestOutputs:
         means: FloatArray,
         outputs: Sequence[Tensor],
     ) -> None:
-        """Store the outputs of each trial whose mean validation score is its best so far.
+        """Store the outputs of trials that have reached their best mean validation score so far.
 
         Args:
             epoch: The epoch in which the outputs were scored.
