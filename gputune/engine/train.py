@@ -224,7 +224,7 @@ def _train(
     *,
     at_once: bool,
 ) -> Trained:
-    """Train a group of trials like ``train``, with PyTorch's settings of the caller."""
+    """Train a group of trials like ``train``, which decides how freed memory is kept."""
     alive = _begin(network, data, chunk, training)
     members = alive.chunk
     epoch = chunk.epoch

@@ -28,8 +28,8 @@ A fifth of each table's rows is held out: of kc_house (logarithm of the price) t
 of the other tables a random fifth. Each side has {per_row:.0f} seconds of one thread for 1,000 training
 rows, and at most {longest:,.0f}. LightGBM and CatBoost are tuned by Optuna's TPE, each trial in {folds}
 folds with early stopping. Their last trial begins within the time, and the best trial is fitted
-again on all rows afterwards. gputune searches with `preset="best"` and this
-timeout, and uses the ensemble of the trials that have a score.
+again on all rows afterwards. gputune searches with `preset="best"` and this time as its timeout, and
+uses the ensemble of the trials that have a score. If only one trial has a score, it uses this trial.
 An error is an RMSE, 1 - ROC AUC of heart_2020, else 1 - accuracy. Seconds are of the processor, with
 everything counted. The last columns are gputune's error relative to the error of tuned trees: below
 zero, gputune is better.

@@ -13,32 +13,16 @@ from numpy.typing import NDArray
 
 from benchmark.report import Clock, describe_machine, publish, published, table
 from benchmark.studies.tables import FOLDS, NAMES, ROWS, Split, loader, split_of
+from gputune.spaces.portfolios import PORTFOLIOS
 
 TRIALS = 32
 """Configurations that are drawn from each of the two spaces."""
 EPOCHS = 96
 SIZE = 8
 DRAWS = 2_000
-AUTOGLUON = {
-    "module__depth": 4,
-    "module__width": 256,
-    "module__activation": "mish",
-    "module__sigma": 0.108,
-    "module__waves": 64,
-    "module__size": 8,
-    "module__one_hot": 5,
-    "module__category_size": 16,
-    "lr": 0.0283,
-    "beta2": 0.9556,
-    "dropout": 0.465,
-    "weight_decay": 0.041,
-    "lr_factor__embedding": 0.072,
-    "lr_factor__scale": 4.97,
-    "lr_factor__first": 0.553,
-    "loss__label_smoothing": 0.056,
-}
-"""The only network in AutoGluon 1.6's portfolio (zeroshot_portfolio_noncommercial_2026_08_05.py), with one network
-instead of eight and a constant label smoothing."""
+AUTOGLUON = PORTFOLIOS["realmlp"][0]
+"""The only network in AutoGluon's portfolio, with one network instead of eight and a constant label
+smoothing."""
 
 HOW = """\
 The published default, the RealMLP of AutoGluon's portfolio, and {trials} configurations of each of

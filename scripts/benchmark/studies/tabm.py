@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import gputune
 from benchmark.report import Clock, begin_on_one_thread, publish, published, table
-from benchmark.studies.many_rows import error_of, split_of
+from benchmark.studies import many_rows
 from benchmark.studies.tables import FOLDS, Split, loader
 from gputune.callbacks import Callback, StopSearch
 
@@ -106,16 +106,9 @@ class Limit(Callback):
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(many_rows.Result):
     """The held-out error of the ensemble of a side's trials, and what the search cost."""
 
-    table: str
-    side: str
-    rows: int
-    error: float
-    seconds: float
-    cpu: float
-    trials: int
     epochs: int
 
 
@@ -125,13 +118,13 @@ def run(options: Namespace) -> int:
     results = published(options.out, "tabm", machine, "results", Result)
     done = {(one.table, one.side) for one in results}
     for name in options.rows or NAMES:
-        split = standardized(split_of(name, load))
+        split = standardized(many_rows.split_of(name, load))
         for side in SIDES:
             if (name, side) in done:
                 continue
             clock = Clock()
             study = search(side, split)
-            error = error_of(split, study.ensemble(verbose=0))
+            error = many_rows.error_of(split, study.ensemble(verbose=0))
             epochs = int(np.isfinite(study.curves).any(axis=2).sum())
             trials = len(study.trials)
             results.append(Result(name, side, len(split.X), error, *clock(), trials, epochs))
