@@ -90,7 +90,8 @@ class CheckpointFolder:
         """Write a checkpoint file, which replaces an older file of the same trials. Raises OSError
         if writing fails."""
         tensors = _numbered(checkpoint.state)
-        tensors["curves"] = torch.from_numpy(np.ascontiguousarray(checkpoint.curves))
+        # a copy: an array that comes from a worker of a cluster may be read-only
+        tensors["curves"] = torch.from_numpy(np.array(checkpoint.curves, order="C"))
         facts = {
             "trials": checkpoint.trials,
             "alive": checkpoint.alive,

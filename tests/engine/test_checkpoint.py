@@ -50,6 +50,18 @@ def test_it_comes_back_bit_for_bit(folder):
     assert [found.state.epoch for found in folder.read(CONFIGS)] == [3]
 
 
+def test_curves_may_be_read_only(folder):
+    # as the arrays that come from the workers of a Ray cluster
+    one = checkpoint()
+    one.curves.setflags(write=False)
+    torch.set_warn_always(True)  # torch warns only once otherwise, and a warning fails the test
+    try:
+        written(folder, one)
+    finally:
+        torch.set_warn_always(False)
+    assert folder.read(CONFIGS)[0].curves.tobytes() == one.curves.tobytes()
+
+
 def test_step_counts_come_back_if_there_are_any(folder):
     one, _ = written(folder)
     (found,) = folder.read(CONFIGS)
