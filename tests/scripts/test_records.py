@@ -3,6 +3,7 @@
 import json
 import shutil
 import statistics
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,17 +68,78 @@ def test_a_measured_record_has_a_log_file_and_a_verdict(
     assert [page.read_text() for page in records.PAGES] == before
 
 
-def test_a_stopped_measurement_keeps_the_seeds_that_ended(script, records, tmp_path, monkeypatch):
-    def measure(task, seed, data):
-        if seed == 2:
-            raise KeyboardInterrupt
-        return records.Attempt(seed, 0.98, 2.0, 1.0)
+@pytest.fixture
+def seeds_measured(script, records, tmp_path, monkeypatch):
+    """Return a function that measures digits with two seeds, and returns the measured seeds.
 
-    monkeypatch.setattr(records, "in_fresh_process", measure)
-    with pytest.raises(KeyboardInterrupt):
-        script("benchmark.__main__").main(["--records", "digits", "--out", str(tmp_path)])
+    Training is replaced, and seed 1 is stopped if ``stop`` is true.
+    """
+
+    def measure_digits(*words, commit="abc", date="2026-01-01", stop=False):
+        measured = []
+
+        def measure(task, seed, data):
+            if stop and seed == 1:
+                raise KeyboardInterrupt
+            measured.append(seed)
+            return records.Attempt(seed, 0.98, 2.0, 1.0)
+
+        machine = {"cpu": "A", "cores": 2, "card": None, "commit": commit, "date": date}
+        monkeypatch.setattr(records, "describe_machine", lambda: machine)
+        monkeypatch.setattr(records, "in_fresh_process", measure)
+        options = ["--records", "digits", "--seeds", "2", "--out", str(tmp_path), *words]
+        with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+            script("benchmark.__main__").main(options)
+        return measured
+
+    return measure_digits
+
+
+def test_a_stopped_measurement_resumes_after_the_seeds_that_ended(seeds_measured, tmp_path, capsys):
+    assert seeds_measured(stop=True) == [0]
+    assert seeds_measured(date="2026-01-02") == [1]
     (path,) = (tmp_path / "records").glob("digits-*.json")
-    assert [seed["seed"] for seed in json.loads(path.read_text())["seeds"]] == [0, 1]
+    assert f"digits: measured before: seeds 0. To measure again, delete {path}." in (
+        capsys.readouterr().out
+    )
+    log = json.loads(path.read_text())
+    assert [seed["seed"] for seed in log["seeds"]] == [0, 1]
+    assert log["p"] == 0.0 and log["machine"]["date"] == "2026-01-01"
+    assert seeds_measured() == []
+    assert seeds_measured("--seeds", "4") == [2, 3]
+    path.unlink()
+    assert seeds_measured() == [0, 1]
+
+
+def test_other_measurements_do_not_resume(seeds_measured):
+    seeds_measured()
+    assert seeds_measured("--change", "fewer epochs") == [0, 1]
+    assert seeds_measured(commit="def") == [0, 1]
+    for commit in ("abc-dirty", "unknown"):  # the code of the first seed may have been different
+        assert seeds_measured(commit=commit) == [0, 1]
+        assert seeds_measured(commit=commit) == [0, 1]
+
+
+WITHOUT_MNIST1D = """
+from importlib import metadata
+found = metadata.distribution
+def distribution(name):
+    if name == "mnist1d":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.distribution = distribution
+"""
+
+
+def test_a_missing_package_is_an_error_without_a_traceback(script, tmp_path, capfd, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_MNIST1D)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        script("benchmark.__main__").main(["--records", "mnist1d", "--out", str(tmp_path)])
+    assert stopped.value.code == 1
+    errors = capfd.readouterr().err.strip()
+    assert errors == "error: the package mnist1d is not installed. Run: pip install mnist1d."
+    assert not list((tmp_path / "records").iterdir())
 
 
 def test_the_p_value_is_that_of_a_one_sided_t_test(records):

@@ -1,8 +1,8 @@
 """Records: the seconds that gputune needs to reach a fixed quality, on the page docs/records.md.
 
-Each seed trains in a process of its own. A log file keeps the figures of all seeds, and the tables
-of the page are made of all log files. Tables of docs/published-results.md are copied from result
-pages:
+Each seed trains in a process of its own. A log file keeps the figures of all seeds, so the same
+command resumes a measurement that was stopped. The tables of the page are made of all log files.
+Tables of docs/published-results.md are copied from result pages:
 
     python scripts/benchmark --records digits --seeds 5
     python scripts/benchmark --records california adult --data FILE.py --change "fewer epochs"
@@ -24,6 +24,7 @@ from typing import Any
 
 from scipy.stats import ttest_1samp
 
+import gputune
 from benchmark.report import HERE, describe_machine, file_stem, table
 from benchmark.studies.record_tasks import TASKS, Task
 from benchmark.work import stop_workers
@@ -65,32 +66,59 @@ def run(options: Namespace) -> int:
 
 
 def measure_record(task: Task, options: Namespace) -> None:
-    """Measure one record with all seeds, and write its log file.
+    """Measure the seeds of a record that are not measured yet, and write its log file.
 
-    The file is written after each seed, so that a stopped measurement keeps the seeds that ended.
+    The file is written after each seed, so that the same command resumes a stopped measurement.
     """
-    machine = describe_machine()
-    load = os.getloadavg()[0]
+    log = {
+        "record": task.name,
+        "machine": describe_machine(),
+        "load": round(os.getloadavg()[0], 1),
+        "change": options.change,
+        "work": task.work,
+        "target": task.target,
+    }
     logs = options.out / "records"
     logs.mkdir(parents=True, exist_ok=True)
-    path = logs / log_name(task, machine)
+    path = started_log(logs, log)
     attempts: list[Attempt] = []
-    for seed in range(options.seeds):
+    if path is None:
+        path = logs / log_name(task, log["machine"])
+    else:
+        log = json.loads(path.read_text())
+        attempts = [Attempt(**seed) for seed in log["seeds"]]
+        seeds = ", ".join(str(attempt.seed) for attempt in attempts)
+        print(f"{task.name}: measured before: seeds {seeds}. To measure again, delete {path}.")
+    for seed in range(len(attempts), options.seeds):
         attempts.append(in_fresh_process(task, seed, options.data))
         print(f"{task.name}, {attempts[-1]}", flush=True)
-        log = {
-            "record": task.name,
-            "machine": machine,
-            "load": round(load, 1),
-            "change": options.change,
-            "work": task.work,
-            "target": task.target,
-            "p": p_value(task, attempts),
-            "seeds": [asdict(attempt) for attempt in attempts],
-        }
+        log["p"] = p_value(task, attempts)
+        log["seeds"] = [asdict(attempt) for attempt in attempts]
         path.write_text(json.dumps(log, indent=1, allow_nan=False) + "\n")
     print(verdict(task, attempts))
-    print(f"written: {path}")
+    print(f"log file: {path}")
+
+
+def started_log(folder: Path, log: dict[str, Any]) -> Path | None:
+    """Return the log file in ``folder`` of a measurement that the measurement ``log`` can resume.
+
+    Only the date and the load may differ. None if there is no such file, or if the code differs
+    from its commit.
+    """
+    commit = log["machine"]["commit"]
+    if commit == "unknown" or commit.endswith("-dirty"):
+        return None
+    for path in sorted(folder.glob(f"{log['record']}-*.json")):
+        if _lasting(json.loads(path.read_text())) == _lasting(log):
+            return path
+    return None
+
+
+def _lasting(log: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a log file that does not depend on the time of the measurement."""
+    machine = {key: value for key, value in log["machine"].items() if key != "date"}
+    content = {key: log[key] for key in ("record", "change", "work", "target")}
+    return content | {"machine": machine}
 
 
 def log_name(task: Task, machine: dict[str, Any]) -> str:
@@ -99,13 +127,16 @@ def log_name(task: Task, machine: dict[str, Any]) -> str:
 
 
 def in_fresh_process(task: Task, seed: int, data: Path | None) -> Attempt:
-    """Return one seed's attempt, measured in a process that has done nothing else."""
+    """Return one seed's attempt, measured in a process that has done nothing else.
+
+    If the process fails, its own message is all that is printed: SystemExit has only its exit code.
+    """
     words = [task.name, str(seed), *([str(data.resolve())] if data else [])]
     command = [sys.executable, "-m", "benchmark.studies.records", *words]
-    said = subprocess.run(
-        command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
-    return Attempt(**json.loads(said.splitlines()[-1]))
+    process = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
+    if process.returncode != 0:
+        raise SystemExit(process.returncode)
+    return Attempt(**json.loads(process.stdout.splitlines()[-1]))
 
 
 def measure_here(task: Task, seed: int, data: Path | None) -> Attempt:
@@ -257,7 +288,15 @@ def _with_block(text: str, name: str, block: str) -> str:
     return f"{before}{begin}\n{block}\n\n{rest[rest.index(end) :]}"
 
 
-if __name__ == "__main__":
-    name, seed, *files = sys.argv[1:]
-    attempt = measure_here(TASKS[name], int(seed), Path(files[0]) if files else None)
+def main(name: str, seed: str, *files: str) -> None:
+    """Measure one seed of a task, and print the attempt as JSON."""
+    data = Path(files[0]) if files else None
+    try:
+        attempt = measure_here(TASKS[name], int(seed), data)
+    except gputune.InputError as error:  # such as a missing package
+        raise SystemExit(f"error: {error}") from None
     print(json.dumps(asdict(attempt)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
