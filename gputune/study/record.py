@@ -60,6 +60,7 @@ ARGUMENTS = {
     "lacking": [str],
     "callbacks": [str],
     "final_model?": {"": bool},
+    "preset?": {"name": str, "choices": dict},
     "script?": (str, None),
 }
 
@@ -76,6 +77,8 @@ class Arguments:
         callbacks: the callbacks that a resumed search will not call.
         final_model: options of the command line for the model that it saves at the end: "ensemble",
             "intervals" and "calibrate". Empty in studies made from Python or by earlier versions.
+        preset: the name of the preset and its choices by argument, without the arguments that the
+            user chose. Empty without a preset, and in studies of earlier versions.
         script: the path of the script that defined the module class. None for other models, and in
             studies of earlier versions.
     """
@@ -86,6 +89,7 @@ class Arguments:
     lacking: Sequence[str] = ()
     callbacks: Sequence[str] = ()
     final_model: dict[str, bool] = field(default_factory=dict)
+    preset: Json = field(default_factory=dict)
     script: str | None = None
 
     def updated(self, latest: Self) -> Self:
@@ -251,8 +255,11 @@ class SearchRecord:
         options = {name: getattr(self, name) for name in RECORD_FIELDS if name not in self.absent}
         if "arguments" in options:
             arguments = dict(vars(self.arguments))
-            if self.arguments.script is None:  # as in studies of earlier versions
+            # Left out when unset, as in studies of earlier versions.
+            if self.arguments.script is None:
                 del arguments["script"]
+            if not self.arguments.preset:
+                del arguments["preset"]
             options["arguments"] = arguments
         return options
 

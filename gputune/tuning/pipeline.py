@@ -110,7 +110,9 @@ def search(
             # The search method is checked before a study file is created.
             context.method.check(context, setup.space, setup.trials)
             record = _record(setup, context)
-            arguments = replace(record.arguments, final_model=dict(call.final_model))
+            arguments = replace(
+                record.arguments, final_model=dict(call.final_model), preset=call.preset_choices
+            )
             record = replace(record, arguments=arguments)
             progress.say(problem.summary())
             if call.preset:

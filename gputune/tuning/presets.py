@@ -1,26 +1,33 @@
 """Presets: named choices of model, portfolio, epochs and final model for a table.
 
 A preset chooses from the number of rows, the number of columns and the timeout, never from the speed
-of the machine. The same call therefore makes the same choices on every machine, and a stopped search
-can be resumed.
+of the machine. The same call therefore makes the same choices on every machine.
+
+A study stores the choices of its preset. A later call with the same preset and study takes them from
+there, so that a stopped search can be resumed with another timeout.
 """
 
 import math
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from gputune.data.arrays import Arrays
 from gputune.data.target import check_target
-from gputune.errors import InputError
+from gputune.errors import InputError, StudyCorruptError, StudyVersionError
+from gputune.study.record import SearchRecord
+from gputune.study.store import Store
 from gputune.text import count, did_you_mean
 from gputune.tuning.choices import choose_model
 from gputune.tuning.options import RULES, make_options
 from gputune.tuning.preset_table import ALIASES, PRESETS, ModelName
 from gputune.tuning.record import SearchCall
 from gputune.tuning.task_choice import chosen_task
+from gputune.types import Json
 from gputune.wording import Verbatim, option, per_interface
 
 AUTO = "auto"
@@ -95,6 +102,8 @@ def with_preset(
 ) -> SearchCall:
     """Return the call of a search with the choices of a preset.
 
+    If the call continues a study of the same preset, the choices in the study replace new ones.
+
     Args:
         call: The call with the user's arguments, and with the model mlp if the preset chooses it.
         name: The name of the preset.
@@ -115,7 +124,8 @@ def with_preset(
             remedy="Leave one of them out.",
         )
     case = _case(call, given, model)
-    chosen = _choices(short, case)
+    stored = _stored_choices(options.machine.study, short)
+    chosen = {**_choices(short, case), **stored, **case.values}
     chosen = {key: value for key, value in chosen.items() if key not in _not_chosen(call)}
     # Choices that are equal to the default need no words.
     defaults = make_options().values()
@@ -125,13 +135,31 @@ def with_preset(
         if key in chosen and key not in case.values and chosen[key] != defaults[key]
     }
     extras = {key: True for key in _EXTRAS if chosen[key]}
+    to_store = {key: chosen[key] for key in chosen if key not in {*case.values, "timeout"}}
+    verb = "keeps its choices in this study" if stored else "chooses"
     return replace(
         call,
         choice=choose_model(chosen["model"], optimizer),
         options=options.changed(**values),
         final_model={**extras, **call.final_model},
-        preset=_sentence(name, chosen["model"], values, extras, case),
+        preset=_sentence(f"{option('preset', name)} {verb}", chosen["model"], values, extras, case),
+        preset_choices={"name": short, "choices": to_store},
     )
+
+
+def _stored_choices(path: Path | None, name: str) -> Json:
+    """Return the choices of a preset in a study file, by argument name.
+
+    The result is empty if the file has no choices of this preset. It is also empty for a faulty
+    file, because a later step reports the fault.
+    """
+    if path is None or not path.exists():
+        return {}
+    with suppress(OSError, StudyCorruptError, StudyVersionError), Store.open(path) as store:
+        preset = SearchRecord.from_json(store.meta).arguments.preset
+        if preset.get("name") == name:
+            return dict(preset["choices"])
+    return {}
 
 
 def _case(call: SearchCall, given: Collection[str], model: object) -> _Case:
@@ -209,7 +237,7 @@ _SHOWN = ("model", "space", "n_trials", "cv", "max_epochs", "n_ens", "patience",
 
 
 def _sentence(
-    name: str,
+    beginning: str,
     model: ModelName,
     values: Mapping[str, Any],
     extras: Collection[str],
@@ -220,10 +248,15 @@ def _sentence(
     words += [option(key, value) for key, value in values.items() if value is not None]
     words += [per_interface(*_EXTRAS[key]) for key in extras]
     size = f"{count(case.rows, 'row')} and {count(case.columns, 'column')}"
-    text = f"{option('preset', name)} chooses for {size}: {', '.join(words)}"
-    kept = [option(key, case.values[key]) for key in _SHOWN if key in case.values]
-    if kept:
-        text += f"; you chose {', '.join(kept)}"
+    text = f"{beginning} for {size}: {', '.join(words)}"
+    chosen_by_user = [option(key, _whole(case.values[key])) for key in _SHOWN if key in case.values]
+    if chosen_by_user:
+        text += f"; you chose {', '.join(chosen_by_user)}"
     if "ensemble" in extras:
         text += per_interface("; study.ensemble() then makes the model", "")
     return text
+
+
+def _whole(value: object) -> object:
+    """Return a float without a fraction, such as a timeout of 60.0 seconds, as an int."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

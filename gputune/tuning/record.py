@@ -300,6 +300,7 @@ class SearchCall:
         final_model: The options of the model that the command line saves at the end. See
             ``Arguments``.
         preset: A sentence on the choices of a preset, or "".
+        preset_choices: The preset and its choices, as ``Arguments.preset`` stores them.
     """
 
     choice: ModelChoice
@@ -309,6 +310,7 @@ class SearchCall:
     outputs: Mapping[int, Outputs] = field(default_factory=dict)
     final_model: Mapping[str, bool] = field(default_factory=dict)
     preset: str = ""
+    preset_choices: Json = field(default_factory=dict)
 
 
 def recorded_search(

@@ -120,6 +120,51 @@ def test_a_study_with_a_preset_goes_on(tmp_path):
     assert more.trials[:2] == few.trials and more.record.model == "RealMLP"
 
 
+def test_a_study_keeps_the_choices_of_its_preset_with_another_timeout(tmp_path, capsys):
+    study = tmp_path / "s.db"
+    call = partial(gputune.tune, "auto", *IRIS, cv=2, study=study)
+    first = call(preset="medium", timeout=0.1)
+    epochs = first.record.max_epochs
+    assert first.record.arguments.preset == {
+        "name": "medium",
+        "choices": {
+            "model": "mlp",
+            "space": "mlp",
+            "n_trials": 8,  # of the preset fast, because the time is short
+            "max_epochs": epochs,
+            "n_ens": 1,
+            "patience": None,
+            "ensemble": False,
+            "calibrate": True,
+        },
+    }
+    new = chosen("medium", rows=150, columns=4, timeout="1h", cv=2).options
+    assert new.training.max_epochs > epochs and new.training.n_ens == 8
+    capsys.readouterr()
+    more = call(preset="medium_quality", timeout=3600, n_trials=9)
+    assert (
+        "preset='medium_quality' keeps its choices in this study for 150 rows and 4 columns: "
+        "model='mlp', space='mlp', "
+        f"max_epochs={epochs}, calibrated probabilities; you chose n_trials=9, cv=2, timeout=3600\n"
+    ) in capsys.readouterr().err
+    assert len(more.trials) == 9 and more.record.max_epochs == epochs
+    with refused("holds a different search. It differs from this call in: "):
+        call(preset="best")
+    with refused(rf"max_epochs \({epochs} in the study, 2 now\)"):
+        call(preset="medium", max_epochs=2)
+
+
+def test_a_file_without_choices_of_the_preset_is_left_to_later_checks(tmp_path):
+    study = tmp_path / "s.db"
+    study.write_text("not a study")
+    with refused("is not a gputune study"):
+        tune("auto", *IRIS, preset="fast", study=study)
+    study.unlink()
+    small = {"space": "mlp", "n_trials": 1, "max_epochs": 2, "cv": 2, "patience": None}
+    study_without = tune("mlp", *IRIS, **small, study=study)
+    assert tune("mlp", *IRIS, **small, study=study, preset="fast").trials == study_without.trials
+
+
 def test_presets_that_do_not_fit_are_refused():
     X, y = IRIS
     with refused(r"preset must be one of best, medium, fast, got 'bets'. Did you mean 'best'\?"):
@@ -154,6 +199,11 @@ def test_the_command_line_prints_the_plan_and_resumes(tmp_path, monkeypatch):
     }
     code, out, err = run("resume", "out", "--trials", "4")
     assert code == 0 and "An ensemble of" in out, err
+    longer = ("--preset", "medium", "--trials", "4", "--timeout", "5m", "--dry-run")
+    code, out, err = run("tune", *words, *longer)
+    plan = "--preset medium keeps its choices in this study for 48 rows and 2 columns: --model mlp,"
+    assert code == 0 and plan in " ".join(out.split()), out + err
+    assert "--timeout 300" in out
     code, _, err = run("tune", *words, "--preset", "best", "--model", "cnn")
     assert code == 2 and "or leave --model out" in err, err
     code, _, err = run("tune", *words, "--preset", "high")
