@@ -31,7 +31,7 @@ from gputune.data.target import MAX_CLASSES, Target, refuse_missing
 from gputune.data.time_order import rows_in_time
 from gputune.errors import InputError, warn
 from gputune.seeding import stream_seed
-from gputune.wording import Verbatim, option
+from gputune.wording import Verbatim, option, per_interface
 
 
 @runtime_checkable
@@ -187,7 +187,10 @@ def _fold_splitter(cv: int, target: Target, groups: np.ndarray | None, seed: int
         raise InputError("cv", f"must not be larger than the number of rows, {len(target)}", got=cv)
     n_groups = cv if groups is None else len(set(groups.tolist()))
     if cv > n_groups:
-        raise InputError("cv", f"must not be larger than the number of groups, {n_groups}", got=cv)
+        which = per_interface("the number of groups", "the number of groups for the search")
+        remedy = f"Use {option('cv', n_groups)}." if n_groups > 1 else ""
+        rule = f"must not be larger than {which}, {n_groups}"
+        raise InputError("cv", rule, got=cv, remedy=remedy)
     random_state = stream_seed(seed, "folds") % 2**32
     # scikit-learn stratifies only if a class has at least one row per fold.
     splitter: Callable[..., Splitter]
@@ -387,8 +390,16 @@ def hold_out(
         rest, test = rows[: n_rows - n_test - cv.gap], rows[n_rows - n_test :]
     elif groups is not None:
         n_groups = len(set(groups.tolist()))
-        if math.ceil(test_size * n_groups) >= n_groups:
+        n_left = n_groups - math.ceil(test_size * n_groups)
+        if n_left <= 0:
             raise _nothing_left(test_size, f"{n_groups} groups")
+        if n_left == 1:
+            smaller = "Use" if n_groups == 2 else "Use a smaller share, or"
+            raise InputError(
+                option("test_size", test_size),
+                f"leaves only one of the {n_groups} groups for the search, but its folds need two",
+                remedy=f"{smaller} {option('test_size', 0)}, which holds out no rows.",
+            )
         by_group = GroupShuffleSplit(1, test_size=test_size, random_state=random_state)
         rest, test = next(by_group.split(groups, groups=groups))
     elif target.classes is not None:

@@ -175,7 +175,7 @@ def test_a_splitter_sees_the_rows_and_the_target():
     [
         *[(cv, None, f"cv must be at least 2 folds, got {cv}") for cv in (1, 0)],
         (41, None, "cv must not be larger than the number of rows, 40, got 41"),
-        (9, GROUPS, "cv must not be larger than the number of groups, 8, got 9"),
+        (9, GROUPS, "cv must not be larger than the number of groups, 8, got 9. Use cv=8"),
         (35, None, r"cannot split these 40 rows: .*n_splits=35"),
         *[
             (
@@ -338,6 +338,17 @@ BAD_SIZES = [1, 1.0, 1.5, -0.1, np.nan, "0.2", True, None]
             NUMBERS,
             {"test_size": 0.95, "groups": GROUPS},
             r"test_size=0\.95 leaves none of the 8 groups",
+        ),
+        (
+            NUMBERS,
+            {"test_size": 0.8, "groups": GROUPS},
+            r"test_size=0\.8 leaves only one of the 8 groups for the search, but its folds need "
+            r"two\. Use a smaller share, or test_size=0, which holds out no rows\.",
+        ),
+        (
+            NUMBERS,
+            {"test_size": 0.2, "groups": GROUPS % 2},
+            r"test_size=0\.2 leaves only one of the 2 groups .* two\. Use test_size=0, which holds",
         ),
         (
             CLASSES,
