@@ -1,9 +1,12 @@
 """The numbers of the page of published results are those of the result files."""
 
 import json
+import runpy
 from pathlib import Path
+from statistics import median
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "published-results.md").read_text()
@@ -66,3 +69,94 @@ def test_the_earlier_scores_on_the_page_of_records():
     score = f"an RMSE of {california['score']:.4f}, slightly above the target"
     assert f"{score}, after {california['cpu']:,.0f} CPU seconds" in page
     assert f"an accuracy of {ensemble('adult', 'portfolio', 32)['score']:.4f}." in page
+
+
+TABLE_CHART = ROOT / "scripts" / "benchmark" / "table_chart.py"
+MODELS = " ".join((ROOT / "docs" / "which-model.md").read_text().split())
+"""The text of the page that compares models for tables."""
+
+
+@pytest.fixture(scope="module")
+def table_chart():
+    return runpy.run_path(str(TABLE_CHART))
+
+
+def test_the_chart_of_tables_shows_the_results(table_chart):
+    assert (ROOT / "docs" / "table-errors.svg").read_text() == table_chart["chart"]()
+    assert "](table-errors.svg)" in MODELS
+    results = json.loads((RESULTS / "tables-amd-epyc-1-cores.json").read_text())["results"]
+    one = next(one for one in results if (one["table"], one["split"]) == ("adult", 0))
+    assert one["scoring"] == "accuracy" and table_chart["error"](one) == 1 - one["score"]
+
+
+def test_where_networks_win_and_lose(table_chart):
+    ratios = table_chart["relative_errors"]()
+    assert len(ratios) == 11
+    won = []
+    of_wins = []
+    of_losses = {}
+    for table, of_table in ratios.items():
+        trees = min(1.0, of_table["LightGBM tuned"], of_table["default CatBoost"])
+        percent = round(100 * (of_table["realmlp ensemble"] / trees - 1))
+        if table_chart["best_model"](of_table) in ("RealMLP", "MLP"):
+            won.append(table)
+            of_wins.append(-percent)
+        else:
+            of_losses[table] = percent
+    assert "A network has the lowest error on six tables" in MODELS and len(won) == 6
+    assert f"On {', '.join(won[:-1])} and {won[-1]}, the error of RealMLP's ensemble" in MODELS
+    assert f"is {min(of_wins)}% to {max(of_wins)}% lower than the lowest error of" in MODELS
+    assert f"On german_credit it is {of_losses.pop('german_credit')}% higher" in MODELS
+    low, high = min(of_losses.values()), max(of_losses.values())
+    *first, last = of_losses
+    lost = f"On {', '.join(first)} and {last}, the error of RealMLP's ensemble is {low}% to {high}%"
+    assert f"{lost} higher" in MODELS
+    medians = {
+        way: round(100 * (1 - median(of_table[way] for of_table in ratios.values())))
+        for way in table_chart["LABELS"]
+    }
+    assert medians.pop("mlp portfolio ensemble") == 3 and set(medians.values()) == {5}
+    assert "all have a 5% lower error than boosting" in MODELS
+    assert "The ensemble of MLPs has a 3% lower error." in MODELS
+    better = {way: sum(of_table[way] < 1 for of_table in ratios.values()) for way in medians}
+    n_lightgbm = sum(of["realmlp ensemble"] < of["LightGBM tuned"] for of in ratios.values())
+    assert f"on {better['realmlp ensemble']} of 11 tables, and a lower error than tuned" in MODELS
+    assert f"tuned LightGBM on {n_lightgbm} of 11" in MODELS
+    n_mlp = sum(of_table["mlp portfolio ensemble"] < 1 for of_table in ratios.values())
+    assert f"default settings on {n_mlp} of 11 tables. |" in MODELS
+
+
+def test_the_seconds_of_the_models_for_tables():
+    results = json.loads((RESULTS / "tables-amd-epyc-1-cores.json").read_text())["results"]
+
+    def seconds(way):
+        of_table = {}
+        for one in results:
+            if one["way"] == way and "rows" not in one["table"]:
+                of_table.setdefault(one["table"], []).append(one["seconds"])
+        medians = [median(seconds) for seconds in of_table.values()]
+        return f"{min(medians):.0f} to {max(medians):.0f} s"
+
+    assert f"RealMLP's ensemble took {seconds('realmlp ensemble')}" in MODELS
+    assert f"which takes {seconds('realmlp ensemble')}" in MODELS
+    assert f"ensemble of MLPs {seconds('mlp portfolio ensemble')}" in MODELS
+    assert f"tuned LightGBM {seconds('LightGBM tuned')}" in MODELS
+    assert f"CatBoost with default settings takes {seconds('default CatBoost')}" in MODELS
+
+
+def test_higher_frequencies_on_california():
+    (path,) = (RESULTS / "records").glob("california-*-c297d5415112-*.json")
+    seeds = json.loads(path.read_text())["seeds"]
+    rmse = np.mean([seed["quality"] for seed in seeds])
+    cpu = np.mean([seed["cpu_seconds"] for seed in seeds])
+    results = json.loads((RESULTS / "tuned-mlp-amd-epyc-1-cores.json").read_text())["results"]
+    (published,) = (
+        one
+        for one in results
+        if (one["table"], one["model"], one["trials"]) == ("california", "realmlp", 16)
+        and one["way"] == "ensemble"
+    )
+    assert f"a test RMSE of {rmse:.3f} after {cpu:.0f} CPU seconds" in MODELS
+    assert f"had {published['score']:.3f} after {published['cpu']:,.0f} CPU seconds" in MODELS
+    assert f"was {100 * (1 - rmse / published['score']):.0f}% lower in a sixth" in MODELS
+    assert published["cpu"] / cpu == pytest.approx(6, abs=0.5)
