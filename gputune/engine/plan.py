@@ -305,8 +305,7 @@ class Planner:
         costs."""
         config = population.configs[0]
         traits = self.traits.get(population.arguments)
-        sizes = {config["batch_size"] for config in population.configs}
-        work = TrialWork(population.kind, config, traits, self.data, mixes_sizes=len(sizes) > 1)
+        work = TrialWork.of_chunk(population.kind, population.configs, traits, self.data)
         way, reason = way_of(self.backend, work, self.reason)
         backend = backend_named(way)
         cost = trial_cost(

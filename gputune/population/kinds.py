@@ -1,8 +1,9 @@
 """The kinds of models in the engine, and the hidden layers of their configurations."""
 
 from bisect import bisect_left
-from typing import Any, Literal
+from typing import Literal
 
+from gputune.models.layers import per_layer
 from gputune.types import Config
 
 ModelKind = Literal["mlp", "linear", "module"]
@@ -25,24 +26,17 @@ def padded_width(width: int) -> int:
 
 def hidden_widths(config: Config) -> tuple[int, ...]:
     """Return the number of units of each hidden layer of a complete configuration."""
-    return _per_layer(config, "width")
+    return tuple(per_layer(config["width"], config["depth"]))
 
 
 def hidden_activations(config: Config) -> tuple[str, ...]:
     """Return the activation of each hidden layer of a complete configuration."""
-    return _per_layer(config, "activation")
+    return tuple(per_layer(config["activation"], config["depth"]))
 
 
 def dropout_rates(config: Config) -> tuple[float, ...]:
     """Return the dropout rate of each hidden layer of a complete configuration."""
-    return _per_layer(config, "dropout")
-
-
-def _per_layer(config: Config, key: str) -> tuple[Any, ...]:
-    """Return the value of a hyperparameter for each hidden layer: the value is one for all layers,
-    or a tuple with one for each layer."""
-    value = config[key]
-    return value if isinstance(value, tuple) else (value,) * config["depth"]
+    return tuple(per_layer(config["dropout"], config["depth"]))
 
 
 def highest_dropout(config: Config) -> float:

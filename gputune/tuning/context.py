@@ -150,11 +150,10 @@ class Context(Session):
                 self.trainer.plan, epochs=epochs, parameters=parameters, measure=self._need
             )
             plan = make(groups)
-            # The timing may have found a faster way for some chunks. The plan is then made again.
-            if self._time(plan, groups, epochs):
-                plan = make(groups)
+            # The timing may have found a faster way for some chunks.
+            is_faster = self._time(plan, groups, epochs)
             joined, clause = self.trainer.join_sizes(groups)
-            if len(joined) < len(groups):
+            if is_faster or len(joined) < len(groups):
                 plan = make(joined)
             failures = tuple(self.trainer.pool.failures)
             plan = replace(plan, failures=failures, batch_sizes=clause)

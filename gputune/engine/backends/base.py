@@ -7,7 +7,7 @@ is one trial on one fold.
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 
@@ -67,6 +67,14 @@ class TrialWork:
     traits: Traits | None = None
     data: Dataset | None = None
     mixes_sizes: bool = False
+
+    @classmethod
+    def of_chunk(
+        cls, kind: ModelKind, configs: Sequence[Config], traits: Traits | None, data: Dataset
+    ) -> Self:
+        """Return the first trial of a chunk, which stands for all of its trials."""
+        sizes = {config["batch_size"] for config in configs}
+        return cls(kind, configs[0], traits, data, mixes_sizes=len(sizes) > 1)
 
     @property
     def is_on_gpu(self) -> bool:

@@ -119,10 +119,9 @@ def trains_as(
     traits: Traits | None = None,
     *,
     data: Dataset | None = None,
-    mixes_sizes: bool = False,
 ) -> str:
     """Return the backend that trains one trial, if the search chose the backend ``name``."""
-    return way_of(name, TrialWork(kind, config, traits, data, mixes_sizes)).name
+    return way_of(name, TrialWork(kind, config, traits, data)).name
 
 
 def failures(name: str) -> list[str]:
@@ -151,16 +150,8 @@ def make_chunk(
     If a fast backend fails, gputune warns, notes the reason in the pool, and makes the chunk in the
     next slower backend.
     """
-    config = network.configs[0]
-    sizes = {config["batch_size"] for config in network.configs}
-    name = trains_as(
-        name,
-        network.kind,
-        config,
-        network.traits,
-        data=validation.data,
-        mixes_sizes=len(sizes) > 1,
-    )
+    work = TrialWork.of_chunk(network.kind, network.configs, network.traits, validation.data)
+    name = way_of(name, work).name
     # The members of an earlier chunk may have failed to train stacked.
     if network.one_by_one and not backend_named(name).module_class.one_by_one:
         name = "loop"
