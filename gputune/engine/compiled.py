@@ -34,7 +34,7 @@ from gputune.native.library import (
 )
 from gputune.optimizers.rules import SCHEDULES, n_moments
 from gputune.population.batches import row_order
-from gputune.population.kinds import dropout_rates, hidden_widths
+from gputune.population.kinds import dropout_rates, hidden_widths, highest_dropout
 from gputune.population.state import State, differ_only_in_rates, selected_configs
 from gputune.scoring.scores import ROW_MEANS
 from gputune.scoring.validation import Validation
@@ -177,7 +177,8 @@ class CompiledChunk:
         layers = np.concatenate([inputs, hidden, outputs], axis=1)
         parameters = ((layers[:, :-1] + 1) * layers[:, 1:]).sum(axis=1)
         units = hidden.sum(axis=1)
-        return member_seconds(self.steps, self.sizes, parameters, units)
+        drops = np.array([highest_dropout(config) > 0 for config in self.configs])
+        return member_seconds(self.steps, self.sizes, parameters, units, drops)
 
     def _set_member_values(self) -> None:
         """Set the arguments of the compiled code that have one number for each trial, (C,)."""

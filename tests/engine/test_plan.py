@@ -64,6 +64,17 @@ def test_short_work_stays_in_one_process_and_long_work_is_cut_for_all():
     assert forced.threads == 1
 
 
+def test_a_trial_with_dropout_takes_longer_in_compiled_code():
+    data = make_data()
+    for width, least in ((32, 1.05), (256, 1.01)):
+        configs = [{"width": width, "dropout": rate} for rate in (0.0, 0.2)]
+        without, dropped = (
+            trial_cost(groups(data, config)[0], data, backend="compiled") for config in configs
+        )
+        assert least < dropped.trial_seconds / without.trial_seconds < 1.3
+        assert dropped.state_bytes == without.state_bytes
+
+
 def test_the_longest_chunk_comes_first():
     data = make_data()
     plan = make_plan(groups(data, {"width": 8}, {"width": 512}, {"width": 64}), data)
