@@ -17,6 +17,7 @@ import torch
 
 from gputune.modules.decompose import decomposed
 from gputune.modules.kernels.formulas import FORMULAS, SEVERAL
+from gputune.modules.kernels.fusion import joined
 from gputune.modules.kernels.table import LAYERS
 from gputune.modules.kernels.writer import Line, Writer, kwargs_of
 from gputune.modules.product_passes import with_added_products, with_copied_factors
@@ -73,9 +74,9 @@ class MemberCode:
             trace = decomposed(trace, refused)
         else:
             raise next(iter(refused.values()))
+        calls = [*_in_blocks(joined(writer, lines, trace.last_uses()))]
         self.kernels = kernels
         memories |= used
-        calls = [*_in_blocks(lines)]
         # at least one number, so that the array has an address
         numbers = np.array([*writer.numbers, 0.0])
         workspace = writer.size + writer.workspace
@@ -84,14 +85,14 @@ class MemberCode:
 
 def _written(
     writer: Writer, operations: Sequence[Operation]
-) -> tuple[list[Line], dict[int, TraceError]]:
-    """Return the C kernel calls of operations, and the reasons why operations have no C code, by
-    the index of the operation."""
-    lines: list[Line] = []
+) -> tuple[list[tuple[int, Line]], dict[int, TraceError]]:
+    """Return the C kernel calls of operations, each with the index of its operation, and the
+    reasons why operations have no C code, by the index of the operation."""
+    lines: list[tuple[int, Line]] = []
     refused: dict[int, TraceError] = {}
     for i, op in enumerate(operations):
         try:
-            lines += _lines(writer, op)
+            lines += [(i, line) for line in _lines(writer, op)]
         except TraceError as error:
             refused[i] = TraceError(f"{op.replaced} has no C code") if op.replaced else error
     return lines, refused
@@ -185,8 +186,8 @@ def _go_together(lines: Sequence[Line]) -> bool:
     for line in before:
         for i, a in enumerate(line.spans):
             for j, b in enumerate(last.spans):
-                # The first span of a call is written, and the others are read.
-                if (i == 0 or j == 0) and a.overlaps(b):
+                is_written = i < line.n_written or j < last.n_written
+                if is_written and a.overlaps(b):
                     begin, step, is_apart = a.in_rows(unit // line.unit, rows)
                     other = b.in_rows(unit // last.unit, rows)
                     if other != (begin, step, is_apart) or step <= 0 or not is_apart:

@@ -21,6 +21,7 @@ typedef float real;
 
 static const StepFunctions functions = {
     .matrix_product = matrix_product,
+    .turned_product = turned_product,
     .convolution = convolution,
     .convolution_below = convolution_below,
     .convolution_weights = convolution_weights,

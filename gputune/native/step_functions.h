@@ -6,6 +6,8 @@ typedef struct {
     /* strided.h */
     void (*matrix_product)(long rows, long columns, long inner, const real *a, long a_row, long a_column, const real *b,
                            long b_row, long b_column, const real *added, long added_row, real *c, long c_row, real *room);
+    void (*turned_product)(long rows, long columns, long inner, const real *a, long a_row, long a_column, const real *b,
+                           long b_row, long b_column, const real *added, long added_row, real *c, long c_row, real *room);
     /* convolution.h */
     void (*convolution)(const int64_t *N, const real *x, const real *weight, const real *bias, real *y, real *w);
     void (*convolution_below)(const int64_t *N, const real *y, const real *weight, const real *bias, real *x, real *w);

@@ -8,6 +8,10 @@ from gputune.modules.trace import Kwargs, Operation, Place, TraceError
 
 # columns of the widest tile of a product; it needs working memory for the inner rows and one tile
 _TILE = 96
+# Smallest inner and column sizes for which a transposed first factor is copied before a product. Its
+# copy takes longer than it saves in smaller products (one EPYC core).
+_TURNED_INNER = 64
+_TURNED_COLUMNS = 128
 
 
 def product(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
@@ -51,11 +55,16 @@ def product(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterat
         is_bias = len(matrix.shape) == 1 or matrix.shape[-2] == 1
         addition = f"p3 + i * n11, n{len(sizes)}"
         sizes.append(0 if is_bias else matrix.stride[-2])
+    workspace = _TILE * (a.shape[-1] + _TILE)
+    function = "matrix_product"
+    is_large = a.shape[-1] >= _TURNED_INNER and out.shape[-1] >= _TURNED_COLUMNS
+    if is_large and a.stride[-2] == 1 and a.stride[-1] != 1:
+        function = "turned_product"
+        workspace += a.shape[-2] * a.shape[-1]
     body = (
-        "for (long i = 0; i < n0; i++) library->matrix_product(n1, n2, n3, p1 + i * n9, n4, n5, p2 + i * "
+        f"for (long i = 0; i < n0; i++) library->{function}(n1, n2, n3, p1 + i * n9, n4, n5, p2 + i * "
         f"n10, n6, n7, {addition}, p0 + i * n8, n{8 + len(begins)}, w);"
     )
-    workspace = _TILE * (a.shape[-1] + _TILE)
     yield writer.call(factors, body, sizes=sizes, workspace=workspace)
     if added is not None and matrix is None:
         yield writer.pointwise("add", {"self": out, "other": added, "alpha": 1}, out)

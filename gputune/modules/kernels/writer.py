@@ -12,7 +12,7 @@ one loop.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -168,7 +168,7 @@ class Line:
     ``first`` is the index of the first numeric value that Python passes to the call. The last of
     its sizes is the length of an outer loop that may be split, with ``unit`` values in each pass. A
     ``unit`` of 0 means that the call has no loop to split. The ``spans`` are the bytes that this
-    loop writes (the first) and reads.
+    loop uses. It writes the first ``n_written`` of them and reads the others.
     """
 
     kernel: int
@@ -177,6 +177,7 @@ class Line:
     sizes: list[int]
     unit: int = 0
     spans: list[Span] = field(default_factory=list)
+    n_written: int = 1
 
     @property
     def total(self) -> int:
@@ -193,6 +194,38 @@ class Line:
         for i, place in enumerate(self.places):
             numbers += [*place, passes * self.spans[i].step if unit else 0]
         return numbers + self.sizes
+
+    def allow_split(self, loops: Loops, operands: Sequence[Place]) -> None:
+        """Allow blocks of the outer loop, if no operand runs backwards. ``operands`` are the
+        tensors at the call's places."""
+        if any(int(step) < 0 for steps in loops.strides for step in steps):
+            return
+        self.unit = math.prod(map(int, loops.sizes[1:]))
+        for steps, place, (memory, begin) in zip(loops.strides, operands, self.places):
+            first, last = place.extent
+            step = int(steps[0]) * place.dtype.itemsize
+            self.spans.append(Span(memory, begin, begin + last - first, step))
+
+
+@dataclass
+class FormulaLine(Line):
+    """A call that computes each entry of a tensor by a formula, before its kernel is written.
+
+    Neighboring formulas can share a kernel (``fusion.py``), so ``Writer.write`` writes it later.
+    ``formula`` is C code with the names of ``arguments`` in braces. It computes in the C type
+    ``real``.
+    """
+
+    formula: str = ""
+    arguments: Kwargs = field(default_factory=dict)
+    real: str = ""
+    out: Place = field(kw_only=True)
+
+    @property
+    def operands(self) -> list[Place]:
+        """The places of the result and of all arguments that are tensors."""
+        tensors = [value for value in self.arguments.values() if isinstance(value, Place)]
+        return [self.out, *tensors]
 
 
 class Writer:
@@ -219,7 +252,7 @@ class Writer:
         self.begin, self.size = trace.arranged(made)
         self.workspace = 0
 
-    def _begin(self, place: Place) -> tuple[int, int]:
+    def first_byte(self, place: Place) -> tuple[int, int]:
         """Return the index of the memory that holds a tensor, and the byte at which the tensor
         begins there."""
         # Memory 0 is the working memory of the step; the others were there before.
@@ -250,7 +283,7 @@ class Writer:
         for i, place in enumerate(places):
             real = self.real if place is None else c_type(place.dtype)
             code.append(f"{real} *p{i} = ({real} *)P[{i}];")
-            begins.append((-1, 0) if place is None else self._begin(place))
+            begins.append((-1, 0) if place is None else self.first_byte(place))
         if workspace:
             self.workspace = max(self.workspace, workspace * self.dtype.itemsize)
             code.append(f"{self.real} *w = ({self.real} *)P[{len(begins)}];")
@@ -263,7 +296,7 @@ class Writer:
         self.numbers += map(float, [*numbers, *table])
         return Line(kernel, begins, first, [*sizes])
 
-    def pointwise(self, name: str, kwargs: Kwargs, out: Place) -> Line:
+    def pointwise(self, name: str, kwargs: Kwargs, out: Place) -> FormulaLine:
         """Return the kernel call that computes each entry of the tensor ``out`` by an operation's
         formula."""
         formula = formula_of(name, kwargs)
@@ -279,56 +312,73 @@ class Writer:
 
     def by_formula(
         self, formula: str, kwargs: Kwargs, out: Place, dtype: torch.dtype | None = None
-    ) -> Line:
-        """Return the kernel call that computes each entry of the tensor ``out`` by a C formula.
+    ) -> FormulaLine:
+        """Return the call that computes each entry of the tensor ``out`` by a C formula.
 
         ``kwargs`` has the values of the names in braces. All operands are converted to ``dtype``.
         """
         real = c_type(out.dtype if dtype is None else dtype)
-        variables: dict[str, str] = dict.fromkeys(_variables(formula), "")
-        if "norm" in variables:
+        names = _variables(formula)
+        if "norm" in names:
             is_mean = kwargs["reduction"] == 1
             kwargs = kwargs | {"norm": 1 / math.prod(out.shape) if is_mean else 1}
-        operands = [out]
-        strides: list[Sequence[int]] = [out.stride]
-        numbers: list[float] = []
-        for variable in variables:
-            value = kwargs[variable]
-            if isinstance(value, Place):
-                variables[variable] = f"x{len(operands)}"
-                operands.append(value)
-                strides.append(broadcast_strides(value, len(out.shape)))
-            elif isinstance(value, int | float):
-                variables[variable] = f"(({real})s{len(numbers)})"
-                numbers.append(value)
-            else:
-                raise TraceError(f"{variable}={value!r} is not supported")
-        loops = over(out.shape, strides)
+        arguments = {}
+        for name in names:
+            value = kwargs[name]
+            if not isinstance(value, Place | int | float):
+                raise TraceError(f"{name}={value!r} is not supported")
+            arguments[name] = value
+        line = FormulaLine(-1, [], 0, [], formula=formula, arguments=arguments, real=real, out=out)
+        for place in line.operands:
+            c_type(place.dtype)  # raises TraceError for a dtype that is not supported
+        return line
+
+    def write(self, line: FormulaLine) -> Line:
+        """Write the kernel of a single formula, and return its call."""
+        operands = line.operands
+        loops = loops_of(line)
         sizes = list[int]()
         kernel = loops.named(sizes)
         # All operands are read before the formula, because a compiler does not vectorize loads that
         # depend on a condition.
-        code = [f"{real} x{i} = p{i}[{kernel.index(i)}];" for i in range(1, len(operands))]
-        result = formula.format(**variables).replace("REAL", real)
-        result = result.replace("EXP(", "exponential(" if real == self.real else "exp(")
-        code.append(f"p0[{kernel.index(0)}] = {result};")
-        line = self.call(operands, kernel.nest("\n".join(code)), numbers, sizes=sizes)
-        is_forward = all(int(step) >= 0 for steps in loops.strides for step in steps)
-        if sizes and is_forward:
-            line.unit = math.prod(map(int, loops.sizes[1:]))
-            for steps, place, (memory, begin) in zip(loops.strides, operands, line.places):
-                first, last = place.extent
-                step = int(steps[0]) * place.dtype.itemsize
-                line.spans.append(Span(memory, begin, begin + last - first, step))
-        return line
+        code = [f"{line.real} x{i} = p{i}[{kernel.index(i)}];" for i in range(1, len(operands))]
+        names = {}
+        numbers: list[float] = []
+        position = 1
+        for name, value in line.arguments.items():
+            if isinstance(value, Place):
+                names[name] = f"x{position}"
+                position += 1
+            else:
+                names[name] = f"(({line.real})s{len(numbers)})"
+                numbers.append(value)
+        code.append(f"p0[{kernel.index(0)}] = {self.expression(line, names)};")
+        call = self.call(operands, kernel.nest("\n".join(code)), numbers, sizes=sizes)
+        if sizes:
+            call.allow_split(loops, operands)
+        return call
 
-    def filled(self, out: Place, value: float) -> Line:
+    def expression(self, line: FormulaLine, names: Mapping[str, str]) -> str:
+        """Return the C expression of a formula. ``names`` has the C code of each argument."""
+        result = line.formula.format(**names).replace("REAL", line.real)
+        return result.replace("EXP(", "exponential(" if line.real == self.real else "exp(")
+
+    def filled(self, out: Place, value: float) -> FormulaLine:
         """Return the kernel call that fills the tensor ``out`` with one value."""
         return self.pointwise("fill", {"value": value}, out)
 
-    def copied(self, out: Place, source: Place) -> Line:
+    def copied(self, out: Place, source: Place) -> FormulaLine:
         """Return the kernel call that copies the tensor ``source`` to ``out``."""
         return self.pointwise("clone", {"self": source}, out)
+
+
+def loops_of(line: FormulaLine) -> Loops:
+    """Return the C loops over the entries of a formula's result and arguments."""
+    dim = len(line.out.shape)
+    strides: list[Sequence[int]] = [line.out.stride]
+    for place in line.operands[1:]:
+        strides.append(broadcast_strides(place, dim))
+    return over(line.out.shape, strides)
 
 
 def _variables(formula: str) -> list[str]:
