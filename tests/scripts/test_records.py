@@ -278,6 +278,28 @@ def test_a_search_on_a_table_is_scored_on_the_test_rows(tasks, tmp_path):
     assert tasks.quality(np.array([1, 0, 1, 1]), np.ones(4), False) == 0.75
 
 
+def test_a_search_gets_copies_of_columns_as_categories(tasks, tmp_path, monkeypatch):
+    X = pd.DataFrame({"age": [30, 40], "hours": [1.0, 2.0]})
+    copied = tasks.with_copies(X, ["age"])
+    expected = {"age": [30, 40], "hours": [1.0, 2.0], "age as category": ["30", "40"]}
+    assert copied.to_dict("list") == expected and list(X) == ["age", "hours"]
+    (tmp_path / "tables.py").write_text(FILE)
+    search = tasks.TableSearch("california", {}, refit=1, copies=["sex"])
+    columns = []
+
+    class Stopped(Exception):
+        pass
+
+    def tune(model, X, y, **options):
+        columns.extend(X)
+        raise Stopped
+
+    monkeypatch.setattr(tasks.gputune, "tune", tune)
+    with pytest.raises(Stopped):
+        search(tmp_path / "tables.py")(0)
+    assert columns[-2:] == ["s6", "sex as category"]
+
+
 def test_the_options_are_checked(script, tmp_path, capsys, monkeypatch):
     main = script("benchmark.__main__").main
     with pytest.raises(SystemExit):

@@ -1,6 +1,6 @@
 """The tasks of the records: what is trained, how its quality is measured, and the target."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,16 +159,18 @@ class TableSearch:
 
     Each trial trains on the training rows and is scored on the validation rows. The chosen trials
     then train on both, ``refit`` times each. ``options`` are further arguments of ``tune``.
+    ``copies`` are columns of numbers that the networks get a second time, as categories.
     """
 
     table: str
     options: Mapping[str, Any]
     refit: int
+    copies: Sequence[str] = ()
 
     def __call__(self, data: Path | None) -> Reach:
         """Load the table, and return the function that trains."""
         X, y, task = loader(data, "--records")(self.table)
-        parts = published_parts(self.table, X, y)
+        parts = published_parts(self.table, with_copies(X, self.copies), y)
         is_regression = task == "regression"
         training = np.arange(parts.n_train)
         validation = np.arange(parts.n_train, len(parts.y))
@@ -179,7 +181,8 @@ class TableSearch:
                 parts.X,
                 parts.y,
                 cv=[(training, validation)],
-                scoring="neg_root_mean_squared_error" if is_regression else "accuracy",
+                # The log loss changes less from epoch to epoch than the accuracy.
+                scoring="neg_root_mean_squared_error" if is_regression else "neg_log_loss",
                 task="regression" if is_regression else "classification",
                 random_state=seed,
                 verbose=0,
@@ -189,6 +192,14 @@ class TableSearch:
             return lambda: quality(np.asarray(predicted).ravel(), parts.y_test, is_regression)
 
         return reach
+
+
+def with_copies(X: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Return the table with a copy of these columns as text, which a search reads as categories.
+
+    The copy of "age" is called "age as category".
+    """
+    return X.assign(**{f"{name} as category": X[name].astype(str) for name in columns})
 
 
 def quality(predicted: np.ndarray, truth: np.ndarray, is_regression: bool) -> float:
@@ -215,16 +226,25 @@ CALIFORNIA: dict[str, Any] = {
 }
 ADULT: dict[str, Any] = {
     "n_trials": 4,
-    "max_epochs": 16,
+    "max_epochs": 10,
+    "include_default": False,
     # Quantiles spread the capital gains, which are 0 in most rows and large in few.
     "numbers": "quantile",
+    "max_levels": 128,  # all exact values of the copied columns
     "space": {
-        "module__embedding": ["plr", "pbld"],
-        "lr": loguniform(0.005, 0.04),
-        "dropout": [0.15, 0.3],
+        "module__embedding": ["pbld"],
+        # With sigma 8, the log loss on the validation rows was 0.280, and 0.300 with sigma 0.1.
+        "module__sigma": loguniform(2, 10),
+        "module__width": [128],
+        "module__activation": ["selu"],
+        "lr": loguniform(0.015, 0.03),
+        "dropout": [0.2],
+        "schedule": ["cosine"],
         "loss__label_smoothing": [0.0],
     },
 }
+# The copies reduced the log loss of one network on the validation rows from 0.283 to 0.273.
+ADULT_COPIES = ("capital-gain", "capital-loss")
 
 TASKS = {
     task.name: task
@@ -246,10 +266,11 @@ TASKS = {
         ),
         Task(
             "adult",
-            "4 trials of RealMLP on quantiles for 16 epochs, and their ensemble",
+            "4 trials of RealMLP with high frequencies and two columns copied as categories, for 10 "
+            "epochs, and their ensemble",
             "test accuracy",
             0.87,
-            TableSearch("adult", ADULT, refit=2),
+            TableSearch("adult", ADULT, refit=2, copies=ADULT_COPIES),
         ),
         Task(
             "mnist1d",
