@@ -12,7 +12,7 @@ Shape letters: F folds, C configurations (trials), m validation rows, K outputs,
 
 import ctypes
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
@@ -40,6 +40,7 @@ from gputune.scoring.scores import ROW_MEANS
 from gputune.scoring.validation import Validation
 from gputune.seeding import stream_seed
 from gputune.types import Config
+from gputune.within_epoch import REPORT_SECONDS, report_steps
 
 WorkArrays: TypeAlias = dict[str, Tensor | None]
 """Arguments of the compiled code by name, with None for an array that the code does not need."""
@@ -147,6 +148,7 @@ class CompiledChunk:
         self.sizes = np.array(sizes, dtype=np.int64)
         # steps of an epoch (F, C)
         self.steps = -(-self.lengths[:, None] // np.minimum(self.sizes, self.lengths[:, None]))
+        self.epoch_seconds = self._epoch_seconds()
         schedules = list(SCHEDULES)
         self.arrays: WorkArrays = {
             **self.row_arrays,
@@ -158,7 +160,7 @@ class CompiledChunk:
             "theta": self.flat,
             # The members with the longest epochs come first, so that all threads end at about the
             # same time. Among equals, fold after fold: its rows are then in the cache.
-            "queue": self.place(np.argsort(-self._epoch_seconds().flatten(), kind="stable")),
+            "queue": self.place(np.argsort(-self.epoch_seconds.flatten(), kind="stable")),
             "nanoseconds": self.nanoseconds,
             **self.make_buffers(1),
         }
@@ -261,7 +263,15 @@ class CompiledChunk:
         arrays = {**self.arrays, "order": row_order(self.data, self.seed, epoch).contiguous()}
         if self.network.rates is not None:
             arrays |= self._draws(epoch)
-        _run(library(self.data.dtype), {**self.numbers, "epoch": epoch}, arrays)
+        steps_done = torch.zeros(self.steps.shape, dtype=torch.int64)  # (F, C)
+        arrays["steps_done"] = steps_done
+
+        def report() -> None:
+            seconds_done = (self.epoch_seconds * (steps_done.numpy() / self.steps)).sum()
+            report_steps(float(seconds_done), float(self.epoch_seconds.sum()), len(self.configs))
+
+        numbers = {**self.numbers, "epoch": epoch}
+        _run(library(self.data.dtype), numbers, arrays, report)
 
     def _draws(self, epoch: int) -> WorkArrays:
         """Return the uniform random numbers of dropout for an epoch, and where each step's begin.
@@ -374,9 +384,14 @@ class CompiledChunk:
         self._set_lag(self.epoch * self.steps - taken)
 
 
-def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: WorkArrays) -> None:
+def _run(
+    library: ctypes.CDLL,
+    numbers: Mapping[str, int],
+    arrays: WorkArrays,
+    report: Callable[[], object],
+) -> None:
     """Train all members in worker threads. The number of threads is torch's setting. All threads
-    take members from one queue.
+    take members from one queue. This thread meanwhile calls ``report`` at regular intervals.
 
     Even a single worker is a separate thread, so that the calling thread receives signals
     meanwhile.
@@ -402,7 +417,8 @@ def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: WorkArrays) -
         for thread in threads:
             thread.start()
         for end in ends:
-            end.wait()
+            while not end.wait(REPORT_SECONDS):
+                report()
     except BaseException:
         stop.value = 1
         for thread, end in zip(threads, ends):

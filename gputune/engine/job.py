@@ -6,10 +6,6 @@ study or a cluster task receives.
 A chunk trains to its last epoch, or to a rung (an epoch from which it continues later). If a chunk
 does not fit into memory, gputune cuts the chunk into halves, which train one after the other. If a
 single trial does not fit, the result is a ``Failure``.
-
-If an estimate is not accurate enough, the memory of a chunk is measured at two sizes. Training is
-the same tensor program at every size, so its peak is a straight line over the number of trials: a
-constant part plus a part for each trial.
 """
 
 import gc
@@ -17,25 +13,22 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from gputune.data.dataset import Dataset, Fold
+from gputune.data.dataset import Dataset
 from gputune.engine.backends.selection import failures, trains_as
 from gputune.engine.backends.table import backend_named
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.reuse import ChunkPool
 from gputune.engine.stop import Stop
 from gputune.engine.train import AfterEpoch, BegunChunk, Spent, Trained, Training, train
 from gputune.engine.waiting import WaitingChunk, WaitingState
 from gputune.errors import TOO_BIG, warn
 from gputune.fallback import is_strict, words_unless_strict
-from gputune.memory import empty_cache, free_of_gpu, is_out_of_memory, synchronize
+from gputune.memory import empty_cache, free_of_gpu, is_out_of_memory
 from gputune.modules.construction import Builder, name_of
 from gputune.modules.failures import StackedError
 from gputune.modules.inspection import traits_of
@@ -117,6 +110,7 @@ class Job(Training):
             trained.curves,
             trained.epochs,
             seconds,
+            begun=BegunChunk.of(chunk).epoch,
             spent=trained.spent,
             outputs=outputs,
             ended=watch.ended,
@@ -132,6 +126,7 @@ class Outcome:
         curves: Scores (C, epochs, F).
         epochs: Number of epochs that were trained.
         seconds: Training time.
+        begun: The first ``begun`` of these epochs, which an earlier call has trained.
         spent: Parts of the training time and operations, if they are known.
         fault: Description of a problem that did no harm, or "".
         outputs: Stored validation outputs of trials. The keys are entries of ``index``.
@@ -142,6 +137,7 @@ class Outcome:
     curves: np.ndarray
     epochs: int
     seconds: float
+    begun: int = field(default=0, kw_only=True)
     spent: Spent = field(default=Spent(), kw_only=True)
     fault: str = field(default="", kw_only=True)
     outputs: Mapping[int, Outputs] = field(default_factory=dict, kw_only=True)
@@ -420,81 +416,3 @@ def run_in_parts(
         else:
             waiting.append(part)
     return done
-
-
-_TRIALS = 16  # trials of the larger chunk
-# The fourth step of each shape is recorded. There are two shapes: whole minibatches and the last
-# one.
-_BATCHES = 2
-_EPOCHS = 4
-
-Peak = Callable[[Callable[[], object]], int]
-"""A function that runs ``work`` and returns the peak memory in bytes, in addition to the memory in
-use before."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """Memory that a group of trials takes while it trains: ``once`` bytes, plus ``trial`` bytes for
-    each trial."""
-
-    once: int
-    trial: int
-
-
-def measure_need(
-    job: Job, data: Dataset, population: Population, peak: Peak, *, most: int = _TRIALS
-) -> Need | None:
-    """Measure the memory that training a population needs, by training two small groups of its
-    trials for a few steps.
-
-    gputune also scores the groups on all validation rows. A group has at most ``most`` trials,
-    including the trials with the largest and the smallest batches. Returns None for a single trial,
-    or if the groups do not fit into memory.
-    """
-    small = min(most, len(population.index)) // 2
-    large = 2 * small
-    if small == 0:
-        return None
-    order = sorted(range(len(population.index)), key=lambda i: -population.configs[i]["batch_size"])
-    size = population.configs[order[0]]["batch_size"]
-    folds = []
-    for fold in data.folds:
-        # Two of its whole minibatches, and the last minibatch as it is.
-        left_out = max(0, len(fold.train) // size - _BATCHES) * size
-        folds.append(Fold(fold.train[left_out:], fold.valid))
-    short_data = replace(data, folds=tuple(folds))
-    short_job = replace(job, epochs=_EPOCHS, checkpointing=None, pool=ChunkPool())
-
-    def training(trials: int) -> Callable[[], object]:
-        places = np.linspace(0, len(order) - 1, trials).astype(int)
-        chunk = population.select(np.array(order)[places].tolist())
-        return partial(train_chunk, short_job, short_data, chunk)
-
-    try:
-        training(small)()  # libraries take their own memory at the first call
-        least = peak(training(small))
-        greatest = peak(training(large))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
-    # Peak memory is once + trial * (number of trials): two sizes give both unknowns.
-    trial = max(1, -(-(greatest - least) // (large - small)))
-    return Need(once=max(0, least - small * trial), trial=trial)
-
-
-def cuda_peak(device: torch.device) -> Peak:
-    """Return a function that measures the peak GPU memory of some work, as counted by PyTorch's
-    allocator."""
-
-    def peak(work: Callable[[], object]) -> int:
-        synchronize(device)
-        empty_cache(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-
-    return peak

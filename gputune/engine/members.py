@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
@@ -20,13 +20,15 @@ from torch import Tensor
 from gputune.engine.backend import torch_threads
 from gputune.engine.member_steps import CompiledSteps, MemberMemory, OneMember
 from gputune.engine.stacked import StackedChunk
-from gputune.engine.within_epoch import report_steps
 from gputune.modules.module import StackedModule
 from gputune.scoring.validation import Validation
 from gputune.types import Config
+from gputune.within_epoch import REPORT_SECONDS, report_steps
 
 # steps that are timed to measure the speed
 _TIMED_STEPS = 8
+# steps of one member between two updates of the count of steps
+_COUNTED_STEPS = 256
 
 
 class MemberChunk(StackedChunk):
@@ -146,9 +148,14 @@ class MemberChunk(StackedChunk):
         """Train all members from step ``begin`` to step ``end`` in worker threads, which take
         members from one queue. The number of threads is torch's setting."""
         queue = deque(itertools.product(range(self.data.n_folds), range(len(self.configs))))
+        n_members = len(queue)
         stop = threading.Event()
+        threads = torch.get_num_threads()
+        self.memories += [{} for _ in range(threads - len(self.memories))]
+        counts = [0] * threads  # steps that each thread has taken
 
-        def work(memories: dict[OneMember, MemberMemory]) -> None:
+        def work(thread: int) -> None:
+            memories = self.memories[thread]
             torch.set_flush_denormal(True)  # each thread has its own setting
             for memory in memories.values():
                 # the fold must be loaded again, because the order of its rows has changed
@@ -166,18 +173,27 @@ class MemberChunk(StackedChunk):
                         memories[member] = MemberMemory(member)
                     memory = memories[member]
                     memory.load(self, fold, trial, member_rows, begin)
-                    memory.take_steps(self.code.kernels, begin, end)
+                    for first in range(begin, end, _COUNTED_STEPS):
+                        last = min(first + _COUNTED_STEPS, end)
+                        memory.take_steps(self.code.kernels, first, last)
+                        counts[thread] += last - first
                     for row, state in zip(member_rows, memory.states):
                         if state is not None:
                             row.copy_(state)
                     if end == len(self.batches.shapes) and outputs is not None:
                         memory.write_outputs(self.code.kernels, self.validation, outputs[trial])
 
-        threads = torch.get_num_threads()
-        self.memories += [{} for _ in range(threads - len(self.memories))]
         with ThreadPoolExecutor(threads) as pool:
             try:
-                # list() raises the error of a thread, if one failed.
-                list(pool.map(work, self.memories[:threads]))
+                futures = [pool.submit(work, thread) for thread in range(threads)]
+                while True:
+                    ended, running = wait(futures, REPORT_SECONDS, FIRST_EXCEPTION)
+                    for future in ended:
+                        future.result()  # raises the error of the thread, if it failed
+                    if not running:
+                        break
+                    n_steps = begin * n_members + sum(counts)
+                    n_all = len(self.batches.shapes) * n_members
+                    report_steps(n_steps, n_all, len(self.places))
             finally:
                 stop.set()

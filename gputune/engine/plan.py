@@ -28,7 +28,7 @@ from gputune.engine.backends.base import TrialWork
 from gputune.engine.backends.cost import Cost, TrialSizes
 from gputune.engine.backends.selection import way_of
 from gputune.engine.backends.table import BACKENDS, backend_named
-from gputune.engine.job import Need
+from gputune.engine.need import Need
 from gputune.errors import InputError
 from gputune.main_memory import free_memory
 from gputune.modules.kept_features import KEPT

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from gputune.engine.take_over import take_over
-from gputune.engine.within_epoch import report_steps
 from gputune.errors import warn
 from gputune.fallback import words_unless_strict
 from gputune.memory import is_out_of_memory
@@ -35,6 +34,7 @@ from gputune.population.population import Network
 from gputune.population.state import State, selected_configs
 from gputune.scoring.validation import Validation
 from gputune.types import Config, StepKey
+from gputune.within_epoch import report_steps
 
 # Least share of the trials in recorded tensors that must be alive. It limits the number of
 # recordings.

@@ -14,6 +14,7 @@ from gputune.engine.job import Failure, Outcome, ProgressCallback
 from gputune.engine.stop import Stop
 from gputune.errors import warn
 from gputune.text import count
+from gputune.within_epoch import report_waiting
 
 
 class Unit(Protocol):
@@ -75,6 +76,10 @@ class Executor(Generic[AnyUnit, UnitResult]):
     def wait(self) -> None:
         """Block until a worker may have ended a chunk (group of trials), but only for a short
         time."""
+
+    def count(self, index: Sequence[int]) -> None:
+        """Forget the progress that workers have reported for the trials at the positions ``index``,
+        because their results are counted now."""
 
     def give_up(self, chunk: AnyUnit, losses: int, reason: str) -> Sequence[UnitResult] | Exception:
         """Return the failed results, or an error, for a chunk (group of trials) that has lost
@@ -155,6 +160,7 @@ class Queue(Generic[AnyUnit, UnitResult]):
                     trains_here = not self.stopping.is_over()
                 elif self.running or self.done:
                     self.executor.wait()
+                    report_waiting()
                     yield from self._collect_results(progress)
                 else:
                     break
@@ -252,7 +258,9 @@ class Queue(Generic[AnyUnit, UnitResult]):
                 warn(result)
                 continue
             for outcome in result:
+                if isinstance(outcome, Outcome | Failure):
+                    self.executor.count(outcome.index)
                 if isinstance(outcome, Outcome):
-                    n_epochs = outcome.epochs
-                    progress(len(outcome.index) * n_epochs, outcome.curves[:, :n_epochs])
+                    curves = outcome.curves[:, outcome.begun : outcome.epochs]
+                    progress(len(outcome.index) * curves.shape[1], curves)
             yield from result

@@ -58,10 +58,12 @@ from gputune.executors.worker import (
     submit,
     training,
 )
+from gputune.executors.worker_progress import WorkerProgress
 from gputune.memory import CPU
 from gputune.population.population import Population
 from gputune.scratch import naming_folder, scratch_folder
 from gputune.text import count
+from gputune.within_epoch import workers_read_by
 from gputune.wording import option
 
 _LARGE = 1 << 20  # bytes; only for a tensor of at least this size is a mapped file searched
@@ -238,8 +240,10 @@ class Processes(Executor[AnyUnit, UnitResult]):
         work: Callable[..., Sequence[UnitResult]],
         settings: Sequence[_WorkerSettings],
         give_up: _GiveUp[AnyUnit, UnitResult],
+        progress: WorkerProgress | None = None,
     ) -> None:
         self.work = work
+        self.progress = progress
         self._give_up = give_up
         # The trackers start before the workers: they would unblock the signals that stay blocked
         # while a worker starts.
@@ -313,6 +317,11 @@ class Processes(Executor[AnyUnit, UnitResult]):
         self.news.wait(timeout=1.0)
         self.news.clear()
 
+    def count(self, index: Sequence[int]) -> None:
+        """Forget the progress that workers have reported for some trials."""
+        if self.progress is not None:
+            self.progress.count(index)
+
     def give_up(self, chunk: AnyUnit, losses: int, reason: str) -> Sequence[UnitResult]:
         """Return the failed results of a chunk (group of trials) that has lost ``losses``
         workers."""
@@ -327,11 +336,11 @@ class Processes(Executor[AnyUnit, UnitResult]):
 
 @contextmanager
 def chunk_processes(
-    job: Job, data: Dataset, devices: Sequence[torch.device]
+    job: Job, data: Dataset, devices: Sequence[torch.device], n_trials: int
 ) -> Iterator[Processes[Population, Outcome | Failure]]:
     """Provide one single-threaded worker process for each device, in addition to this process.
 
-    Afterwards the idle workers stay available for the next search.
+    The positions of all trials are below ``n_trials``. Afterwards the idle workers stay available for the next search.
     """
     with scratch_folder() as folder:
         path = folder / "data.joblib"
@@ -339,10 +348,14 @@ def chunk_processes(
             folder.parent, "the data for the worker processes cannot be written", _NO_SPACE
         ):
             joblib.dump(to_arrays(to_device(data, CPU), same_machine=True), path)
-        with job.stop.shared_with_workers(folder / "stop"):
-            work = partial(_run_in_worker, pickle_job(job), str(path))
+            progress = WorkerProgress.create(folder / "progress", n_trials)
+        with (
+            job.stop.shared_with_workers(folder / "stop"),
+            workers_read_by(progress.running),
+        ):
+            work = partial(_run_in_worker, pickle_job(job), str(path), folder / "progress")
             processes = Processes[Population, Outcome | Failure](
-                work, [(None, d) for d in devices], _failures
+                work, [(None, d) for d in devices], _failures, progress
             )
             yield processes
             if job.is_over():
@@ -367,8 +380,11 @@ def _failures(chunk: Population, losses: int, reason: str) -> Outcomes:
     return [Failure((number,), f"{message}.") for number in chunk.index]
 
 
-def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.device) -> Outcomes:
-    """Train one chunk (group of trials) on a device, in a worker process.
+def _run_in_worker(
+    packed: bytes, path: str, progress: Path, chunk: Population, device: torch.device
+) -> Outcomes:
+    """Train one chunk (group of trials) on a device, in a worker process, and write its progress to
+    the file ``progress``.
 
     Returns an empty result if the search ends before the chunk begins.
     """
@@ -379,8 +395,9 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.de
         try:
             # Without this, CUDA calls that name no device would open a context on the first GPU.
             gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-            with torch_threads(1), gpu:
-                return run_in_parts(job, _load(path, device), chunk)
+            written = WorkerProgress(progress).written(chunk.index)
+            with torch_threads(1), gpu, written as after_epoch:
+                return run_in_parts(job, _load(path, device), chunk, after_epoch)
         except Exception as error:
             try:
                 pickle.loads(cloudpickle.dumps(error))

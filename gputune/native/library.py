@@ -114,7 +114,8 @@ _NUMBERS = (
 ).split()
 _BEFORE = "x center scale copies y target target_center target_scale weights present order lengths".split()
 _AFTER = """widths activations sizes schedule lr decay momentum dropout ema loss_number draws draw_start draw_rows
-theta first second average valid valid_start scored means nanoseconds lag queue""".split()
+theta first second average valid valid_start scored means nanoseconds lag queue
+steps_done""".split()
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")

@@ -75,6 +75,8 @@ static void train_member(const Work *w, Space *s, long f, long c, const int32_t 
         int64_t done = w->epoch * steps + step;
         backward(w, s, rates(w, f, c, (double)done, (double)w->horizon * steps), rows, dropping);
         if (w->average) move_average(w, s, c, done == w->lag[f * w->trials + c]);
+        /* each member has its own number, so no thread waits for another one */
+        if (w->steps_done) __atomic_store_n(w->steps_done + f * w->trials + c, step + 1, __ATOMIC_RELAXED);
     }
     store_member(w, s, f, c);
     memcpy(s->state, s->average, (char *)s->end - (char *)s->average); /* the average, if there is one, is scored */

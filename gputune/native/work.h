@@ -90,6 +90,7 @@ typedef struct {
     int64_t *nanoseconds;         /* (2): time of training and of scoring, summed over members */
     const int64_t *lag;           /* (F, C): steps that a member would have taken more at its present batch size */
     const int64_t *queue;         /* (F C): members p = f C + c in the order of training */
+    int64_t *steps_done;          /* (F, C): steps that a member has taken in this epoch; NULL: not counted */
 } Work;
 
 /* The gradient of a regression loss in the output, which is ``gap`` above the target. */

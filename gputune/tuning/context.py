@@ -20,7 +20,8 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backends.table import backend_named
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
 from gputune.engine.choice import fastest_way
-from gputune.engine.job import Job, Need, cuda_peak, measure_need
+from gputune.engine.job import Job
+from gputune.engine.need import Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
 from gputune.executors.executor import Claim

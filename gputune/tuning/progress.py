@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 
 from gputune.engine.plan import Plan
 from gputune.engine.train import Spent
-from gputune.engine.within_epoch import reported_to
 from gputune.memory import synchronize
 from gputune.text import count, measure_of
 from gputune.types import Json, first_metric
+from gputune.within_epoch import Running, reported_to, running_in_workers
 from gputune.wording import PYTHON, Interface
 
 _LINE_SECONDS = 30  # between plain lines, if no bar is shown
@@ -105,8 +105,10 @@ class Progress:
         self.trials = 0
         self.pruned = 0
         self.said: set[str] = set()
-        self.share = 0.0  # of the running epoch
-        self.trials_in_share = 0
+        # Training of this process and of its workers that no call of ``advance`` has counted yet.
+        self.here = Running()
+        self.in_workers = Running()
+        self.is_long_epoch = False  # whether no epoch has ended for a few seconds
         self.is_planned = False  # before the plan, only single steps are timed
         self.next_share = self.begin + _LONG_EPOCH
         self.epochs_done = 0
@@ -183,10 +185,10 @@ class Progress:
         ``curves`` (C, epochs, F) are the scores of these epochs.
         """
         curves = first_metric(curves, axes=3)
-        self.share = 0.0
+        self.here = Running()
+        self.is_long_epoch = False
         self.next_share = time.monotonic() + _LONG_EPOCH
         self.epochs_done += trial_epochs
-        self.bar.update(trial_epochs)
         # Diverged members no longer train, so they are not counted.
         self.members = int(np.isfinite(curves[:, -1:]).sum())
         # (C, epochs, F) -> (C, epochs)
@@ -198,14 +200,18 @@ class Progress:
             self.on_epoch(curves)
 
     def within_epoch(self, share: float, trials: int) -> None:
-        """Show the finished share of the running epoch of ``trials`` trials, if the epoch takes
-        longer than a few seconds."""
+        """Show the finished share of the running epochs, if they take longer than a few seconds.
+
+        ``share`` is the finished share of the epoch that ``trials`` trials train in this process. It
+        is 0 of 0 trials while this process waits for its workers.
+        """
         now = time.monotonic()
         if self.is_planned and now > self.next_share:
             self.next_share = now + _SHARE_SECONDS
-            self.share = share
-            self.trials_in_share = trials
+            self.here = Running(part=share * trials, trials=trials)
+            self.is_long_epoch = True
             self._show()
+            self.bar.refresh()
 
     def finished(self, trials: int, *, pruned: int = 0) -> None:
         """Add ended trials to the progress bar.
@@ -238,9 +244,17 @@ class Progress:
                 status += f" in each of {self.processes} processes"
         if self.pruned:
             status += f", {self.pruned} pruned"
-        if self.share:
-            status += f", {self.share:.0%} of the running epoch"
+        running = self.here + self.in_workers
+        if self.is_long_epoch and running.part:
+            epochs = "epochs" if self.in_workers.trials else "epoch"
+            status += f", {running.share:.0%} of the running {epochs}"
         return status
+
+    @property
+    def epochs_shown(self) -> int:
+        """The number of finished trial-epochs, including those that workers have not returned
+        yet."""
+        return self.epochs_done + int(self.in_workers.epochs)
 
     @property
     def seconds_left(self) -> float | None:
@@ -248,26 +262,29 @@ class Progress:
 
         None before there is an estimate.
         """
-        running = self.share * self.trials_in_share
-        n_trained = self.epochs_done - self.epochs_before + running
+        running = self.here + self.in_workers
+        n_running = running.epochs + running.part
+        n_trained = self.epochs_done - self.epochs_before + n_running
         if n_trained < max(1.0, _SHARE * self.epochs):
             return None
         pace = (time.monotonic() - self.begin) / n_trained
-        return pace * max(0, self.epochs - self.epochs_done - running)
+        return pace * max(0, self.epochs - self.epochs_done - n_running)
 
     def _show(self) -> None:
         """Update the progress bar, the progress for other processes, and the plain lines."""
+        self.in_workers = running_in_workers()
         self.bar.set_postfix_str(self.status, refresh=False)
+        self.bar.update(self.epochs_shown - self.bar.n)
         if self.on_look is not None and time.monotonic() > self.next_look:
             self.next_look = time.monotonic() + _LOOK_SECONDS
             best = self.best if math.isfinite(self.best) else None
-            counts = {"done": self.epochs_done, "of": self.epochs, "unit": self.unit}
+            counts = {"done": self.epochs_shown, "of": self.epochs, "unit": self.unit}
             self.on_look({**counts, "best": best, "left": self.seconds_left})
         if self.plain and time.monotonic() > self.next_line:
             self.next_line = time.monotonic() + _LINE_SECONDS
             seconds = self.seconds_left
             left = "" if seconds is None else f", {seconds:.0f} s left"
-            self.say(f"{self.status}, {self.epochs_done}/{self.epochs} {self.unit}{left}")
+            self.say(f"{self.status}, {self.epochs_shown}/{self.epochs} {self.unit}{left}")
 
 
 PREPARING = "reading and preparing rows"

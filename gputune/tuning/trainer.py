@@ -22,15 +22,8 @@ from gputune.engine.backends.base import TrialWork
 from gputune.engine.backends.selection import choose_for_search, refusals, trains_as
 from gputune.engine.backends.table import backend_named
 from gputune.engine.batch_sizes import joined_sizes
-from gputune.engine.job import (
-    Failure,
-    Job,
-    Need,
-    Outcome,
-    ProgressCallback,
-    run_in_parts,
-    train_chunk,
-)
+from gputune.engine.job import Failure, Job, Outcome, ProgressCallback, run_in_parts, train_chunk
+from gputune.engine.need import Need
 from gputune.engine.plan import Plan, Planner, cores
 from gputune.engine.reuse import ChunkPool
 from gputune.engine.stop import Stop
@@ -320,8 +313,9 @@ class Trainer:
 
         # This process is a worker itself, so the executor has one worker less.
         devices = (self.others or (data.device,) * plan.workers)[: plan.workers - 1]
+        n_trials = 1 + max((max(chunk.index) for chunk in plan.chunks), default=0)
         executor: AbstractContextManager[Executor[Population, Outcome | Failure]] = (
-            chunk_processes(job, data, devices) if devices else nullcontext(Executor())
+            chunk_processes(job, data, devices, n_trials) if devices else nullcontext(Executor())
         )
         with torch_threads(plan.threads), executor as place:
             for outcome in Queue(plan.chunks, place, job.stop, claim, may_begin).run(

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -189,7 +190,7 @@ def test_no_memory_for_one_member_is_a_memory_error():
             return 1
 
     with pytest.raises(MemoryError, match="not enough memory for the activations of one member"):
-        compiled._run(Full(), {}, {})
+        compiled._run(Full(), {}, {}, report=Mock())
 
 
 def test_the_deepest_network_that_is_compiled():

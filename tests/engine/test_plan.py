@@ -14,7 +14,8 @@ from torch import nn
 
 from gputune.engine import plan
 from gputune.engine.backends.selection import choose_backend
-from gputune.engine.job import Job, Need, measure_need, train_chunk
+from gputune.engine.job import Job, train_chunk
+from gputune.engine.need import Need, measure_need
 from gputune.engine.plan import Planner, parse_memory, trial_cost
 from gputune.population.population import Population, is_plain, populations
 from gputune.types import OPTIMIZERS

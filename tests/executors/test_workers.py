@@ -22,11 +22,13 @@ from forked import Fork
 from gputune.engine.job import Failure, Job
 from gputune.executors import executor, processes
 from gputune.executors.processes import to_arrays
+from gputune.executors.worker_progress import WorkerProgress
 from gputune.modules.recorder import CpuRecorder
 from gputune.population.population import Population
 from gputune.report.facts import states_of, states_text
 from gputune.scoring.metrics import make_scoring
 from gputune.scratch import scratch_folder
+from gputune.within_epoch import Running
 from problems import fill, make_data
 
 HERE = os.getpid()
@@ -265,12 +267,15 @@ def test_a_worker_records_the_steps_of_like_chunks_once(tmp_path, monkeypatch):
     job = Job(seed=0, epochs=2, horizon=2, scoring=scoring, module_class=Net, backend="recorded")
     joblib.dump(to_arrays(data), path)
     sent = processes.pickle_job(job)
+    progress = tmp_path / "progress"
+    WorkerProgress.create(progress, 1)
     for rate in (1e-3, 1e-2):
         chunk = Population("module", (0,), tuple(fill({"batch_size": 9, "lr": rate})))
         before = len(recorded)
-        (outcome,) = processes._run_in_worker(sent, path, chunk, torch.device("cpu"))
+        (outcome,) = processes._run_in_worker(sent, path, progress, chunk, torch.device("cpu"))
         numbers.append(len(recorded) - before)
         assert np.array_equal(outcome.curves, job.run(data, chunk).curves)
+        assert WorkerProgress(progress).running() == Running(epochs=2)
     assert numbers[0] > 0 and numbers[1] == 0
 
 

@@ -230,9 +230,9 @@ def epochs():
     seen = {}
     run = compiled._run
 
-    def watched(library, numbers, arrays):
+    def watched(library, numbers, arrays, report):
         before = {name: bytes_of(value) for name, value in arrays.items()}
-        run(library, numbers, arrays)
+        run(library, numbers, arrays, report)
         seen[arrays["theta"].dtype] = (
             numbers,
             before,

@@ -62,7 +62,7 @@ def emulator(pytestconfig):
 def by_kernel(request, emulator, monkeypatch):
     """Let the kernel train the members of the C code; a parameter has options for this."""
 
-    def run(library, numbers, arrays):
+    def run(library, numbers, arrays, report):
         work = dict(numbers), dict(arrays)
         assert train_members(emulator, *work, **getattr(request, "param", {}))
 
@@ -181,7 +181,7 @@ def epoch_of(data, configs, scoring=None):
     """The input of the C code for an epoch."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "_run", lambda library, *work: seen.append(work))
+        patch.setattr(compiled, "_run", lambda library, *work: seen.append(work[:2]))
         network = StackedMLP("mlp", configs, shape_of(data), seed=0)
         chunk = compiled.CompiledChunk(network, Validation(data, scoring), seed=0, horizon=2)
         chunk.advance(0)
@@ -244,7 +244,7 @@ def test_an_epoch_is_that_of_the_C_code(scoring, dtype, emulator):
     by_kernel = copied(arrays)
     by_c = copied(arrays)
     assert train_members(emulator, numbers, by_kernel)
-    compiled._run(compiled.library(dtype), numbers, by_c)
+    compiled._run(compiled.library(dtype), numbers, by_c, report=Mock())
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for name in WRITTEN:
         if arrays[name] is not None:

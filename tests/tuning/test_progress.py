@@ -5,6 +5,8 @@ count.
 import re
 import sys
 import time
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,11 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import gputune
 import reference
 from command_line import run
+from gputune.engine import compiled, members
+from gputune.engine.job import run_in_parts
 from gputune.engine.train import Spent, operations
-from gputune.engine.within_epoch import report_steps
+from gputune.executors.executor import Executor
+from gputune.executors.worker_progress import WorkerProgress
+from gputune.methods import first_epochs
 from gputune.modules import calls
-from gputune.tuning import progress
+from gputune.tuning import progress, trainer
 from gputune.tuning.progress import Profile, Progress, product_speed, reading_bar
+from gputune.within_epoch import Running, report_steps, report_waiting, workers_read_by
 from problems import fill, make_data, rows_of
 
 
@@ -78,7 +85,51 @@ def test_a_long_epoch_shows_its_finished_share(monkeypatch, capsys):
     ]
 
 
-@pytest.mark.parametrize("backend", ["compiled", "eager"])
+def test_the_bar_counts_epochs_that_workers_have_not_returned(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_LINE_SECONDS", -1)
+    monkeypatch.setattr(progress, "_LONG_EPOCH", -1)
+    monkeypatch.setattr(progress, "_SHARE_SECONDS", -1)
+    running = [Running()]
+    shown = Progress(1)
+    looks = []
+    shown.on_look = looks.append
+    with shown.bar_over(8, 2), workers_read_by(lambda: running[0]):
+        shown.plan(FakePlan(), show=False)
+        report_waiting()
+        running[:] = [Running(epochs=4, part=1, trials=4)]
+        report_waiting()  # this process trains nothing
+        shown.next_look = 0.0
+        report_steps(1, 2, 2)
+        assert shown.seconds_left is not None
+        running[:] = [Running()]
+        shown.advance(8, np.full((4, 2, 1), 0.5))
+    report_waiting()  # nobody listens
+    assert [look["done"] for look in looks] == [0, 4]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" trial-epochs")[0] for line in lines] == [
+        "trials 0/8, best -, 0/16",
+        "trials 0/8, best -, 0/16",
+        "trials 0/8, best -, 25% of the running epochs, 4/16",
+        "trials 0/8, best -, 33% of the running epochs, 4/16",
+        "trials 0/8, best score 0.5000, 4 members in each of 2 processes, 8/16",
+    ]
+
+
+def test_the_file_of_a_worker_has_the_progress_of_its_chunk(tmp_path):
+    parent = WorkerProgress.create(tmp_path / "progress", 5)
+    worker = WorkerProgress(tmp_path / "progress")
+    for index in [(1, 4), (2, 3)]:
+        with worker.written(index) as after_epoch:
+            after_epoch(2, np.zeros((2, 1, 1)))
+            report_steps(1, 4, 2)
+    assert parent.running() == Running(epochs=4, part=1, trials=4)
+    parent.count((2, 3))
+    assert parent.running() == Running(epochs=2, part=0.5, trials=2)
+    with worker.written((1, 4)):  # another worker trains the chunk of a lost worker
+        assert parent.running() == Running()
+
+
+@pytest.mark.parametrize("backend", ["compiled", "eager", "loop"])
 def test_training_reports_its_steps_within_an_epoch(backend, monkeypatch, iris):
     monkeypatch.setattr(calls, "_DRAW_BYTES", 1)  # random numbers of one step at a time
     shares = []
@@ -86,9 +137,63 @@ def test_training_reports_its_steps_within_an_epoch(backend, monkeypatch, iris):
     options = {"backend": backend, "max_epochs": 1, "cv": 2, "verbose": 0, "workers": 1}
     space = {"batch_size": [25], "module__width": [4], "dropout": [0.1]}
     gputune.tune("realmlp", *iris, space=space, n_trials=1, **options)
-    # 75 training rows in each fold: three steps, of which the last ends the epoch
-    expected = [(1 / 3, 1), (2 / 3, 1)]
+    # 75 training rows in each fold: three steps, of which the last ends the epoch. One by one, the
+    # second fold trains after the first.
+    steps = 6 if backend == "loop" else 3
+    expected = [(step / steps, 1) for step in range(1, steps)]
     assert shares == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "space"),
+    [
+        ("mlp", {"batch_size": [1], "width": [1024]}),
+        ("realmlp", {"batch_size": [1], "module__width": [256], "dropout": [0.0]}),
+    ],
+)
+def test_compiled_code_reports_its_steps_while_members_train(model, space, monkeypatch, iris):
+    monkeypatch.setattr(compiled, "REPORT_SECONDS", 1e-3)
+    monkeypatch.setattr(members, "REPORT_SECONDS", 1e-3)
+    monkeypatch.setattr(members, "_COUNTED_STEPS", 4)
+    shares = []
+    monkeypatch.setattr(Progress, "within_epoch", lambda self, *told: shares.append(told))
+    options = {"backend": "compiled", "max_epochs": 1, "cv": 2, "verbose": 0, "workers": 1}
+    gputune.tune(model, *iris, space=space, n_trials=1, **options)
+    finished = [share for share, trials in shares]
+    assert len(set(finished)) > 3
+    assert finished == sorted(finished)
+    assert 0 <= finished[0] < 0.5 < finished[-1] < 1
+
+
+class Here(Executor):
+    """An executor whose worker is this process."""
+
+    capacity = 1
+
+    def __init__(self, job, data):
+        self.train = partial(run_in_parts, job, data)
+
+    def submit(self, chunk, ended):
+        ended(chunk, self.train(chunk))
+        return True
+
+
+def test_the_first_epoch_of_trials_in_workers_counts_once(monkeypatch, iris):
+    monkeypatch.setattr(first_epochs, "_ENOUGH_SHARE", 0)
+    monkeypatch.setattr(
+        trainer, "chunk_processes", lambda job, data, *_: nullcontext(Here(job, data))
+    )
+    counts = []
+    skip = Progress.finished
+    monkeypatch.setattr(
+        Progress,
+        "finished",
+        lambda self, *told, **more: (counts.append(self.epochs_done), skip(self, *told, **more)),
+    )
+    options = {"n_trials": 4, "cv": 2, "max_epochs": 3, "memory": "1KB", "workers": 2, "verbose": 0}
+    space = {"lr": [1e-4, 1e-3, 1e-2, 1e-1]}
+    gputune.tune("mlp", *iris, space=space, timeout=1000, **options)
+    assert counts == [6, 8, 10, 12]  # four first epochs, then two epochs of each trial
 
 
 def test_the_best_score_skips_diverged_trials_and_has_the_sign_of_its_name(capsys):
@@ -216,6 +321,19 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys, epochs, unit):
         shown.bar.refresh()
     last = [line for line in capsys.readouterr().err.split("\r") if line.strip()][-1]
     assert f"{unit} [" in last and " left, trials 0/2, best accuracy 1.0000, 2 members]" in last
+
+
+def test_the_bar_of_a_terminal_moves_within_an_epoch(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "_LONG_EPOCH", -1)
+    shown = Progress(1)
+    with shown.bar_over(2, 2), workers_read_by(lambda: Running(epochs=1.0)):
+        shown.bar.ncols = 160
+        shown.bar.dynamic_ncols = False
+        shown.plan(FakePlan(), show=False)
+        report_steps(1, 2, 2)
+        last = [line for line in capsys.readouterr().err.split("\r") if line.strip()][-1]
+    assert "1/4 trial-epochs [" in last and "best -, 50% of the running epoch]" in last
 
 
 def test_reading_a_dataset_shows_a_bar_and_a_notebook_gets_one(monkeypatch, capsys):

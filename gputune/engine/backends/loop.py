@@ -6,7 +6,8 @@ from gputune.engine.backends.base import Backend, Refusal, TrialWork
 from gputune.engine.backends.cost import Cost, TrialSizes, one_by_one_cost
 from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
-from gputune.modules.looped import LoopChunk, LoopedModule
+from gputune.modules.loop_chunk import LoopChunk
+from gputune.modules.looped import LoopedModule
 from gputune.population.kinds import is_module
 from gputune.population.population import Network
 from gputune.scoring.validation import Validation

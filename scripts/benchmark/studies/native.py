@@ -93,8 +93,8 @@ def epoch(
     dtype: str, activation: str, width: int, batch_size: int
 ) -> tuple[dict[str, int], dict[str, Any]]:
 
-    def ask(library: object, *work: object) -> None:
-        raise _Asked(*work)
+    def ask(library: object, numbers: object, arrays: object, report: object) -> None:
+        raise _Asked(numbers, arrays)
 
     X, y = load_digits(return_X_y=True)
     space = {"width": [width], "depth": [2], "activation": [activation], "batch_size": [batch_size]}

@@ -1,0 +1,377 @@
+"""Train the members of a ``LoopedModule`` one after another, in a plain PyTorch loop.
+
+A member is one trial on one fold. In shapes, F counts folds, C trials, and N the parameters of a
+member.
+
+A member's parameters are one contiguous row. The parameters and gradients of its module are views of
+two contiguous rows. The minibatches and the random numbers are the same as for stacked members.
+
+A step leaves a parameter that it does not use unchanged, as a plain PyTorch loop does. For modules
+that cannot be stacked, the classes of torch.optim take the steps if they can.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gputune.modules.calls import named_tensors, not_trained, put_numbers, state_of
+from gputune.modules.construction import hidden_sides
+from gputune.modules.looped import LoopedModule
+from gputune.optimizers.blocks import Block, Blocks
+from gputune.optimizers.classes import RowUpdate, class_of, class_of_rule
+from gputune.optimizers.optimizer import Optimizer
+from gputune.optimizers.rules import schedule_factor
+from gputune.optimizers.update import optimizer_of
+from gputune.population.batches import row_order, steps_of
+from gputune.population.population import beyond_adam
+from gputune.population.state import State, selected_configs
+from gputune.scoring.validation import Validation
+from gputune.seeding import keyed_draws, start_stream
+from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
+from gputune.within_epoch import report_steps
+
+_AHEAD_NUMBERS = 1 << 22  # of the rows of several minibatches, which are gathered at once
+
+
+def _stacked_optimizer(
+    network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int
+) -> Optimizer:
+    """Return gputune's own optimizer for one member, used if no class of torch.optim can take its
+    steps.
+
+    This includes optimizers that adapt their own learning rate.
+    """
+    sides = (
+        hidden_sides(network.template, network.trainable) if config["optimizer"] == "muon" else {}
+    )
+    is_one = not sides and not any(key.startswith((LR_FACTOR, DECAY_FACTOR)) for key in config)
+    parts = (
+        {"trained": theta.shape}
+        if is_one
+        else {k: w.shape for k, w in network.leaves(theta).items()}
+    )
+    blocks = [
+        Block(k, (1, 1, *shape), 1, (sides[k],) if k in sides else None)
+        for k, shape in parts.items()
+    ]
+    return optimizer_of(
+        [config],
+        Blocks(blocks),
+        theta,
+        steps=torch.tensor([[steps]], device=theta.device),
+        horizon=horizon,
+    )
+
+
+class _Member:
+    """A member in training: a plain module and its optimizer.
+
+    The module's parameters are views of one contiguous row, and their gradients are views of
+    another.
+    """
+
+    def __init__(
+        self, network: LoopedModule, config: Config, start: Params, *, steps: int, horizon: int
+    ) -> None:
+        self.network = network
+        self.config = config
+        self.module = network.plain(network.shape.device)
+        self.row = network.as_row({name: start[name] for name in network.trainable})
+        for name, tensor in not_trained(self.module).items():
+            if name in network.mutable:
+                tensor.copy_(start[name])
+        self.grad = torch.zeros_like(self.row)
+        parameters = dict(self.module.named_parameters())
+        self.parts = [(parameters[name], value) for name, value in network.parts(self.row).items()]
+        # Each gradient has its own counter of writes, which shows if a backward pass has reached it.
+        self.gradients = [value.data for value in network.parts(self.grad).values()]
+        for (parameter, value), gradient in zip(self.parts, self.gradients):
+            parameter.data = value
+            parameter.grad = gradient
+        self.written = [gradient._version for gradient in self.gradients]
+        self.rates = [self.module.get_buffer(name) for name in network.scheduled]
+        self.total = steps * horizon
+        # Parameters that the optimizer holds separately, and skips if a step does not use them.
+        self.leaves = list[Tensor]()
+        self.leaf_gradients = list[Tensor]()
+        self.update: RowUpdate | Optimizer
+        if not (class_of(config) or class_of_rule(config)) or set(beyond_adam(config)) - {"beta2"}:
+            self.update = _stacked_optimizer(
+                network, config, self.row, steps=steps, horizon=horizon
+            )
+            return
+        if class_of(config) or network.traits.unstackable:
+            self.leaves, self.leaf_gradients = (
+                [*network.leaves(row).values()] for row in (self.row, self.grad)
+            )
+        else:  # as for stacked members: every step updates all parameters
+            self.row.grad = self.grad
+        self.update = RowUpdate(config, self.row, self.leaves, steps=steps, horizon=horizon)
+
+    def step(self) -> None:
+        """Take an optimizer step with the gradients of a backward pass.
+
+        A torch.optim class skips parameters that the backward pass has not reached.
+        """
+        for parameter, value in self.parts:
+            # the forward pass has replaced the parameter's memory by assigning to its data
+            if parameter.data_ptr() != value.data_ptr():
+                value.copy_(parameter.detach())
+                parameter.data = value
+        if self.leaves:
+            before = self.written
+            self.written = [gradient._version for gradient in self.gradients]
+            for leaf, gradient, old, new in zip(
+                self.leaves, self.leaf_gradients, before, self.written
+            ):
+                leaf.grad = None if old == new else gradient
+        self.update.step(self.row, self.grad)
+
+    def dropouts(self, epoch: int, steps: int) -> list[float]:
+        """Return the dropout rate in each step of an epoch."""
+        done = np.arange(epoch * steps, (epoch + 1) * steps)
+        factors = schedule_factor(self.config["dropout_schedule"], done, np.full(steps, self.total))
+        return [float(self.config["dropout"] * factor) for factor in factors]
+
+    def resume(self, values: Params, moments: Sequence[Tensor]) -> None:
+        """Continue the training of a member from its saved tensors and its saved optimizer
+        state."""
+        for name, tensor in named_tensors(self.module).items():
+            if name in values:
+                tensor.data.copy_(values[name])
+        put_numbers(self.module, {k: values[k] for k in self.network.mutable})
+        self.update.resume(moments)
+
+
+class LoopChunk:
+    """The members of trials that train together (a chunk), trained one after another, fold by
+    fold."""
+
+    scoring_share = 0.0
+    faults: Mapping[str, None] = {}
+    holds_only_state = False
+
+    def __init__(
+        self, network: LoopedModule, validation: Validation, *, seed: int, horizon: int
+    ) -> None:
+        self.network = network
+        self.validation = validation
+        self.data = validation.data
+        self.seed = seed
+        self.target = network.targets(self.data.y)
+        self.horizon = horizon
+        self.epoch = 0  # epochs that the members have trained
+        self.steps_of_epoch = 0  # steps that all members have taken in the running epoch
+        self.lengths = np.array(self.data.train_lengths)
+        # 2**62: a batch size may be larger than an int64.
+        sizes = np.array([min(config["batch_size"], 2**62) for config in network.configs])
+        self.sizes = np.minimum.outer(self.lengths, sizes)  # (F, C)
+        self.steps = steps_of(self.lengths[:, None], self.sizes, network.least_rows)
+        self.members = {
+            (f, c): self._member(f, c, network.start_of(start, f, c))
+            for f, start in enumerate(network.starts())
+            for c in range(len(network.configs))
+        }
+        """All members by (fold, trial), in the order of the folds."""
+
+    def _member(self, fold: int, trial: int, start: Params) -> _Member:
+        """Return a new member that starts from these tensors."""
+        config = self.network.configs[trial]
+        steps = int(self.steps[fold, trial])
+        return _Member(self.network, config, start, steps=steps, horizon=self.horizon)
+
+    @property
+    def flat(self) -> Tensor:
+        """One flat buffer with the parameters and other changing tensors of all members. The
+        network's ``blocks`` give its layout."""
+        return self._with_mutable([member.row for member in self.members.values()])
+
+    @property
+    def scored(self) -> Tensor:
+        """Flat buffer to score and save: parameters or their averages, then other tensors that
+        training changes."""
+        return self._with_mutable(
+            [member.update.scored(member.row) for member in self.members.values()]
+        )
+
+    def _with_mutable(self, trained: list[Tensor]) -> Tensor:
+        """Return a flat buffer of all members: ``trained``, then the other tensors that training
+        changes."""
+        states = (state_of(member.module, self.network.mutable) for member in self.members.values())
+        return torch.cat(
+            trained + (list(map(self.network.as_row, states)) if self.network.mutable else [])
+        )
+
+    @property
+    def moments(self) -> tuple[Tensor, ...]:
+        """Flat buffers with the optimizer state (moments) of all members."""
+        return tuple(
+            map(torch.cat, zip(*(member.update.state() for member in self.members.values())))
+        )
+
+    @property
+    def steps_taken(self) -> np.ndarray:
+        """Number of optimizer steps that each member has taken, (C, F)."""
+        return np.ascontiguousarray(self.epoch * self.steps.T)
+
+    @property
+    def state(self) -> State:
+        """A copy of the training state, from which ``resume`` continues."""
+        return State.of(self.network, self.flat, self.moments, self.epoch, self.steps_taken)
+
+    def resume(self, state: State) -> None:
+        """Continue from the state of the same trials."""
+        if state.lag(self.steps).any():
+            raise ValueError("the batch size of a module that trains one by one cannot change")
+        self.epoch = state.epoch
+        saved = self._saved(state.flat_buffers(self.network))
+        for place, member in self.members.items():
+            member.resume(*saved(*place))
+
+    def _saved(
+        self, buffers: Sequence[Tensor]
+    ) -> Callable[[int, int], tuple[Params, list[Tensor]]]:
+        """Return a function that returns the tensors and the optimizer's moments of one member (fold,
+        trial) from flat buffers."""
+        network = self.network
+        params = network.blocks.views(buffers[0])
+        moments = [network.trained.views(buffer)["trained"] for buffer in buffers[1:]]
+
+        def of_member(fold: int, trial: int) -> tuple[Params, list[Tensor]]:
+            values = network.values(params, fold, trial)
+            return values, [moment[fold, trial] for moment in moments]
+
+        return of_member
+
+    def select(self, slots: Sequence[int], configs: Sequence[Config | None] | None = None) -> None:
+        """Replace the trials: the new trial i continues from the state of the trial ``slots[i]``,
+        with a new configuration unless ``configs`` or its entry is None.
+
+        A trial with its old configuration keeps its modules. Only its repeats are built again.
+        """
+        places = list(slots)
+        new_configs = selected_configs(self.network, places, configs)
+        if new_configs == list(self.network.configs) and places == list(range(len(places))):
+            return
+        stays = [self.network.configs[c] == config for c, config in zip(places, new_configs)]
+        for i, c in enumerate(places):
+            stays[i] = stays[i] and c not in places[:i]
+        saved = None if all(stays) else self._saved([self.flat, *self.moments])
+        old = self.members
+        self.network = self.network.with_configs(new_configs)
+        self.sizes = self.sizes[:, places]
+        self.steps = self.steps[:, places]
+        self.members = {}
+        for fold in range(len(self.lengths)):
+            for i, c in enumerate(places):
+                if stays[i] or saved is None:
+                    self.members[fold, i] = old[fold, c]
+                    continue
+                values, moments = saved(fold, c)
+                member = self._member(fold, i, values)
+                member.resume(values, moments)
+                self.members[fold, i] = member
+
+    def scores(self) -> np.ndarray:
+        """Return the scores (C, F) of all members, each on the validation rows of its fold."""
+        # The other members are scored by an average of their parameters.
+        self.network.running = {
+            at: m.module for at, m in self.members.items() if m.update.scored(m.row) is m.row
+        }
+        params = self.network.blocks.views(self.scored)
+        trials = len(self.network.configs)
+        return self.validation.scores(self.network, params, trials, epoch=self.epoch)
+
+    def release(self) -> None:
+        """Free memory that the next training of these trials allocates again."""
+        self.validation.release()
+
+    def set_epochs(self, limit: int) -> int:
+        """Return the number of epochs of the next ``advance``, which is always 1."""
+        del limit
+        return 1
+
+    def advance(self, epoch: int) -> None:
+        """Train all members for one epoch."""
+        self.epoch = epoch + 1
+        self.steps_of_epoch = 0
+        order = row_order(self.data, self.seed, epoch)
+        draws: AbstractContextManager[None] = nullcontext()
+        if self.network.traits.draws:
+            host = self.network.traits.host_draws
+            draws = keyed_draws(self.data.device, self.seed, "dropout", host=host)
+        with draws, torch.enable_grad():
+            for (f, c), member in self.members.items():
+                rows = order[f, : self.lengths[f]]
+                minibatches = torch.split(rows, int(self.sizes[f, c]))[: self.steps[f, c]]
+                self._train(member, f, epoch, minibatches)
+
+    def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:
+        """Train one member for one epoch, in a plain PyTorch training loop."""
+        module = member.module.train()
+        network = self.network
+        objective = self.network.objective
+        names = network.shape.names
+        rounded = network.shape.precision == "bf16"
+        absent = None if self.data.present is None else ~self.data.present[fold]
+        member.update.begin(epoch)
+        dropouts = member.dropouts(epoch, len(minibatches)) if member.rates else []
+        steps_of_all = int(self.steps.sum())
+        for step, (inputs, y, weights) in enumerate(self._gather(fold, minibatches)):
+            for rate in member.rates:
+                rate.fill_(dropouts[step])
+            if network.traits.draws:
+                start_stream(
+                    self.data.device,
+                    self.seed,
+                    "dropout",
+                    epoch,
+                    step,
+                    host=network.traits.host_draws,
+                )
+            if objective.augment is not None:
+                augmented = objective.augmented(
+                    [x[None] for x in inputs], names, self.seed, (epoch, step)
+                )
+                inputs = tuple(x[0] for x in augmented)
+            with (
+                torch.autocast(network.shape.device.type, torch.bfloat16)
+                if rounded
+                else nullcontext()
+            ):
+                losses = objective.losses(
+                    module, inputs, y, member.config, names=names, absent=absent
+                )
+            member.grad.zero_()
+            if weights is None or losses.dim() == 0:
+                loss = losses.mean()
+            else:
+                # Double precision, because a sum of weights may leave the range of single
+                # precision.
+                share = weights.double() / weights.double().sum().clamp_min(
+                    torch.finfo(torch.float64).tiny
+                )
+                loss = (losses * share.to(losses.dtype)).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            member.step()
+            self.steps_of_epoch += 1
+            report_steps(self.steps_of_epoch, steps_of_all, len(network.configs))
+
+    def _gather(
+        self, fold: int, minibatches: Sequence[Tensor]
+    ) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor | None]]:
+        """Yield the inputs, targets and weights of each minibatch. The rows of several minibatches
+        are copied at once."""
+        data = self.data
+        size = len(minibatches[0])
+        ahead = max(1, _AHEAD_NUMBERS // (size * data.row_numbers))
+        target = self.target[fold % len(self.target)]
+        for begin in range(0, len(minibatches), ahead):
+            rows = torch.cat(list(minibatches[begin : begin + ahead]))
+            inputs = (torch.split(x, size) for x in data.rows(fold, rows))
+            weights = None if data.weights is None else torch.split(data.weights[fold, rows], size)
+            for i, (y, parts) in enumerate(zip(torch.split(target[rows], size), zip(*inputs))):
+                yield parts, y, None if weights is None else weights[i]
