@@ -62,8 +62,8 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
         first = None
         if are_needed(context, plan):
             context.progress.say(
-                "note: all trials train for one epoch first, so that each has a score when the "
-                "time is over",
+                "note: all trials train for one epoch first, so that none is left without a score "
+                "if the time is enough for these epochs",
                 once=True,
             )
             first = train_first_epochs(context, recorded, plan, claim)

@@ -80,3 +80,13 @@ def test_time_that_is_over_after_the_first_epochs(tmp_path, capsys):
         in capsys.readouterr().err
     )
     np.testing.assert_array_equal(whole.curves, tune(verbose=0).curves)
+
+
+def test_a_timeout_within_the_first_epochs_tells_how_many_trials_have_no_score(capsys):
+    cut = tune(timeout=0.001)
+    assert [trial.state for trial in cut.trials].count("waiting") == 3
+    told = capsys.readouterr().err
+    assert "note: the time was over before 3 trials had trained for one epoch. These trials" in told
+    assert "have no score. Choose a longer timeout, or fewer trials or folds." in told
+    tune(timeout=1000, callbacks=[StopAfter(1)])
+    assert "the time was over" not in capsys.readouterr().err
