@@ -73,6 +73,19 @@ def file_remark(kind: Kind, texts: "pl.Series") -> str:
     return ""
 
 
+def text_kind(values: np.ndarray) -> Kind | None:
+    """Return the kind that a column of text would have in a text file, or None if all values are
+    missing."""
+    present = (value for value in values if value is not None and value not in MISSING_TEXT)
+    first = next(present, None)
+    if first is None:
+        return None
+    # For most columns the first value settles it.
+    if parse_text(np.array([first], dtype=object))[0] == "category":
+        return "category"
+    return parse_text(values)[0]
+
+
 def frame_remark(values: np.ndarray) -> str:
     """Return a remark on a text column of a data frame, for example that numbers stay text.
 
@@ -80,20 +93,16 @@ def frame_remark(values: np.ndarray) -> str:
 
     The remark is "" if gputune reads the column in the same way from a text file.
     """
-    present = [value for value in values if value is not None]
-    first = next((value for value in present if value not in MISSING_TEXT), None)
-    if first is None:
+    kind = text_kind(values)
+    if kind is None:
         return ""
-    # For most columns the first value settles it.
-    is_text = parse_text(np.array([first], dtype=object))[0] == "category"
-    kind = "category" if is_text else parse_text(values)[0]
     if kind in ("number", "date"):
         kinds = option("kinds", {EXAMPLE: kind})
         return (
             f"text that looks like {kind}s stays text, because the type of the column is text. To "
             f"read {kind}s, set {kinds}"
         )
-    text = next((value for value in present if value in MISSING_TEXT), None)
+    text = next((value for value in values if value in MISSING_TEXT), None)
     if text is not None:
         return (
             f"{text!r} is a level like other text, although it means a missing value in a CSV "

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 from sklearn.model_selection import TimeSeriesSplit
 
+from gputune.data.kinds import parse_text
+from gputune.data.readings import text_kind
 from gputune.data.table import Table, quoted
 from gputune.errors import InputError
 from gputune.text import count
+from gputune.wording import option
 
 
 class TimeSplit(TimeSeriesSplit):  # type: ignore[misc]  # scikit-learn has no types
@@ -24,6 +27,9 @@ class TimeSplit(TimeSeriesSplit):  # type: ignore[misc]  # scikit-learn has no t
     def __init__(self, n_splits: int, order: np.ndarray | None = None) -> None:
         super().__init__(n_splits)
         self.order = order
+
+    def __str__(self) -> str:
+        return f"time:{self.n_splits}"
 
     def split(
         self, X: object, y: object = None, groups: object = None
@@ -109,4 +115,26 @@ def time_remark(cv: object, X: object) -> str:
             f"the rows are sorted by none of the date columns {quoted(names)}, so the folds take "
             "the rows in their given order; sort the rows first if this is not their order in time"
         )
+    if name := _column_of_date_texts(cv, X):
+        kinds = option("kinds", {name: "date"})
+        return (
+            f"the dates of the column {name!r} are text, so the folds take the rows in their given "
+            f"order; to order the rows by these dates, set {kinds}"
+        )
+    return ""
+
+
+def _column_of_date_texts(cv: object, X: object) -> str:
+    """Return the name of the first column of unsorted dates that a data frame stores as text.
+
+    The result is "" if ``cv`` is no ``TimeSplit`` or if the table has columns of dates.
+    """
+    if not isinstance(cv, TimeSplit) or not isinstance(X, Table) or "date" in X.kinds:
+        return ""
+    for name in X.names:
+        if X.kind(name) == "category" and text_kind(X.column(name)) == "date":
+            _, dates = parse_text(X.column(name))
+            known = dates[~np.isnan(dates)]
+            if (np.diff(known) < 0).any():
+                return name
     return ""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gputune.data.arrays import Arrays
 from gputune.data.target import check_target
+from gputune.data.time_order import TimeSplit
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.study.record import SearchRecord
 from gputune.study.store import Store
@@ -249,7 +250,9 @@ def _sentence(
     words += [per_interface(*_EXTRAS[key]) for key in extras]
     size = f"{count(case.rows, 'row')} and {count(case.columns, 'column')}"
     text = f"{beginning} for {size}: {', '.join(words)}"
-    chosen_by_user = [option(key, _whole(case.values[key])) for key in _SHOWN if key in case.values]
+    chosen_by_user = [
+        option(key, _as_written(case.values[key])) for key in _SHOWN if key in case.values
+    ]
     if chosen_by_user:
         text += f"; you chose {', '.join(chosen_by_user)}"
     if "ensemble" in extras:
@@ -257,6 +260,8 @@ def _sentence(
     return text
 
 
-def _whole(value: object) -> object:
-    """Return a float without a fraction, such as a timeout of 60.0 seconds, as an int."""
+def _as_written(value: object) -> object:
+    """Return a value of an option as users write it: 60 for 60.0 seconds, "time:5" for its split."""
+    if isinstance(value, TimeSplit):
+        return str(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -58,7 +58,7 @@ from gputune.wording import option, per_interface
 def _cv_text(cv: object) -> str:
     """Return the text of the option ``cv`` in a study: "5", "time:5", or the class of a splitter."""
     if isinstance(cv, TimeSplit):
-        return f"time:{cv.n_splits}"
+        return str(cv)
     return repr(cv) if isinstance(cv, int | np.integer) else type(cv).__name__
 
 

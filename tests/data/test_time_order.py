@@ -8,6 +8,7 @@ from sklearn.model_selection import TimeSeriesSplit
 import gputune
 from gputune.data.table import as_table
 from gputune.data.time_order import in_time_order, parse_cv, time_remark
+from gputune.wording import PYTHON
 from refused import refused
 
 N = 40
@@ -52,6 +53,26 @@ def test_rows_sorted_by_none_of_several_date_columns_keep_their_order_with_a_rem
         "the rows are sorted by none of the date columns 'start', 'end', so the folds take the rows "
         "in their given order; sort the rows first"
     )
+
+
+def test_unsorted_dates_of_text_keep_their_order_with_a_remark():
+    days = DATES.strftime("%Y-%m-%d")
+    cv = parse_cv("time:3")
+    X = table(name=["b", "a"] * (N // 2), day=days[SHUFFLED])
+    assert in_time_order(cv, X) is cv
+    assert PYTHON.render(time_remark(cv, X)) == (
+        "the dates of the column 'day' are text, so the folds take the rows in their given order; "
+        "to order the rows by these dates, set kinds={'day': 'date'}"
+    )
+    assert order_of(X.read_as({"day": "date"})) is not None
+    for other in (
+        table(day=days),
+        table(day=days[SHUFFLED], end=DATES),
+        table(day=["b", None] * (N // 2)),
+    ):
+        assert time_remark(cv, other) == ""
+    assert time_remark(TimeSeriesSplit(3), X) == "" and time_remark(5, X) == ""
+    assert str(cv) == "time:3"
 
 
 def test_splitters_of_scikit_learn_take_the_rows_as_they_are():

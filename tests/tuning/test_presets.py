@@ -9,6 +9,8 @@ from sklearn.datasets import load_diabetes, load_iris
 
 import gputune
 from command_line import run
+from gputune.cli.flags import CommandLine
+from gputune.data.time_order import parse_cv
 from gputune.tuning.choices import choose_model
 from gputune.tuning.options import make_options
 from gputune.tuning.preset_table import PRESETS
@@ -90,6 +92,9 @@ def test_the_arguments_of_the_user_win_and_the_plan_says_so():
         "space={'lr': [0.1]}, n_trials=64, cv=3, max_epochs=50, n_ens=2; study.ensemble() then makes "
         "the model"
     )
+    assert "you chose cv='time:4';" in PYTHON.render(chosen("best", cv="time:4").preset)
+    split = chosen("best", cv=parse_cv("time:4"), timeout="90s")  # as the command line passes it
+    assert "you chose --cv time:4, --timeout 90" in CommandLine().render(split.preset)
     assert chosen("best", max_epochs="auto").options.training.max_epochs == 256
     call = chosen("medium", model="realmlp", method="halving")
     assert call.options.training.patience == "auto"  # halving decides how long a trial trains
