@@ -105,7 +105,7 @@ def _summary(ending: Ending, *, direction: str) -> str:
     facts.append(("Trials", f"{states}; this command took {seconds_text(ending.seconds)}"))
     facts.append(("Study", str(ending.study_file)))
     if any(trial.state in ("waiting", "stopped") for trial in study.trials):
-        facts.append(("Go on", shlex.join(["gputune", *ending.typed])))
+        facts.append(("Resume", shlex.join(["gputune", *ending.typed])))
     else:
         facts.append(("Next", f"gputune report {shlex.quote(str(ending.study_file.parent))}"))
     parts.append("\n".join(f"{name:9}{text}" for name, text in facts))

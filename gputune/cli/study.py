@@ -439,4 +439,4 @@ def repair(arguments: Namespace) -> str:
     saved = repair(study_file(arguments.study), arguments.out)
     if not saved.is_whole_search:
         return str(saved)
-    return f"{saved}\n\nGo on: {shlex.join(['gputune', 'resume', arguments.out])}"
+    return f"{saved}\n\nResume: {shlex.join(['gputune', 'resume', arguments.out])}"

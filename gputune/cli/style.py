@@ -15,8 +15,8 @@ _YELLOW = "\x1b[33m"
 _RED = "\x1b[31m"
 
 _LABELS = re.compile(
-    r"^(Data|Inputs|Columns|Task|Search|Method|Sampler|Halving|Median|Copies|Schedule|Memory|Device|Plan|Time"
-    r"|Scores|Ended|Trials|Trial \d+|Score|Others|Folds|Curve|Study|Model|Next|Go on|Note|Best|Running"
+    r"^(Data|Inputs|Columns|Task|Search|Preset|Method|Sampler|Halving|Median|Copies|Schedule|Memory|Device|Plan|Time"
+    r"|Scores|Ended|Trials|Trial \d+|Score|Others|Folds|Curve|Study|Model|Next|Resume|Note|Best|Running"
     r"|Written|Report)(?= )",
     re.MULTILINE,
 )

@@ -89,7 +89,7 @@ def stopped_text(ending: Ending, *, width: int) -> str:
 
 def _go_on(ending: Ending) -> str:
     """Return the line with the command that resumes the search."""
-    return _line("Go on", shlex.join(["gputune", *ending.typed]))
+    return _line("Resume", shlex.join(["gputune", *ending.typed]))
 
 
 def _line(name: str, text: object) -> str:

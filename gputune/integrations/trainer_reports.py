@@ -94,7 +94,7 @@ class TrainerReports:
             )
 
     def leave_if_ended(self) -> None:
-        """Leave the objective if it goes on to use the trainer of a trial that has ended.
+        """Leave the objective if it still uses the trainer of a trial that has ended.
 
         Raises TrialEnd, which ``gputune.search`` catches.
         """

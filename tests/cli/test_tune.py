@@ -505,7 +505,7 @@ def test_a_timeout_is_told_and_what_it_left_out_is_run_by_the_same_command(tmp_p
     code, out, _ = run("tune", "sklearn:iris", "--timeout", "1e-6", *options, "--target-score=1")
     waiting = sum(trial.state == "waiting" for trial in study_in(tmp_path).trials)
     assert code == 0 and waiting and f"{waiting} waiting; " in out
-    assert out.endswith(f"\nGo on    gputune tune sklearn:iris {shlex.join(map(str, options))}\n")
+    assert out.endswith(f"\nResume   gputune tune sklearn:iris {shlex.join(map(str, options))}\n")
     assert f"the best of {20 - waiting} trials" in " ".join(out.split())
     assert "Trials   20 complete; " in output("tune", "sklearn:iris", *options)
 

@@ -182,7 +182,7 @@ def test_the_command_that_the_error_names_repairs_and_the_search_goes_on(folder)
     command = re.search(r"gputune (repair .*) --out NEW\.db$", err.strip())[1]
     code, out, err = run(*command.split(), "--out", "new.db")
     assert (code, err) == (0, "") and "results  of 2 of the 3 trials" in out
-    assert out.endswith("\n\nGo on: gputune resume new.db\n")
+    assert out.endswith("\n\nResume: gputune resume new.db\n")
     path.unlink()
     (folder / "new.db").rename(path)
     assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
@@ -194,7 +194,7 @@ def test_the_command_that_the_error_names_repairs_and_the_search_goes_on(folder)
 def test_a_lost_option_is_counted_and_said_where_the_search_would_go_on(folder, key):
     change(folder / "gputune-out" / "study.db", "DELETE FROM meta WHERE key = ?", (key,))
     code, out, _ = run("repair", "gputune-out", "--out", "new.db")
-    assert code == 0 and ("Options are lost" in out) == (key != "") == ("Go on" not in out)
+    assert code == 0 and ("Options are lost" in out) == (key != "") == ("Resume" not in out)
     saved, known = map(int, re.search(r"options  (\d+) of (\d+)", out).groups())
     assert known - saved == (key != "")
     assert len(gputune.Study.open("new.db").trials) == 3

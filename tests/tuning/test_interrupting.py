@@ -85,13 +85,13 @@ def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, monkeypatc
     assert f"Trials   {done} complete" in out and f"{states.count('waiting')} waiting; " in out
     if workers == 1:  # one of the two goes on
         return
-    (go_on,) = (
-        line.removeprefix("Go on    gputune ")
+    (command,) = (
+        line.removeprefix("Resume   gputune ")
         for line in out.splitlines()
-        if line.startswith("Go on")
+        if line.startswith("Resume")
     )
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(*shlex.split(go_on))
+    code, out, err = run(*shlex.split(command))
     assert code == 0 and "Trials   12 complete; " in out, err
     kept = {t.number: t for t in gputune.Study.open(study_file).trials}
     for before in trials:
@@ -139,7 +139,7 @@ def test_the_first_ctrl_c_finishes_the_epoch_and_leaves_the_model_of_the_best_so
     assert (model.info["params"], model.info["epochs"]) == (study.best_params, 1)
     assert f"\n  held-out         {model.info['held_out_score']:.4f}  the saved model" in out
     assert (
-        "\nModel    out/model\nNext     gputune predict out/model FILE\nGo on    gputune tune"
+        "\nModel    out/model\nNext     gputune predict out/model FILE\nResume   gputune tune"
         in out
     )
 
