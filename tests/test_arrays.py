@@ -98,7 +98,7 @@ def test_several_inputs_go_by_name_and_in_order():
     )
 
 
-def test_a_study_of_a_file_goes_on(tmp_path):
+def test_a_study_of_a_file_continues(tmp_path):
     np.savez(tmp_path / "images.npz", image=IMAGES.numpy(), label=LABELS.numpy())
     whole = gputune.tune(Images, tmp_path / "images.npz", "label", **SMALL)
     options = {**SMALL, "study": tmp_path / "study.db"}
@@ -125,7 +125,7 @@ def test_what_is_scaled_is_said(capsys):
         assert f"note: {words}\n" in capsys.readouterr().err
 
 
-def test_a_scorer_of_ones_own_sees_the_arrays():
+def test_a_custom_scorer_sees_the_arrays():
     def scorer(estimator, X, y):
         assert X.shape[1:] == (1, 6, 6) and estimator.predict(X[:3]).shape == (3,)
         return float((estimator.predict(X) == y).mean())

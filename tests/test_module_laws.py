@@ -248,7 +248,7 @@ def test_a_member_is_what_a_plain_loop_makes(name, backend):
 
 @ways(RESUMED)
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:enable_nested_tensor")
-def test_company_halving_and_a_resume_change_nothing(name, backend):
+def test_other_members_halving_and_a_resume_change_nothing(name, backend):
     """Two of three go on from half the epochs, one of them by itself: both are still the plain
     loop's."""
     build, data = case(name)

@@ -338,7 +338,7 @@ NUMBERS = {"task": "regression", "scoring": total}
     ids="rows mean class row-weights class-weights custom ignored ignored-in-custom fixed "
     "fixed-by-name".split(),
 )
-def test_a_loss_of_ones_own_trains_and_scores_as_a_plain_loop(y, options, build, targets, loss):
+def test_a_custom_loss_trains_and_scores_as_a_plain_loop(y, options, build, targets, loss):
     targets = targets.double() if targets.is_floating_point() else targets
     outputs = outputs_of(plain_loop(build, targets, loss))
     expected = (
@@ -464,7 +464,7 @@ def test_a_loss_of_torch_fits_one_output_to_the_target():
     assert theirs == pytest.approx(own, rel=1e-10)
 
 
-def test_a_loss_of_ones_own_is_told_of_the_units(capsys):
+def test_a_custom_loss_is_told_of_the_units(capsys):
     gputune.tune(Net, X, X[:, 0] * 9 + 100, loss=nn.L1Loss, **{**ONE, "verbose": 1})
     assert "L1Loss receives y unscaled (mean " in capsys.readouterr().err
 
@@ -491,7 +491,7 @@ def test_a_training_step_of_two_heads(heads):
 
 
 @pytest.mark.cpu
-def test_augmentation_changes_minibatches_of_training_alone():
+def test_augmentation_changes_minibatches_of_training_only():
     def noise(x, generator):
         return x + 0.1 * torch.randn(x.shape, generator=generator)
 
@@ -533,7 +533,7 @@ def test_the_first_trial_has_the_default_of_a_loss(loss, key, default):
     assert study.trials[0].params[f"loss__{key}"] == default
 
 
-def test_a_study_knows_its_loss(tmp_path):
+def test_a_study_stores_its_loss(tmp_path):
     options = {**ONE, "study": tmp_path / "study.db"}
     for _ in range(2):
         gputune.tune(Net, X, SEVERAL[:, 0], loss="huber", **options)

@@ -1,4 +1,4 @@
-"""Rooms are layers: a room imports only rooms below it; the public names are these."""
+"""Packages are layers: a package imports only packages below it; the public names are these."""
 
 import ast
 import importlib
@@ -13,12 +13,12 @@ import gputune
 
 PACKAGE = Path(gputune.__file__).parent
 
-ROOMS = """
+LAYERS = """
 ground native data optimizers population scoring modules engine solver executors hypergradients study spaces
 tuning methods integrations views report api sklearn check cli
 """.split()
-"""From the ground up. A folder is a room; the files at the top level are the ground, but for those
-of ``_TOP``."""
+"""From the ground up. A folder is a layer. The files at the top level are the ground, except
+those of ``_TOP``."""
 
 _TOP = {"callbacks": "api", "optim": "api", "__init__": "api", "__main__": "cli"}
 
@@ -31,9 +31,9 @@ def modules():
             yield name, path
 
 
-def room_of(module):
+def layer_of(module):
     first, _, rest = module.partition(".")
-    return first if rest or first in ROOMS else _TOP.get(first, "ground")
+    return first if rest or first in LAYERS else _TOP.get(first, "ground")
 
 
 def imports(path):
@@ -65,12 +65,12 @@ ARROWS = [
 ]
 
 
-def test_a_room_imports_only_rooms_below_it():
-    level = {room: i for i, room in enumerate(ROOMS)}
+def test_a_layer_imports_only_layers_below_it():
+    level = {layer: i for i, layer in enumerate(LAYERS)}
     up = [
         f"{name}:{line} imports {target}"
         for name, line, target in ARROWS
-        if level[room_of(target)] > level[room_of(name)] and name != "__init__"
+        if level[layer_of(target)] > level[layer_of(name)] and name != "__init__"
     ]
     assert not up, "\n".join(up)
 
@@ -78,11 +78,11 @@ def test_a_room_imports_only_rooms_below_it():
 def test_the_core_imports_no_integration():
     """gputune/entry_points.py imports them by name. Two public tables hold their names."""
     public = {"__init__", "callbacks"}
-    core = {name for name in FILES if room_of(name) != "integrations"} - public
+    core = {name for name in FILES if layer_of(name) != "integrations"} - public
     wrong = [
         f"{name}:{line} imports {target}"
         for name, line, target in ARROWS
-        if name in core and room_of(target) == "integrations"
+        if name in core and layer_of(target) == "integrations"
     ]
     assert not wrong, "\n".join(wrong)
     named = {name for name in core if "gputune.integrations" in FILES[name].read_text()}
@@ -126,8 +126,8 @@ def test_a_worker_process_loads_no_library_that_takes_as_long_as_torch():
     assert libraries & {"sklearn", "scipy", "pandas", "polars"} == set()
 
 
-def test_every_folder_is_a_room():
-    assert {room_of(name) for name in FILES} == set(ROOMS)
+def test_every_folder_is_a_layer():
+    assert {layer_of(name) for name in FILES} == set(LAYERS)
 
 
 def test_the_first_line_says_the_idea():

@@ -29,7 +29,7 @@ class Net(nn.Module):
         return self.layer(x)
 
 
-def test_it_is_set_inside_alone():
+def test_it_is_set_only_inside():
     before = MATMUL.fp32_precision
     with matrix_products(tf32=False):
         assert MATMUL.fp32_precision == before != "tf32"

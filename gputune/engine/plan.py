@@ -40,8 +40,8 @@ from gputune.text import count, size_words
 _FIRST_TRIALS = 3  # trials of the first chunk, which gives an early answer
 # Share of the limit beyond which memory is measured, because an estimate is not accurate enough.
 _MEASURED_SHARE = 0.5
-# Estimated bytes of a chunk whose members share a large frozen part, which has no room in a cache in
-# any case. For 64 members of a BERT's last layer, 512 MiB take 5% less time than 256 MiB, and as much
+# Estimated bytes of a chunk whose members share a large frozen part, which does not fit into a cache
+# in any case. For 64 members of a BERT's last layer, 512 MiB take 5% less time than 256 MiB, and as much
 # as 1 GiB, which takes 1.5 times the memory. If no layer is shared, half of it takes no more time.
 _FROZEN_CHUNK_BYTES = 512 << 20
 _FROZEN_FREE_SHARE = 0.1  # of the free main memory
@@ -389,8 +389,8 @@ def repeats_frozen_layers(traits: Traits | None, data: Dataset) -> bool:
 def stacks_untimed(traits: Traits | None, trials: int, folds: int, member_steps: float) -> bool:
     """Return whether trials with large frozen layers train stacked without a timing against a loop.
 
-    The trials may share so many layers that stacking is faster in any case. Otherwise stacking may
-    lose a little, so a timing must be cheap. Convolutions behind the first trained layer are always
+    If the trials share most layers, stacking is faster in any case. Otherwise stacking may lose a
+    little, so a timing must be cheap. Convolutions behind the first trained layer are always
     timed, because stacking can make them much slower.
     """
     if traits is None:

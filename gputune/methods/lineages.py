@@ -4,7 +4,7 @@ A lineage is one training run with a schedule of hyperparameters. At a compariso
 its lineage and continue the lineage of another trial. Its learning curve then begins with the curve
 of that trial.
 
-A resumed search continues from the latest comparison of which all checkpoints exist.
+A resumed search continues from the latest comparison that has all of its checkpoints.
 """
 
 import math

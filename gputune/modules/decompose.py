@@ -2,7 +2,7 @@
 
 A trace lists the operations of one training step (``trace.py``), and a place is a tensor's position
 and layout in memory. The replacements are PyTorch's own decompositions, which torch.export uses
-too. This file has those that PyTorch lacks.
+too. This file has the decompositions that PyTorch lacks.
 """
 
 import itertools

@@ -148,7 +148,7 @@ def _features(
 
 
 def _check_size(size: int, device: torch.device, folder: Path | None) -> None:
-    """Raise NotKept if there is no room for features of ``size`` bytes."""
+    """Raise NotKept if there is not enough space for features of ``size`` bytes."""
     if folder is not None:
         if device.type != "cpu":
             raise NotKept("features_folder is only for training on the CPU")

@@ -1,8 +1,8 @@
 """Modules that consist of a frozen, pretrained part and of a part that trains.
 
 A member is one trial on one fold. All members, chunks and threads read the same frozen tensors,
-which are never copied and never converted. What the frozen layers compute before the first trained
-layer is the same for all members. gputune can keep these features for each row (kept_features.py).
+which are never copied and never converted. The outputs of the frozen layers before the first trained
+layer are the same for all members. gputune can keep these features for each row (kept_features.py).
 """
 
 from collections.abc import Callable, Sequence

@@ -74,7 +74,7 @@ class Scoring:
     def on_outputs(self) -> bool:
         """True if all metrics are functions of the outputs.
 
-        A scikit-learn scorer is no such function, because the scorer may ask a model to predict
+        A scikit-learn scorer needs more than the outputs, because it may ask a model to predict
         other rows.
         """
         return all(one.score or one.of_outputs for one in (self, *self.others))

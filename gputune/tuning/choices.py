@@ -49,11 +49,11 @@ class ModelChoice:
     recorded_spec: Json | None = field(default=None, compare=False)
     """The description of the model in the study from which it was read, or None."""
     is_optimizer_open: bool = field(default=False, compare=False)
-    """Whether the user has named no optimizer, so that a module may choose its own."""
+    """True if a module may choose its own optimizer, because the user has named none."""
     own_defaults: Config = field(default_factory=dict, compare=False)
     """The hyperparameters of the optimizer that the module itself defines."""
     own_remark: str = field(default="", compare=False)
-    """What gputune takes from the training that the module itself defines, for the user."""
+    """A remark for the user on the parts of the module's own training that gputune uses."""
 
     def of(self, target: Target, objective: Objective | None) -> "ModelChoice":
         """Return the model choice for a target and a loss, because some default values depend on

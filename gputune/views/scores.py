@@ -106,8 +106,8 @@ def linear_scale(
 ) -> Scale:
     """Return a linear axis scale from ``low`` to ``high``, with round ticks.
 
-    Ticks differ in their first four digits. If ``low`` and ``high`` do not differ so much, the axis
-    is longer.
+    Ticks differ in their first four digits. If ``low`` and ``high`` differ less, the axis is
+    longer.
 
     Args:
         low: the lower end of the values.

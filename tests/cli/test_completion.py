@@ -61,7 +61,7 @@ def test_bash_registers_the_function_and_leaves_files_to_itself():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_bash_knows_every_flag(name):
+def test_bash_completes_every_flag(name):
     needs("bash")
     script = output("completion", "bash") + ASK
     completed = set(in_shell("bash", script, "gputune", name, "--"))

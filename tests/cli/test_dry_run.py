@@ -97,7 +97,7 @@ def test_a_dry_run_of_one_training(bugs):
     assert not bugs.with_name("gputune-train").exists()
 
 
-def test_a_dry_run_leaves_an_existing_study_alone(bugs):
+def test_a_dry_run_leaves_an_existing_study_unchanged(bugs):
     output("tune", "bugs.csv", "--target", "kind", *FAST)
     study = bugs.parent / "gputune-out" / "study.db"
     before = study.read_bytes()

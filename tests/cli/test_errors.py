@@ -50,7 +50,7 @@ def test_a_file_or_a_column_that_there_is_not(bugs, arguments, words):
     refused("tune", *arguments, *FAST, words=words)
 
 
-def test_missing_answers_are_told_with_their_line(bugs):
+def test_missing_answers_are_reported_with_their_line(bugs):
     write_table(bugs, kind=[*kinds(38), "", "NA"])
     refused_tune(bugs, words=["kind has 2 missing values", "line 40", "leave those rows out"])
 

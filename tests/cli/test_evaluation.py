@@ -188,7 +188,7 @@ def test_a_loss_that_has_a_name_is_a_score(folder, tmp_path, target, loss, value
         ),
     ],
 )
-def test_a_loss_of_ones_own_is_no_score(task, loss, words):
+def test_a_custom_loss_is_no_score(task, loss, words):
     model = SimpleNamespace(task=task, info={"loss": loss}, spec={"kind": "module"})
     with refused(words):
         evaluation(model, None, ["neg_loss"], None)

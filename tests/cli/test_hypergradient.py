@@ -72,7 +72,7 @@ def test_chaos_is_counted_in_the_closing_text(tmp_path):
     assert f"{estimated} at {guarded['differences']} point" in flat
 
 
-def test_halving_is_told_in_the_closing_text(tmp_path):
+def test_halving_is_reported_in_the_closing_text(tmp_path):
     common = [
         "tune",
         "sklearn:iris",

@@ -121,7 +121,7 @@ def test_import_and_status_wait_for_no_library(tmp_path):
 
 
 @pytest.mark.long
-def test_tune_loads_what_it_uses_alone():
+def test_tune_loads_only_what_it_uses():
     libraries = set(modules_of("import torch, scipy.stats, sklearn.model_selection"))
     modules = [name for name in modules_of("import gputune; gputune.tune") if name not in libraries]
     own = [name for name in modules if name.startswith("gputune")]
@@ -169,7 +169,7 @@ print(all(trials[0][name] == trials[1][name] for name in trials[0] if name != "s
 """
 
 
-def test_a_search_without_what_posix_alone_has(tmp_path):
+def test_a_search_without_features_of_posix(tmp_path):
     code, out, err = finish("sklearn:iris", *FAST, cwd=tmp_path, code=WITHOUT_POSIX)
     assert (code, "Traceback" in err) == (0, False)
     assert "Trials   3 of 3 trials finished" in out

@@ -338,7 +338,7 @@ def test_what_the_file_does_not_hold_is_named(bugs, data, options, words):
     refused(f"does not hold: {words}. Repeat the call of gputune.tune(..., study='my.db') that")
 
 
-def test_a_study_that_no_search_goes_on_from(bugs):
+def test_a_study_that_no_search_continues_from(bugs):
     refused("there is no study file")
     Store.create("my.db", {"face": "sklearn", "method": "RandomizedSearchCV"}).close()
     refused("belongs to RandomizedSearchCV, a search of scikit-learn estimators. Fit")
@@ -360,7 +360,7 @@ def test_a_study_that_no_search_goes_on_from(bugs):
         searched()
 
 
-def test_any_splitter_and_class_weights_go_on(bugs):
+def test_any_splitter_and_class_weights_continue(bugs):
     options = {"groups": "site", "cv": GroupKFold(3), "class_weight": {"ant": 2.0, "bee": 0.5}}
     searched(n_trials=3, memory=1024, **options)
     expected = table("my.db")
@@ -378,7 +378,7 @@ class Count(gputune.callbacks.Callback):
         self.heard += len(trials.trials)
 
 
-def test_a_search_goes_on_without_its_callbacks_and_says_so(bugs):
+def test_a_search_continues_without_its_callbacks_and_says_so(bugs):
     count = Count()
     searched(n_trials=3, memory=1024, callbacks=[count])
     expected = table("my.db")

@@ -72,7 +72,7 @@ def test_a_running_search(path):
 
 
 @pytest.mark.parametrize(("watch", "best"), [(None, [249]), (True, [245, 246, 247, 248, 249])])
-def test_of_many_trials_the_best_alone_are_read(path, monkeypatch, watch, best):
+def test_of_many_trials_only_the_best_are_read(path, monkeypatch, watch, best):
     read = []
     with searching(path, 250, *(result(n, score=n / 300) for n in range(250))):
         pass
@@ -102,7 +102,7 @@ def test_a_hundred_thousand_trials(path):
     assert seconds[0] < 3 and seconds[1] < 1.5  # half of that on a machine that does nothing else
 
 
-def test_the_best_of_the_trials_that_train_is_told_by_the_processes(path):
+def test_the_best_of_the_trials_that_train_is_reported_by_the_processes(path):
     with searching(path, 6), Claims(path) as claims:
         claims.take_search("halving")
         said = {"done": 3, "of": 9, "unit": "trial-epochs"}
@@ -253,7 +253,7 @@ def test_a_loss_is_shown_in_its_own_sign_and_no_name_steers_the_terminal(path):
     assert "\x1b" not in status(path)
 
 
-def test_the_page_has_the_held_out_score_of_the_model_beside_the_study(tmp_path):
+def test_the_page_has_the_held_out_score_of_the_model_next_to_the_study(tmp_path):
     _, out, _ = searched(tmp_path, n_rows=60)
     assert (
         output("report", out, "--out", tmp_path / "report.html")
@@ -281,7 +281,7 @@ def test_a_model_of_an_earlier_best_trial_has_no_say(tmp_path):
     assert "not known here" in (tmp_path / "report.html").read_text()
 
 
-def test_the_default_place_is_beside_the_study_and_is_replaced(tmp_path, monkeypatch):
+def test_the_default_place_is_next_to_the_study_and_is_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     for name in ("study.db", "out/study.db", "out/other.db"):

@@ -190,7 +190,7 @@ def test_a_note_is_said_once(tmp_path, capsys):
     )
 
 
-def test_the_same_command_goes_on_where_it_ended(tmp_path, monkeypatch):
+def test_the_same_command_continues_where_it_ended(tmp_path, monkeypatch):
     table, folder, _ = searched(tmp_path)
     command = ["tune", table, "--target", "kind", "--out", folder, *FAST]
     before = study_in(folder).trials
@@ -487,7 +487,7 @@ def test_the_solved_logistic_regression_of_a_bundled_set(tmp_path):
     assert code == 0 and "The best trial by accuracy" in out and "optimistic" not in out
 
 
-def test_a_module_of_ones_own(tmp_path):
+def test_a_custom_module(tmp_path):
     (tmp_path / "net.py").write_text(NET)
     table, folder, out = searched(
         tmp_path, "--model", f"{tmp_path}/net.py:Net", "--space", "module__hidden=2,3"
@@ -497,7 +497,7 @@ def test_a_module_of_ones_own(tmp_path):
     assert code == 0 and len(read_csv(out)) == 41
 
 
-def test_a_timeout_is_told_and_what_it_left_out_is_run_by_the_same_command(tmp_path):
+def test_a_timeout_is_reported_and_what_it_left_out_is_run_by_the_same_command(tmp_path):
     _, folder, out = searched(tmp_path, "--timeout", "1e-6")
     stopped = sum(trial.state == "stopped" for trial in study_in(folder).trials)
     assert stopped and f"{stopped} cut short" in out
@@ -623,7 +623,7 @@ def test_the_closing_text_says_why_a_search_was_good_enough(tmp_path, options, w
     assert re.search(f"Ended {words}", " ".join(out.split()))
 
 
-def test_several_metrics_are_kept_shown_and_gone_on_with(tmp_path):
+def test_several_metrics_are_kept_shown_and_continued(tmp_path):
     options = ["--scoring", "accuracy,roc_auc,f1", "--positive", "bee"]
     table, out, text = searched(tmp_path, *options)
     assert re.search(r"trial +accuracy +roc_auc +f1 +epoch", text)
@@ -825,7 +825,7 @@ def test_features_are_counted_by_the_numbers_that_trials_have():
     ("trials", "words"),
     [(21, "proposed 20 trials in 3 batches"), (2, "proposed 1 trial in 1 batch")],
 )
-def test_a_sampler_is_told_with_its_batches(trials, words):
+def test_a_sampler_is_reported_with_its_batches(trials, words):
     text = closing(made_batches(trials))
     assert f"Sampler Optuna's TPESampler {words} " in text
     assert "hypergradient" not in text and "outer step" not in text and "pruned" not in text

@@ -57,7 +57,7 @@ def test_an_int_partitions_the_rows(cv, target, groups):
             assert not set(groups[train]) & set(groups[valid])
 
 
-def test_an_int_is_shuffled_by_the_seed_alone():
+def test_an_int_is_shuffled_only_by_the_seed():
     assert equal(folds(5), folds(5))
     assert equal(folds(5, groups=GROUPS), folds(5, groups=GROUPS))
     for target in (CLASSES, NUMBERS):

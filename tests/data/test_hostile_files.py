@@ -160,7 +160,7 @@ def as_socket(path, _):
 
 
 def as_sparse(path, content):
-    """A file that is larger than memory, and takes no room on the disk."""
+    """A file that is larger than memory, and takes no space on the disk."""
     path.write_bytes(content)
     os.truncate(path, 2 * FREE)
 

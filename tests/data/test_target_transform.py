@@ -118,7 +118,7 @@ def test_models_are_saved_and_studies_opened(transform, tmp_path):
     ).read_text().replace("&#39;", "'")
 
 
-def test_several_numbers_a_loss_of_ones_own_and_an_ensemble():
+def test_several_numbers_a_custom_loss_and_an_ensemble():
     two = np.stack([Y, Y**2], 1)
     study = gputune.tune(MLP, X, two, target_transform=QUANTILES, **{**HOW, "n_trials": 2})
     assert (study.best_model().predict(X).max(0) <= two.max(0) * (1 + 1e-6)).all()
@@ -126,7 +126,7 @@ def test_several_numbers_a_loss_of_ones_own_and_an_ensemble():
     assert together.shape == two.shape and (together.min(0) >= two.min(0) * (1 - 1e-6)).all()
 
 
-def test_a_loss_of_ones_own_sees_the_target_transformed():
+def test_a_custom_loss_sees_the_target_transformed():
     def loss(outputs, y):
         return (outputs[:, 0] - y) ** 2
 
@@ -187,7 +187,7 @@ class Halved(FunctionTransformer):
         super().__init__(lambda y: y / 2, lambda y: y * 2)
 
 
-def test_an_object_of_ones_own_is_known_to_its_process_alone(tmp_path):
+def test_a_custom_object_is_known_to_its_process_only(tmp_path):
     how = {**HOW, "target_transform": Halved(), "study": tmp_path / "study.db"}
     study = gputune.tune("mlp", X, Y, **how)
     model = study.best_model()

@@ -65,7 +65,7 @@ def test_any_number_of_inputs_and_classes(inputs, classes):
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
-def test_company_and_threads_change_no_bit(activation):
+def test_other_members_and_threads_change_no_bit(activation):
     data = make_data(n=200, dtype=torch.float32)
     scoring = scoring_of(data, "neg_log_loss")
     sizes = [(3, 8), (16, 64), (9, 200), (12, 33), (16, 16)]
@@ -126,7 +126,7 @@ def test_scores_are_those_of_eager_training(data, scoring):
     ("scoring", "lr"), [("accuracy", 1e38), ("neg_log_loss", 1e30), ("neg_log_loss", 1e38)]
 )
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
-def test_a_trial_that_diverges_is_seen_to(activation, scoring, lr):
+def test_a_trial_that_diverges_is_handled(activation, scoring, lr):
     data = make_data(dtype=torch.float32)
     base = {"activation": activation, "optimizer": "sgd", "batch_size": 8, "width": 16}
     configs = fill({**base, "lr": 1e-2}, {**base, "lr": lr})
@@ -143,7 +143,7 @@ def test_every_schedule():
         assert largest_difference(trained.member(0, c), eager.member(0, c)) <= 1e-12
 
 
-def test_averages_that_go_on_have_the_same_bits():
+def test_averages_that_continue_have_the_same_bits():
     data = make_data(dtype=torch.float32)
     configs = fill(*({"width": 8, "batch_size": 9, "ema": ema} for ema in (0.5, 0.99)))
     whole = run(data, configs, epochs=4)
@@ -152,7 +152,7 @@ def test_averages_that_go_on_have_the_same_bits():
     assert torch.equal(rest.scored, whole.scored) and not torch.equal(whole.scored, whole.flat)
 
 
-def test_an_interruption_is_heard_in_the_middle_of_an_epoch(monkeypatch):
+def test_an_interruption_is_noticed_in_the_middle_of_an_epoch(monkeypatch):
     data = make_data(n=20_000, d=60, dtype=torch.float32)
     configs = fill(*({"width": 256, "depth": 4, "batch_size": 1} for _ in range(20)))  # minutes
     begun = []

@@ -45,7 +45,7 @@ def test_freed_memory_is_kept_for_the_next_tensor_and_returned_at_the_end():
 
 @pytest.mark.skipif(not GNU, reason="only the GNU C library is set")
 @pytest.mark.parametrize("setting", main_memory._SETTINGS)
-def test_an_allocator_that_the_user_has_set_is_left_alone(monkeypatch, setting):
+def test_an_allocator_that_the_user_has_set_is_left_unchanged(monkeypatch, setting):
     monkeypatch.setenv(setting, "glibc.malloc.trim_threshold=1000000")
     monkeypatch.setattr(main_memory, "_gnu_allocator", main_memory._gnu_allocator.__wrapped__)
     with main_memory.keep_freed_memory():

@@ -86,7 +86,7 @@ def test_where_it_cannot_be_had(device, capability, version, words, card, monkey
         ({}, {"dtype": torch.float64}, "float64"),
     ],
 )
-def test_what_it_does_not_know_is_recorded(config, data, part, card):
+def test_unsupported_trials_are_recorded(config, data, part, card):
     (config,) = fill({"width": 16, **config})
     data = make_data(**{"dtype": torch.float32, **data})
     found = lacks(config, "mlp", data)
@@ -123,7 +123,7 @@ def test_a_launch_is_short_and_ends_with_its_draws(pace, ahead, ends, chunk):
 
 
 @pytest.mark.parametrize(
-    ("pace", "most", "room", "draws", "epochs"),
+    ("pace", "most", "buffer_bytes", "draws", "epochs"),
     [
         (np.inf, 9, 999, 999, 1),  # the speed is not known
         (55.0, 9, 999, 999, 1),
@@ -135,9 +135,9 @@ def test_a_launch_is_short_and_ends_with_its_draws(pace, ahead, ends, chunk):
     ],
 )
 def test_a_launch_takes_the_epochs_that_it_has_time_and_memory_for(
-    pace, most, room, draws, epochs, chunk, monkeypatch
+    pace, most, buffer_bytes, draws, epochs, chunk, monkeypatch
 ):
-    monkeypatch.setattr(kernel, "_BUFFER_BYTES", room)
+    monkeypatch.setattr(kernel, "_BUFFER_BYTES", buffer_bytes)
     chunk.draws = SimpleNamespace(max_ahead=draws, steps=10)
     chunk.pace = pace
     chunk.scoring = None

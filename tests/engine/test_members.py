@@ -187,7 +187,7 @@ def test_a_loss_parameter_that_only_some_trials_set():
     assert_alike(chunk, other, [2])
 
 
-def test_threads_change_nothing_and_an_error_of_one_is_heard(monkeypatch):
+def test_threads_change_nothing_and_an_error_of_one_is_raised(monkeypatch):
     states = []
     configs = fill(*({"lr": lr, "batch_size": 9} for lr in (0.01, 0.02, 0.03)))
     for threads in (1, 2):

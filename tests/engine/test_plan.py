@@ -135,7 +135,7 @@ def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backe
 
 
 @pytest.mark.parametrize(
-    ("room", "words"),
+    ("cache_bytes", "words"),
     [
         (None, ""),
         (
@@ -145,7 +145,7 @@ def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backe
         (10240, "; the states of paused trials take up to 10.0 KiB in main memory"),
     ],
 )
-def test_the_plan_says_what_trains_and_where_states_wait(room, words):
+def test_the_plan_says_what_trains_and_where_states_wait(cache_bytes, words):
     data = make_data(folds=3)
     plan = make_plan(groups(data, {"width": 8}), data)
     assert (
@@ -153,7 +153,7 @@ def test_the_plan_says_what_trains_and_where_states_wait(room, words):
         == "1 trial in 1 chunk of 1, about 217.0 KiB a chunk and 7.1 KiB of data, in this "
         "process, eager"
     )
-    assert str(replace(plan, state_bytes=10240, cache_bytes=room)) == f"{plan}{words}"
+    assert str(replace(plan, state_bytes=10240, cache_bytes=cache_bytes)) == f"{plan}{words}"
 
 
 @pytest.mark.parametrize(
@@ -268,12 +268,12 @@ def test_the_largest_batches_are_measured():
 def test_the_plan_goes_by_what_was_measured():
     group = population(*({"batch_size": 32} for _ in range(16)), kind="module")
     need = measure_need(job(Wide), DATA, group, peak)
-    room = need.once + 4 * need.trial + 1
+    limit = need.once + 4 * need.trial + 1
     measure = partial(measure_need, job(Wide), DATA, peak=peak)
-    planner = Planner(DATA, None, 1, parameters=65, free=round(room / 0.8))
+    planner = Planner(DATA, None, 1, parameters=65, free=round(limit / 0.8))
     made = replace(planner, measure=lambda found, most: measure(found, most=most)).plan([group], 3)
     assert [len(chunk.index) for chunk in made.chunks] == [4] * 4
-    assert whole_peak(made.chunks[0], Wide) <= 1.01 * room
+    assert whole_peak(made.chunks[0], Wide) <= 1.01 * limit
     assert len(planner.plan([group], 3).chunks) == 1  # the estimate would have taken them all
 
 

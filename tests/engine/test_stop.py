@@ -37,7 +37,7 @@ def test_a_deadline_passes_in_copies_too():
     assert not Stop().is_over() and not Stop(time.monotonic() + 60).is_over()
 
 
-def test_a_copy_hears_what_is_asked_here(tmp_path, monkeypatch):
+def test_a_copy_receives_requests_of_this_process(tmp_path, monkeypatch):
     # as in a worker of this process
     monkeypatch.setattr("os.getppid", lambda: __import__("os").getpid())
     stop = Stop()
@@ -85,7 +85,7 @@ def test_a_trial_ends_where_a_plain_loop_over_its_curve_ends_it(model, backend, 
     assert min(lengths) < 12 and len({*lengths}) > 1 and short.spent[0] == sum(lengths)
 
 
-def test_a_diverged_trial_fails_and_a_search_goes_on_with_the_same_patience_alone(iris, tmp_path):
+def test_a_diverged_trial_fails_and_a_search_continues_only_with_the_same_patience(iris, tmp_path):
     search = {**SEARCH, "space": {"lr": [1e-3, 1e30]}, "n_trials": 2, "optimizer": "sgd"}
     study = gputune.tune("mlp", *iris, patience=2, study=tmp_path / "s.db", **search)
     assert sorted(trial.state for trial in study.trials) == ["complete", "failed"]
@@ -96,7 +96,7 @@ def test_a_diverged_trial_fails_and_a_search_goes_on_with_the_same_patience_alon
 
 
 @pytest.mark.parametrize("when", [1, 5])
-def test_a_search_cut_short_goes_on_to_the_same_ends(iris, tmp_path, when):
+def test_a_search_cut_short_continues_to_the_same_ends(iris, tmp_path, when):
     whole = gputune.tune("mlp", *iris, patience=3, **SEARCH)
     stops = StopAfter(when)
     cut = gputune.tune(
@@ -154,7 +154,7 @@ def test_a_process_that_ends_waits_for_the_epoch_of_a_daemon_thread(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["mlp", "logistic", Linear])
-def test_the_default_device_of_a_program_is_left_alone(tmp_path, model, iris):
+def test_the_default_device_of_a_program_is_left_unchanged(tmp_path, model, iris):
     options = {
         "space": {"C": [1.0]} if model == "logistic" else {"lr": [1e-2]},
         "n_trials": 1,

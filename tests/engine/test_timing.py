@@ -266,7 +266,7 @@ class Scaled(nn.Linear):
 
 
 @pytest.mark.cpu
-def test_trials_that_differ_in_fractions_alone_are_timed_once(monkeypatch, capsys):
+def test_trials_that_differ_only_in_fractions_are_timed_once(monkeypatch, capsys):
     timed = []
 
     def timing_of(job, data, chunk, *, member_steps):

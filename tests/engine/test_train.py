@@ -46,7 +46,7 @@ def run(data, configs, *, epochs, scoring="neg_log_loss", **more):
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_training_that_goes_on_is_training_that_never_stopped(optimizer, schedule):
+def test_training_that_continues_is_training_that_never_stopped(optimizer, schedule):
     data = make_data()
     configs = configs_of(optimizer, 5, 9, 16, schedule=schedule)
     whole, first = (run(data, configs, epochs=n) for n in (6, 2))
@@ -69,7 +69,7 @@ COMPILED = [("eager", "compiled"), ("compiled", "eager")]
     ("optimizer", "ema"),
     [("sgd", 0.5), ("nesterov", 0.0), ("adam", 0.0), ("adamw", 0.0), ("adamw", 0.9)],
 )
-def test_some_trials_go_on_in_another_way(optimizer, ema, first, second):
+def test_some_trials_continue_in_another_way(optimizer, ema, first, second):
     data = make_data()
     configs = configs_of(optimizer, 8, 9, 13, 9, schedule="cosine", ema=ema)
     whole, begun = (run(data, configs, epochs=n, backend=first) for n in (6, 3))
@@ -81,7 +81,7 @@ def test_some_trials_go_on_in_another_way(optimizer, ema, first, second):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_trials_go_on_in_another_company(optimizer):
+def test_trials_continue_among_other_trials(optimizer):
     data = make_data()
     configs = configs_of(optimizer, 5, 9, 16, 12)
     whole = run(data, configs, epochs=6)

@@ -97,7 +97,7 @@ def scores(study):
     return [(t.state, t.fold_scores) for t in study.trials]
 
 
-def test_joblib_works_after_a_search_and_beside_one(tmp_path):
+def test_joblib_works_after_a_search_and_during_one(tmp_path):
     search()
     X, y = load_iris(return_X_y=True)
     assert len(cross_val_score(LogisticRegression(max_iter=1000), X, y, cv=2, n_jobs=2)) == 2
@@ -148,7 +148,7 @@ class Epochs(gputune.callbacks.Callback):
         self.heard += (curves,)
 
 
-def test_epochs_of_worker_processes_are_told():
+def test_epochs_of_worker_processes_are_reported():
     epochs = Epochs()
     study = search(callbacks=[epochs])
     assert sum(curves[..., 0].size for curves in epochs.heard) == study.curves[..., 0].size

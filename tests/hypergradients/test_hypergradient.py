@@ -580,7 +580,7 @@ def test_the_ratio_flags_chaotic_training_and_nothing_else(mode):
 
 
 @pytest.mark.parametrize("options", MODES)
-def test_a_training_that_diverges_is_seen_to(options):
+def test_a_training_that_diverges_is_handled(options):
     def steep(output, y):
         return (output**4).sum()
 
@@ -627,7 +627,7 @@ def test_a_call_leaves_no_tensor_behind(mode):
 
 
 @pytest.mark.parametrize("options", [*MODES, {"optimizer": "exact"}], ids=str)
-def test_the_default_device_of_a_program_is_left_alone(options):
+def test_the_default_device_of_a_program_is_left_unchanged(options):
     exact = "optimizer" in options
     module = LogisticRegression(5, 3).double() if exact else network()
     wanted = {"C": 1.0} if exact else {"lr": [0.1, 0.2], "momentum": 0.5}

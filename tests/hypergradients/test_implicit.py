@@ -149,7 +149,7 @@ def test_a_common_shift_of_coefficients_that_pure_l1_leaves_open_changes_nothing
 
 
 @pytest.mark.parametrize(("k", "seed"), [(2, 0), (3, 1)])
-def test_one_hot_columns_beside_an_intercept(k, seed):
+def test_one_hot_columns_next_to_an_intercept(k, seed):
     # The columns of four levels add up to one, so that pure l1 can leave a direction without any
     # curvature.
     x, y, weights, valid = problem(folds=2, n=120, k=k, seed=seed)
@@ -283,7 +283,7 @@ def test_a_dataset_that_does_not_converge_warns_and_is_nan():
     assert found.gradient.isnan().tolist() == [False, True] * 3
 
 
-def test_memory_for_not_even_one_member_is_told():
+def test_memory_for_not_even_one_member_is_reported():
     data = make_data("multiclass", folds=3)
     config = {"C": 1.0, "l1_ratio": 0.0}
     # 18 x 18 numbers three times, 3 chances of 61 rows four times, 6 pairs of classes for 512 rows.

@@ -233,7 +233,7 @@ def test_foreach_equals_the_loop(name, rule):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_state_dict_goes_on_bit_for_bit(name, rule):
+def test_a_state_dict_continues_bit_for_bit(name, rule):
     params = start()
     optimizer = make(name, params, rule=rule)
     take(optimizer, params, *range(5))

@@ -169,7 +169,7 @@ def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(
     assert table(path) == table(tmp_path / "here.db")
 
 
-def test_a_deadline_stops_the_workers_and_a_later_call_goes_on(cluster, iris, tmp_path):
+def test_a_deadline_stops_the_workers_and_a_later_call_continues(cluster, iris, tmp_path):
     # No trial ends within the time; one that a worker begins too late still trains for an epoch.
     given = {
         **FAST,
@@ -198,7 +198,7 @@ class CtrlC(gputune.callbacks.Callback):
     [gputune.Halving(min_epochs=1), pytest.param("random", marks=pytest.mark.long)],
     ids=["halving", "random"],
 )
-def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(
+def test_ctrl_c_ends_the_tasks_and_the_same_call_continues(
     cluster, iris, tmp_path, monkeypatch, method
 ):
     sent = []
@@ -236,7 +236,7 @@ def test_memory_that_runs_out_in_a_worker_halves_the_chunk(cluster, iris, orders
     np.testing.assert_allclose(halved.curves, whole.curves, rtol=0, atol=1e-4)
 
 
-def test_a_trial_that_fits_no_worker_fails_alone(cluster, iris, orders):
+def test_a_trial_that_fits_no_worker_fails_by_itself(cluster, iris, orders):
     (orders / "full").touch()
     study = gputune.tune(Net, *iris, workers="ray", **MODULE)
     assert {t.state for t in study.trials if t.params["module__hidden"] == 4} == {"complete"}

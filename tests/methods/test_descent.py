@@ -220,7 +220,7 @@ def test_chaos_is_flagged_stepped_down_from_and_counted(iris):
     assert study.best_score > path[0].score + 0.1 or not math.isfinite(path[0].score)
 
 
-def test_a_stopped_search_goes_on_without_training_a_point_twice(iris, tmp_path, monkeypatch):
+def test_a_stopped_search_continues_without_training_a_point_twice(iris, tmp_path, monkeypatch):
     space = {**LR, "lr": [1e-4, 3e-4, 1e-3]}
     path = tmp_path / "s.db"
     search = partial(
@@ -357,7 +357,7 @@ def test_a_class_that_a_fold_does_not_train_on_is_said_before_anything_trains(
         )
 
 
-def test_what_a_timeout_cut_short_goes_on_in_a_later_call(iris, tmp_path, monkeypatch):
+def test_what_a_timeout_cut_short_continues_in_a_later_call(iris, tmp_path, monkeypatch):
     method = gputune.Hypergradient(outer_steps=1)
     path = tmp_path / "s.db"
     search = partial(

@@ -118,7 +118,7 @@ def test_a_trial_that_a_repair_has_lost_moves_no_other_into_another_bracket():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamwhd"])
-def test_every_optimizer_goes_on_from_its_state(optimizer):
+def test_every_optimizer_continues_from_its_state(optimizer):
     space = {"lr": loguniform(1e-3, 0.1), "width": [8]}
     search = partial(many, space=space, n_trials=8, dtype="float64", optimizer=optimizer)
     assert_begins_as(search(), search(method="halving"), atol=1e-9)
@@ -258,7 +258,7 @@ def test_a_study_keeps_the_options_of_its_method(iris, tmp_path, first, second, 
 
 
 @pytest.mark.parametrize("backend", ["compiled", "eager"])
-def test_trials_with_and_without_momentum_go_on_in_any_company(backend):
+def test_trials_with_and_without_momentum_continue_among_any_trials(backend):
     """Those without have no buffer for it, also where a rung leaves them beside one that has."""
     X = np.random.default_rng(0).normal(size=(90, 4))
     space = {

@@ -83,7 +83,7 @@ def test_samplers_propose_batch_by_batch(name):
     assert study.meta["method"] == {"name": "optuna", "sampler": name, "halving": None}
 
 
-def test_the_sampler_hears_every_result_before_the_next_batch():
+def test_the_sampler_receives_every_result_before_the_next_batch():
     study = tune(Listening(seed=0), **INSIDE)
     values = [("COMPLETE", trial.score) for trial in study.trials]
     assert [seen[:1] for seen in Listening.seen] == [values[:1]] * 10
@@ -111,7 +111,7 @@ def test_nothing_comes_between_optuna_and_its_sampler():
             alone.tell(trial, result.score)
 
 
-def test_trials_score_as_they_do_alone_and_the_sampler_stays_as_it_was():
+def test_trials_score_as_by_themselves_and_the_sampler_stays_as_it_was():
     made = tpe()
     study = tune(made)
     again = gputune.tune("mlp", X, Y, space=SPACE, n_trials=1, include=params(study)[1:], **FAST)
@@ -119,7 +119,7 @@ def test_trials_score_as_they_do_alone_and_the_sampler_stays_as_it_was():
     assert params(study) == params(tune(made))
 
 
-def test_a_diverged_trial_is_told_as_failed():
+def test_a_diverged_trial_is_reported_as_failed():
     space = {"lr": [1e30, 0.01], "optimizer": "sgd", "width": 8}
     study = tune(
         Listening(seed=0), space=space, n_trials=8, include_default=False, scoring="neg_log_loss"
@@ -131,7 +131,7 @@ def test_a_diverged_trial_is_told_as_failed():
     assert [told[:2] for told in Listening.told] == expected
 
 
-def test_halving_within_a_batch_is_told_as_pruned():
+def test_halving_within_a_batch_is_reported_as_pruned():
     halving = gputune.Halving(min_epochs=1)
     study = tune(Listening(seed=0), halving=halving, batch=6, n_trials=12, include_default=False)
     assert [trial.state for trial in study.trials].count("pruned") == 8
@@ -195,7 +195,7 @@ HALVED = {
     ("name", "options"),
     [("TPESampler", {}), ("CmaEsSampler", {}), ("RandomSampler", {}), ("TPESampler", HALVED)],
 )
-def test_a_stopped_search_goes_on_as_if_it_had_not_stopped(name, options, path, monkeypatch):
+def test_a_stopped_search_continues_as_if_it_had_not_stopped(name, options, path, monkeypatch):
     made = tpe() if name == "TPESampler" else getattr(optuna.samplers, name)(seed=0)
     whole = tune(made, **options)
     interrupted(monkeypatch, 2 if options else 3, sampler=made, study=path, **options)
@@ -265,7 +265,7 @@ def test_another_seed_does_not_repeat_its_first_proposals(path):
     assert not rates & others
 
 
-def test_a_deadline_ends_it_and_the_next_call_goes_on(path, monkeypatch):
+def test_a_deadline_ends_it_and_the_next_call_continues(path, monkeypatch):
     with monkeypatch.context() as patch:
         time_is_over(patch, 30)
         begun = tune(tpe(), n_trials=40, max_epochs=20, timeout=600, study=path)

@@ -211,7 +211,7 @@ LIKELIHOODS = [
 
 
 @pytest.mark.parametrize("loss", LIKELIHOODS)
-def test_the_negative_log_likelihood_takes_log_probabilities_alone(loss):
+def test_the_negative_log_likelihood_takes_only_log_probabilities(loss):
     ending = (
         r"takes the logarithms of probabilities. Pass loss=torch.nn.CrossEntropyLoss{}, "
         r"or end .* in log_softmax\(1\)"

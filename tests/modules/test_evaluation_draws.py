@@ -153,7 +153,7 @@ def test_scores_of_what_cannot_be_stacked_have_the_same_draws(module):
 
 
 @pytest.mark.parametrize("kind", [StackedModule, LoopedModule])
-def test_company_and_a_resume_change_no_draw(kind):
+def test_other_members_and_a_resume_change_no_draw(kind):
     whole = train(Variational, kind=kind)
     begun = train(Variational, kind=kind, epochs=1)
     resumed = train(Variational, kind=kind, configs=CONFIGS[1:], begin=begun.state.select([1]))

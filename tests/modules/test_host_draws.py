@@ -166,7 +166,7 @@ class DrawsWhenMade(Linear):
         return super().forward(x)
 
 
-def test_code_that_draws_from_torch_alone_is_left_as_it_is():
+def test_code_that_draws_only_from_torch_is_left_as_it_is():
     def forward(self, x):
         noise = torch.randn_like(x) + nn.functional.dropout(x, 0.5, self.training)
         return Linear.forward(self, x * np.sqrt(2) + noise * random.__name__.count("x"))

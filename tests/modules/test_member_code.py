@@ -192,9 +192,9 @@ STEPS = {
 
 def taken(step, memories, kernels):
     """Take a step of the code."""
-    room = torch.empty(step.workspace + 64, dtype=torch.uint8)
+    workspace = torch.empty(step.workspace + 64, dtype=torch.uint8)
     pointers = [
-        -(-room.data_ptr() // 64) * 64,
+        -(-workspace.data_ptr() // 64) * 64,
         *(storage.data_ptr() for storage in memories.values()),
     ]
     places, calls, numbers = (

@@ -124,7 +124,7 @@ def test_attention_and_recurrence_train(backend):
 
 
 @pytest.mark.long
-def test_workers_and_a_loss_of_ones_own_are_rounded_too():
+def test_workers_and_a_custom_loss_are_rounded_too():
     options = {
         **SMALL,
         "n_trials": 2,

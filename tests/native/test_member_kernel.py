@@ -309,7 +309,7 @@ def test_tf32_is_off_by_rounded_factors(by_kernel):
 
 
 @needs_compiled_code
-def test_company_changes_no_bit(by_kernel):
+def test_other_members_change_no_bit(by_kernel):
     data = make_data(dtype=torch.float32)
     # whose tiles are not of the same size
     configs = fill(*({"width": 16, "batch_size": size} for size in (31, 9)))
@@ -391,7 +391,7 @@ def shape(
         ({"width": 32, "shared": CARDS["86"]}, ""),
     ],
 )
-def test_what_it_does_not_know_is_said(member, part):
+def test_unsupported_options_are_named(member, part):
     most = {"inputs": 256, "width": 128, "depth": 1, "outputs": 64, "shared": LARGEST}
     member = most | member
     shared = member.pop("shared")

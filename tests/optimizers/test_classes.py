@@ -164,7 +164,7 @@ def steps(rule, parameters, numbers):
 
 
 @pytest.mark.parametrize("name", [*CLASSES, "sgd", "adam", "rmsprop"])
-def test_a_state_goes_on_bit_for_bit(name):
+def test_a_state_continues_bit_for_bit(name):
     more = {
         "adam": {"optimizer__amsgrad": True},
         "rmsprop": {"optimizer__centered": True},

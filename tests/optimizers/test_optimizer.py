@@ -291,7 +291,7 @@ MORE = [pytest.param(name, marks=[pytest.mark.long] * (n > 1)) for n, name in en
 
 
 @pytest.mark.parametrize("optimizer", [*NEW, "adamw", "sgdhd", *MORE])
-def test_an_average_and_moments_go_on_from_a_state(optimizer):
+def test_an_average_and_moments_continue_from_a_state(optimizer):
     data = make_data()
     rows = [{"lr": lr, "ema": 0.7, "clip_norm": 0.5, "batch_size": 16} for lr in (1e-3, 3e-3, 1e30)]
     rows = [row | ({"hypergrad_lr": 0.01} if optimizer == "sgdhd" else {}) for row in rows]

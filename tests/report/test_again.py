@@ -138,7 +138,7 @@ def test_the_rows_of_the_command_line_without_those_held_out(tmp_path, options):
     assert "This code trains the best trial on all rows of the search." in page(study)
 
 
-def test_a_module_a_scorer_and_a_splitter_of_ones_own(iris):
+def test_a_module_a_scorer_and_a_custom_splitter(iris):
     X, y = iris
     cv = KFold(3, shuffle=True, random_state=5)
     space = {"lr": [0.01, 0.1], "module__hidden": [3, 5]}
@@ -163,7 +163,7 @@ def test_a_descent_on_schedules(iris, tmp_path):
         np.testing.assert_array_equal(session["model"].predict(X), expected)
 
 
-def test_a_search_of_the_scikit_learn_face(iris, tmp_path):
+def test_a_search_of_the_scikit_learn_api(iris, tmp_path):
     from gputune.sklearn import MLPClassifier, RandomizedSearchCV
 
     X, y = iris

@@ -219,7 +219,7 @@ def test_it_needs_no_network(html):
     assert "url(" not in re.sub(r"url\(#plot\)", "", html) and "@import" not in html
 
 
-def test_the_policy_allows_the_pages_own_script_and_style_alone(html):
+def test_the_policy_allows_the_pages_own_script_and_style_only(html):
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', html)
     rules = dict(rule.split(" ", 1) for rule in policy.replace("&#39;", "'").split("; "))
     assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"

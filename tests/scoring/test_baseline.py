@@ -209,7 +209,7 @@ def test_a_weight_counts_as_so_many_rows(scoring):
     )
 
 
-def test_weights_are_tried_beside_equal_ones():
+def test_weights_are_tried_next_to_equal_ones():
     y = np.repeat([0.0, 1.0], 30)
     X = np.random.default_rng(0).normal(size=(60, 2))
     cv = [(np.arange(0, 60, 2), np.arange(31, 60, 2))]  # validated on ones only

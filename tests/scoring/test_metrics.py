@@ -99,7 +99,7 @@ class EndAfter(Callback):
 
 
 @pytest.mark.parametrize("method", ["random", gputune.Halving(min_epochs=1)])
-def test_a_search_that_was_stopped_goes_on_with_all_metrics(tmp_path, method):
+def test_a_search_that_was_stopped_continues_with_all_metrics(tmp_path, method):
     options = {"method": method, "n_trials": 4, "memory": "1KB", "checkpoint_seconds": 1e-9}
     whole = search(**options)
     file = tmp_path / "study.db"

@@ -240,7 +240,7 @@ def test_other_outputs_are_not_compared_with_numbers(loss, message):
     assert tune(Linear, SIGNS, loss=loss, task="regression", scoring="neg_loss").trials
 
 
-def test_a_study_of_log_rates_that_is_ranked_already_goes_on(tmp_path, monkeypatch):
+def test_a_study_of_log_rates_that_is_ranked_already_continues(tmp_path, monkeypatch):
     arguments = {"loss": nn.PoissonNLLLoss(), "task": "regression", "study": tmp_path / "study.db"}
     with monkeypatch.context() as earlier:
         earlier.setattr("gputune.tuning.problem.refuse_other_units", lambda *_: None)

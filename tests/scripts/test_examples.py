@@ -65,7 +65,7 @@ def regression(script):
     return script("iris").descend("logistic", "C", 1.0, 0.1, 1000)
 
 
-def test_the_path_lies_on_the_grids_curve_with_its_slopes_and_is_shown_beside_it(
+def test_the_path_lies_on_the_grids_curve_with_its_slopes_and_is_shown_next_to_it(
     script, regression
 ):
     logs = np.log(regression.grid)
@@ -90,7 +90,7 @@ def test_the_path_lies_on_the_grids_curve_with_its_slopes_and_is_shown_beside_it
     assert f"loss {regression.losses.min():.4f}, the best of 61" in iris.verdict(regression)
 
 
-def test_a_loop_of_ones_own_takes_no_more_statements_than_with_optuna(script, monkeypatch):
+def test_a_custom_loop_takes_no_more_statements_than_with_optuna(script, monkeypatch):
     own_loop = script("own_loop")
     monkeypatch.setattr(own_loop, "TRIALS", 1)
     counts = [own_loop.statements(way) for way in own_loop.WAYS.values()]

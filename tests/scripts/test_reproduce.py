@@ -275,7 +275,7 @@ def papers_tables(tmp_path):
     return tmp_path / "tables"
 
 
-def test_published_tables_are_searched_and_a_stopped_run_goes_on(
+def test_published_tables_are_searched_and_a_stopped_run_continues(
     script, papers_tables, monkeypatch, tmp_path, capsys
 ):
     module = script("tuned_mlp")
@@ -352,7 +352,7 @@ def test_published_tables_are_searched_and_a_stopped_run_goes_on(
         ),
     ],
 )
-def test_a_table_that_is_not_there_is_told_with_its_address(
+def test_a_table_that_is_not_there_is_reported_with_its_address(
     script, papers_tables, capsys, change, complaint
 ):
     change(papers_tables / "churn")

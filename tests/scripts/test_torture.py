@@ -36,7 +36,7 @@ def test_a_study_survives_a_kill_between_every_two_calls_of_the_store(torture, t
     "method",
     ["random", pytest.param(gputune.Halving(min_epochs=10), id="halving", marks=pytest.mark.long)],
 )
-def test_a_search_that_is_killed_within_its_chunks_goes_on(torture, tmp_path, method):
+def test_a_search_that_is_killed_within_its_chunks_continues(torture, tmp_path, method):
     counts = torture.kills_in_chunks(tmp_path, 1, method, 0, 20)
     killed, kept, trials = only(counts, "kills", "with a state", "trials")
     assert killed == 1 and kept > 0 and trials == 6

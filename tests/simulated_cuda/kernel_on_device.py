@@ -118,7 +118,7 @@ def test_a_regression_has_the_table_of_compiled_code(iris):
     )
 
 
-def test_a_search_goes_on_where_it_ended_and_launches_change_no_bit(iris, tmp_path, monkeypatch):
+def test_a_search_continues_where_it_ended_and_launches_change_no_bit(iris, tmp_path, monkeypatch):
     monkeypatch.setattr(kernel, "_FIRST_TURNS", 10**6)  # a launch for an epoch
     whole = search(iris, n_trials=2)
     launches = cuda.counts("launch")["kernel"]
@@ -226,7 +226,7 @@ def test_the_plan_says_what_the_kernel_trains(iris, capsys):
         ),
     ],
 )
-def test_what_the_kernel_does_not_know_is_said(model, options, words, iris):
+def test_the_plan_names_unsupported_options(model, options, words, iris):
     with refused(words):
         search(iris, model, **options)
     assert "kernel" not in cuda.counts("launch")

@@ -214,7 +214,7 @@ def test_the_best_is_trained_again_on_all_rows(model, device, iris):
     np.testing.assert_allclose(found, own, atol=1e-6)
 
 
-def test_a_search_goes_on_where_it_ended(device, iris, tmp_path):
+def test_a_search_continues_where_it_ended(device, iris, tmp_path):
     options = {**FAST, "device": device, "backend": "recorded"}
     whole = gputune.tune("mlp", *iris, **options)
     gputune.tune("mlp", *iris, **options, timeout=1e-9, study=tmp_path / "study.db")
@@ -289,7 +289,7 @@ def test_what_pytorch_keeps_of_a_gpu_is_free(device, monkeypatch):
     assert free_of_gpu(torch.device(device)) == before + 1000
 
 
-def test_the_scikit_learn_face_has_the_numbers_of_the_cpu(device, iris):
+def test_the_scikit_learn_api_has_the_numbers_of_the_cpu(device, iris):
     """Of an estimator, which computes in single precision there, a solved one, and a search of
     estimators."""
     found = []

@@ -74,7 +74,7 @@ def test_gputune_on_a_gpu(device, pytestconfig, tmp_path):
     assert code == 0, said
 
 
-ALONE = {"simulated_cuda", "test_structure.py"}  # this room, and what looks at the source alone
+ALONE = {"simulated_cuda", "test_structure.py"}  # this folder, and tests that read only the source
 PARTS = sorted(
     {path.relative_to(HERE.parent).parts[0] for path in HERE.parent.rglob("test_*.py")} - ALONE
 )

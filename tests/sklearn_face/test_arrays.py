@@ -82,7 +82,7 @@ def both_grids(estimator, grid, X, y, **options):
 @pytest.mark.parametrize(
     "part", [{"training_step": cross_entropy}, {"augment": noise}, {"numbers": "standard"}]
 )
-def test_a_step_of_ones_own_augmentation_and_scaling_are_the_fits(part):
+def test_a_custom_step_augmentation_and_scaling_are_the_fits(part):
     net = clone(CONV).set_params(**part)
     images = (np.clip(IMAGES, -1, 1) * 127 + 127).astype(np.uint8) if "numbers" in part else IMAGES
     ours, _ = both_grids(net, RATES, images, CLASSES, scoring="neg_log_loss")
@@ -185,7 +185,7 @@ def test_a_criterion_and_its_arguments_are_searched(criterion, arguments, traini
     assert np.isfinite(scores).all() and scores[0] != scores[1]
 
 
-def test_a_criterion_of_ones_own_takes_the_target_as_it_is():
+def test_a_custom_criterion_takes_the_target_as_it_is():
     slow = {**TRAINING, "lr": 1e-4}
     net = NeuralNetRegressor(Conv, criterion=nn.MSELoss(reduction="sum"), **slow)
     net.fit(IMAGES, NUMBERS)

@@ -656,7 +656,7 @@ def assert_close(one, other):
         np.testing.assert_allclose(one.slopes[name], table, rtol=1e-8)
 
 
-def test_company_changes_nothing():
+def test_other_members_change_nothing():
     points = [
         {"learning_rate_init": 0.01},
         {"learning_rate_init": 0.1, "solver": "sgd", "weight_decay": 0.1},

@@ -233,7 +233,7 @@ def test_a_class_whose_rows_weigh_nothing_is_never_predicted():
         assert getattr(fitted, "loss_", 0) < 1  # nor do its rows count where the loss is watched
 
 
-def test_folds_that_cannot_be_trained_on_fail_alone():
+def test_folds_that_cannot_be_trained_on_fail_by_themselves():
     X, y = IRIS
     weights = np.ones(150)
     weights[:60] = 0
@@ -248,7 +248,7 @@ def test_folds_that_cannot_be_trained_on_fail_alone():
                 fits.estimator(fold, trial)
 
 
-def test_a_candidate_that_is_refused_fails_alone():
+def test_a_candidate_that_is_refused_fails_by_itself():
     X, y = IRIS
     spaces = [{"solver": "lbfgs"}, {}, {"hidden_layer_sizes": "wide"}]
     fits = together(QUICK, spaces, X, y, unequal_folds(150))
@@ -491,7 +491,7 @@ def test_targets_that_gputune_does_not_train_are_scikit_learns():
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_partial_fit_goes_on_from_what_gputune_trained():
+def test_partial_fit_continues_a_training_of_gputune():
     fitted = clone(PATIENT).fit(X, Y)
     before = fitted.loss_
     epochs = len(fitted.loss_curve_)

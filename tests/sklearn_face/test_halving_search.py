@@ -94,7 +94,7 @@ def test_rungs_are_those_of_scikit_learns_search(solver):
     assert search.best_estimator_.n_iter_ == 9
 
 
-def test_training_goes_on_from_rung_to_rung(epochs):
+def test_training_continues_from_rung_to_rung(epochs):
     HalvingRandomSearchCV(
         MLP, RATES, n_candidates=9, max_resources=9, cv=3, random_state=0, refit=False
     ).fit(X, Y)
@@ -184,7 +184,7 @@ def test_seeds_that_are_not_given_are_drawn_once(epochs):
     assert [epoch for epoch, _ in epochs] == [0, 1, 2, 3] and search.n_candidates_ == [4, 2, 1]
 
 
-def test_equal_candidates_go_on_from_rung_to_rung(epochs):
+def test_equal_candidates_continue_from_rung_to_rung(epochs):
     options = {"n_candidates": 4, "max_resources": 4, "factor": 2, "cv": 2, "refit": False}
     search = HalvingRandomSearchCV(MLP, {"learning_rate_init": [0.05] * 4}, **options).fit(X, Y)
     assert [epoch for epoch, _ in epochs] == [0, 1, 2, 3] and search.n_candidates_ == [4, 2, 1]

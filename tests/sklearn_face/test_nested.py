@@ -147,7 +147,7 @@ def test_what_a_scorer_cannot_weigh_is_warned_of_once_a_fit():
     assert len(caught) == 2 * theirs
 
 
-def test_a_search_without_a_seed_draws_anew_in_every_fold(training):
+def test_a_search_without_a_seed_draws_again_in_every_fold(training):
     np.random.seed(0)
     search = RandomizedSearchCV(LogisticRegression(), PENALTIES, n_iter=2, cv=2)
     found = nested_cv(search, X, Y, outer=3)

@@ -216,7 +216,7 @@ def test_all_failed_raises():
         search.set_params(error_score="raise").fit(X, Y)
 
 
-def test_a_fold_may_fail_alone():
+def test_a_fold_may_fail_by_itself():
     wrong = X.copy()
     wrong[0, 0] = np.nan
     ours, said, _, said_by_theirs = both_random(MLP, RATES, X=wrong, refit=False)
@@ -371,7 +371,7 @@ def test_loops_that_change_are_noticed(monkeypatch):
 @pytest.mark.skipif(
     not hasattr(model_selection.RandomizedSearchCV, "set_callbacks"), reason="since 1.9"
 )
-def test_callbacks_hear_what_they_hear_of_scikit_learn():
+def test_callbacks_receive_the_same_as_in_scikit_learn():
     heard = []
     for search in (RandomizedSearchCV, model_selection.RandomizedSearchCV):
         callback = Callback()

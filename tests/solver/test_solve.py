@@ -204,7 +204,7 @@ def test_overlapping_classes_without_a_penalty_or_an_intercept(k, C, l1_ratio, i
     assert intercept or (solution.intercept == 0).all()
 
 
-def test_a_step_limit_is_told():
+def test_a_step_limit_is_reported():
     solution = solve_table("wine", [1.0], 0.0, max_steps=2)
     assert solution.steps.tolist() == [2]
     assert not solution.converged.any() and (solution.residual > 1e-10).all()

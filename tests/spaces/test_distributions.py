@@ -85,7 +85,7 @@ def test_what_is_a_distribution():
     assert not is_distribution(Ours) and not is_distribution([1]) and not is_distribution("rvs")
 
 
-def test_scipys_distributions_are_told_by_name_and_parameters_others_by_type_and_draws():
+def test_scipys_distributions_are_reported_by_name_and_parameters_others_by_type_and_draws():
     for law, text in (
         (log_int(1, 5), "log_int(1, 5)"),
         (stats.loguniform(np.float64(1e-4), 0.1), "loguniform(a=0.0001, b=0.1)"),

@@ -107,7 +107,7 @@ MAKE = {
 
 
 @pytest.mark.parametrize("argument", MAKE)
-def test_a_study_does_not_go_on_with_other_code(argument, tmp_path):
+def test_a_study_does_not_continue_with_other_code(argument, tmp_path):
     X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     make = MAKE[argument]
     how = {"space": {"lr": [0.1, 0.01]}, "max_epochs": 1, "cv": 2, "verbose": 0, "workers": 1}
@@ -120,7 +120,7 @@ def test_a_study_does_not_go_on_with_other_code(argument, tmp_path):
     assert len(call(n_trials=2, **{argument: make(2)}).trials) == 2
 
 
-def test_a_study_of_an_earlier_version_goes_on_unchecked_and_changed_code_of_a_module_is_another_search():
+def test_a_study_of_an_earlier_version_continues_unchecked_and_changed_code_of_a_module_is_another_search():
     here = SearchRecord(objective="the:loss", code={"loss": "a"})
     assert not differences(SearchRecord(objective="the:loss", absent=frozenset({"code"})), here)
     assert differences(SearchRecord(objective="the:loss", code={"loss": "b"}), here)

@@ -438,7 +438,7 @@ def test_every_name_by_every_way_in_runs_nothing(scene):
         scene.attack(spec, kwargs, entries)
 
 
-def test_a_file_that_an_older_list_names_vouches_for_its_modules_alone(scene):
+def test_a_file_that_an_older_list_names_vouches_only_for_its_modules(scene):
     with an_older_list(scene):
         for turn, name in enumerate(OF_FILE):
             if name not in ("Other", "HookedNet", "Helper.Inner"):  # modules of the user's own

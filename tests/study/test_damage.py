@@ -119,7 +119,7 @@ def test_a_state_that_is_none_is_damage_also_where_states_are_only_counted(path)
         store.states()
 
 
-def test_a_journal_beside_a_study_that_names_another_file_is_refused(path):
+def test_a_journal_next_to_a_study_that_names_another_file_is_refused(path):
     Store.create(path, META).close()
     raw = sqlite3.connect(path)
     raw.execute("PRAGMA journal_mode = DELETE")

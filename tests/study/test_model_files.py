@@ -148,7 +148,7 @@ class Tied(nn.Module):
         return self.a(x) + self.b(x)
 
 
-def test_tied_weights_are_saved_and_a_class_that_no_import_reaches_is_told(frame, folder):
+def test_tied_weights_are_saved_and_a_class_that_no_import_reaches_is_reported(frame, folder):
     here = type("Here", (Tied,), {})
     model = make_model(
         frame, module=here, spec={"kind": "module", "kwargs": {}, **class_source(here)}
@@ -161,7 +161,7 @@ def test_tied_weights_are_saved_and_a_class_that_no_import_reaches_is_told(frame
     )
 
 
-def test_a_model_is_replaced_by_the_next_one_and_anything_else_is_left_alone(frame, saved):
+def test_a_model_is_replaced_by_the_next_one_and_anything_else_is_left_unchanged(frame, saved):
     killed = scratch_folder(saved, prefix=".model")
     (killed.__enter__() / "model.json").write_text("half of it")
     make_model(frame, classes=None).save(saved)
@@ -326,7 +326,7 @@ def test_nothing_is_unpickled(saved, tmp_path, write):
     assert canary.exists()  # it would have sung
 
 
-def test_a_users_class_is_found_again_and_its_changed_file_is_trusted_anew(frame, folder, net):
+def test_a_users_class_is_found_again_and_its_changed_file_is_trusted_again(frame, folder, net):
     model = save_net(frame, net, folder)
     wanted = model.predict_proba(frame)
     np.testing.assert_array_equal(load_model(folder).predict_proba(frame), wanted)
@@ -414,7 +414,7 @@ def test_code_runs_only_when_that_is_said(frame, folder, net, place, monkeypatch
     sys.modules.pop("evil", None)
 
 
-def test_a_class_of_a_script_or_notebook_is_told_at_once(frame, folder, monkeypatch, tmp_path):
+def test_a_class_of_a_script_or_notebook_is_reported_at_once(frame, folder, monkeypatch, tmp_path):
     main = types.ModuleType("__main__")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "__main__", main)

@@ -227,7 +227,7 @@ def test_no_file_of_a_package_runs_that_was_not_remembered(package, monkeypatch,
 
 
 @pytest.mark.parametrize("name", ["__init__.py", "nets.py"])
-def test_a_package_that_has_changed_is_trusted_anew(trusted, monkeypatch, name):
+def test_a_package_that_has_changed_is_trusted_again(trusted, monkeypatch, name):
     remember_code(find_class(SOURCE))
     (trusted / name).write_text((trusted / name).read_text() + "# a word\n")
     assert find_class(SOURCE).__name__ == "Net"  # which this process has already
@@ -255,7 +255,7 @@ def test_a_package_of_the_same_content_elsewhere_is_another_one(
     assert sys.ran == []
 
 
-def test_a_file_beside_a_script_is_found_where_it_lay(net, monkeypatch, another_user):
+def test_a_file_next_to_a_script_is_found_where_it_lay(net, monkeypatch, another_user):
     another_user()
     source = {"import": "net:Net", "file": str(net)}
     with pytest.raises(UntrustedCodeError, match=rf"{net}"):

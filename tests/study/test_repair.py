@@ -173,7 +173,7 @@ def folder(searched, tmp_path, monkeypatch):
     return tmp_path / "copy"
 
 
-def test_the_command_that_the_error_names_repairs_and_the_search_goes_on(folder):
+def test_the_command_that_the_error_names_repairs_and_the_search_continues(folder):
     path = folder / "gputune-out" / "study.db"
     before = gputune.Study.open(path).trials
     change(path, "UPDATE results SET best_epoch = 9 WHERE number = 1")
@@ -191,7 +191,7 @@ def test_the_command_that_the_error_names_repairs_and_the_search_goes_on(folder)
 
 
 @pytest.mark.parametrize("key", ["arguments", "task", ""])
-def test_a_lost_option_is_counted_and_said_where_the_search_would_go_on(folder, key):
+def test_a_lost_option_is_counted_and_said_where_the_search_would_continue(folder, key):
     change(folder / "gputune-out" / "study.db", "DELETE FROM meta WHERE key = ?", (key,))
     code, out, _ = run("repair", "gputune-out", "--out", "new.db")
     assert code == 0 and ("Options are lost" in out) == (key != "") == ("Resume" not in out)

@@ -464,7 +464,7 @@ def write(path):
 
 
 @pytest.mark.parametrize("name", ["format3.db"])
-def test_the_file_that_an_earlier_version_wrote_opens_and_goes_on(tmp_path, name):
+def test_the_file_that_an_earlier_version_wrote_opens_and_continues(tmp_path, name):
     path = tmp_path / name
     shutil.copy(Path(__file__).with_name(name), path)
     with Store.open(path) as store:

@@ -120,7 +120,7 @@ def test_one_that_raises_loses_nothing_and_is_not_called_again(moment, tmp_path)
     assert all(trial.state == "complete" for trial in gputune.Study.open(path).trials)
 
 
-def test_trials_are_in_the_file_before_a_callback_hears_of_them(tmp_path):
+def test_trials_are_in_the_file_before_a_callback_receives_them(tmp_path):
     path = tmp_path / "study.db"
     listener = Listener()
     seen = []

@@ -231,7 +231,7 @@ def test_kept_predictions_are_those_of_members_that_train_again(model, data, how
     assert first == pytest.approx(second)
 
 
-def test_a_file_keeps_them_and_what_goes_on_adds_its_own(tmp_path, capsys):
+def test_a_file_keeps_them_and_what_continues_adds_its_own(tmp_path, capsys):
     tune("mlp", *IRIS, study=tmp_path / "study.db", n_trials=2)
     study = tune("mlp", *IRIS, study=tmp_path / "study.db")
     first = study.ensemble(verbose=0)

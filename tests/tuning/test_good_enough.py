@@ -257,7 +257,7 @@ def test_the_order_in_which_workers_end_does_not_decide(options):
     assert n_early > 8
 
 
-def test_a_chunk_begins_when_those_that_cannot_train_beside_it_have_ended():
+def test_a_chunk_begins_when_those_that_cannot_train_next_to_it_have_ended():
     ledger = Ledger(None)
     ledger.candidates = [Candidate(number, {}, "random") for number in range(4)]
     ledger.plan = [PlannedChunk(number, 0, (number,), 1, at_once=2) for number in range(4)]

@@ -70,7 +70,7 @@ def finish_many(tmp_path, do, workers):
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, monkeypatch, workers):
+def test_ctrl_c_keeps_all_and_says_the_command_that_continues(tmp_path, monkeypatch, workers):
     study_file = tmp_path / "out" / "study.db"
     code, out, err = finish_many(tmp_path, CTRL_C, workers)
     trials = gputune.Study.open(study_file).trials

@@ -147,7 +147,7 @@ def test_a_method_prunes_what_is_worse_than_those_before_it(method):
     assert study.best_params == {"lr": 0.01}
 
 
-def test_a_sampler_of_optunas_proposes_and_hears():
+def test_a_sampler_of_optunas_proposes_and_receives_scores():
     method = gputune.OptunaSampler(optuna.samplers.TPESampler(seed=0, n_startup_trials=4), batch=4)
     study = search(method=method, n_trials=12, include=[{"lr": 0.1, "layers": (8,)}])
     assert [trial.origin for trial in study.trials] == ["include"] + [
@@ -158,7 +158,7 @@ def test_a_sampler_of_optunas_proposes_and_hears():
     )
 
 
-def test_a_failed_trial_keeps_its_error_and_the_search_goes_on(capsys):
+def test_a_failed_trial_keeps_its_error_and_the_search_continues(capsys):
     def objective(params, report):
         report(1.0)
         if params["lr"] > 0.05:
@@ -260,7 +260,7 @@ def test_an_objective_that_catches_the_end_of_its_trial_changes_nothing():
 
 
 @pytest.mark.long
-def test_a_worker_that_is_killed_costs_its_trial_alone(tmp_path):
+def test_a_worker_that_is_killed_costs_only_its_trial(tmp_path):
     def objective(params, report):
         with (tmp_path / "calls").open("a") as file:
             file.write("x")
@@ -294,7 +294,7 @@ print(study.best_params)
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.long)])
-def test_a_killed_search_goes_on_where_it_was(tmp_path, workers):
+def test_a_killed_search_continues_where_it_was(tmp_path, workers):
     path = tmp_path / "study.db"
     command = [SCRIPT.replace("WORKERS", workers), path]
 
@@ -335,7 +335,7 @@ def test_an_objective_whose_code_has_changed_is_another_search(tmp_path):
     assert len(gputune.search(first, {"lr": [0.1, 0.2]}, n_trials=2, **how).trials) == 2
 
 
-def test_it_stops_at_a_report_when_time_is_over_and_goes_on_later(tmp_path):
+def test_it_stops_at_a_report_when_time_is_over_and_continues_later(tmp_path):
     calls = []
     steps = 50
 
@@ -468,7 +468,7 @@ def test_a_search_draws_what_no_earlier_study_has_trained(tmp_path):
     assert len(old.trials) == 5 and len({trial.params["k"] for trial in new.trials}) == 7
 
 
-def test_a_sampler_hears_of_earlier_scores(capsys):
+def test_a_sampler_receives_earlier_scores(capsys):
     heard = []
 
     class Listening(optuna.samplers.RandomSampler):

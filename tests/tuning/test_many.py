@@ -119,7 +119,7 @@ def test_equal_configurations_are_trained_as_often_as_they_are_passed():
     assert largest_difference(trained.member(0), trained.member(2)) <= 1e-6
 
 
-def test_a_configuration_that_diverges_leaves_the_others_alone():
+def test_a_configuration_that_diverges_leaves_the_others_unchanged():
     configs = [{"lr": 0.01}, {"lr": 1e30, "optimizer": "sgd"}, {"lr": 0.02}]
     trained = gputune.train_many(Net, configs, X, NUMBERS, max_epochs=EPOCHS, dtype="float64")
     assert np.isnan(trained.curves[1, -1]).all()

@@ -114,7 +114,7 @@ def test_methods_rank_the_mean_of_the_networks(method):
 
 
 @pytest.mark.parametrize("model", ["mlp", "realmlp"])
-def test_a_search_that_was_stopped_goes_on_with_all_networks(model, tmp_path):
+def test_a_search_that_was_stopped_continues_with_all_networks(model, tmp_path):
     words = SMALL if model == "realmlp" else {}
     path = tmp_path / "study.db"
     whole = tune(model, *IRIS, patience=3, **words)

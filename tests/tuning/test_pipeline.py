@@ -261,7 +261,7 @@ def test_each_method_prepares_numbers_as_its_trials_say(iris, how):
     assert alike
 
 
-def test_numbers_of_a_space_have_a_default_go_on_and_are_included(iris, tmp_path):
+def test_numbers_of_a_space_have_a_default_continue_and_are_included(iris, tmp_path):
     search = partial(tune, "mlp", *iris, space={"numbers": WAYS, "lr": loguniform(1e-3, 1e-2)})
     first = search(n_trials=2, study=tmp_path / "study.db")
     assert first.trials[0].params["numbers"] == "robust"
@@ -307,7 +307,7 @@ def test_the_space_of_the_mlp_by_its_name_begins_with_a_portfolio(iris, tmp_path
     descent = search(n_trials=2, method=gputune.Hypergradient(outer_steps=1))
     assert "portfolio" not in {trial.origin for trial in descent.trials}
     search(n_trials=2, include_default=False, study=tmp_path / "plain.db")
-    # which has room for one more, beside the default
+    # the later search has one more trial, next to the default
     later = search(n_trials=3, study=tmp_path / "plain.db")
     assert [trial.origin for trial in later.trials] == ["random", "random", "default", "portfolio"]
 
@@ -477,7 +477,7 @@ def test_processes_give_what_one_process_gives(iris, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_study_file_holds_the_search_and_goes_on(tmp_path, iris, monkeypatch):
+def test_a_study_file_holds_the_search_and_continues(tmp_path, iris, monkeypatch):
     path, (X, y) = tmp_path / "study.db", iris
     search = partial(tune, "mlp", X, y, study=path)
     whole = search(n_trials=5)
@@ -525,7 +525,7 @@ def test_a_study_opened_later_refits_from_its_file_or_asks_for_rows(tmp_path, ir
         gputune.Study.open(tmp_path / "b.db").best_model()
 
 
-def test_a_model_has_the_score_of_its_own_rows_alone(tmp_path, iris):
+def test_a_model_has_the_score_of_its_own_rows_only(tmp_path, iris):
     X, y = iris
     study = tune("mlp", X, y, n_trials=1, study=tmp_path / "a.db")
     opened = gputune.Study.open(tmp_path / "a.db")
@@ -898,7 +898,7 @@ def test_a_study_refuses_other_folds_weights_and_nameless_scorers(tmp_path, iris
             search(**changed)
 
 
-def test_a_score_of_one_class_goes_on_in_a_file_that_does_not_say_which(tmp_path, iris):
+def test_a_score_of_one_class_continues_in_a_file_that_does_not_say_which(tmp_path, iris):
     X = iris[0]
     y = np.where(iris[1] == 0, "rare", "usual")
     search = partial(
@@ -914,7 +914,7 @@ def test_a_score_of_one_class_goes_on_in_a_file_that_does_not_say_which(tmp_path
         tune("mlp", X, y, method="hypergradient", positive="rare")
 
 
-def test_included_configurations_join_a_study_that_goes_on(tmp_path, iris):
+def test_included_configurations_join_a_study_that_continues(tmp_path, iris):
     search = partial(tune, "mlp", *iris, study=tmp_path / "study.db", n_trials=1)
     search(include_default=False)
     trials = search(include=[{"lr": 0.5}]).trials

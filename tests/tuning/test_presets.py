@@ -115,7 +115,7 @@ def test_a_default_that_the_user_writes_wins_too(capsys):
     assert model.temperature != 1  # the preset calibrates
 
 
-def test_a_study_with_a_preset_goes_on(tmp_path):
+def test_a_study_with_a_preset_continues(tmp_path):
     call = partial(
         tune, "auto", *DIABETES, preset="best", max_epochs=1, cv=2, study=tmp_path / "s.db"
     )

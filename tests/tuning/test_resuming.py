@@ -203,7 +203,7 @@ def test_no_more_is_repeated_than_the_time_between_two_checkpoints(
 @pytest.mark.parametrize(
     "method", ["random", pytest.param("halving", marks=pytest.mark.long), "brackets", "median"]
 )
-def test_a_stopped_trial_goes_on_from_where_it_was(whole, tmp_path, monkeypatch, method):
+def test_a_stopped_trial_continues_from_where_it_was(whole, tmp_path, monkeypatch, method):
     epochs = [0]
     found = []
     advance = chunks._Watch.__call__
@@ -224,7 +224,7 @@ def test_a_stopped_trial_goes_on_from_where_it_was(whole, tmp_path, monkeypatch,
 
 
 @pytest.mark.cpu  # on a GPU it agrees to rounding
-def test_a_chunk_of_which_a_trial_has_diverged_goes_on(tmp_path):
+def test_a_chunk_of_which_a_trial_has_diverged_continues(tmp_path):
     space = {"lr": [1e-3, 1e-2, 1e30, 3e-2], "width": [8], "batch_size": [8, 16]}
     call = {"space": space, "task": "regression", "optimizer": "sgd"}
     whole = tune(**call)
@@ -233,7 +233,7 @@ def test_a_chunk_of_which_a_trial_has_diverged_goes_on(tmp_path):
     assert_same(tune(study=tmp_path / "s.db", **call), whole)
 
 
-def test_a_foreign_checkpoint_is_ignored_and_all_trained_anew(whole, tmp_path):
+def test_a_foreign_checkpoint_is_ignored_and_all_trained_again(whole, tmp_path):
     path = tmp_path / "s.db"
     tune(timeout=1e-9, random_state=1, study=path)
     assert list((tmp_path / "s.db.state").iterdir())
@@ -266,7 +266,7 @@ def test_none_is_left_of_trials_that_ended_before_the_last_stop(tmp_path, method
     assert [place.name for place in tmp_path.iterdir()] == ["s.db"]
 
 
-def test_what_goes_on_from_a_checkpoint_is_said(tmp_path, capsys):
+def test_what_continues_from_a_checkpoint_is_said(tmp_path, capsys):
     call = {"study": tmp_path / "s.db", "verbose": 1}
     cut = tune(timeout=1e-9, **call)
     assert "can continue" not in capsys.readouterr().err
@@ -291,9 +291,7 @@ def test_what_cannot_be_used_goes_with_the_last_trial(tmp_path):
     assert [place.name for place in state.iterdir()] == ["mine.txt"]
 
 
-def test_a_file_in_the_place_of_the_folder_costs_the_checkpoints_alone(
-    whole, tmp_path, monkeypatch
-):
+def test_a_file_in_the_place_of_the_folder_costs_only_the_checkpoints(whole, tmp_path, monkeypatch):
     (tmp_path / "s.db.state").touch()
     monkeypatch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
     with pytest.warns(UserWarning, match="No checkpoint could be written"):
@@ -342,7 +340,7 @@ study = gputune.tune("mlp", X, y, **CALL, workers=2, study=FOLDER / "s.db", chec
 """
 
 
-def test_a_killed_search_with_workers_goes_on(tmp_path):
+def test_a_killed_search_with_workers_continues(tmp_path):
     script = f"import pathlib\nFOLDER = pathlib.Path({str(tmp_path)!r})\n{SCRIPT}"
     process = Fork(script)
     state = tmp_path / "s.db.state"

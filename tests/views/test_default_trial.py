@@ -153,7 +153,7 @@ def the_value(params, report):
     return params["x"]
 
 
-def test_a_loop_of_ones_own_has_no_default():
+def test_a_custom_loop_has_no_default():
     study = gputune.search(
         the_value, {"x": [1.0, 2.0]}, direction="maximize", n_trials=2, workers=1, verbose=0
     )

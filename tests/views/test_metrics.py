@@ -171,7 +171,7 @@ def test_a_chart_for_each_metric_that_has_scores():
     assert pareto_charts(study_by([(0.9, np.nan)])) == []
 
 
-def test_an_export_to_optuna_has_all_metrics_beside_the_value_of_the_first():
+def test_an_export_to_optuna_has_all_metrics_next_to_the_value_of_the_first():
     pytest.importorskip("optuna")
     (trial,) = study_by([(0.9, -0.3)]).to_optuna().trials
     assert (trial.value, trial.user_attrs["metrics"]) == (

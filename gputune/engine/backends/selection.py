@@ -85,8 +85,9 @@ def choose_for_search(
 def choose_backend(
     word: BackendWord, device: torch.device, dtype: torch.dtype, kind: ModelKind = "mlp"
 ) -> tuple[str, str]:
-    """Return the backend for the user's option ``word``, and the reason if "auto" chose a slower
-    backend that the user should hear about, else "".
+    """Return the backend for the user's option ``word``, and a reason for the user or "".
+
+    The reason says why "auto" chose a slower backend, if the user can change this.
 
     Raises InputError if the requested backend is not available.
     """

@@ -222,8 +222,10 @@ def convolution(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> It
 def convolution_gradient(
     writer: Writer, kwargs: Kwargs, op: Operation, out: Place
 ) -> Iterator[Line]:
-    """Yield the C kernel calls for the gradients of a convolution in its input, weight and bias,
-    as far as they are used."""
+    """Yield the C kernel calls for the gradients of a convolution in its input, weight and bias.
+
+    Gradients that nothing uses are left out.
+    """
     gradient = kwargs["grad_output"]
     x = kwargs["input"]
     weight = kwargs["weight"]
