@@ -87,6 +87,8 @@ class MemberChunk(StackedChunk):
         with torch_threads(1):
             rows = [block.to_rows(buffer) for block, buffer in self._buffers()]
         last = len(self.batches.shapes)
+        self.step_seconds = 0.0
+        self.output_seconds = 0.0
         self.outputs = []
         for member, fold in zip(self.code.members, self.data.folds):
             outputs = None
@@ -105,6 +107,7 @@ class MemberChunk(StackedChunk):
         with torch_threads(1):
             for (block, buffer), values in zip(self._buffers(), rows):
                 block.put_rows(buffer, values)
+        self.scoring_share = self.output_seconds / (self.step_seconds + self.output_seconds)
 
     def scores(self) -> np.ndarray:
         """Return the scores (C trials, F folds) of all members. Each member is scored on the
@@ -152,7 +155,10 @@ class MemberChunk(StackedChunk):
         stop = threading.Event()
         threads = torch.get_num_threads()
         self.memories += [{} for _ in range(threads - len(self.memories))]
-        counts = [0] * threads  # steps that each thread has taken
+        # of each thread: steps, seconds in these steps, seconds in outputs
+        counts = [0] * threads
+        step_seconds = [0.0] * threads
+        output_seconds = [0.0] * threads
 
         def work(thread: int) -> None:
             memories = self.memories[thread]
@@ -172,6 +178,7 @@ class MemberChunk(StackedChunk):
                     if member not in memories:
                         memories[member] = MemberMemory(member)
                     memory = memories[member]
+                    started = time.perf_counter()
                     memory.load(self, fold, trial, member_rows, begin)
                     for first in range(begin, end, _COUNTED_STEPS):
                         last = min(first + _COUNTED_STEPS, end)
@@ -180,8 +187,11 @@ class MemberChunk(StackedChunk):
                     for row, state in zip(member_rows, memory.states):
                         if state is not None:
                             row.copy_(state)
+                    trained = time.perf_counter()
+                    step_seconds[thread] += trained - started
                     if end == len(self.batches.shapes) and outputs is not None:
                         memory.write_outputs(self.code.kernels, self.validation, outputs[trial])
+                        output_seconds[thread] += time.perf_counter() - trained
 
         with ThreadPoolExecutor(threads) as pool:
             try:
@@ -197,3 +207,5 @@ class MemberChunk(StackedChunk):
                     report_steps(n_steps, n_all, len(self.places))
             finally:
                 stop.set()
+        self.step_seconds += sum(step_seconds)
+        self.output_seconds += sum(output_seconds)

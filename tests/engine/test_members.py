@@ -1,5 +1,6 @@
 """Members that train in compiled code, one after another, equal members of stacked tensors."""
 
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from gputune.engine import member_steps
+from gputune.engine.member_steps import MemberMemory
 from gputune.engine.members import MemberChunk
 from gputune.engine.stacked import StackedChunk
 from gputune.models import RealMLP
@@ -295,3 +297,18 @@ def test_outputs_on_validation_rows_are_of_the_code_too(monkeypatch, rows):
     expected = StackedChunk.scores(chunk)
     monkeypatch.setattr(StackedModule, "outputs", lambda *args: pytest.fail("computed by torch"))
     assert np.allclose(chunk.scores(), expected, rtol=1e-12)
+
+
+def test_the_share_of_scoring_is_that_of_the_outputs(monkeypatch):
+    write = MemberMemory.write_outputs
+
+    def slow(memory, *given):
+        time.sleep(0.05)
+        write(memory, *given)
+
+    chunk, _ = both(make_data(), fill({"batch_size": 9}), module=Linear, traits=Traits())
+    chunk.advance(0)
+    assert 0 < chunk.scoring_share < 1
+    monkeypatch.setattr(MemberMemory, "write_outputs", slow)
+    chunk.advance(1)
+    assert 0.5 < chunk.scoring_share < 1
