@@ -19,8 +19,9 @@ from gputune.optimizers.rules import RULES
 from gputune.scoring.label_scores import LABEL_SCORES
 from gputune.scoring.scores import OF_TASK
 from gputune.spaces.config import FLAGS, KEYS, OPTIMIZERS_WITH, RANGES, WORDS, legal_keys
+from gputune.spaces.named import SPACES
 from gputune.spaces.portfolios import PORTFOLIOS
-from gputune.spaces.space import SPACES, default_space
+from gputune.spaces.space import default_space
 from gputune.types import DEFAULT_LR, DEFAULTS, OPTIMIZERS, default_momentum, default_weight_decay
 
 REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "reference"

@@ -28,17 +28,10 @@ from gputune.optimizers.classes import argument_defaults
 from gputune.scoring.objective import loss_defaults
 from gputune.spaces.config import ConfigCheck, check_config, legal_keys
 from gputune.spaces.distributions import CheckedSpace, is_inside, space_text, to_scipy
+from gputune.spaces.named import MODELS_OF_SPACES, SPACES, named_space
 from gputune.spaces.portfolios import PORTFOLIOS
 from gputune.spaces.random import NO_DEFAULT, first_candidates, n_counted, numbered, remarks, top_up
-from gputune.spaces.space import (
-    MODELS_OF_SPACES,
-    SPACES,
-    check_include,
-    check_space,
-    choices_of,
-    default_space,
-    named_space,
-)
+from gputune.spaces.space import check_include, check_space, choices_of, default_space
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result, Store
 from gputune.study.study import Study

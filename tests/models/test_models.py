@@ -24,8 +24,9 @@ from gputune.modules.module import StackedModule
 from gputune.population.population import module_arguments
 from gputune.seeding import stream_seed
 from gputune.spaces.config import legal_keys
+from gputune.spaces.named import named_space
 from gputune.spaces.random import draw
-from gputune.spaces.space import check_space, named_space
+from gputune.spaces.space import check_space
 from gputune.study.export import encoded
 from problems import Linear, fill, largest_difference, make_data, rows_of, shape_of, train
 from refused import refused

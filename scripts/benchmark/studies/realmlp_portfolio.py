@@ -79,8 +79,8 @@ def candidates() -> list[dict[str, Any]]:
 
     Tables with numeric targets use them without label smoothing.
     """
+    from gputune.spaces.named import SPACES
     from gputune.spaces.random import draw
-    from gputune.spaces.space import SPACES
 
     drawn = [draw(SPACES[name]("classes"), TRIALS, 0) for name in ("realmlp", "realmlp-tabarena")]
     return [{}, AUTOGLUON, *drawn[0], *drawn[1]]
