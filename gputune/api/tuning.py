@@ -135,9 +135,9 @@ def tune(
             - A dict from a hyperparameter to its values: a list, a scipy.stats distribution,
               ``gputune.log_int(a, b)``, an Optuna distribution or one fixed value.
             - A list of such dicts.
-            - The name of a space: "mlp", "realmlp" or "realmlp-tabarena". "mlp" is the default
-              space plus a portfolio of seven good configurations that run first. "realmlp" has a
-              portfolio too.
+            - The name of a space: "mlp", "realmlp", "realmlp-large" or "realmlp-tabarena". "mlp" is
+              the default space plus a portfolio of seven good configurations that run first.
+              "realmlp" has a portfolio too.
 
         n_trials: number of configurations. It counts the default configuration and the
             configurations that are sampled at random or proposed by an Optuna sampler.

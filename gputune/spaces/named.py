@@ -60,15 +60,42 @@ def _realmlp_tabarena(goal: Goal) -> CheckedSpace:
     return [common | {"module__waves": waves, "module__size": size} for waves, size in embeddings]
 
 
+def _realmlp_large(goal: Goal) -> CheckedSpace:
+    """Return gputune's search space for RealMLP on tables of 10,000 rows and more.
+
+    The frequencies of the embedding (``module__sigma``) go up to 10 instead of 0.5. The numbers are
+    scaled in two ways. No value is the best on all tables, so the space leaves the choice to the
+    search and to the ensemble of its trials.
+    """
+    space: dict[str, Choices] = {
+        "module__embedding": ["pbld", "pbld", "plr"],
+        "module__sigma": stats.loguniform(0.1, 10),
+        "module__activation": ["mish"],
+        "numbers": ["robust", "quantile"],
+        "lr": stats.loguniform(0.05, 0.2),
+        "dropout": [0.0, 0.15, 0.15, 0.3],
+        "weight_decay": [0.0, 0.02],
+    }
+    if goal == "classes":
+        space |= {
+            "module__activation": ["selu", "mish"],
+            "lr": stats.loguniform(0.005, 0.05),
+            "loss__label_smoothing": [0.0, 0.1],
+        }
+    return [space]
+
+
 SPACES: Mapping[str, Callable[[Goal], CheckedSpace]] = {
     "mlp": lambda goal: [default_space("mlp", "adamw")],
     "realmlp": _realmlp,
+    "realmlp-large": _realmlp_large,
     "realmlp-tabarena": _realmlp_tabarena,
 }
 
 MODELS_OF_SPACES: Mapping[str, str] = {
     "mlp": "mlp",
     "realmlp": "realmlp",
+    "realmlp-large": "realmlp",
     "realmlp-tabarena": "realmlp",
 }
 """The model of each named space."""

@@ -104,7 +104,7 @@ class SearchOptions(OptionGroup):
         "of this help. You may repeat the flag.",
         "the space of the model",
         takes="specs",
-        values=("KEY=SPEC", "mlp", "realmlp", "realmlp-tabarena"),
+        values=("KEY=SPEC", "mlp", "realmlp", "realmlp-large", "realmlp-tabarena"),
     )
     random_state: int = _search(
         0, "--seed <INT>", "Random seed", default="0", takes="0..", check=checks.seed

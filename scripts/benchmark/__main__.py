@@ -54,6 +54,8 @@ All engines must reach the same scores before their times are shown.
                                                  RealMLP's space in gputune and in pytabkit
     python scripts/benchmark --realmlp-portfolio --data FILE.py
                                                  the same short list for RealMLP; resumes by table
+    python scripts/benchmark --realmlp-large --data FILE.py
+                                                 RealMLP's space for large tables (15 minutes; resumes)
     python scripts/benchmark --records digits --seeds 5 --change "fewer epochs"
     python scripts/benchmark --records california adult --data FILE.py
     python scripts/benchmark --records           seconds to reach a fixed quality, on the page
@@ -101,6 +103,7 @@ STUDIES = {
     "tabm": "TabM-mini as a user's module, and RealMLP; --rows are tables",
     "portfolio": "a short list of good configurations of the MLP, over the tables of --data",
     "realmlp_portfolio": "a short list of good configurations of RealMLP, over the tables of --data",
+    "realmlp_large": "RealMLP's space for large tables on 10,000 rows; --rows are tables of --data",
     "realmlp": "RealMLP's space here and in pytabkit, its authors' package; --rows are tables of --data",
 }
 """What else is measured, and what the option says of it. The ``run`` of the module of that name
@@ -117,10 +120,10 @@ HELP = {
     "engines": "of those above, with a number: on the first trials only (default: all; --grid: "
     "sklearn,torch)",
     "records": f"measure {', '.join(RECORDS)} (or none of them), and update docs/records.md",
-    "data": "with --tables, --portfolio, --many-rows, --tabm, --realmlp, --realmlp-portfolio, --records: has "
-    "load(name) -> X, y, task",
+    "data": "with --tables, --portfolio, --many-rows, --tabm, --realmlp, --realmlp-large, "
+    "--realmlp-portfolio, --records: has load(name) -> X, y, task",
     "rows": "with --modules: only rows with one of these in their name; with --tables: these ways; "
-    "with --realmlp and --realmlp-portfolio: these tables; with --many-rows: these tables and sides",
+    "with --realmlp, --realmlp-large and --realmlp-portfolio: these tables; with --many-rows: these tables and sides",
 }
 
 

@@ -369,7 +369,7 @@ def test_its_recipe_is_that_of_the_paper():
     }
 
 
-@pytest.mark.parametrize("name", ["realmlp", "realmlp-tabarena"])
+@pytest.mark.parametrize("name", ["realmlp", "realmlp-large", "realmlp-tabarena"])
 @pytest.mark.parametrize("goal", ["numbers", "classes"])
 def test_a_space_has_a_name(name, goal):
     keys = legal_keys("module", "adamw")
