@@ -20,6 +20,8 @@ class Preset:
         n_trials: The number of trials.
         epochs: The fewest and the most epochs.
         row_epochs: The number of epochs times the number of rows. More rows get fewer epochs.
+        large_space: The named space for tables of more than 10,000 rows. "": the space that has the
+            name of the model.
         faster: The preset that replaces this one if the timeout is too short, or "".
         patience: Epochs without a better score after which a trial ends, or None.
         timeout: The seconds after which the training stops if the user sets no timeout, or None.
@@ -31,6 +33,7 @@ class Preset:
     n_trials: int
     epochs: tuple[int, int]
     row_epochs: int
+    large_space: str = ""
     faster: str = ""
     patience: int | None = None
     timeout: float | None = None
@@ -51,6 +54,7 @@ PRESETS: Mapping[str, Preset] = {
         n_trials=8,
         epochs=(32, 256),
         row_epochs=5_000_000,
+        large_space="realmlp-large",
         faster="medium",
     ),
     "medium": Preset(

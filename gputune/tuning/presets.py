@@ -25,7 +25,7 @@ from gputune.study.store import Store
 from gputune.text import count, did_you_mean
 from gputune.tuning.choices import choose_model
 from gputune.tuning.options import RULES, make_options
-from gputune.tuning.preset_table import ALIASES, PRESETS, ModelName
+from gputune.tuning.preset_table import ALIASES, PRESETS, ModelName, Preset
 from gputune.tuning.record import SearchCall
 from gputune.tuning.task_choice import chosen_task
 from gputune.types import Json
@@ -43,7 +43,7 @@ _SECONDS: Mapping[ModelName, tuple[float, float]] = {
 They were measured on an EPYC core with the first eight trials of each model's named space, on 5,000
 rows of 10 and of 60 numeric columns."""
 _MANY_ROWS = 10_000
-"""Rows from which three folds instead of five are enough."""
+"""With more rows, three folds instead of five are enough, and a preset may have another space."""
 _MOST_NETWORKS = (8, 4, 2)
 """Numbers of networks per trial for a timeout that leaves time. AutoGluon's portfolio has 8."""
 
@@ -77,11 +77,13 @@ def check_preset(name: object, model: object) -> str:
 class _Case:
     """The table and the arguments for which a preset chooses.
 
+    ``is_table`` is False for tensors and for several inputs, whose numbers have fewer scalings.
     ``values`` are the user's arguments by name, with "model", "ensemble" and "calibrate".
     """
 
     rows: int
     columns: int
+    is_table: bool
     has_classes: bool
     values: Mapping[str, Any]
 
@@ -181,7 +183,9 @@ def _case(call: SearchCall, given: Collection[str], model: object) -> _Case:
     }
     if model != AUTO:
         values["model"] = model
-    return _Case(len(X), columns, target.task in ("binary", "multiclass"), values)
+    is_table = not isinstance(X, Tensor | Arrays)
+    has_classes = target.task in ("binary", "multiclass")
+    return _Case(len(X), columns, is_table, has_classes, values)
 
 
 def _not_chosen(call: SearchCall) -> set[str]:
@@ -207,10 +211,9 @@ def _choices(name: str, case: _Case) -> dict[str, Any]:
         "timeout": preset.timeout,
         "ensemble": preset.ensemble,
         "calibrate": case.has_classes,
+        "space": _space_of(preset, case),
     }
     chosen |= case.values
-    # Each model has a space of its name, with a portfolio.
-    chosen["space"] = case.values.get("space", chosen["model"])
     timeout = case.values.get("timeout")
     if timeout is None:
         return chosen
@@ -226,6 +229,16 @@ def _choices(name: str, case: _Case) -> dict[str, Any]:
                 chosen["n_ens"] = n_ens
                 break
     return chosen
+
+
+def _space_of(preset: Preset, case: _Case) -> str:
+    """Return the name of the space that a preset chooses for a table."""
+    model: str = case.values.get("model", preset.model)
+    # The space for large tables chooses the scaling of the numbers.
+    is_large = case.rows > _MANY_ROWS and case.is_table and "numbers" not in case.values
+    if is_large and preset.large_space and model == preset.model:
+        return preset.large_space
+    return model  # the space of this name has a portfolio
 
 
 _EXTRAS = {

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_diabetes, load_iris
 
 import gputune
@@ -25,12 +26,13 @@ DIABETES = load_diabetes(return_X_y=True)
 tune = partial(gputune.tune, verbose=0, workers=1)
 
 
-def chosen(name, rows=1000, columns=5, model="auto", classes=False, **given):
+def chosen(name, rows=1000, columns=5, model="auto", classes=False, as_tensor=False, **given):
     """The call of a search with a preset's choices, for random rows."""
     X = np.random.default_rng(0).normal(size=(rows, columns))
     y = np.arange(rows) % 2 == 0 if classes else X[:, 0]
     options = make_options(**given)
     choice = choose_model("mlp" if model == "auto" else model, None)
+    X = torch.from_numpy(X) if as_tensor else X
     call = SearchCall(choice, read_rows(choice, options.rows, X, y), options)
     return with_preset(call, name, model, None, given)
 
@@ -53,8 +55,9 @@ def settings(call):
     ("name", "rows", "expected"),
     [
         ("best", 1000, ("RealMLP", "realmlp", 8, 5, 256, 1, None, None)),
-        ("best_quality", 50_000, ("RealMLP", "realmlp", 8, 3, 100, 1, None, None)),
-        ("best", 400_000, ("RealMLP", "realmlp", 8, 3, 32, 1, None, None)),
+        ("best", 10_000, ("RealMLP", "realmlp", 8, 5, 256, 1, None, None)),
+        ("best_quality", 50_000, ("RealMLP", "realmlp-large", 8, 3, 100, 1, None, None)),
+        ("best", 400_000, ("RealMLP", "realmlp-large", 8, 3, 32, 1, None, None)),
         ("medium", 1000, ("mlp", "mlp", 24, 5, 100, 1, 16, None)),
         ("medium_quality", 50_000, ("mlp", "mlp", 24, 3, 20, 1, 16, None)),
         ("fast", 1000, ("mlp", "mlp", 8, 5, 50, 1, None, 20)),
@@ -66,6 +69,17 @@ def test_a_preset_chooses_by_the_number_of_rows(name, rows, expected):
     assert settings(call) == expected
     assert call.final_model == ({} if name == "fast" else {"ensemble": True})
     assert chosen(name, 1000, classes=True).final_model["calibrate"]
+
+
+def test_only_realmlp_has_a_space_for_large_tables():
+    large = chosen("best", 10_001, model="realmlp")
+    assert large.options.search.space == "realmlp-large"
+    assert chosen("best", 10_001, model="mlp").options.search.space == "mlp"
+    assert chosen("best", 10_001, space="realmlp").options.search.space == "realmlp"
+    assert chosen("medium", 10_001, model="realmlp").options.search.space == "realmlp"
+    # This space chooses the scaling of the numbers, which tensors and the user's value do not allow.
+    assert chosen("best", 10_001, numbers="standard").options.search.space == "realmlp"
+    assert chosen("best", 10_001, as_tensor=True).options.search.space == "realmlp"
 
 
 def test_a_timeout_changes_epochs_networks_and_model():
