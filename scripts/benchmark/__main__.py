@@ -103,6 +103,7 @@ STUDIES = {
     "tabm": "TabM-mini as a user's module, and RealMLP; --rows are tables",
     "portfolio": "a short list of good configurations of the MLP, over the tables of --data",
     "realmlp_portfolio": "a short list of good configurations of RealMLP, over the tables of --data",
+    "frequencies": "frequencies of RealMLP's embedding and two scalings; --rows are tables of --data",
     "realmlp_large": "RealMLP's space for large tables on 10,000 rows; --rows are tables of --data",
     "realmlp": "RealMLP's space here and in pytabkit, its authors' package; --rows are tables of --data",
 }

@@ -210,6 +210,39 @@ def test_tabm(study, flowers):
     assert "| iris | 120 | " in text
 
 
+@pytest.fixture
+def patients(tmp_path_factory):
+    """The options for a file of tables with a numeric target."""
+    file = tmp_path_factory.mktemp("data") / "patients.py"
+    file.write_text(
+        "from sklearn.datasets import load_diabetes\n"
+        "def load(name):\n"
+        "    X, y = load_diabetes(as_frame=True, return_X_y=True)\n"
+        "    return X, y / 100, 'regression'\n"
+    )
+    return "--data", str(file)
+
+
+@pytest.mark.long
+def test_realmlp_large(study, patients):
+    small = {"LARGE": {"diabetes": 60}, "TRIALS": 2, "EPOCHS": 2}
+    _, whole, text = study("realmlp_large", *patients, **small)
+    (result,) = whole["results"]
+    assert (result["rows"], result["epochs"]) == (60, 2)
+    assert all(0 < result[key] < 3 for key in ("validation", "best_trial", "ensemble"))
+    assert sum(weight for _, weight in result["frequencies"]) == pytest.approx(1, abs=0.01)
+    assert "| diabetes, 60 rows | " in text
+
+
+@pytest.mark.long
+def test_frequencies(study, patients):
+    small = {"NAMES": ("table",), "EPOCHS": 1}
+    _, whole, text = study("frequencies", *patients, **small)
+    pairs = {(one["numbers"], one["sigma"]) for one in whole["results"]}
+    assert len(whole["results"]) == len(pairs) == 6
+    assert text.count("**") == 2 and all(0 < one["error"] < 3 for one in whole["results"])
+
+
 @pytest.mark.long
 def test_realmlp_portfolio(study, flowers):
     small = {"NAMES": ("iris", "again"), "TRIALS": 3, "EPOCHS": 2, "SIZE": 3}
