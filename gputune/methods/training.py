@@ -52,6 +52,9 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
         numbers = [trial.number for trial in recorded.trials]
         plan = _with_checkpoints(recorded, context.checkpoints_of(numbers, recorded.configs))
         context.progress.plan(plan)
+        for chunk in map(BegunChunk.of, plan.chunks):
+            if chunk.epoch > 0:
+                context.progress.resume([numbers[i] for i in chunk.index], chunk.epoch)
         job = context.trainer.job(
             Job,
             epochs=epochs,

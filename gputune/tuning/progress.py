@@ -113,6 +113,7 @@ class Progress:
         self.next_share = self.begin + _LONG_EPOCH
         self.epochs_done = 0
         self.epochs_before = 0  # of epochs_done, those that an earlier call has trained
+        self.resumed: set[int] = set()  # numbers of the trials that continue from a checkpoint
         self.epochs = 0
         self.unit = "trial-epochs"
         self.members = 0
@@ -156,8 +157,7 @@ class Progress:
         If a bar is already shown, the trials are a batch of that bar, and no new bar appears. An
         earlier call has already trained ``trained`` trial-epochs of the trials.
         """
-        self.epochs_done += trained
-        self.epochs_before += trained
+        self._add_trained(trained)
         if self.bar is not None:
             self.bar.update(trained)
             yield
@@ -178,6 +178,21 @@ class Progress:
         finally:
             self.bar.close()
             self.bar = None
+
+    def resume(self, trials: Sequence[int], epochs: int) -> None:
+        """Count the ``epochs`` epochs that an earlier call has trained trials for, by trial number.
+
+        The same trials count only once.
+        """
+        if self.resumed.isdisjoint(trials):
+            self.resumed.update(trials)
+            self._add_trained(len(trials) * epochs)
+            self._show()
+
+    def _add_trained(self, trial_epochs: int) -> None:
+        """Count trial-epochs that an earlier call has trained."""
+        self.epochs_done += trial_epochs
+        self.epochs_before += trial_epochs
 
     def advance(self, trial_epochs: int, curves: np.ndarray) -> None:
         """Add completed trial-epochs to the progress bar.

@@ -276,6 +276,37 @@ def test_a_resumed_search_counts_what_is_trained_already(monkeypatch):
         assert (shown.epochs_done, shown.epochs) == (54, 66)
 
 
+class StopAfter(gputune.callbacks.Callback):
+    """Ends the search after some epochs of its trials."""
+
+    def __init__(self, epochs):
+        self.left = epochs
+
+    def on_epoch(self, _curves):
+        self.left -= 1
+        if self.left == 0:
+            raise gputune.callbacks.StopSearch
+
+
+def test_a_search_counts_the_epochs_of_its_checkpoints(tmp_path, monkeypatch, iris):
+    made = []
+    begin = Progress.__init__
+    monkeypatch.setattr(
+        Progress, "__init__", lambda self, *rest: (begin(self, *rest), made.append(self))[0]
+    )
+    space = {"lr": [1e-3, 1e-2], "width": [8]}
+    options = {"n_trials": 2, "cv": 2, "max_epochs": 5, "workers": 1, "verbose": 0}
+    options |= {"space": space, "study": tmp_path / "study.db"}
+    gputune.tune("mlp", *iris, callbacks=[StopAfter(3)], **options)
+    gputune.tune("mlp", *iris, **options)
+    _, shown = made
+    assert shown.epochs_before == 6
+    assert shown.epochs_done == shown.epochs == 10
+    shown.bar = progress.tqdm(disable=True)
+    shown.resume([0, 1], 3)  # a second plan has the same checkpoint
+    assert shown.epochs_before == 6
+
+
 @pytest.mark.parametrize(
     ("method", "epochs"),
     [
