@@ -54,6 +54,8 @@ All engines must reach the same scores before their times are shown.
                                                  RealMLP's space in gputune and in pytabkit
     python scripts/benchmark --realmlp-portfolio --data FILE.py
                                                  the same short list for RealMLP; resumes by table
+    python scripts/benchmark --frequencies --data FILE.py
+                                                 frequencies of RealMLP and two scalings (6 minutes)
     python scripts/benchmark --realmlp-large --data FILE.py
                                                  RealMLP's space for large tables (15 minutes; resumes)
     python scripts/benchmark --records digits --seeds 5 --change "fewer epochs"
@@ -122,7 +124,7 @@ HELP = {
     "sklearn,torch)",
     "records": f"measure {', '.join(RECORDS)} (or none of them), and update docs/records.md",
     "data": "with --tables, --portfolio, --many-rows, --tabm, --realmlp, --realmlp-large, "
-    "--realmlp-portfolio, --records: has load(name) -> X, y, task",
+    "--frequencies, --realmlp-portfolio, --records: has load(name) -> X, y, task",
     "rows": "with --modules: only rows with one of these in their name; with --tables: these ways; "
     "with --realmlp, --realmlp-large and --realmlp-portfolio: these tables; with --many-rows: these tables and sides",
 }
