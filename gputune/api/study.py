@@ -6,6 +6,7 @@ its trials without importing torch.
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -100,6 +101,44 @@ class Study(data.Study):
 
         access = Access(self, X, y, check, trust_code)
         return refit_with_folds(access, trial=trial, intervals=intervals, calibrate=calibrate)
+
+    def best_models(
+        self,
+        trials: Sequence[int],
+        X: object = None,
+        y: object = None,
+        *,
+        check: bool = True,
+        trust_code: bool = False,
+    ) -> "list[TunedModel]":
+        """Train several trials again on all rows.
+
+        The result is the same as one call of ``best_model(trial=...)`` for each trial, but the
+        trials share the cores of the machine. The models are not calibrated.
+
+        Args:
+            trials: numbers of the trials to train.
+            X: the rows of the search, as in ``best_model``.
+            y: the targets of the search, as in ``best_model``.
+            check: False accepts rows that differ from the rows of the search, as in ``best_model``.
+            trust_code: trust in the code of a class, as in ``best_model``.
+
+        Returns:
+            One tuned model for each number in ``trials``, in the same order.
+
+        Raises:
+            InputError: no scored trial has one of the numbers, the study comes from a hypergradient
+                search, or as in ``best_model``.
+
+        Example:
+            >>> models = study.best_models([trial.number for trial in study.ranking()[:3]])
+            >>> [model.info["params"] == trial.params for model, trial in zip(models, study.ranking())]
+            [True, True, True]
+        """
+        from gputune.tuning.refit import Access
+        from gputune.tuning.validation import refit_several
+
+        return refit_several(Access(self, X, y, check, trust_code, "best_models"), trials)
 
     def ensemble(
         self,

@@ -271,16 +271,16 @@ def work_of_a_step(
 
 _TRIED_EPOCHS = 4
 # Seconds of all members one by one. A shorter training ends before the timing could help.
-_WORTH_SECONDS = 3.0
+WORTH_SECONDS = 3.0
 # The estimated share of the faster way's time that compiled code needs at most. Compiled code of 12
 # common modules needed 0.09 to 0.5 of the time of recorded steps.
-_CODED_SHARE = 0.5
+CODED_SHARE = 0.5
 # Seconds to trace a module and write its C code, before the seconds of the build are known.
-_WRITING_SECONDS = 0.3
+WRITING_SECONDS = 0.3
 _TRIALS = 4
 # Parameters of all members. A larger chunk is timed in compiled code with few trials.
 _TIMED_NUMBERS = 1 << 22
-_MARGIN = 1.1  # a smaller ratio is noise
+MARGIN = 1.1  # a smaller ratio is noise
 _PATIENCE_SECONDS = 0.2  # after this time two epochs must be enough
 
 
@@ -289,11 +289,11 @@ class _Enough(Exception):
     enough."""
 
 
-class _NotWorthItError(Exception):
+class NotWorthItError(Exception):
     """Raised before the build of compiled code that would take longer than it saves."""
 
 
-_TOO_SHORT = "the training is too short for compiled code to pay off"
+TOO_SHORT = "the training is too short for compiled code to pay off"
 _REPEATS = "compiled code computes the frozen layers again for each trial"
 
 
@@ -317,36 +317,36 @@ def fastest_way(
     short_data = _few_steps(data, group)
     tell("one by one")
     one = group.part(0, 1)
-    loop = _try_way("training one by one", job, lambda: _seconds(job, short_data, one, "loop"))
+    loop = try_way("training one by one", job, lambda: _seconds(job, short_data, one, "loop"))
     seconds = {"loop": loop.seconds}
-    if loop.seconds * member_steps < _WORTH_SECONDS:
-        return FastestWay(uncoded=_TOO_SHORT, seconds=seconds)
+    if loop.seconds * member_steps < WORTH_SECONDS:
+        return FastestWay(uncoded=TOO_SHORT, seconds=seconds)
     way = trains_as("recorded", group.kind, group.configs[0], traits)  # or "eager" or "merged"
     tell(way)
     timed = group.part(0, min(_TRIALS, len(group.index)))
-    stacked = _try_way("training stacked", job, lambda: _seconds(job, short_data, timed, way))
+    stacked = try_way("training stacked", job, lambda: _seconds(job, short_data, timed, way))
     seconds[way] = stacked.seconds
     if loop.error is not None and stacked.error is not None:
         raise loop.error  # of the module itself, which no backend can train
     fastest = min(loop.seconds, stacked.seconds)
-    uncoded = _TOO_SHORT
+    uncoded = TOO_SHORT
     # CPU seconds that compiled steps save. (Short searches train recorded steps on one core.)
-    saved = (1 - _CODED_SHARE) * fastest * member_steps
+    saved = (1 - CODED_SHARE) * fastest * member_steps
     recording = stacked.elapsed if stacked.seconds < loop.seconds else 0.0
 
     def check_build(build: float) -> None:
         if build > saved + recording:
-            raise _NotWorthItError(_TOO_SHORT)
+            raise NotWorthItError(TOO_SHORT)
 
     if repeats:
         uncoded = _REPEATS
-    elif saved > _WRITING_SECONDS:
+    elif saved > WRITING_SECONDS:
         tell("compiled")
-        code = _try_way(
-            "compiled code", job, lambda: _compiled_seconds(job, data, group, check_build)
+        code = try_way(
+            "compiled code", job, lambda: compiled_seconds(job, data, group, check_build)
         )
         coded = seconds["compiled"] = code.seconds
-        if _MARGIN * coded < fastest:
+        if MARGIN * coded < fastest:
             return FastestWay(gain=fastest - coded, seconds=seconds)
         job.pool.drop_timed(group.configs)
         if code.error is None:
@@ -359,7 +359,7 @@ def fastest_way(
             uncoded = "compiled code failed" if has_failed else code.sentence
     if stacked.error is not None:
         return FastestWay(stacked.sentence, seconds=seconds)
-    if stacked.seconds < _MARGIN * loop.seconds:
+    if stacked.seconds < MARGIN * loop.seconds:
         return FastestWay(uncoded=uncoded, seconds=seconds)
     slow = (
         f"a training step of one trial on one fold takes {1e3 * loop.seconds:.3g} ms one by one, "
@@ -390,7 +390,7 @@ class _Tried:
     elapsed: float = 0.0
 
 
-def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
+def try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
     """Time one way to train. If the timing fails, the search continues without this way.
 
     ``ChunkPool.failures`` then has a sentence that the plan shows to the user, unless compiled code
@@ -400,7 +400,7 @@ def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
     try:
         seconds_of_a_step = seconds()
         return _Tried(seconds_of_a_step, elapsed=time.process_time() - begin)
-    except _NotWorthItError as error:
+    except NotWorthItError as error:
         return _Tried(math.inf, error, str(error))
     except (TraceError, NotBuiltError) as error:
         return _Tried(math.inf, error, f"{name} cannot train this module: {error}")
@@ -410,7 +410,7 @@ def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
         return _Tried(math.inf, error, sentence)
 
 
-def _compiled_seconds(
+def compiled_seconds(
     job: Job,
     data: Dataset,
     group: Population,

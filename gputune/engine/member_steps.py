@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from gputune.data.dataset import Dataset
 from gputune.engine.backend import torch_threads
 from gputune.engine.member_tables import TablePath, data_of_fold, member_part, paths_in, value_at
 from gputune.engine.stacked import StackedChunk
@@ -40,10 +41,11 @@ _POINTER = ctypes.sizeof(ctypes.c_void_p)
 
 class OneMember:
     """A single member (one trial on one fold) in which gputune traces the training step for all
-    members of a fold.
+    members of a fold, and of other folds of about equal length.
 
     The object also has the compiled code of the steps, which reads and writes this member's
-    tensors, or a thread's copies of them.
+    tensors, or a thread's copies of them. ``steps`` has the steps of an epoch for each number of
+    training rows.
     """
 
     def __init__(self, chunk: StackedChunk, fold: int, seed: int) -> None:
@@ -63,8 +65,15 @@ class OneMember:
             name: values[:1].clone() for name, values in network.loss_values.items()
         }
         self.tables = list[tuple[TablePath, Tensor]]()
+        # No new initial weights, because each member's parameters are loaded before its steps.
+        weights = chunk.network.blocks.to_rows(chunk.flat, [0])[:, fold : fold + 1]
         self.single = StackedChunk(
-            self.network, Validation(data, None), seed=seed, horizon=chunk.horizon, recorded=True
+            self.network,
+            Validation(data, None),
+            seed=seed,
+            horizon=chunk.horizon,
+            recorded=True,
+            start=self.network.blocks.from_rows(weights),
         )
         draws = self.single.draws  # of the steps ahead, if the module draws numbers
         if isinstance(self.single.update, OnlineUpdate):
@@ -82,6 +91,26 @@ class OneMember:
         # whether gputune scores the parameters themselves
         self.scores_params = _scores_params(chunk)
         self.memories: Storages = {}
+        # the shapes of the steps of an epoch, by the number of training rows
+        self.shapes = {len(data.folds[0].train): self.single.batches.shapes}
+        self.most_valid = len(data.folds[0].valid)
+
+    def add_fold(self, chunk: StackedChunk, fold: int) -> bool:
+        """Train also the members of a fold with fewer training rows, or return False if they need
+        a member of their own."""
+        data = chunk.validation.data
+        lengths = _lengths(data, fold)
+        if self.draws is not None or not self.network.alone or lengths[0] > max(self.shapes):
+            return False
+        if lengths[0] not in self.shapes:
+            shapes = self.single.shapes_of(data_of_fold(data, fold))
+            self.shapes[lengths[0]] = shapes
+            if isinstance(self.single.draws, ModuleDraws):
+                for shape in shapes:
+                    for part in shape.parts:
+                        self.single.draws.add_rows(part.rows)
+        self.most_valid = max(self.most_valid, lengths[1])
+        return True
 
     def write(self, code: MemberCode, all_draws: Sequence[ModuleDraws]) -> None:
         """Trace the training steps of an epoch, and add the steps to ``code`` as C code.
@@ -89,20 +118,20 @@ class OneMember:
         ``all_draws`` make the random numbers of the members of all folds, which may share memory.
         """
         single = self.single
-        shapes = single.batches.shapes
         single.batches.begin(0)
         single.update.begin(0)
         steps: dict[StepShape, CodedStep] = {}
-        for i, shape in enumerate(shapes):
-            if shape not in steps:
-                # Tracing takes the step, and its draws may be used as indices, so they must be
-                # valid.
-                for draws in all_draws:
-                    draws.fill(0, i - i % draws.ahead)
-                single.batches.step.fill_(i)
-                traced = trace(partial(single._step, shape, (0, i)))
-                steps[shape] = code.add(traced, self.memories)
-        self.steps = [steps[shape] for shape in shapes]
+        for shapes in self.shapes.values():
+            for i, shape in enumerate(shapes):
+                if shape not in steps:
+                    # Tracing takes the step, and its draws may be used as indices, so they must be
+                    # valid.
+                    for draws in all_draws:
+                        draws.fill(0, i - i % draws.ahead)
+                    single.batches.step.fill_(i)
+                    traced = trace(partial(single._step, shape, (0, i)))
+                    steps[shape] = code.add(traced, self.memories)
+        self.steps = {rows: [steps[shape] for shape in of] for rows, of in self.shapes.items()}
         self.outputs = self._outputs(code)
         shared = [*single.batches.inputs, single.batches.target]
         if self.draws is not None:
@@ -123,11 +152,12 @@ class OneMember:
         if network.evaluation_draws or not self.scores_params:
             return None
         valid = data.folds[0].valid
-        self.block_rows = len(valid)
+        self.block_rows = self.most_valid
         if network.alone:
             widest = max(data.row_numbers, network.widest)
-            self.block_rows = min(len(valid), max(_FEWEST_ROWS, _CACHED_NUMBERS // widest))
-        self.valid_rows = [x.clone() for x in data.rows(0, valid[: self.block_rows])]
+            self.block_rows = min(self.most_valid, max(_FEWEST_ROWS, _CACHED_NUMBERS // widest))
+        places = torch.arange(self.block_rows, device=valid.device) % len(valid)
+        self.valid_rows = [x.clone() for x in data.rows(0, valid[places])]
         # (1, block_rows, K): outputs of one member
         self.result = network.outputs(params, 0, self.valid_rows).clone()
 
@@ -220,19 +250,25 @@ class MemberMemory:
     def __init__(self, member: OneMember) -> None:
         self.member = member
         self.fold = -1
+        self.rows = 0  # training rows of the fold
         self.storages: Storages = {}
         for address, storage in member.memories.items():
             if address not in member.shared:
                 storage = storage.clone()  # type: ignore[no-untyped-call]
             self.storages[address] = storage
-        steps = member.steps if member.outputs is None else [*member.steps, member.outputs]
-        self.scratch = torch.empty(max(step.workspace for step in steps) + 64, dtype=torch.uint8)
+        outputs = [] if member.outputs is None else [member.outputs]
+        self.steps = {rows: [*steps, *outputs] for rows, steps in member.steps.items()}
+        workspace = max(step.workspace for steps in self.steps.values() for step in steps)
+        self.scratch = torch.empty(workspace + 64, dtype=torch.uint8)
         # Scratch memory begins at a multiple of 64 bytes.
         addresses = [-(-self.scratch.data_ptr() // 64) * 64]
         addresses += [storage.data_ptr() for storage in self.storages.values()]
         self.memories = _pointers(addresses)
-        self.calls = _pointers([step.calls.ctypes.data for step in steps])
-        self.numbers = _pointers([step.numbers.ctypes.data for step in steps])
+        self.calls = {}
+        self.numbers = {}
+        for rows, steps in self.steps.items():
+            self.calls[rows] = _pointers([step.calls.ctypes.data for step in steps])
+            self.numbers[rows] = _pointers([step.numbers.ctypes.data for step in steps])
         single = member.single
         self.states = list(map(self._copy_of, [single._flat, *single.update.state()]))
         self.tables = [(path, self._copy_of(table)) for path, table in member.tables]
@@ -259,6 +295,7 @@ class MemberMemory:
             for tensor, single in self.member.tensors_of_fold(chunk, fold):
                 self._fill(self._copy_of(single), tensor)
             self.fold = fold
+            self.rows, _ = _lengths(chunk.validation.data, fold)
         for state, row in zip(self.states, rows):
             self._fill(state, row)
         for path, table in self.tables:
@@ -292,21 +329,26 @@ class MemberMemory:
 
         If ``outputs`` is True, also compute the outputs on the validation rows after the last step.
         """
-        end = min(end, len(self.member.steps)) + outputs
+        end = min(end, self.n_steps) + outputs
         if begin < end:
             kernels.take_steps(
                 ctypes.c_int64(end - begin),
-                ctypes.byref(self.calls, begin * _POINTER),
+                ctypes.byref(self.calls[self.rows], begin * _POINTER),
                 kernels.addresses,
                 self.memories,
-                ctypes.byref(self.numbers, begin * _POINTER),
+                ctypes.byref(self.numbers[self.rows], begin * _POINTER),
             )
+
+    @property
+    def n_steps(self) -> int:
+        """The number of steps of the loaded member in an epoch."""
+        return len(self.member.steps[self.rows])
 
     def write_outputs(self, kernels: Kernels, validation: Validation, outputs: Tensor) -> None:
         """Compute the loaded member's K outputs on the m validation rows of its fold in compiled
         code, block by block, into ``outputs`` (m, K)."""
         member = self.member
-        steps = len(member.steps)
+        steps = self.n_steps
         assert self.result is not None
         begin = 0
         for block in validation.blocks(self.fold, member.block_rows):
@@ -323,7 +365,7 @@ class MemberMemory:
 class CompiledSteps:
     """The compiled training steps of all members of a chunk.
 
-    ``members`` has a traced member for each fold. Folds of equal lengths share it. ``draws`` are
+    ``members`` has a traced member for each fold. Folds of about equal lengths share it. ``draws`` are
     the random numbers that the steps read, of ``ahead`` steps at once. Later chunks of the same
     trials' shape can use the same steps. ``n_releases`` counts the calls of ``release`` that freed
     memory: a ``MemberMemory`` from before a release has invalid addresses.
@@ -349,13 +391,20 @@ class CompiledSteps:
         # A step of one member is thousands of small operations, which more threads only delay.
         with torch_threads(1):
             by_lengths: dict[tuple[int, int], OneMember] = {}
-            self.members: list[OneMember] = []
-            for number, fold in enumerate(data.folds):
-                lengths = (len(fold.train), len(fold.valid))
-                if lengths not in by_lengths:
-                    by_lengths[lengths] = OneMember(chunk, number, seed)
-                self.members.append(by_lengths[lengths])
-            members = by_lengths.values()
+            # The longest fold comes first, because its member can have the steps of shorter folds.
+            order = sorted(range(data.n_folds), key=lambda fold: -_lengths(data, fold)[0])
+            for fold in order:
+                lengths = _lengths(data, fold)
+                if lengths in by_lengths:
+                    continue
+                for member in by_lengths.values():
+                    if member.add_fold(chunk, fold):
+                        by_lengths[lengths] = member
+                        break
+                else:
+                    by_lengths[lengths] = OneMember(chunk, fold, seed)
+            self.members = [by_lengths[_lengths(data, fold)] for fold in range(data.n_folds)]
+            members = list(dict.fromkeys(self.members))
             self.draws = [member.draws for member in members if member.draws is not None]
             for draws in self.draws[1:]:
                 draws.share(self.draws[0])
@@ -402,6 +451,11 @@ class CompiledSteps:
             and self.shapes == chunk.batches.shapes
             and all(member.fits(chunk) for member in self.members)
         )
+
+
+def _lengths(data: Dataset, fold: int) -> tuple[int, int]:
+    """Return the numbers of training rows and validation rows of a fold."""
+    return len(data.folds[fold].train), len(data.folds[fold].valid)
 
 
 def module_of(chunk: StackedChunk) -> StackedModule:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from gputune.engine.backend import torch_threads
 from gputune.engine.member_steps import CompiledSteps, MemberMemory, OneMember
 from gputune.engine.stacked import StackedChunk
+from gputune.engine.turns import turn_given_up
 from gputune.modules.module import StackedModule
 from gputune.scoring.validation import Validation
 from gputune.types import Config
@@ -145,7 +147,7 @@ class MemberChunk(StackedChunk):
             memory.take_steps(self.code.kernels, 0, end)
             times.append(time.thread_time() - begin)
         self.release()
-        return min(times) / min(end, len(member.steps))
+        return min(times) / min(end, memory.n_steps)
 
     def _take_steps(self, rows: Sequence[Tensor], begin: int, end: int) -> None:
         """Train all members from step ``begin`` to step ``end`` in worker threads, which take
@@ -160,7 +162,7 @@ class MemberChunk(StackedChunk):
         step_seconds = [0.0] * threads
         output_seconds = [0.0] * threads
 
-        def work(thread: int) -> None:
+        def work(thread: int, core: Callable[[], AbstractContextManager[object]]) -> None:
             memories = self.memories[thread]
             torch.set_flush_denormal(True)  # each thread has its own setting
             for memory in memories.values():
@@ -172,30 +174,31 @@ class MemberChunk(StackedChunk):
                         fold, trial = queue.popleft()
                     except IndexError:  # another thread has taken the last member
                         return
-                    member = self.code.members[fold]
-                    outputs = self.outputs[fold]
-                    member_rows = [buffer[trial, fold] for buffer in rows]
-                    if member not in memories:
-                        memories[member] = MemberMemory(member)
-                    memory = memories[member]
-                    started = time.perf_counter()
-                    memory.load(self, fold, trial, member_rows, begin)
-                    for first in range(begin, end, _COUNTED_STEPS):
-                        last = min(first + _COUNTED_STEPS, end)
-                        memory.take_steps(self.code.kernels, first, last)
-                        counts[thread] += last - first
-                    for row, state in zip(member_rows, memory.states):
-                        if state is not None:
-                            row.copy_(state)
-                    trained = time.perf_counter()
-                    step_seconds[thread] += trained - started
-                    if end == len(self.batches.shapes) and outputs is not None:
-                        memory.write_outputs(self.code.kernels, self.validation, outputs[trial])
-                        output_seconds[thread] += time.perf_counter() - trained
+                    with core():
+                        member = self.code.members[fold]
+                        outputs = self.outputs[fold]
+                        member_rows = [buffer[trial, fold] for buffer in rows]
+                        if member not in memories:
+                            memories[member] = MemberMemory(member)
+                        memory = memories[member]
+                        started = time.perf_counter()
+                        memory.load(self, fold, trial, member_rows, begin)
+                        for first in range(begin, end, _COUNTED_STEPS):
+                            last = min(first + _COUNTED_STEPS, end)
+                            memory.take_steps(self.code.kernels, first, last)
+                            counts[thread] += last - first
+                        for row, state in zip(member_rows, memory.states):
+                            if state is not None:
+                                row.copy_(state)
+                        trained = time.perf_counter()
+                        step_seconds[thread] += trained - started
+                        if end == len(self.batches.shapes) and outputs is not None:
+                            memory.write_outputs(self.code.kernels, self.validation, outputs[trial])
+                            output_seconds[thread] += time.perf_counter() - trained
 
-        with ThreadPoolExecutor(threads) as pool:
+        with turn_given_up() as core, ThreadPoolExecutor(threads) as pool:
             try:
-                futures = [pool.submit(work, thread) for thread in range(threads)]
+                futures = [pool.submit(work, thread, core) for thread in range(threads)]
                 while True:
                     ended, running = wait(futures, REPORT_SECONDS, FIRST_EXCEPTION)
                     for future in ended:

@@ -33,7 +33,7 @@ from gputune.errors import InputError
 from gputune.main_memory import free_memory
 from gputune.modules.kept_features import KEPT
 from gputune.population.kinds import is_module
-from gputune.population.population import Population
+from gputune.population.population import Population, shape_of
 from gputune.population.traits import Traits
 from gputune.text import count, size_words
 
@@ -130,6 +130,25 @@ class Plan:
     def at_once(self) -> int:
         """Number of chunks (groups of trials) that train at the same time."""
         return 1 if self.threads > 1 and not self.cluster else max(1, self.workers)
+
+    def with_turns(self, memory: int | None) -> int:
+        """Return the number of chunks that train at the same time in threads of one process, which
+        take turns (``turns.py``).
+
+        ``memory`` is the limit in bytes that the user has set, or None.
+        """
+        if self.workers > 1 or self.cluster or not self.ways:
+            return 1
+        for chunk, way in zip(self.chunks, self.ways):
+            if not backend_named(way).takes_turns(chunk.kind):
+                return 1
+        # Chunks of the same tensor shape use the same compiled steps, one after another.
+        if len(set(map(shape_of, self.chunks))) < len(self.chunks):
+            return 1
+        number = min(self.threads, len(self.chunks))
+        if memory is not None and number * self.chunk_bytes > memory:
+            return 1
+        return number
 
     def answering_early(self, folds: int) -> "Plan":
         """Return a plan with the same trials, reordered so that the search has a first result

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gputune.data.dataset import Dataset
 from gputune.engine.take_over import take_over
 from gputune.errors import warn
 from gputune.fallback import words_unless_strict
@@ -55,7 +56,8 @@ class StackedChunk:
 
     ``configs`` are the configurations of all trials in the tensors. ``places`` are the positions of
     the trials whose results still count: pruned and diverged trials may stay in the tensors for
-    some time.
+    some time. ``start`` are the initial values of the flat buffer, or None for the model's initial
+    weights.
     """
 
     scoring_share = 0.0
@@ -69,6 +71,7 @@ class StackedChunk:
         seed: int,
         horizon: int,
         recorded: bool = False,
+        start: Tensor | None = None,
     ) -> None:
         # A recorded step reads only the memory of its device, but rows in main memory come from
         # outside.
@@ -88,18 +91,23 @@ class StackedChunk:
         self.batches = self._make_batches(configs)
         # problems while steps were recorded: sentences, as an ordered set
         self.faults: dict[str, None] = {}
-        self._flat = network.start()
+        self._flat = network.start() if start is None else start
         steps = self.batches.active_until
         self.update = optimizer_of(
             configs, network.trained, self._trained, steps=steps, horizon=horizon
         )
         self._rebuild()
 
-    def _make_batches(self, configs: Sequence[Config]) -> Batches:
-        """Return the minibatches of trials with these configurations."""
+    def shapes_of(self, data: Dataset) -> list[StepShape]:
+        """Return the shapes of the steps of an epoch on other folds of the same rows."""
+        return self._make_batches(self.configs, data).shapes
+
+    def _make_batches(self, configs: Sequence[Config], data: Dataset | None = None) -> Batches:
+        """Return the minibatches of trials with these configurations, on this chunk's data by
+        default."""
         network = self._network
         return make_batches(
-            self.validation.data,
+            self.validation.data if data is None else data,
             [config["batch_size"] for config in configs],
             self._target,
             seed=self._options["seed"],

@@ -8,6 +8,7 @@ worker process or on a cluster.
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, Protocol, TypeVar
 
 from gputune.engine.job import Failure, Outcome, ProgressCallback
@@ -88,6 +89,10 @@ class Executor(Generic[AnyUnit, UnitResult]):
         The queue raises the error after all other chunks have ended.
         """
         return []
+
+    def turn(self) -> AbstractContextManager[object]:
+        """Return a context in which this process trains a chunk itself."""
+        return nullcontext()
 
     def stop(self) -> None:
         """End all workers at once, also while they train."""

@@ -321,6 +321,12 @@ class ModuleDraws:
         with keyed_draws(self.device, self.seed, "try"):
             yield _recorded(partial(forward, batch))
 
+    def add_rows(self, rows: int) -> None:
+        """Allow minibatches of another size, for a module that makes no random numbers."""
+        assert not any(self.draws.values())
+        self.draws.setdefault(rows, [])
+        self.buffers.setdefault(rows, [])
+
     def share(self, other: "ModuleDraws") -> None:
         """Read the random numbers of minibatches that ``other`` makes too from its memory.
 

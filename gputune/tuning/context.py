@@ -23,12 +23,12 @@ from gputune.engine.choice import fastest_way
 from gputune.engine.job import Job
 from gputune.engine.need import Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
+from gputune.engine.similar_timing import TimedModule, way_like_earlier
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
 from gputune.modules.inspection import check_rates, known_traits, note_fastest, traits_of
 from gputune.optimizers.classes import loop_reason
 from gputune.population.population import Population, arguments_text, shape_of
-from gputune.population.traits import FastestWay
 from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.text import count, size_words
@@ -90,7 +90,7 @@ class Context(Session):
     profile: Profile
     checkpoints: CheckpointFolder | None = None
     needs: dict[object, Need | None] = field(default_factory=dict)
-    timed: dict[str, FastestWay] = field(default_factory=dict)
+    timed: dict[str, TimedModule] = field(default_factory=dict)
     faults: dict[str, None] = field(default_factory=dict)
 
     @property
@@ -201,13 +201,18 @@ class Context(Session):
                 # More trials than a chunk has could need more memory than the training.
                 group = group.part(0, max(len(chunk.index) for chunk in chunks))
                 job = self.trainer.job(Job, epochs=epochs)
-                self.timed[key] = fastest_way(job, data, group, member_steps=steps)
-                if slow := self.timed[key].slow:
+                earlier = list(self.timed.values())
+                fastest = way_like_earlier(job, data, group, earlier, member_steps=steps)
+                if fastest is None:
+                    fastest = fastest_way(job, data, group, member_steps=steps)
+                traits = job.traits.get(group.arguments)
+                self.timed[key] = TimedModule(traits.parameters if traits else 0, fastest)
+                if slow := fastest.slow:
                     failed = slow in self.trainer.pool.failures
                     reason = f"since {slow}" if failed else f"which is faster here: {slow}"
                     self.progress.say(f"note: {self.choice.name} trains one by one, {reason}")
             for arguments in {chunk.arguments for chunk in chunks}:
-                is_changed |= note_fastest(builder, data, arguments, self.timed[key])
+                is_changed |= note_fastest(builder, data, arguments, self.timed[key].way)
         return is_changed
 
     def recorded_plans(

@@ -341,8 +341,31 @@ def search_of(access: Access) -> ReopenedSearch:
 
 def refit_trial(search: ReopenedSearch, trial: Trial) -> TunedModel:
     """Train one trial on all rows, and return the result as a tuned model."""
-    data = search.dataset(None, [trial])
-    ((module,),) = search.train(data, [trial])
+    (model,) = refit_trials(search, [trial])
+    return model
+
+
+def refit_trials(search: ReopenedSearch, trials: Sequence[Trial]) -> list[TunedModel]:
+    """Train several trials on all rows, and return one tuned model for each trial.
+
+    Trials that read the same columns train together.
+    """
+    groups: dict[object, list[int]] = {}
+    for place, trial in enumerate(trials):
+        groups.setdefault(search.config(trial)["numbers"], []).append(place)
+    models: dict[int, TunedModel] = {}
+    for places in groups.values():
+        group = [trials[place] for place in places]
+        data = search.dataset(None, group)
+        for place, (module,) in zip(places, search.train(data, group)):
+            models[place] = _tuned_model(search, data, trials[place], module)
+    return [models[place] for place in range(len(trials))]
+
+
+def _tuned_model(
+    search: ReopenedSearch, data: Dataset, trial: Trial, module: nn.Module
+) -> TunedModel:
+    """Return the tuned model of a trial that was trained on all rows."""
     info = {
         "params": trial.params,
         "epochs": trial.best_epoch,

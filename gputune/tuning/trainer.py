@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, pairwise
 from typing import Any, TypeVar
 
@@ -28,10 +29,12 @@ from gputune.engine.plan import Plan, Planner, cores
 from gputune.engine.reuse import ChunkPool
 from gputune.engine.stop import Stop
 from gputune.engine.train import BegunChunk, Trained
+from gputune.engine.turns import run_together
 from gputune.errors import InputError
 from gputune.executors.cluster import Connection
 from gputune.executors.executor import Claim, Executor, Outcomes, Queue
 from gputune.executors.processes import chunk_processes
+from gputune.executors.threads import chunk_threads
 from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_scheduled
 from gputune.hypergradients.first_step import free_bytes
 from gputune.modules.construction import Builder
@@ -308,16 +311,24 @@ class Trainer:
             for chunk in plan.chunks:
                 job.checkpointing.expect(chunk.index)
 
-        def train(chunk: Population) -> Outcomes:
-            return run_in_parts(job, data, chunk, progress)
-
         # This process is a worker itself, so the executor has one worker less.
         devices = (self.others or (data.device,) * plan.workers)[: plan.workers - 1]
         n_trials = 1 + max((max(chunk.index) for chunk in plan.chunks), default=0)
-        executor: AbstractContextManager[Executor[Population, Outcome | Failure]] = (
-            chunk_processes(job, data, devices, n_trials) if devices else nullcontext(Executor())
-        )
+        at_once = plan.with_turns(self.memory)
+        executor: AbstractContextManager[Executor[Population, Outcome | Failure]]
+        if devices:
+            executor = chunk_processes(job, data, devices, n_trials)
+        # A receiver of every epoch, and a search that may end early, need the chunks in order.
+        elif at_once > 1 and not job.each_epoch and may_begin is None:
+            executor = chunk_threads(partial(run_in_parts, job, data), at_once - 1, plan.threads)
+        else:
+            executor = nullcontext(Executor())
         with torch_threads(plan.threads), executor as place:
+
+            def train(chunk: Population) -> Outcomes:
+                with place.turn():
+                    return run_in_parts(job, data, chunk, progress)
+
             for outcome in Queue(plan.chunks, place, job.stop, claim, may_begin).run(
                 train, progress
             ):
@@ -367,10 +378,14 @@ class Trainer:
                 configs.append(schedules[trial][epoch])
             job = self.job(Job, epochs=stop)
             plan = self.plan(self.groups(configs), epochs=stop - begin)
+            tasks = []
+            for chunk in plan.chunks:
+                numbers = [trials[place] for place in chunk.index]
+                arguments = job, chunk, numbers, epochs, states, members, progress
+                tasks.append(partial(self._train_part, *arguments))
             with torch_threads(plan.threads):
-                for chunk in plan.chunks:
-                    numbers = [trials[place] for place in chunk.index]
-                    self._train_part(job, chunk, numbers, epochs, states, members, progress)
+                at_once = plan.with_turns(self.memory)
+                run_together(tasks, at_once=at_once, threads=plan.threads)
         return [members[trial] for trial in range(len(schedules))]
 
     def _train_part(

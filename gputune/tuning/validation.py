@@ -6,7 +6,7 @@ If the study has not stored the predictions, the members train again as in the s
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal, TypeAlias, TypeVar
@@ -39,7 +39,7 @@ from gputune.tuning.predictions import (
     values_of,
 )
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import Access, ReopenedSearch, refit_trial, search_of
+from gputune.tuning.refit import Access, ReopenedSearch, refit_trial, refit_trials, search_of
 from gputune.types import Config
 from gputune.wording import per_interface
 
@@ -167,6 +167,20 @@ def refit_with_folds(
     predictions = predictions_of(search, [selected], Progress(0))
     model = refit_trial(search, selected)
     return predictions.complete(model, torch.ones(1), calibrated=calibrated)
+
+
+@entry
+def refit_several(access: Access, numbers: Sequence[int]) -> list[TunedModel]:
+    """Train the trials with the given numbers on all rows. See ``Study.best_models``."""
+    _check_folds_train(access.study, f"{access.called}()")
+    if isinstance(numbers, str) or not isinstance(numbers, Iterable):
+        raise InputError(
+            f"{access.called}(trials={numbers!r})",
+            "must be a list of trial numbers",
+            remedy="For a single trial, use best_model(trial=...).",
+        )
+    trials = [_trial_of_number(access, number) for number in numbers]
+    return refit_trials(search_of(access), trials) if trials else []
 
 
 def _trial_of_number(access: Access, number: object) -> Trial:

@@ -56,8 +56,8 @@ def lenient(monkeypatch):
 @pytest.fixture
 def all_tried(monkeypatch):
     """As if the search were large: all ways are timed."""
-    monkeypatch.setattr(choice, "_WORTH_SECONDS", 0)
-    monkeypatch.setattr(choice, "_CODED_SHARE", -np.inf)
+    monkeypatch.setattr(choice, "WORTH_SECONDS", 0)
+    monkeypatch.setattr(choice, "CODED_SHARE", -np.inf)
 
 
 @pytest.mark.parametrize("strict", ["", "0", "1"])

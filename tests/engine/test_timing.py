@@ -53,7 +53,7 @@ SEARCH = {"n_trials": 2, "cv": 2, "workers": 1, "verbose": 0}
     ],
 )
 def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, steps, slow, gain):
-    monkeypatch.setattr(choice, "_compiled_seconds", lambda job, data, chunk, check_build: code)
+    monkeypatch.setattr(choice, "compiled_seconds", lambda job, data, chunk, check_build: code)
     monkeypatch.setattr(
         choice, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked)
     )
@@ -99,7 +99,7 @@ def test_code_is_built_if_the_build_takes_less_time_than_it_saves(
 def test_no_code_is_built_for_large_frozen_layers_that_members_share(monkeypatch, kept, is_coded):
     seconds = {"loop": 0.01, "recorded": 0.001}
     monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: seconds[backend])
-    monkeypatch.setattr(choice, "_compiled_seconds", lambda job, data, chunk, check_build: 0.0001)
+    monkeypatch.setattr(choice, "compiled_seconds", lambda job, data, chunk, check_build: 0.0001)
     traits = Traits(common_rows=True, frozen=1 << 20, parameters=100)
     job = replace(JOB, traits={CHUNK.arguments: traits})
     found = fastest_way(job, replace(DATA, names=kept or None), CHUNK, member_steps=1e9)
@@ -147,7 +147,7 @@ def test_a_short_training_behind_frozen_layers_is_stacked_without_a_timing(
     found = fastest_way(job, DATA, chunk, member_steps=steps)
     assert (bool(found.seconds), bool(found.slow)) == (is_timed, is_timed)
     small = replace(job, traits={chunk.arguments: replace(traits, frozen=1000)})
-    monkeypatch.setattr(choice, "_compiled_seconds", lambda job, data, chunk, check_build: 0.1)
+    monkeypatch.setattr(choice, "compiled_seconds", lambda job, data, chunk, check_build: 0.1)
     assert fastest_way(small, DATA, chunk, member_steps=steps).seconds
 
 
@@ -169,11 +169,11 @@ def test_all_ways_are_timed():
     assert (found.slow, found.gain, list(found.seconds)) == ("", 0.0, ["loop"])
     for backend in ("loop", "recorded"):
         assert 0 < choice._seconds(JOB, DATA, CHUNK, backend) < 1
-    assert 0 < choice._compiled_seconds(JOB, DATA, CHUNK) < 1
+    assert 0 < choice.compiled_seconds(JOB, DATA, CHUNK) < 1
     for unknown in ("adamwhd", "torch:Adagrad"):
         other = replace(CHUNK, configs=tuple({**c, "optimizer": unknown} for c in CONFIGS))
         with pytest.raises(TraceError, match=unknown.removeprefix("torch:")):
-            choice._compiled_seconds(JOB, DATA, other)
+            choice.compiled_seconds(JOB, DATA, other)
 
 
 @pytest.mark.cpu
@@ -203,8 +203,8 @@ def test_what_is_built_to_be_timed_trains(monkeypatch):
         member_steps, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given)
     )
     for name, value in {
-        "_WORTH_SECONDS": 0,
-        "_CODED_SHARE": -np.inf,
+        "WORTH_SECONDS": 0,
+        "CODED_SHARE": -np.inf,
         "_seconds": lambda *given: 1.0,
     }.items():
         monkeypatch.setattr(choice, name, value)
@@ -227,8 +227,8 @@ def test_a_larger_chunk_than_the_timed_one_uses_its_code(monkeypatch):
         lambda job, data, group, **more: fastest_way(job, data, group.part(0, 1), **more),
     )
     for name, value in {
-        "_WORTH_SECONDS": 0,
-        "_CODED_SHARE": -np.inf,
+        "WORTH_SECONDS": 0,
+        "CODED_SHARE": -np.inf,
         "_seconds": lambda *given: 1.0,
     }.items():
         monkeypatch.setattr(choice, name, value)

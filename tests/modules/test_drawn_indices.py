@@ -125,8 +125,8 @@ SHORT = ("mixup", "noise levels", "written")
 @pytest.fixture(autouse=True)
 def everything_is_tried(monkeypatch):
     """Plan as for a large search; compiled code is used if it is available."""
-    monkeypatch.setattr(choice, "_WORTH_SECONDS", 0)
-    monkeypatch.setattr(choice, "_CODED_SHARE", -np.inf)
+    monkeypatch.setattr(choice, "WORTH_SECONDS", 0)
+    monkeypatch.setattr(choice, "CODED_SHARE", -np.inf)
     monkeypatch.setattr(
         choice, "_seconds", lambda job, data, chunk, backend: 2.0 if backend == "loop" else 1.0
     )

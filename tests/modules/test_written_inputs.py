@@ -169,8 +169,8 @@ def search(model, options, trials=2, rows=X, **more):
 @pytest.fixture
 def all_tried(monkeypatch):
     """Plan as for a large search, which uses compiled code if it is available."""
-    monkeypatch.setattr(choice, "_WORTH_SECONDS", 0)
-    monkeypatch.setattr(choice, "_CODED_SHARE", -np.inf)
+    monkeypatch.setattr(choice, "WORTH_SECONDS", 0)
+    monkeypatch.setattr(choice, "CODED_SHARE", -np.inf)
     monkeypatch.setattr(
         choice, "_seconds", lambda job, data, chunk, backend: 2.0 if backend == "loop" else 1.0
     )

@@ -182,6 +182,11 @@ class Backend:
         """Return whether two chunks take no longer than one chunk with the same trials."""
         return False
 
+    def takes_turns(self, kind: ModelKind) -> bool:
+        """Return whether several chunks train at the same time in threads that take turns
+        (``turns.py``)."""
+        return False
+
     def make_chunk(
         self, network: Network, validation: Validation, pool: ChunkPool, *, seed: int, horizon: int
     ) -> Chunk:

@@ -116,6 +116,10 @@ class Compiled(Backend):
         # Each chunk of a user's module traces the step again.
         return not is_module(kind)
 
+    def takes_turns(self, kind: ModelKind) -> bool:
+        # The code of the built-in models gives work to all cores without turns.
+        return is_module(kind)
+
     def make_chunk(
         self, network: Network, validation: Validation, pool: ChunkPool, *, seed: int, horizon: int
     ) -> Chunk:

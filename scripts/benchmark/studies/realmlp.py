@@ -108,7 +108,7 @@ def here(split: Split, drawn: list[dict[str, Any]]) -> Iterator[float]:
     study = split.search(
         "realmlp", include=included, include_default=False, n_trials=0, max_epochs=EPOCHS
     )
-    yield from (split.score(study.best_model(trial=number)) for number in range(len(included)))
+    yield from map(split.score, study.best_models(range(len(included))))
 
 
 def there(split: Split, drawn: list[dict[str, Any]]) -> Iterator[float]:
