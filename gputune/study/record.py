@@ -60,7 +60,20 @@ ARGUMENTS = {
     "lacking": [str],
     "callbacks": [str],
     "final_model?": {"": bool},
-    "preset?": {"name": str, "choices": dict},
+    "preset?": {
+        "name": str,
+        "choices": {
+            "model?": str,
+            "space?": str,
+            "n_trials?": int,
+            "cv?": int,
+            "max_epochs?": int,
+            "n_ens?": int,
+            "patience?": (int, None),
+            "ensemble?": bool,
+            "calibrate?": bool,
+        },
+    },
     "script?": (str, None),
 }
 

@@ -138,7 +138,7 @@ def with_preset(
         if key in chosen and key not in case.values and chosen[key] != defaults[key]
     }
     extras = {key: True for key in _EXTRAS if chosen[key]}
-    to_store = {key: chosen[key] for key in chosen if key not in {*case.values, "timeout"}}
+    to_store = {key: chosen[key] for key in _STORED if key in chosen and key not in case.values}
     verb = "keeps its choices in this study" if stored else "chooses"
     return replace(
         call,
@@ -154,14 +154,16 @@ def _stored_choices(path: Path | None, name: str) -> Json:
     """Return the choices of a preset in a study file, by argument name.
 
     The result is empty if the file has no choices of this preset. It is also empty for a faulty
-    file, because a later step reports the fault.
+    file, because a later step reports the fault. A file may come from a stranger, so only the
+    models and the arguments of presets are read from it.
     """
     if path is None or not path.exists():
         return {}
     with suppress(OSError, StudyCorruptError, StudyVersionError), Store.open(path) as store:
         preset = SearchRecord.from_json(store.meta).arguments.preset
-        if preset.get("name") == name:
-            return dict(preset["choices"])
+        choices = preset.get("choices", {})
+        if preset.get("name") == name and choices.get("model", "mlp") in _SECONDS:
+            return {key: choices[key] for key in _STORED if key in choices}
     return {}
 
 
@@ -248,6 +250,8 @@ _EXTRAS = {
 """The choices for the final model, in words and as a flag."""
 _SHOWN = ("model", "space", "n_trials", "cv", "max_epochs", "n_ens", "patience", "timeout")
 """The arguments that a preset may choose."""
+_STORED = tuple(key for key in (*_SHOWN, *_EXTRAS) if key != "timeout")
+"""The choices that a study keeps. Each call may have another timeout."""
 
 
 def _sentence(

@@ -1,6 +1,7 @@
 """Presets choose a model, a portfolio and the options of a search for a table. The user's arguments
 win, and the plan says who chose what."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ import gputune
 from command_line import run
 from gputune.cli.flags import CommandLine
 from gputune.data.time_order import parse_cv
+from gputune.study.store import Store
 from gputune.tuning.choices import choose_model
 from gputune.tuning.options import make_options
 from gputune.tuning.preset_table import PRESETS
@@ -182,6 +184,31 @@ def test_a_file_without_choices_of_the_preset_is_left_to_later_checks(tmp_path):
     small = {"space": "mlp", "n_trials": 1, "max_epochs": 2, "cv": 2, "patience": None}
     study_without = tune("mlp", *IRIS, **small, study=study)
     assert tune("mlp", *IRIS, **small, study=study, preset="fast").trials == study_without.trials
+
+
+def test_choices_of_a_stranger_run_no_code(tmp_path, monkeypatch):
+    """A study file may name any file as its model, and any options of a search."""
+    evil = tmp_path / "evil.py"
+    evil.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Net: pass\n")
+    study = tmp_path / "s.db"
+    small = {"n_trials": 1, "max_epochs": 1, "cv": 2, "study": study}
+    record = tune("auto", *IRIS, preset="fast", **small).record
+
+    def with_choices(**choices):
+        arguments = record.arguments
+        preset = {"name": "fast", "choices": {**arguments.preset["choices"], **choices}}
+        options = replace(record, arguments=replace(arguments, preset=preset)).to_json()
+        with Store.open(study) as store:
+            store.replace_option("arguments", options["arguments"])
+
+    with_choices(workers={"cluster": "ray", "address": "evil:1"}, drop=["x0"])
+    assert len(tune("auto", *IRIS, preset="fast", **{**small, "n_trials": 2}).trials) == 2
+    with_choices(model=f"{evil}:Net")
+    assert len(tune("auto", *IRIS, preset="fast", **{**small, "n_trials": 3}).trials) == 3
+    assert not (tmp_path / "ran").exists()
+    with_choices(n_ens="many")
+    with refused("damaged"):
+        tune("auto", *IRIS, preset="fast", **small)
 
 
 def test_presets_that_do_not_fit_are_refused():
