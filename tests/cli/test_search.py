@@ -252,7 +252,9 @@ def test_a_population_has_no_single_trial_to_end(owned):
 def test_a_cluster_has_no_single_trial_to_end(tmp_path):
     path = tmp_path / "study.db"
     arguments = Arguments(kept={"workers": {"cluster": "ray", "address": "local"}})
-    with Store.create(path, {**META, "arguments": asdict(arguments)}) as store:
+    stored = asdict(arguments)
+    del stored["preset"]  # as in a search without a preset
+    with Store.create(path, {**META, "arguments": stored}) as store:
         store.add_trials(candidates(range(2)))
     message = (
         "--trial cannot end one trial of a search on a cluster, because its tasks do not receive "

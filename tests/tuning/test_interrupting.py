@@ -267,7 +267,15 @@ def test_a_handler_of_the_script_stays(tmp_path):
     assert (process.returncode, out) == (0, "mine\n" * 3 + "True True\n"), err
 
 
-def test_a_thread_sets_no_handler(monkeypatch):
+@pytest.fixture
+def default_sigterm():
+    # Ray, in a test before, may have set a handler.
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_thread_sets_no_handler(monkeypatch, default_sigterm):
     def objective(params, report):
         return float(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
 
