@@ -1,13 +1,14 @@
 """Report the progress of training within an epoch to the progress bar of a search.
 
-Large tables have epochs of many seconds. Code that trains calls ``report_steps`` now and then. Worker
-processes write their progress to a file, which ``running_in_workers`` reads.
+Large tables have epochs of many seconds. Code that trains calls ``report_steps`` every few hundred
+milliseconds. Worker processes write their progress to a file, which ``running_in_workers`` reads.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TypeVar
 
 StepsTaken = Callable[[float, int], object]
 """A function to call with the finished share of a running epoch, and the number of its trials."""
@@ -43,30 +44,29 @@ class Running:
         return self.part / self.trials if self.trials else 0.0
 
 
+_T = TypeVar("_T")
 _listener: ContextVar[StepsTaken | None] = ContextVar("_listener", default=None)
 _workers: ContextVar[Callable[[], Running] | None] = ContextVar("_workers", default=None)
 
 
 @contextmanager
-def reported_to(listener: StepsTaken) -> Iterator[None]:
+def _set_during(variable: ContextVar[_T], value: _T) -> Iterator[None]:
+    """Give a context variable a value during a ``with`` block."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def reported_to(listener: StepsTaken) -> AbstractContextManager[None]:
     """Report the progress within epochs to ``listener`` during a ``with`` block."""
-    before = _listener.get()
-    _listener.set(listener)
-    try:
-        yield
-    finally:
-        _listener.set(before)
+    return _set_during(_listener, listener)
 
 
-@contextmanager
-def workers_read_by(read: Callable[[], Running]) -> Iterator[None]:
+def workers_read_by(read: Callable[[], Running]) -> AbstractContextManager[None]:
     """Read the progress of worker processes with the function ``read`` during a ``with`` block."""
-    before = _workers.get()
-    _workers.set(read)
-    try:
-        yield
-    finally:
-        _workers.set(before)
+    return _set_during(_workers, read)
 
 
 def report_steps(taken: float, total: float, trials: int) -> None:

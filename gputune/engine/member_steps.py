@@ -365,10 +365,10 @@ class MemberMemory:
 class CompiledSteps:
     """The compiled training steps of all members of a chunk.
 
-    ``members`` has a traced member for each fold. Folds of about equal lengths share it. ``draws`` are
-    the random numbers that the steps read, of ``ahead`` steps at once. Later chunks of the same
-    trials' shape can use the same steps. ``n_releases`` counts the calls of ``release`` that freed
-    memory: a ``MemberMemory`` from before a release has invalid addresses.
+    ``members`` has a traced member for each fold. Folds of about equal length share a member.
+    ``draws`` are the random numbers that the steps read, of ``ahead`` steps at once. Later chunks of
+    the same trials' shape can use the same steps. ``n_releases`` counts the calls of ``release`` that
+    freed memory: a ``MemberMemory`` from before a release has invalid addresses.
 
     Raises TraceError if the module cannot be traced. ``check_build`` receives an estimate of the
     seconds of the build before the code is built. It may raise an exception to prevent the build.

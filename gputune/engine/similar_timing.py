@@ -35,7 +35,7 @@ class TimedModule(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
-        """Whether all ways were timed, and compiled code was clearly the fastest."""
+        """True if all ways were timed and compiled code was clearly the fastest."""
         coded = self.way.seconds.get("compiled", 0.0)
         return len(self.way.seconds) > 1 and self.way.gain >= (_CLEARLY - 1) * coded
 

@@ -340,7 +340,8 @@ def chunk_processes(
 ) -> Iterator[Processes[Population, Outcome | Failure]]:
     """Provide one single-threaded worker process for each device, in addition to this process.
 
-    The positions of all trials are below ``n_trials``. Afterwards the idle workers stay available for the next search.
+    ``n_trials`` is larger than every position of a trial in the search. Afterwards the idle workers
+    stay available for the next search.
     """
     with scratch_folder() as folder:
         path = folder / "data.joblib"

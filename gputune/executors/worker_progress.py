@@ -36,8 +36,10 @@ class WorkerProgress:
         return Running(*self.rows.sum(0).tolist())
 
     def count(self, index: Sequence[int]) -> None:
-        """Clear the rows of the trials at the positions ``index``, whose results are counted
-        now."""
+        """Clear the rows of trials whose results the parent process has received.
+
+        ``index`` has the positions of the trials.
+        """
         self.rows[list(index)] = 0.0
 
     @contextmanager

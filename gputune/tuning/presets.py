@@ -75,7 +75,7 @@ def check_preset(name: object, model: object) -> str:
 
 @dataclass(frozen=True)
 class _Case:
-    """The table and the arguments for which a preset chooses.
+    """The facts from which a preset chooses: a table, and the arguments of the user.
 
     ``is_table`` is False for tensors and for several inputs, whose numbers have fewer scalings.
     ``values`` are the user's arguments by name, with "model", "ensemble" and "calibrate".

@@ -267,8 +267,7 @@ class Progress:
 
     @property
     def epochs_shown(self) -> int:
-        """The number of finished trial-epochs, including those that workers have not returned
-        yet."""
+        """The number of finished trial-epochs, also of chunks whose workers still train."""
         return self.epochs_done + int(self.in_workers.epochs)
 
     @property
