@@ -170,7 +170,7 @@ def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(
 
 
 def test_a_deadline_stops_the_workers_and_a_later_call_continues(cluster, iris, tmp_path):
-    # No trial ends within the time; one that a worker begins too late still trains for an epoch.
+    # No trial ends within the time. How many begin depends on whether the workers are warm.
     given = {
         **FAST,
         "space": LR,
@@ -180,7 +180,7 @@ def test_a_deadline_stops_the_workers_and_a_later_call_continues(cluster, iris, 
     }
     study = gputune.tune("mlp", *iris, workers="ray", timeout=1.0, **given)
     states = [trial.state for trial in study.trials]
-    assert "stopped" in states and "waiting" in states
+    assert "stopped" in states and set(states) <= {"stopped", "waiting"}
     with pytest.raises(ValueError, match="no score for such rows"):
         gputune.tune("mlp", *iris, workers="ray", **{**FAST, "scoring": ray_searches.fails_there})
 
