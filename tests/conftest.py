@@ -57,6 +57,8 @@ def own_state(tmp_path_factory, pytestconfig):
     pragmas = database.PRAGMAS
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        # Ray gives its workers a low priority (15). Beside two busy processes they take 40x longer.
+        patch.setenv("RAY_worker_niceness", "0")
         found = tmp_path_factory.mktemp("found")
         # not what the user's check found
         patch.setattr("gputune.engine.backend.cache_folder", lambda: found)
