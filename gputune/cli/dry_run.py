@@ -11,6 +11,7 @@ from gputune.cli.flags import CommandLine
 from gputune.cli.saved_model import check_extras
 from gputune.cli.summary import facts, label_lines, notes_on
 from gputune.engine.plan import Plan
+from gputune.population.kinds import is_module
 from gputune.report.facts import seconds_text
 from gputune.text import count, size_words
 from gputune.tuning.options import Options
@@ -99,4 +100,6 @@ def _time_text(planned: Preview[Study], options: Options) -> str:
         f"about {seconds_text(seconds)} of training on idle cores, an estimate of the planner's "
         "cost model (nothing was measured)"
     )
+    if any(is_module(chunk.kind) for chunk in plan.chunks):
+        text += ", which can be several times too low for a module"
     return "; ".join([text, *limits])

@@ -263,7 +263,8 @@ def check_numbers(numbers: str, raw: Raw) -> None:
         raise InputError(
             option("numbers", numbers),
             "does not support tensors",
-            remedy=f"Pass a NumPy array, or {option('numbers', 'standard')}.",
+            remedy=f"Pass a NumPy array, or use {option('numbers', 'standard')} and a space without "
+            "other values of numbers.",
         )
 
 

@@ -309,7 +309,10 @@ def test_what_has_no_layout(X, message):
 @pytest.mark.parametrize("numbers", ["quantile", "robust", "piecewise"])
 def test_tensors_have_no_quantiles_and_no_text(numbers):
     layout, raw = fit(torch.arange(6.0).reshape(3, 2))
-    with refused(f"numbers='{numbers}' does not support tensors. Pass a NumPy array"):
+    with refused(
+        f"numbers='{numbers}' does not support tensors. Pass a NumPy array, or use "
+        "numbers='standard' and a space without other values of numbers."
+    ):
         fit_statistics(raw, layout, np.arange(3), numbers=numbers)
     with refused(
         "numbers must be one of 'standard', .*'piecewise', 'piecewise-tree', 'none', got 'log'"
