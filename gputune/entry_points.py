@@ -21,6 +21,7 @@ IntegrationKind = Literal["clusters", "exports", "loggers", "modules", "studies"
   ``gputune.callbacks.MLflow`` is in the module ``mlflow``.
 - In ``modules``: ``own_training(module, horizon)`` for the modules of the Python package with this
   name. It returns the ``gputune.modules.own_training.OwnTraining`` that such a module defines.
+  ``step_of(kind)`` returns the training step of a class of such modules, or None.
 - In ``studies``: ``export_study(study, storage, name)``, which ``Study.to_optuna`` calls for the
   module ``optuna``.
 """

@@ -69,6 +69,28 @@ def probabilities(module, **more):
     return NeuralNetClassifier(module, **OPTIONS, **more).fit(X, Y).predict_proba(X)
 
 
+def test_a_classifier_trains_with_the_step_of_a_module_of_pytorch_lightning():
+    package = pytest.importorskip("pytorch_lightning")
+
+    class Old(package.LightningModule):
+        def __init__(self, n_features, n_outputs):
+            super().__init__()
+            self.layer = nn.Linear(n_features, n_outputs)
+
+        def forward(self, x):
+            return self.layer(x)
+
+        def training_step(self, batch, batch_idx):
+            return smoothed(self, batch)
+
+    class Plain(Old):
+        training_step = package.LightningModule.training_step
+
+    expected = probabilities(Plain, training_step=smoothed)
+    assert not np.allclose(expected, probabilities(Plain))
+    assert np.array_equal(probabilities(Old), expected)
+
+
 def test_a_classifier_trains_with_the_step_of_its_module():
     expected = probabilities(WithoutStep, training_step=smoothed)
     plain = probabilities(WithoutStep)
