@@ -263,8 +263,8 @@ class TrainingOptions(OptionGroup):
         "--epochs <INT>",
         "Maximum number of epochs",
         "With --method hypergradient the derivative spans all epochs, so a short training run "
-        "favors small learning rates. Above 50,000 rows, the built-in models train for 50 epochs x "
-        "50,000 / rows, at least 10.",
+        "favors small learning rates. Above 50,000 rows, mlp, realmlp and logistic train for 50 "
+        "epochs x 50,000 / rows, at least 10.",
         "50 or fewer",
         takes="1..",
         check=partial(checks.count, auto=True),
@@ -274,7 +274,7 @@ class TrainingOptions(OptionGroup):
         "auto",
         "--patience <INT>",
         "Stop a trial after this number of epochs without a better score",
-        "The score is the mean over the folds. Above 50,000 rows, the default of a built-in model "
+        "The score is the mean over the folds. Above 50,000 rows, the default of mlp and logistic "
         "without a schedule is a quarter of the epochs, at least 3.",
         "all train to the end",
         takes="1..",
