@@ -130,7 +130,8 @@ class RealMLP(nn.Module):
             linear layer. "plr" adds a relu to "pl".
         sigma: standard deviation of the initial frequencies of the embedding, above 0. Larger
             values let the first layer follow faster changes of a feature.
-        waves: number of waves (cosines, or cosines and sines) per numeric feature, at least 2.
+        waves: number of waves (cosines, or cosines and sines) per numeric feature, at least 2. Even
+            for "pl" and "plr", which have as many cosines as sines.
         size: number of outputs per embedded numeric feature, at least 2.
         scaling: whether every input is multiplied by a learned factor.
         one_hot: largest number of levels of a category whose one-hot features stay as inputs, at
@@ -189,6 +190,8 @@ class RealMLP(nn.Module):
             raise ValueError(
                 f"embedding must be one of {', '.join(EMBEDDINGS)}, got {embedding!r}."
             )
+        if embedding in ("pl", "plr") and waves % 2:
+            raise ValueError(f"waves must be even for the embedding {embedding!r}, got {waves}.")
         word = ("mish" if n_outputs == 1 else "selu") if activation == "auto" else activation
         self.activation = ACTIVATIONS[word]
         self._split(list(feature_groups or [0] * n_features), one_hot)

@@ -88,7 +88,8 @@ def tune(arguments: argparse.Namespace) -> str:
     model = arguments.model or (AUTO if preset is not None else "mlp")
     if preset is not None:
         check_preset(preset, model)
-    choice = choose_model("mlp" if model == AUTO else model, arguments.optimizer)
+    chosen_by_preset = preset is not None and model == AUTO
+    choice = choose_model("mlp" if chosen_by_preset else model, arguments.optimizer)
     with profile.clock(PREPARING):
         source = read_rows(choice, rows, arguments.file, arguments.target, arguments.groups)
     task = chosen_task(source, choice, options)

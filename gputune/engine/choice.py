@@ -441,7 +441,8 @@ def compiled_seconds(
             horizon=job.horizon,
             check_build=check_build,
         )
-        job.pool.keep_timed(timed)
+        if chunk is group:
+            job.pool.keep_timed(timed)
         job.pool.keep_code(network, timed.code)
         return timed.seconds_of_a_step()
 

@@ -36,8 +36,10 @@ class TimedModule(NamedTuple):
     @property
     def is_clear(self) -> bool:
         """True if all ways were timed and compiled code was clearly the fastest."""
-        coded = self.way.seconds.get("compiled", 0.0)
-        return len(self.way.seconds) > 1 and self.way.gain >= (_CLEARLY - 1) * coded
+        coded = self.way.seconds.get("compiled")
+        if coded is None or len(self.way.seconds) == 1:
+            return False
+        return self.way.gain >= (_CLEARLY - 1) * coded
 
 
 def way_like_earlier(

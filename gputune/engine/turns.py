@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
-from gputune.threads import on_threads
+from gputune.engine.backend import torch_threads
 
 _current = threading.local()
 
@@ -29,18 +29,34 @@ class Turns:
 
     def __init__(self, threads: int) -> None:
         self.turn = threading.Lock()
+        self.owner: int | None = None  # the thread that has its turn
         self.cores = threading.Semaphore(threads)
         self.is_cancelled = False
+
+    def begin(self) -> None:
+        """Wait until it is the turn of the current thread."""
+        self.turn.acquire()
+        self.owner = threading.get_ident()
+
+    def end(self) -> None:
+        """End the turn of the current thread, unless it has none.
+
+        It has none if Ctrl-C has ended the wait for its turn.
+        """
+        if self.owner == threading.get_ident():
+            self.owner = None
+            self.turn.release()
 
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Wait until it is the turn of the current thread. The turn ends with the block."""
-        with self.turn:
-            _current.turns = self
-            try:
-                yield
-            finally:
-                _current.turns = None
+        self.begin()
+        _current.turns = self
+        try:
+            yield
+        finally:
+            _current.turns = None
+            self.end()
 
 
 @contextmanager
@@ -54,11 +70,11 @@ def turn_given_up() -> Iterator[Callable[[], AbstractContextManager[object]]]:
     if turns is None:
         yield nullcontext
         return
-    turns.turn.release()
+    turns.end()
     try:
         yield lambda: turns.cores
     finally:
-        turns.turn.acquire()
+        turns.begin()
     if turns.is_cancelled:
         raise Cancelled
 
@@ -80,19 +96,34 @@ def run_together(tasks: Sequence[Callable[[], object]], *, at_once: int, threads
     def work() -> None:
         try:
             while waiting and not turns.is_cancelled:
-                with turns.taken(), on_threads(threads):
+                with turns.taken(), torch_threads(threads):
                     if waiting:
                         waiting.popleft()()
         except BaseException as error:
             turns.is_cancelled = True
             errors.append(error)
 
-    others = [threading.Thread(target=work) for _ in range(min(at_once, len(tasks)) - 1)]
-    for thread in others:
-        thread.start()
-    work()  # in this thread, which receives the signals
-    for thread in others:
-        thread.join()
+    ended: list[threading.Event] = []  # of the other threads
+
+    def work_apart(end: threading.Event) -> None:
+        try:
+            work()
+        finally:
+            end.set()
+
+    try:
+        for _ in range(min(at_once, len(tasks)) - 1):
+            end = threading.Event()
+            threading.Thread(target=work_apart, args=(end,)).start()
+            ended.append(end)
+        work()  # in this thread, which receives the signals
+        for end in ended:
+            end.wait()
+    except BaseException:  # such as Ctrl-C while this thread waits
+        turns.is_cancelled = True
+        for end in ended:  # the threads end after their running epoch
+            end.wait()
+        raise
     for error in errors:
         if not isinstance(error, Cancelled):
             raise error

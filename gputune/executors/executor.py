@@ -7,7 +7,7 @@ worker process or on a cluster.
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, Protocol, TypeVar
 
@@ -143,7 +143,7 @@ class Queue(Generic[AnyUnit, UnitResult]):
 
     def run(
         self, task: LocalTraining[AnyUnit, UnitResult] | None, progress: ProgressCallback
-    ) -> Iterator[UnitResult]:
+    ) -> Generator[UnitResult, None, None]:
         """Train all chunks (groups of trials), and yield the results of each chunk when it ends.
 
         Args:
@@ -210,8 +210,13 @@ class Queue(Generic[AnyUnit, UnitResult]):
                 if chunk is None:
                     return
                 self.running.add(chunk.index)
-                if not self.executor.submit(chunk, self._end_chunk):
-                    self.running.discard(chunk.index)
+                is_started = False
+                try:
+                    is_started = self.executor.submit(chunk, self._end_chunk)
+                finally:
+                    if not is_started:
+                        self.running.discard(chunk.index)
+                if not is_started:
                     self.waiting.appendleft(chunk)
                     self.is_refused = True
                     return
@@ -224,12 +229,17 @@ class Queue(Generic[AnyUnit, UnitResult]):
             ending: Sequence[UnitResult] | Exception | str = result
             if isinstance(result, LostWorkerError):
                 ending = self._lose(chunk, str(result))
+            failure: Exception | None = None
             try:
                 if not isinstance(ending, Exception):
                     # before the result is stored, so that no worker waits for the storing
                     self._fill()
+            except Exception as error:  # run() raises it: this thread may be any thread
+                failure = error
             finally:
                 self.done.append(ending)
+            if failure is not None:
+                self.done.append(failure)
 
     def _lose(self, chunk: AnyUnit, reason: str) -> Sequence[UnitResult] | str:
         """Queue the chunk (group of trials) of a lost worker again, or give the chunk up after

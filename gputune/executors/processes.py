@@ -396,7 +396,7 @@ def _run_in_worker(
         try:
             # Without this, CUDA calls that name no device would open a context on the first GPU.
             gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-            written = WorkerProgress(progress).written(chunk.index)
+            written = WorkerProgress.open(progress).written(chunk.index)
             with torch_threads(1), gpu, written as after_epoch:
                 return run_in_parts(job, _load(path, device), chunk, after_epoch)
         except Exception as error:

@@ -7,6 +7,7 @@ is a trial. A chunk is a group of trials that train together.
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -278,17 +279,18 @@ def _train(
             progress=context.progress.advance,
             may_begin=context.may_begin(recorded),
         )
-        for outcome in outcomes:
-            results = []
-            if isinstance(outcome, Failure):
-                number = trials[outcome.index[0]].number
-                results.append(failed_result(number, context.no_curve, outcome.reason))
-            else:
-                assert isinstance(outcome, Slopes)
-                context.note_fault(outcome.fault)
-                for c, i in enumerate(outcome.index):
-                    results.append(_result(trials[i], recorded.configs[i], c, outcome, mode))
-            context.finish(results)
+        with closing(outcomes):
+            for outcome in outcomes:
+                results = []
+                if isinstance(outcome, Failure):
+                    number = trials[outcome.index[0]].number
+                    results.append(failed_result(number, context.no_curve, outcome.reason))
+                else:
+                    assert isinstance(outcome, Slopes)
+                    context.note_fault(outcome.fault)
+                    for c, i in enumerate(outcome.index):
+                        results.append(_result(trials[i], recorded.configs[i], c, outcome, mode))
+                context.finish(results)
 
 
 def plan_points(

@@ -6,6 +6,7 @@ together (chunks) would train one after another, and the last chunks would not b
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -33,16 +34,22 @@ _STATE_SHARE = 0.25  # of the free main memory
 class FirstEpochs:
     """The results of the first epoch of chunks of trials.
 
-    ``plan`` has the chunks that still train, each from the state after its first epoch. ``ended``
-    has the positions of trials that have trained further, or failed. ``configs`` has the
-    configurations of all positions.
+    ``plan`` has the chunks that still train, each from the state after its first epoch. ``begun``
+    has the positions of trials that have begun to train further, and ``ended`` those of trials that
+    have results of further epochs, or failed. ``configs`` has the configurations of all positions.
     """
 
     context: Context
     plan: Plan
     configs: Sequence[Config]
     outcomes: list[RungOutcome] = field(default_factory=list)
+    begun: set[int] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)
+
+    def begin(self, chunk: Population) -> bool:
+        """Note that a chunk trains further. Returns True, because this process has claimed it."""
+        self.begun.update(chunk.index)
+        return True
 
     def completed(self, outcome: Outcome | Failure) -> Outcome | Failure:
         """Return the result of trials that have trained further, with the outputs of trials that
@@ -75,12 +82,18 @@ class FirstEpochs:
 
     def keep_rest(self, checkpointing: Checkpointing | None) -> None:
         """Write checkpoints of trials that have trained for only one epoch, so that a later call
-        continues after this epoch."""
+        continues after this epoch.
+
+        A worker that was lost may have written a checkpoint of a later epoch, which stays.
+        """
         if checkpointing is None:
             return
         for first in self.outcomes:
             if first.alive and self.ended.isdisjoint(first.index):
                 trials = tuple(checkpointing.numbers[i] for i in first.index)
+                has_begun = not self.begun.isdisjoint(first.index)
+                if has_begun and checkpointing.folder.path(trials).exists():
+                    continue
                 checkpoint = Checkpoint(
                     trials, first.alive, first.curves, first.state, first.seconds
                 )
@@ -112,17 +125,27 @@ def train_first_epochs(
     job = context.trainer.job(RungJob, epochs=1, keep_stopped=False)
     part = replace(plan, chunks=tuple(new))
     first = FirstEpochs(context, plan, recorded.configs)
-    n_left = sum(len(chunk.index) for chunk in new)  # trials that have not trained yet
-    for outcome in context.trainer.train(job, part, progress=context.progress.advance, claim=claim):
-        n_left -= len(outcome.index)
-        if isinstance(outcome, Failure):
-            number = recorded.trials[outcome.index[0]].number
-            context.finish([failed_result(number, context.no_curve, outcome.reason)])
-            continue
-        assert isinstance(outcome, RungOutcome)
-        context.note_fault(outcome.fault)
-        context.profile.spent += outcome.spent
-        first.outcomes.append(outcome)
+    n_left = sum(len(chunk.index) for chunk in new)  # trials that nobody has trained yet
+
+    def claim_new(chunk: Population) -> bool:
+        nonlocal n_left
+        is_claimed = claim(chunk)
+        if not is_claimed:  # another process trains them
+            n_left -= len(chunk.index)
+        return is_claimed
+
+    report = context.progress.advance
+    with closing(context.trainer.train(job, part, progress=report, claim=claim_new)) as outcomes:
+        for outcome in outcomes:
+            n_left -= len(outcome.index)
+            if isinstance(outcome, Failure):
+                number = recorded.trials[outcome.index[0]].number
+                context.finish([failed_result(number, context.no_curve, outcome.reason)])
+                continue
+            assert isinstance(outcome, RungOutcome)
+            context.note_fault(outcome.fault)
+            context.profile.spent += outcome.spent
+            first.outcomes.append(outcome)
     # A request to stop, such as Ctrl-C, has its own message.
     if n_left and context.is_over() and not context.stop.requested:
         context.progress.say(

@@ -13,6 +13,7 @@ GPU, agree up to rounding.
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import ClassVar, Generic, Protocol, TypeVar
@@ -200,15 +201,16 @@ class PausedTraining(Generic[AnyTrial]):
         trained: set[int] = set()
         plan = replace(plan, chunks=chunks, workers=min(plan.workers, len(chunks)))
         report = context.progress.advance
-        for outcome in context.trainer.train(job, plan, progress=report) if chunks else ():
-            trained.update(outcome.index)
-            if isinstance(outcome, Failure):
-                trial = trials[outcome.index[0]]
-                self.running = [other for other in self.running if other is not trial]
-                self._store([failed_result(trial.number, trial.curve, outcome.reason)], [trial])
-            else:
-                assert isinstance(outcome, RungOutcome)
-                self._add_outcome(trials, outcome)
+        with closing(context.trainer.train(job, plan, progress=report)) as outcomes:
+            for outcome in outcomes if chunks else ():
+                trained.update(outcome.index)
+                if isinstance(outcome, Failure):
+                    trial = trials[outcome.index[0]]
+                    self.running = [other for other in self.running if other is not trial]
+                    self._store([failed_result(trial.number, trial.curve, outcome.reason)], [trial])
+                else:
+                    assert isinstance(outcome, RungOutcome)
+                    self._add_outcome(trials, outcome)
         for chunk in chunks:
             for row, position in enumerate(chunk.alive or ()):
                 # The time was over before this chunk continued.

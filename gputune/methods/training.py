@@ -4,6 +4,7 @@ A chunk is a group of trials that train together.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -76,26 +77,22 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
                 job,
                 plan,
                 progress=context.progress.advance,
-                claim=claim if first is None else _claimed,
+                claim=claim if first is None else first.begin,
                 may_begin=context.may_begin(recorded),
             )
-            for trained in outcomes if plan.chunks else ():
-                outcome = trained if first is None else first.completed(trained)
-                if isinstance(outcome, Failure):
-                    number = numbers[outcome.index[0]]
-                    context.finish([failed_result(number, context.no_curve, outcome.reason)])
-                else:
-                    _finish_chunk(context, recorded.trials, outcome)
+            with closing(outcomes):
+                for trained in outcomes if plan.chunks else ():
+                    outcome = trained if first is None else first.completed(trained)
+                    if isinstance(outcome, Failure):
+                        number = numbers[outcome.index[0]]
+                        context.finish([failed_result(number, context.no_curve, outcome.reason)])
+                    else:
+                        _finish_chunk(context, recorded.trials, outcome)
         if first is not None:
             first.keep_rest(job.checkpointing)
             for rest in first.rest():
                 _finish_chunk(context, recorded.trials, rest)
     return []
-
-
-def _claimed(chunk: Population) -> bool:
-    """Return True: this process has claimed the chunk before."""
-    return True
 
 
 def _solve(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]:

@@ -159,6 +159,7 @@ class Context(Session):
             failures = tuple(self.trainer.pool.failures)
             plan = replace(plan, failures=failures, batch_sizes=clause)
         self.profile.plan = plan
+        self.profile.at_once = max(plan.workers, plan.with_turns(self.trainer.memory))
         if plan.chunk_bytes > (self.trainer.memory or math.inf):
             memory = option("memory", self.options.machine.memory)
             self.progress.say(

@@ -46,6 +46,8 @@ _MANY_ROWS = 10_000
 """With more rows, three folds instead of five are enough, and a preset may have another space."""
 _MOST_NETWORKS = (8, 4, 2)
 """Numbers of networks per trial for a timeout that leaves time. AutoGluon's portfolio has 8."""
+_ROWS_PER_NETWORK = 10
+"""Fewest rows of a table for each of these networks. The search refuses more networks than rows."""
 
 
 def check_preset(name: object, model: object) -> str:
@@ -181,7 +183,9 @@ def _case(call: SearchCall, given: Collection[str], model: object) -> _Case:
         columns = len(X.names)
     # "auto" leaves the choice to the preset.
     values = {
-        key: value for key, value in options.values().items() if key in given and value != "auto"
+        key: value
+        for key, value in options.values().items()
+        if key in given and not (isinstance(value, str) and value == AUTO)
     }
     if model != AUTO:
         values["model"] = model
@@ -227,7 +231,8 @@ def _choices(name: str, case: _Case) -> dict[str, Any]:
         return _choices(preset.faster, case)
     if "n_ens" not in case.values and preset.ensemble:
         for n_ens in _MOST_NETWORKS:
-            if 2 * n_ens * case.seconds(chosen) <= timeout:
+            is_allowed = n_ens * _ROWS_PER_NETWORK <= case.rows
+            if is_allowed and 2 * n_ens * case.seconds(chosen) <= timeout:
                 chosen["n_ens"] = n_ens
                 break
     return chosen

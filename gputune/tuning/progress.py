@@ -317,6 +317,7 @@ class Profile:
         self.seconds: dict[str, float] = {}
         self.spent = Spent()
         self.plan: Plan | None = None
+        self.at_once = 1  # chunks that train at the same time, in processes or threads
         self.ended = ""  # the reason if target_score or patience_trials ended the search early
         self.device = torch.device("cpu")
         self.begin = time.perf_counter()
@@ -352,8 +353,8 @@ class Profile:
         lines = ["Where the time went:", ""]
         for name, seconds in [*self.seconds.items(), ("the rest", rest)]:
             lines.append(f"  {name:<30} {seconds:8.2f} s  {seconds / total:4.0%}")
-            # Steps and scores are summed over processes, so the time is multiplied by their number.
-            summed = seconds * workers
+            # Steps and scores are summed over chunks that train at the same time.
+            summed = seconds * self.at_once
             # Hypergradients and the solver do not measure steps, so they have no such parts.
             if name == "training" and steps and summed:
                 waiting = max(0.0, summed - (steps + scores))

@@ -6,8 +6,8 @@ yields their results.
 """
 
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, pairwise
@@ -294,9 +294,10 @@ class Trainer:
         progress: ProgressCallback = unseen,
         claim: Claim[Population] = lambda chunk: True,
         may_begin: Claim[Population] | None = None,
-    ) -> Iterator[Outcome | Failure]:
+    ) -> Generator[Outcome | Failure, None, None]:
         """Train the chunks of a plan, and yield the results of each chunk when it ends.
 
+        The caller closes the generator, also after an error of its own, so that no worker continues.
         A chunk does not train if ``claim`` returns False. A chunk waits for the results of other
         chunks until ``may_begin`` returns True, and does not train if that never happens. A chunk
         that needs too much memory trains in parts. A trial that needs too much memory even as a
@@ -320,7 +321,8 @@ class Trainer:
             executor = chunk_processes(job, data, devices, n_trials)
         # A receiver of every epoch, and a search that may end early, need the chunks in order.
         elif at_once > 1 and not job.each_epoch and may_begin is None:
-            executor = chunk_threads(partial(run_in_parts, job, data), at_once - 1, plan.threads)
+            in_parts = partial(run_in_parts, job, data)
+            executor = chunk_threads(in_parts, at_once - 1, plan.threads, n_trials)
         else:
             executor = nullcontext(Executor())
         with torch_threads(plan.threads), executor as place:
@@ -329,12 +331,12 @@ class Trainer:
                 with place.turn():
                     return run_in_parts(job, data, chunk, progress)
 
-            for outcome in Queue(plan.chunks, place, job.stop, claim, may_begin).run(
-                train, progress
-            ):
-                if isinstance(outcome, Outcome) and job.checkpointing is not None:
-                    job.checkpointing.expect(outcome.index)
-                yield outcome
+            queue = Queue(plan.chunks, place, job.stop, claim, may_begin)
+            with closing(queue.run(train, progress)) as outcomes:
+                for outcome in outcomes:
+                    if isinstance(outcome, Outcome) and job.checkpointing is not None:
+                        job.checkpointing.expect(outcome.index)
+                    yield outcome
 
     def take_code(self, configs: Sequence[Config], epochs: Sequence[int]) -> None:
         """Allow compiled code for the members of a refit if compiled code saves time.

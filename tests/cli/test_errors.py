@@ -121,6 +121,10 @@ def test_what_the_parser_refuses(bugs, options, words):
     refused_tune(bugs, *shlex.split(options), words=[*words, "gputune tune --help"], lines=2)
 
 
+def test_only_a_preset_chooses_the_model(bugs):
+    refused_tune(bugs, "--model", "auto", words=["--model", "'auto'"])
+
+
 def test_an_unknown_backend_is_refused_with_all_names(bugs):
     words = ["--backend must be one of", "'recorded'", "'eagr'", ". Did you mean 'eager'?"]
     refused_tune(bugs, "--backend", "eagr", words=words)

@@ -20,6 +20,7 @@ CHUNK = Population("module", (0, 1), tuple(CONFIGS))
 CLEAR = FastestWay(gain=0.003, seconds={"loop": 0.004, "recorded": 0.005, "compiled": 0.001})
 CLOSE = FastestWay(gain=0.0004, seconds={"loop": 0.0014, "recorded": 0.002, "compiled": 0.001})
 SLOW = FastestWay("slow", seconds={"loop": 0.001, "recorded": 0.005, "compiled": math.inf})
+UNCODED = FastestWay(seconds={"loop": 0.004, "recorded": 0.0005})
 LIKE = FastestWay(gain=0.003, seconds={"compiled": 0.001})
 
 
@@ -50,6 +51,7 @@ def timing(monkeypatch, code):
         ([(100, CLOSE)], 100, 1e6, None),
         ([(100, SLOW)], 100, 1e6, None),
         ([(100, LIKE)], 100, 1e6, None),  # it was not timed against other ways
+        ([(100, UNCODED)], 100, 1e6, None),  # compiled code was not timed
         ([(100, SLOW), (1000, CLEAR)], 100, 1e6, 0.003),
         ([], 100, 1e6, None),
     ],

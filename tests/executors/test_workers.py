@@ -275,7 +275,7 @@ def test_a_worker_records_the_steps_of_like_chunks_once(tmp_path, monkeypatch):
         (outcome,) = processes._run_in_worker(sent, path, progress, chunk, torch.device("cpu"))
         numbers.append(len(recorded) - before)
         assert np.array_equal(outcome.curves, job.run(data, chunk).curves)
-        assert WorkerProgress(progress).running() == Running(epochs=2)
+        assert WorkerProgress.open(progress).running() == Running(epochs=2)
     assert numbers[0] > 0 and numbers[1] == 0
 
 

@@ -175,6 +175,11 @@ def test_a_network_for_sequences_is_made_of_the_layers_of_torch(shape):
             "embedding must be one of pbld, plr, pl, none, got 'pwl'",
         ),
         (RealMLP, {"n_features": 3, "waves": 1}, "waves must be at least 2, got waves=1"),
+        (
+            RealMLP,
+            {"n_features": 3, "waves": 3, "embedding": "plr"},
+            "waves must be even for the embedding 'plr', got 3",
+        ),
     ],
 )
 def test_bad_arguments_are_named(model, arguments, message):

@@ -52,10 +52,11 @@ def at_once(monkeypatch):
 @pytest.mark.cpu
 def test_several_trials_train_again_as_each_trial_does(compiled, at_once):
     study = gputune.tune(Net, X, Y, space=SPACE, n_trials=3, **OPTIONS)
-    assert at_once == [2]
+    assert set(at_once) == {2}
+    n_plans = len(at_once)
     numbers = [2, 0, 1]
     models = study.best_models(numbers)
-    assert at_once == [2, 2]
+    assert at_once[n_plans:] == [2]
     for number, model in zip(numbers, models, strict=True):
         expected = study.best_model(trial=number)
         assert model.info == expected.info
@@ -104,7 +105,7 @@ def test_chunks_do_not_train_at_the_same_time_beyond_the_memory_limit(
     compiled, at_once, memory, most
 ):
     gputune.tune(Net, X, Y, space=SPACE, n_trials=3, memory=memory, **OPTIONS)
-    assert at_once == [most]
+    assert set(at_once) == {most}
 
 
 @pytest.mark.parametrize(

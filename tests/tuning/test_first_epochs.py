@@ -1,10 +1,17 @@
 """With a timeout, all trials train their first epoch before any trial trains on."""
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 import gputune
+from gputune.engine.checkpoint import CheckpointFolder, Checkpointing
+from gputune.engine.stop import Stop
 from gputune.methods import first_epochs
+from gputune.population.population import Population
+from gputune.population.state import State
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 4))
@@ -90,3 +97,61 @@ def test_a_timeout_within_the_first_epochs_tells_how_many_trials_have_no_score(c
     assert "have no score. Choose a longer timeout, or fewer trials or folds." in told
     tune(timeout=1000, callbacks=[StopAfter(1)])
     assert "the time was over" not in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class FewChunks:
+    """A plan of chunks of one trial each."""
+
+    chunks: tuple[Population, ...]
+    workers: int = 1
+
+
+class StoppedSearch:
+    """The context of a search whose time is over before any chunk has begun, except chunks that
+    another process has claimed."""
+
+    def __init__(self):
+        self.said = []
+        self.trainer = self
+        self.progress = SimpleNamespace(advance=None, say=self.said.append)
+        self.stop = Stop()
+
+    def job(self, kind, **fields):
+        return None
+
+    def train(self, job, plan, *, progress, claim):
+        assert not claim(plan.chunks[0])
+        yield from ()
+
+    def is_over(self):
+        return True
+
+
+def test_trials_of_another_process_are_not_counted_as_left():
+    context = StoppedSearch()
+    plan = FewChunks(tuple(Population("mlp", (i,), ({},)) for i in range(3)))
+    recorded = SimpleNamespace(configs=[{}, {}, {}])
+    first = first_epochs.train_first_epochs(context, recorded, plan, lambda chunk: False)
+    assert first.plan.chunks == ()
+    (said,) = context.said
+    assert said.startswith("note: the time was over before 2 trials had trained for one epoch.")
+
+
+@pytest.mark.parametrize(("has_begun", "exists"), [(True, True), (True, False), (False, True)])
+def test_the_checkpoint_of_a_lost_worker_stays(tmp_path, has_begun, exists):
+    """Unless the chunk has not trained further: then the file is of an earlier search."""
+    folder = CheckpointFolder(tmp_path, "search")
+    checkpointing = Checkpointing(folder, (7,), 0.0)
+    later = folder.path([7])
+    if exists:
+        later.write_bytes(b"epoch 30")
+    outcome = SimpleNamespace(
+        alive=(0,), index=(0,), curves=np.zeros((1, 1, 2)), state=State(1, {}), seconds=1.0
+    )
+    first = first_epochs.FirstEpochs(None, None, [{}], [outcome])
+    if has_begun:
+        assert first.begin(Population("mlp", (0,), ({},)))
+    first.keep_rest(checkpointing)
+    assert later.exists()
+    assert (later.read_bytes() == b"epoch 30") == (has_begun and exists)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.datasets import load_diabetes, load_iris
@@ -96,6 +97,26 @@ def test_a_timeout_changes_epochs_networks_and_model():
     assert wide.options.training.max_epochs < narrow.options.training.max_epochs
     kept = chosen("best", 10_000, timeout="60s", model="realmlp")
     assert kept.choice.name == "RealMLP" and kept.options.training.max_epochs == 32
+
+
+@pytest.mark.parametrize(("rows", "n_ens"), [(9, 1), (30, 2), (60, 4), (90, 8)])
+def test_few_rows_have_few_networks(rows, n_ens):
+    assert chosen("best", rows, timeout="10h").options.training.n_ens == n_ens
+
+
+@pytest.mark.parametrize("kind", [np.array, pd.Series, list])
+def test_a_preset_with_weights_of_rows(kind):
+    weights = kind([1.0] * 60)
+    study = gputune.tune(
+        "auto",
+        *(data[:60] for data in DIABETES),
+        preset="fast",
+        sample_weight=weights,
+        n_trials=2,
+        max_epochs=2,
+        verbose=0,
+    )
+    assert study.record.arguments.preset["name"] == "fast"
 
 
 def test_the_arguments_of_the_user_win_and_the_plan_says_so():

@@ -117,7 +117,7 @@ def test_the_bar_counts_epochs_that_workers_have_not_returned(monkeypatch, capsy
 
 def test_the_file_of_a_worker_has_the_progress_of_its_chunk(tmp_path):
     parent = WorkerProgress.create(tmp_path / "progress", 5)
-    worker = WorkerProgress(tmp_path / "progress")
+    worker = WorkerProgress.open(tmp_path / "progress")
     for index in [(1, 4), (2, 3)]:
         with worker.written(index) as after_epoch:
             after_epoch(2, np.zeros((2, 1, 1)))
