@@ -12,6 +12,7 @@ import gputune
 from gputune.engine import choice, member_steps
 from gputune.engine.choice import fastest_way
 from gputune.engine.job import Job
+from gputune.engine.reuse import ChunkPool
 from gputune.modules.trace import TraceError
 from gputune.native.library import build_kernels
 from gputune.population.population import Population
@@ -174,6 +175,15 @@ def test_all_ways_are_timed():
         other = replace(CHUNK, configs=tuple({**c, "optimizer": unknown} for c in CONFIGS))
         with pytest.raises(TraceError, match=unknown.removeprefix("torch:")):
             choice.compiled_seconds(JOB, DATA, other)
+
+
+@pytest.mark.parametrize(("numbers", "kept"), [(1 << 22, 1), (0, 0)])
+def test_only_a_timed_chunk_of_all_trials_is_kept_for_the_training(monkeypatch, numbers, kept):
+    monkeypatch.setattr(choice, "_TIMED_NUMBERS", numbers)
+    monkeypatch.setattr(choice, "_TRIALS", 1)
+    job = replace(JOB, pool=ChunkPool())
+    choice.compiled_seconds(job, DATA, CHUNK)
+    assert len(job.pool.timed) == kept
 
 
 @pytest.mark.cpu
