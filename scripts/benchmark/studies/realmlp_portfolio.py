@@ -30,11 +30,11 @@ the spaces realmlp and realmlp-tabarena, each in {folds} folds of {epochs} epoch
 each table (--data). An error is an RMSE (of kc_house that of the logarithm of the price), 1 - ROC AUC
 of heart_2020, else 1 - accuracy. The error of several trials is the mean over the folds: the other
 folds choose the trial and the epoch. The list has {size} configurations: the default, AutoGluon's,
-and {chosen} that are chosen greedily to make the mean over the tables of the smallest regret small.
-Regret is the distance from the best error, in units of the distance between the best and the median.
-A row is a table, and the list is that which the other tables choose. Random configurations are from
-the space realmlp, and one of each set is the default (mean of {draws:,} draws). The last two columns
-are the error of the list relative to that of {size} and of {trials} random configurations. One thread.
+and {chosen} that are chosen one after another. Each one makes the mean over the tables of the logarithm
+of the list's error as small as possible. A row is a table, and the list is that which the other
+tables choose. Random configurations are from the space realmlp, and one of each set is the default
+(mean of {draws:,} draws). The last two columns are the error of the list relative to that of {size}
+and of {trials} random configurations. One thread.
 """
 
 
@@ -133,31 +133,23 @@ def chosen_error(result: Result, places: NDArray[np.int64]) -> NDArray[np.float6
     return np.mean(found, axis=0)
 
 
-def regret(result: Result) -> NDArray[np.float64]:
-    """Return each configuration's distance from the best error.
+def greedy(results: list[Result]) -> list[int]:
+    """Return SIZE configurations.
 
-    The unit is the distance between the best and the median. The largest regret is 10.
-    """
-    error = errors(result)[0].mean(axis=1)
-    best = error.min()
-    return ((error - best) / max(np.median(error) - best, 1e-12)).clip(0, 10)
-
-
-def greedy(regrets: NDArray[np.float64]) -> list[int]:
-    """Return SIZE configurations chosen from regrets (tables, configurations).
-
-    The default and AutoGluon's configuration (0 and 1) come first.
+    The default and AutoGluon's configuration (0 and 1) come first. Each next configuration is the
+    one with which the list has the smallest mean logarithm of the error over the tables.
     """
     chosen = [0, 1]
     while len(chosen) < SIZE:
-        least = regrets[:, chosen].min(axis=1, keepdims=True)
-        chosen.append(int(np.minimum(regrets, least).mean(axis=0).argmin()))
+        rest = [place for place in range(len(results[0].fold_scores)) if place not in chosen]
+        lists = np.array([[*chosen, place] for place in rest])
+        error = np.mean([np.log(chosen_error(result, lists)) for result in results], axis=0)
+        chosen.append(rest[int(error.argmin())])
     return chosen
 
 
 def words(results: list[Result], configs: list[dict[str, Any]]) -> list[str]:
     """Return the parts of the report: description, table, configurations of the list."""
-    regrets = np.stack([regret(result) for result in results])
     rng = np.random.default_rng(0)
     drawn = np.stack([rng.choice(TRIALS, SIZE - 1, replace=False) for _ in range(DRAWS)]) + 2
     few = np.column_stack([np.zeros(DRAWS, dtype=int), drawn])
@@ -165,7 +157,8 @@ def words(results: list[Result], configs: list[dict[str, Any]]) -> list[str]:
     rows = []
     gains = []
     for place, result in enumerate(results):
-        listed = chosen_error(result, np.array(greedy(np.delete(regrets, place, axis=0))))
+        others = results[:place] + results[place + 1 :]
+        listed = chosen_error(result, np.array(greedy(others)))
         random_few = chosen_error(result, few).mean()
         random_many = chosen_error(result, many)
         default = errors(result)[0][0].mean()
@@ -184,5 +177,5 @@ def words(results: list[Result], configs: list[dict[str, Any]]) -> list[str]:
         draws=DRAWS,
     )
     head = f"table|default|list|{SIZE} random|{TRIALS} random|list to {SIZE}|list to {TRIALS}"
-    listed = "\n".join(f"- {json.dumps(configs[place])}" for place in greedy(regrets))
+    listed = "\n".join(f"- {json.dumps(configs[place])}" for place in greedy(results))
     return [how, table(head, rows), listed]
