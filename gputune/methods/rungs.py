@@ -12,8 +12,8 @@ GPU, agree up to rounding.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import ClassVar, Generic, Protocol, TypeVar
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from gputune.engine.checkpoint import Checkpoint, Checkpointing, StateCache, pause_after
-from gputune.engine.job import Failure, RungJob, RungOutcome
+from gputune.engine.job import Failure, Outcome, RungJob, RungOutcome
 from gputune.engine.plan import Plan
 from gputune.engine.train import BegunChunk
 from gputune.errors import InputError
@@ -201,8 +201,11 @@ class PausedTraining(Generic[AnyTrial]):
         trained: set[int] = set()
         plan = replace(plan, chunks=chunks, workers=min(plan.workers, len(chunks)))
         report = context.progress.advance
-        with closing(context.trainer.train(job, plan, progress=report)) as outcomes:
-            for outcome in outcomes if chunks else ():
+        training: AbstractContextManager[Iterable[Outcome | Failure]] = nullcontext(())
+        if chunks:
+            training = closing(context.trainer.train(job, plan, progress=report))
+        with training as outcomes:
+            for outcome in outcomes:
                 trained.update(outcome.index)
                 if isinstance(outcome, Failure):
                     trial = trials[outcome.index[0]]
