@@ -71,6 +71,23 @@ def test_the_earlier_scores_on_the_page_of_records():
     assert f"an accuracy of {ensemble('adult', 'portfolio', 32)['score']:.4f}." in page
 
 
+def test_the_portfolio_of_realmlp():
+    numbers = (RESULTS / "realmlp_portfolio-amd-epyc-1-cores.md").read_text()
+    rows = [line.split("|")[1:-1] for line in numbers.splitlines() if line.startswith("| ")]
+    gains = {cells[0].strip(): [cell.strip() for cell in cells[-2:]] for cells in rows[1:]}
+    mean, to_32 = gains.pop("mean")
+    of_table = {name: float(to_8.rstrip("%")) for name, (to_8, _) in gains.items()}
+    best, worst = min(of_table, key=of_table.get), max(of_table, key=of_table.get)
+    n_lower = sum(gain < 0 for gain in of_table.values())
+    assert (len(of_table), n_lower, len(of_table) - n_lower) == (11, 6, 5)
+    page = " ".join((ROOT / "docs" / "benchmark-tables.md").read_text().split())
+    assert f"the best of these eight trials was {mean.lstrip('-')} lower than" in page
+    assert f"from {of_table[best]:+.1f}% on {best} to {of_table[worst]:+.1f}% on {worst}." in page
+    assert f"32 random configurations, the error was {to_32.lstrip('-')} lower." in page
+    table = " ".join((ROOT / "docs" / "tune-a-table.md").read_text().split())
+    assert f"the error of the best trial was {mean.lstrip('-')} lower on average" in table
+
+
 TABLE_CHART = ROOT / "scripts" / "benchmark" / "table_chart.py"
 MODELS = " ".join((ROOT / "docs" / "which-model.md").read_text().split())
 """The text of the page that compares models for tables."""
