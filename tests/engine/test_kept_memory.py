@@ -32,6 +32,15 @@ def faults_of_a_large_tensor():
     return faults
 
 
+@pytest.fixture(autouse=True)
+def usual_allocator(monkeypatch):
+    """The allocator as in a new process, whatever earlier tests have left."""
+    monkeypatch.setattr(main_memory, "_users", 0)
+    if GNU:
+        usual = main_memory._USUAL_OWN_MEMORY, main_memory._USUAL_TRIM
+        main_memory._set_thresholds(main_memory._gnu_allocator(), *usual)
+
+
 @pytest.mark.skipif(not GNU, reason="only the GNU C library is set")
 def test_freed_memory_is_kept_for_the_next_tensor_and_returned_at_the_end():
     with main_memory.keep_freed_memory():
