@@ -31,8 +31,8 @@ def smoothed(module, batch):
     return nn.functional.cross_entropy(module(batch[0]), batch[1], label_smoothing=0.2)
 
 
-class Network(lightning.LightningModule):
-    calls = 0
+class OneLayer:
+    """A part of a LightningModule of either package."""
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
@@ -40,6 +40,10 @@ class Network(lightning.LightningModule):
 
     def forward(self, x):
         return self.layer(x)
+
+
+class Network(OneLayer, lightning.LightningModule):
+    calls = 0
 
     def training_step(self, batch, batch_idx):
         type(self).calls += 1
@@ -72,14 +76,7 @@ def probabilities(module, **more):
 def test_a_classifier_trains_with_the_step_of_a_module_of_pytorch_lightning():
     package = pytest.importorskip("pytorch_lightning")
 
-    class Old(package.LightningModule):
-        def __init__(self, n_features, n_outputs):
-            super().__init__()
-            self.layer = nn.Linear(n_features, n_outputs)
-
-        def forward(self, x):
-            return self.layer(x)
-
+    class Old(OneLayer, package.LightningModule):
         def training_step(self, batch, batch_idx):
             return smoothed(self, batch)
 
