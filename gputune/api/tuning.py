@@ -21,12 +21,11 @@ from gputune.data.weights import ClassWeight
 from gputune.executors.cluster import Cluster
 from gputune.scoring.metrics import Scorings
 from gputune.tuning.callbacks import Callback
-from gputune.tuning.choices import choose_model
 from gputune.tuning.interrupt import script_signals
 from gputune.tuning.method import Method
 from gputune.tuning.options import make_options
 from gputune.tuning.pipeline import search as search_rows
-from gputune.tuning.presets import AUTO, check_preset, with_preset
+from gputune.tuning.presets import choose_before_preset, with_preset
 from gputune.tuning.progress import reading_bar
 from gputune.tuning.record import SearchCall, read_rows
 from gputune.types import (
@@ -411,10 +410,7 @@ def tune(
         callbacks=callbacks,
         verbose=verbose,
     )
-    if preset is not None:
-        check_preset(preset, model)
-    chosen_by_preset = preset is not None and model == AUTO
-    choice = choose_model("mlp" if chosen_by_preset else model, optimizer)
+    choice = choose_before_preset(preset, model, optimizer)
     # Read the Dataset here, behind a progress bar. ``read_source`` would read it silently.
     if choice.takes_arrays and isinstance(X, Dataset):
         X, y = read_dataset(X, y, partial(reading_bar, verbose=options.machine.verbose))

@@ -49,7 +49,6 @@ from gputune.spaces.random import n_counted
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
-from gputune.tuning.choices import choose_model
 from gputune.tuning.interrupt import (
     CTRL_C,
     SIGNALS,
@@ -59,7 +58,7 @@ from gputune.tuning.interrupt import (
 )
 from gputune.tuning.options import RowOptions
 from gputune.tuning.pipeline import search
-from gputune.tuning.presets import AUTO, check_preset, with_preset
+from gputune.tuning.presets import AUTO, choose_before_preset, with_preset
 from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.record import SearchCall, read_rows, recorded_search
 from gputune.tuning.session import checked_space, first_trials
@@ -86,10 +85,7 @@ def tune(arguments: argparse.Namespace) -> str:
     rows = options.rows
     preset = getattr(arguments, "preset", None)
     model = arguments.model or (AUTO if preset is not None else "mlp")
-    if preset is not None:
-        check_preset(preset, model)
-    chosen_by_preset = preset is not None and model == AUTO
-    choice = choose_model("mlp" if chosen_by_preset else model, arguments.optimizer)
+    choice = choose_before_preset(preset, model, arguments.optimizer)
     with profile.clock(PREPARING):
         source = read_rows(choice, rows, arguments.file, arguments.target, arguments.groups)
     task = chosen_task(source, choice, options)

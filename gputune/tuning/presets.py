@@ -23,7 +23,7 @@ from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.study.record import SearchRecord
 from gputune.study.store import Store
 from gputune.text import count, did_you_mean
-from gputune.tuning.choices import choose_model
+from gputune.tuning.choices import ModelChoice, choose_model
 from gputune.tuning.options import RULES, make_options
 from gputune.tuning.preset_table import ALIASES, PRESETS, ModelName, Preset
 from gputune.tuning.record import SearchCall
@@ -73,6 +73,19 @@ def check_preset(name: object, model: object) -> str:
             + per_interface(', or pass "auto" as the model.', ", or leave --model out."),
         )
     return short
+
+
+def choose_before_preset(preset: object, model: object, optimizer: object) -> ModelChoice:
+    """Return the chosen model, or the MLP in place of a model that the preset still chooses.
+
+    ``preset`` is None for a call without a preset. Raises InputError for an unknown preset, for a
+    model between which presets do not choose, and for a bad model or optimizer.
+    """
+    if preset is not None:
+        check_preset(preset, model)
+        if model == AUTO:
+            model = "mlp"
+    return choose_model(model, optimizer)
 
 
 @dataclass(frozen=True)
