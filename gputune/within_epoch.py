@@ -1,7 +1,7 @@
 """Report the progress of training within an epoch to the progress bar of a search.
 
 Large tables have epochs of many seconds. Code that trains calls ``report_steps`` every few hundred
-milliseconds. Worker processes write their progress to a file, which ``running_in_workers`` reads.
+milliseconds. Workers write their progress to an array, which ``running_in_workers`` reads.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,7 +65,7 @@ def reported_to(listener: StepsTaken) -> AbstractContextManager[None]:
 
 
 def workers_read_by(read: Callable[[], Running]) -> AbstractContextManager[None]:
-    """Read the progress of worker processes with the function ``read`` during a ``with`` block."""
+    """Read the progress of workers with the function ``read`` during a ``with`` block."""
     return _set_during(_workers, read)
 
 
@@ -78,13 +78,13 @@ def report_steps(taken: float, total: float, trials: int) -> None:
 
 
 def report_waiting() -> None:
-    """Report that this process trains nothing, because it waits for worker processes."""
+    """Report that this thread trains nothing, because it waits for workers."""
     listener = _listener.get()
     if listener is not None:
         listener(0.0, 0)
 
 
 def running_in_workers() -> Running:
-    """Return the training of all worker processes that has not been reported as a result yet."""
+    """Return the training of all workers that has not been reported as a result yet."""
     read = _workers.get()
     return Running() if read is None else read()

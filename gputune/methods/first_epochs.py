@@ -32,7 +32,7 @@ _STATE_SHARE = 0.25  # of the free main memory
 
 @dataclass
 class FirstEpochs:
-    """The results of the first epoch of chunks of trials.
+    """The results of chunks of trials after their first epoch.
 
     ``plan`` has the chunks that still train, each from the state after its first epoch. ``begun``
     has the positions of trials that have begun to train further, and ``ended`` those of trials that
