@@ -11,7 +11,8 @@ import torch
 
 from gputune.annotations import FloatArray
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
-from gputune.data.columns import DATE_PARTS, Column, Layout
+from gputune.data.column import DATE_PARTS, Column
+from gputune.data.columns import Layout
 from gputune.data.encode import Statistics
 from gputune.data.target_transform import FittedTransform
 from gputune.study.record import has_form

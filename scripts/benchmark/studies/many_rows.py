@@ -119,7 +119,7 @@ def boosted(library: str, split: Split, seconds: float) -> Model:
 def network(split: Split, seconds: float) -> Model:
     study = split.search("auto", preset="best", timeout=seconds)
     trials = sum(math.isfinite(trial.score) for trial in study.trials)
-    model = study.ensemble(verbose=0) if trials > 1 else study.best_model(verbose=0)
+    model = study.ensemble(verbose=0) if trials > 1 else study.best_model()
     return model, trials
 
 
