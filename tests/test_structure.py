@@ -182,7 +182,7 @@ def test_the_signature_of_tune():
     expected = (
         "model X y preset space n_trials include include_default warm_start method cv groups scoring "
         "positive task missing_target target_transform loss training_step augment class_weight "
-        "sample_weight drop kinds max_levels columns numbers optimizer schedule max_epochs "
+        "sample_weight drop kinds max_levels category_copies columns numbers optimizer schedule max_epochs "
         "n_ens patience epoch timeout target_score patience_trials study checkpoint_seconds device "
         "backend dtype tf32 precision memory workers keep_predictions random_state callbacks "
         "verbose"

@@ -66,6 +66,7 @@ def tune(
     drop: Sequence[str] = (),
     kinds: Mapping[str, Kind] | None = None,
     max_levels: int = 32,
+    category_copies: Sequence[str] = (),
     columns: Columns | Literal["auto"] = "auto",
     numbers: Numbers | Literal["auto"] = "auto",
     optimizer: str | type[torch.optim.Optimizer] | None = None,
@@ -233,6 +234,9 @@ def tune(
             for example {"zip": "category"}.
         max_levels: number of levels of a category (the most frequent ones) that get a feature each,
             at least 1. The other levels share one feature.
+        category_copies: columns of numbers that become categories too, for numbers with a meaning
+            of their own. Up to 128 frequent values (``max_levels`` if that is more) get a feature
+            each, and the other values share one.
         columns: "keep" makes each numeric or boolean column one feature, whatever it holds.
             "drop-constant" leaves out constant columns and adds features that mark missing values.
             "auto" is "keep" for your own class, otherwise "drop-constant".
@@ -386,6 +390,7 @@ def tune(
         drop=drop,
         kinds=kinds,
         max_levels=max_levels,
+        category_copies=category_copies,
         columns=columns,
         numbers=numbers,
         schedule=schedule,

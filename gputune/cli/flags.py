@@ -294,7 +294,9 @@ class CommandLine(Interface):
             return flag
         text = _unquoted(value)
         if value.startswith(("(", "[")):
-            text = ",".join(re.findall(r"\w+", value))
+            items = _literal(value)
+            words = items if isinstance(items, list | tuple) else re.findall(r"\w+", value)
+            text = ",".join(map(str, words))
         if reference.name == "workers" and text in self.known:
             return str(self.known[text])  # a cluster has a flag, such as --ray
         if reference.name == "study":

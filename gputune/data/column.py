@@ -3,7 +3,7 @@
 ``fit_column`` decides once, from the values of a column. Later rows are converted by the same
 decision. In shapes, n counts rows and d features of a column.
 
-number     its value
+number     its value, and with copy=True the features of a category of its values
 boolean    1 or 0
 category   one feature per level (one-hot); rare levels share the feature ``(other)``
 date       days since 1970, month, day of the month, weekday (0 = Monday), hour;
@@ -15,11 +15,11 @@ their other features are NaN. A category gets a level of that name.
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from gputune.data.kinds import Kind, convert
+from gputune.data.kinds import Kind, convert, text_of
 from gputune.data.readings import misread_remarks
 from gputune.types import Json
 from gputune.wording import option
@@ -46,9 +46,17 @@ def _parts(kind: Kind, values: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.where(known, part, np.nan) for name, part in parts.items()}
 
 
+COPIED_LEVELS = 128
+"""The largest number of levels of a number that is also a category, unless the user's limit for all
+categories is higher."""
+
+
 @dataclass(frozen=True)
 class Column:
-    """One column of a table and its features, in the order parts, levels, other, missing."""
+    """One column of a table and its features, in the order parts, levels, other, missing.
+
+    A number with levels is also a category: its frequent values have features of their own.
+    """
 
     name: str
     kind: Kind
@@ -63,6 +71,16 @@ class Column:
         parts = [self.name if part == "value" else f"{self.name}.{part}" for part in self.parts]
         levels = [*self.levels, *["(other)"] * self.other, *["(missing)"] * self.missing]
         return (*parts, *(f"{self.name}={level}" for level in levels))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the column is a number or boolean that is not also a category."""
+        return self.kind in ("number", "boolean") and not self.levels
+
+    @property
+    def is_category(self) -> bool:
+        """Whether the features after the parts are the levels of one category."""
+        return self.kind == "category" or bool(self.levels)
 
     @property
     def numeric(self) -> tuple[bool, ...]:
@@ -89,17 +107,28 @@ class Column:
         are NaN, except a feature that marks missing values.
         """
         values = self.read(kind, values)
-        if self.kind != "category":
+        features = []
+        if self.parts:
             by_name = _parts(self.kind, values)
             features = [by_name[name] for name in self.parts]
-            if self.missing:
-                features.append(np.isnan(values).astype(np.float64))
-            return np.stack(features, axis=1)
-        width = len(self.feature_names)
+        if self.is_category:
+            features.append(self._one_hot(values))
+        elif self.missing:
+            features.append(np.isnan(values).astype(np.float64))
+        return np.column_stack(features)
+
+    def _one_hot(self, values: np.ndarray) -> np.ndarray:
+        """Return the features (n, d) of the levels for values of this column's kind."""
+        width = len(self.levels) + self.other + self.missing
         unknown = len(self.levels) if self.other else width  # column cut off below: zeros
         position: dict[str | None, int] = {level: j for j, level in enumerate(self.levels)}
         position[None] = width - 1 if self.missing else unknown
-        codes = np.array([position.get(value, unknown) for value in values], dtype=np.int64)
+        if self.kind == "category":
+            codes = np.array([position.get(value, unknown) for value in values], dtype=np.int64)
+        else:
+            distinct, places = np.unique(values, return_inverse=True)
+            texts = [None if math.isnan(value) else text_of(value) for value in distinct]
+            codes = np.array([position.get(text, unknown) for text in texts])[places]
         # (n,) codes -> (n, width) one-hot
         return np.eye(width + 1)[codes, :width]
 
@@ -119,6 +148,7 @@ def fit_column(
     max_levels: int,
     min_count: int,
     keep: bool = False,
+    copy: bool = False,
 ) -> tuple[Column, tuple[str, ...]]:
     """Decide from a column's values which features the network receives for the column.
 
@@ -126,8 +156,15 @@ def fit_column(
 
     A level is rare if it has fewer than ``min_count`` rows (or fewer than 1% of the rows, if that
     is less). It is also rare if it is not among the ``max_levels`` most frequent levels. With
-    ``keep``, a number or boolean is always one feature, whatever its values are.
+    ``keep``, a number or boolean is always one feature, whatever its values are. With ``copy``, the
+    frequent values of a number are also the levels of a category, at least ``COPIED_LEVELS`` of
+    them if there are as many.
     """
+    if copy:
+        number, said = fit_column(
+            name, kind, values, max_levels=max_levels, min_count=min_count, keep=keep
+        )
+        return _with_levels(number, said, values, max_levels, min_count)
     if kind == "category":
         counts = Counter(values.tolist())
         del counts[None]
@@ -155,6 +192,20 @@ def fit_column(
             "missing values become the mean of the training rows, and a feature marks them"
         )
     return column, tuple(remarks)
+
+
+def _with_levels(
+    number: Column, remarks: tuple[str, ...], values: np.ndarray, max_levels: int, min_count: int
+) -> tuple[Column, tuple[str, ...]]:
+    """Return a number whose frequent values are also levels, and remarks for the user."""
+    known, counts = np.unique(values[~np.isnan(values)], return_counts=True)
+    by_text = Counter(dict(zip(map(text_of, known.tolist()), counts.tolist())))
+    limit = max(max_levels, COPIED_LEVELS)
+    category, _ = fit_category(number.name, by_text, len(values), limit, min_count)
+    if not category.levels or not number.parts:
+        return number, (*remarks, "no value is frequent enough to be a category too")
+    remark = f"{len(category.levels)} of {len(known)} values are categories too"
+    return replace(number, levels=category.levels, other=category.other), (*remarks, remark)
 
 
 def fit_category(

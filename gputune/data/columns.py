@@ -21,7 +21,7 @@ from gputune.data.kinds import Kind, text_of
 from gputune.data.readings import EXAMPLE, LOST_ZEROS
 from gputune.data.table import Table, nameless, quoted, two_axes
 from gputune.errors import InputError, warn
-from gputune.text import count
+from gputune.text import count, did_you_mean
 from gputune.types import Json, Numbers
 from gputune.wording import Verbatim, option
 
@@ -107,18 +107,16 @@ class Layout:
         """The group of each feature, (D,), so that all levels of a category belong together.
 
         Numeric features have the group 0. Each category and each flag has its own group, counted
-        from 1.
+        from 1. The levels of a number that is also a category are one group.
         """
         groups: list[int] = []
         last = 0
         for column in self.columns:
-            if column.kind == "category":
-                last += 1
-                groups.extend([last] * len(column.feature_names))
-                continue
+            has_group = False
             for numeric in column.numeric:
-                if not numeric:
+                if not numeric and not (has_group and column.is_category):
                     last += 1
+                    has_group = True
                 groups.append(0 if numeric else last)
         return tuple(groups)
 
@@ -219,11 +217,11 @@ class Layout:
     def _raw_tensor(self, X: Tensor) -> Tensor:
         names = nameless(X.shape[1])
         self._check(names)
-        unfit = [column.name for column in self.columns if column.kind not in ("number", "boolean")]
+        unfit = [column.name for column in self.columns if not column.is_plain]
         if unfit:
             raise InputError(
                 "X",
-                f"is a tensor of numbers, but the columns {quoted(unfit)} are text or dates",
+                f"is a tensor of numbers, but the columns {quoted(unfit)} are categories or dates",
                 remedy="Pass a DataFrame.",
             )
         positions = dict(zip(names, range(len(names))))
@@ -256,6 +254,7 @@ def fit_layout(
     columns: Columns = "drop-constant",
     max_levels: int = 32,
     min_count: int = 10,
+    copies: Sequence[str] = (),
 ) -> Layout:
     """Decide from X, and never from y, how the columns of X become features.
 
@@ -268,7 +267,12 @@ def fit_layout(
             "drop-constant" adds a feature that marks missing values.
         max_levels: the largest number of levels of a category, see ``fit_column``.
         min_count: the number of rows below which a level is rare, see ``fit_column``.
+        copies: columns of numbers that become categories too.
+
+    Raises:
+        InputError: a column in ``copies`` does not exist or has no numbers.
     """
+    check_copies(X, copies)
     if isinstance(X, Tensor):
         X = _summary(checked_tensor(X))
     fit = partial(fit_column, max_levels=max_levels, min_count=min_count, keep=columns == "keep")
@@ -279,7 +283,7 @@ def fit_layout(
             readings[name] += _advice_on_zeros(name, X.column(name), max_levels, min_count)
     remarks = [*X.amounts.items(), *readings.items()]
     for name, kind, values in zip(X.names, X.kinds, X.columns):
-        column, column_remarks = fit(name, kind, values)
+        column, column_remarks = fit(name, kind, values, copy=name in copies)
         remarks += [(name, remark) for remark in column_remarks]
         if column.feature_names:
             used.append(column)
@@ -290,6 +294,35 @@ def fit_layout(
     if not used:
         raise InputError("X", "has no usable column", remedy=" ".join(notes))
     return Layout(tuple(used), X.names, notes)
+
+
+def check_copies(X: AnyRows, copies: Sequence[str]) -> None:
+    """Raise InputError unless all ``copies`` are names of columns with numbers."""
+    if copies and not isinstance(X, Table):
+        raise InputError(
+            "category_copies",
+            "is only for tables, because their columns have names",
+            got=list(copies),
+            remedy=f"Leave out {option('category_copies')}.",
+        )
+    for name in copies:
+        assert isinstance(X, Table)
+        if name not in X.names:
+            raise InputError(
+                "category_copies",
+                "must name columns of the table, and not its target or its groups",
+                got=name,
+                remedy=f"The columns are {quoted(X.names)}.{did_you_mean(name, X.names)}",
+            )
+        kind = X.kind(name)
+        if kind != "number":
+            is_text = kind == "category"
+            raise InputError(
+                "category_copies",
+                "must name columns of numbers",
+                got=Verbatim(f"{name!r}, a column of {'text' if is_text else f'{kind}s'}"),
+                remedy="A column of text is a category already." if is_text else "Leave it out.",
+            )
 
 
 def _advice_on_zeros(name: str, values: np.ndarray, max_levels: int, min_count: int) -> str:

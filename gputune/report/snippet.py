@@ -225,6 +225,7 @@ def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
         "cv": _folds(script, record),
         "scoring": scoring,
         "max_levels": script.literal(record.max_levels),
+        "category_copies": script.literal(list(record.category_copies)),
         "n_ens": script.literal(record.n_ens),
         "class_weight": _class_weight(script, record.class_weight),
         "target_transform": _transform(script, record.target_transform),
@@ -243,6 +244,7 @@ def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
         "columns": "'keep'" if record.spec["kind"] == "module" else "'drop-constant'",
         "numbers": "'standard'",
         "max_levels": str(SearchRecord.max_levels),
+        "category_copies": "[]",
         "n_ens": str(SearchRecord.n_ens),
         "schedule": "'constant'",
     }

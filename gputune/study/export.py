@@ -29,8 +29,8 @@ the extra files of a .pt2 file."""
 
 def takes_columns(layout: Layout) -> bool:
     """Return True if an exported model takes raw columns, because all columns are numeric or
-    boolean."""
-    return all(column.kind in ("number", "boolean") for column in layout.columns)
+    boolean and none is also a category."""
+    return all(column.is_plain for column in layout.columns)
 
 
 def encoded(model: ModelContent, table: Table | Arrays) -> Any:

@@ -20,7 +20,7 @@ from gputune.garbage import without_collector
 from gputune.scratch import sweep
 from gputune.study.claims import Claims
 from gputune.study.database import DRAFTS, damage_error
-from gputune.study.record import DIRECTIONS, IDENTITY, SearchRecord
+from gputune.study.record import DIRECTIONS, IDENTITY, LATER_WITH_DEFAULTS, SearchRecord
 from gputune.study.store import Candidate, PlannedChunk, Result, Store
 from gputune.text import count
 from gputune.types import Json, Outputs, drop_beyond_limit
@@ -292,8 +292,7 @@ def differences(stored: SearchRecord, current: SearchRecord) -> list[str]:
 
 def _comparable(record: SearchRecord, name: str) -> Any:
     """Return a field of a search record, or None if the file of the record lacks the field."""
-    # Files without these fields come from a version that always used their defaults.
-    is_absent = name in record.absent and name not in ("max_levels", "n_ens")
+    is_absent = name in record.absent and name not in LATER_WITH_DEFAULTS
     return None if is_absent else getattr(record, name)
 
 
@@ -306,6 +305,12 @@ def _difference(name: str, stored: Any, current: Any) -> str:
         names = [_method_name(stored), _method_name(current)]
         if names[0] != names[1]:
             return f"method{_short_pair(*names)}"
+    if name == "metrics":
+        names = [
+            ", ".join(metric["name"] for metric in metrics) or "one"
+            for metrics in (stored, current)
+        ]
+        return f"{IDENTITY[name]}{_both(*names) if max(map(len, names)) < _SHORT else ''}"
     is_loop = name == "spec" and (current or {}).get("kind") == "objective"
     label = "objective" if is_loop else IDENTITY[name]
     return f"{label}{_short_pair(stored, current)}"
@@ -347,20 +352,21 @@ def _row_differences(
     return [f"data{_both(*sizes)}"]
 
 
+_SHORT = 60
+"""Values with fewer characters are part of a message about a difference."""
+
+
 def _short_pair(stored: object, current: object) -> str:
     """Return two different values as text if both are short, otherwise ""."""
     texts = [repr(stored), repr(current)]
     if isinstance(stored, list) and isinstance(current, list):
-        texts = [
-            ", ".join(metric["name"] for metric in metrics) or "one"
-            for metrics in (stored, current)
-        ]
+        texts = [", ".join(items) or "none" for items in (stored, current)]
     if isinstance(stored, dict) and isinstance(current, dict) and stored.keys() == current.keys():
         keys = [key for key in stored if stored[key] != current[key]]
         if keys == ["sha256"] and "kind" in stored:
             return " (its code has changed)"
         texts = [", ".join(f"{key}={value[key]!r}" for key in keys) for value in (stored, current)]
-    return _both(*texts) if max(map(len, texts)) < 60 else ""
+    return _both(*texts) if max(map(len, texts)) < _SHORT else ""
 
 
 def _both(stored: str, current: str) -> str:

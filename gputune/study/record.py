@@ -184,6 +184,8 @@ class SearchRecord:
         notes: remarks on columns and trials.
         max_levels: the largest number of levels of a category that have their own features. Always
             32 in older versions.
+        category_copies: columns of numbers that became categories too. Always empty in older
+            versions.
         class_weight: the class weights as text. None if the rows were not weighted.
         sample_weight: a digest of the sample weights. None if the rows were not weighted.
         cv: the number of folds, a text such as "time:5", or the class of the splitter.
@@ -227,6 +229,7 @@ class SearchRecord:
     columns: str = _argument("", "columns")
     numbers: str = _argument("", "numbers")
     max_levels: int = _record_field(32, "max_levels")
+    category_copies: Sequence[str] = _record_field(list, "category_copies", form=[str])
     class_weight: str | None = _record_field(None, "class_weight", form=TEXT, training=True)
     sample_weight: str | None = _record_field(None, "sample_weight", form=TEXT, training=True)
     cv: str = _record_field("")
@@ -292,8 +295,7 @@ class SearchRecord:
             "target_transform",
             "metrics",
             "patience",
-            "max_levels",
-            "n_ens",
+            *LATER_WITH_DEFAULTS,
         )
         return [name for name in IDENTITY if name in self.absent and name not in later]
 
@@ -360,6 +362,8 @@ RECORD_FIELDS: Mapping[str, RecordField] = {
 DIRECTIONS = {"objective": "maximize", "neg_objective": "minimize"}
 """Score name of a custom training loop -> the direction of the search."""
 
+LATER_WITH_DEFAULTS = ("max_levels", "n_ens", "category_copies")
+"""Fields that files of older versions lack, because these versions always used their defaults."""
 IDENTITY = {
     name: option(purpose.label) if purpose.label.isidentifier() else purpose.label
     for name, purpose in RECORD_FIELDS.items()

@@ -210,8 +210,8 @@ def _function(objective: object) -> tuple[object, str]:
 
 
 _ABSENT = """
-target optimizer schedule task classes source fingerprint features columns numbers max_levels class_weight sample_weight
-n_ens cv splits objective code positive baseline dtype device
+target optimizer schedule task classes source fingerprint features columns numbers max_levels
+category_copies class_weight sample_weight n_ens cv splits objective code positive baseline dtype device
 """.split()
 """The fields of a search record about rows and models. Searches with a custom training loop lack
 them."""

@@ -216,6 +216,16 @@ class RowOptions(OptionGroup):
         check=checks.count,
         stored=True,
     )
+    category_copies: Sequence[str] = _data(
+        (),
+        "--category-copies <NAME,...>",
+        "Columns of numbers that become categories too",
+        "Their frequent values, at most 128, get a feature each. For example, an amount of 7298 may "
+        "have a meaning of its own. --preset finds such columns.",
+        takes="names",
+        check=checks.names,
+        stored=True,
+    )
     columns: "Columns | Literal['auto']" = _data(
         "auto",
         "--columns <NAME>",

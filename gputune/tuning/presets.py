@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gputune.data.arrays import Arrays
+from gputune.data.name_like import name_like_columns
+from gputune.data.table import Table
 from gputune.data.target import check_target
 from gputune.data.time_order import TimeSplit
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
@@ -94,6 +95,7 @@ class _Case:
 
     ``is_table`` is False for tensors and for several inputs, whose numbers have fewer scalings.
     ``values`` are the user's arguments by name, with "model", "ensemble" and "calibrate".
+    ``name_like`` are the columns of numbers whose values are like names.
     """
 
     rows: int
@@ -101,6 +103,7 @@ class _Case:
     is_table: bool
     has_classes: bool
     values: Mapping[str, Any]
+    name_like: list[str]
 
     @property
     def folds(self) -> int:
@@ -150,7 +153,7 @@ def with_preset(
     values = {
         key: chosen[key]
         for key in RULES
-        if key in chosen and key not in case.values and chosen[key] != defaults[key]
+        if key in chosen and key not in case.values and chosen[key] != _as_written(defaults[key])
     }
     extras = {key: True for key in _EXTRAS if chosen[key]}
     to_store = {key: chosen[key] for key in _STORED if key in chosen and key not in case.values}
@@ -190,10 +193,10 @@ def _case(call: SearchCall, given: Collection[str], model: object) -> _Case:
     task = chosen_task(source, call.choice, options)
     target = check_target(source.y, task=task, n_rows=len(X), name=source.target)
     columns = 1
-    if isinstance(X, Tensor):
-        columns = X.shape[1] if X.dim() > 1 else 1
-    elif not isinstance(X, Arrays):
+    if isinstance(X, Table):
         columns = len(X.names)
+    elif isinstance(X, Tensor):
+        columns = X.shape[1] if X.dim() > 1 else 1
     # "auto" leaves the choice to the preset.
     values = {
         key: value
@@ -202,9 +205,11 @@ def _case(call: SearchCall, given: Collection[str], model: object) -> _Case:
     }
     if model != AUTO:
         values["model"] = model
-    is_table = not isinstance(X, Tensor | Arrays)
     has_classes = target.task in ("binary", "multiclass")
-    return _Case(len(X), columns, is_table, has_classes, values)
+    name_like = list[str]()
+    if isinstance(X, Table) and "category_copies" not in values:
+        name_like = name_like_columns(X, target.values)
+    return _Case(len(X), columns, isinstance(X, Table), has_classes, values, name_like)
 
 
 def _not_chosen(call: SearchCall) -> set[str]:
@@ -231,6 +236,7 @@ def _choices(name: str, case: _Case) -> dict[str, Any]:
         "ensemble": preset.ensemble,
         "calibrate": case.has_classes,
         "space": _space_of(preset, case),
+        "category_copies": case.name_like,
     }
     chosen |= case.values
     timeout = case.values.get("timeout")
@@ -268,7 +274,7 @@ _EXTRAS = {
 """The choices for the final model, in words and as a flag."""
 _SHOWN = ("model", "space", "n_trials", "cv", "max_epochs", "n_ens", "patience", "timeout")
 """The arguments that a preset may choose."""
-_STORED = tuple(key for key in (*_SHOWN, *_EXTRAS) if key != "timeout")
+_STORED = (*(key for key in _SHOWN if key != "timeout"), "category_copies", *_EXTRAS)
 """The choices that a study keeps. Each call may have another timeout."""
 
 
@@ -296,7 +302,10 @@ def _sentence(
 
 
 def _as_written(value: object) -> object:
-    """Return a value of an option as users write it: 60 for 60.0 seconds, "time:5" for its split."""
+    """Return a value of an option as users write it: 60 for 60.0 seconds, "time:5" for its split,
+    and a list of names."""
+    if isinstance(value, tuple):
+        return list(value)
     if isinstance(value, TimeSplit):
         return str(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, fit_channels
-from gputune.data.columns import Columns, Layout, fit_layout
+from gputune.data.columns import Columns, Layout, check_copies, fit_layout
 from gputune.data.dataset import Dataset, Inputs, Preparations, Rows, inputs_of, make_dataset
 from gputune.data.encode import LIMIT, Statistics, check_numbers, fit_statistics
 from gputune.data.folds import Splitter, make_folds
@@ -458,11 +458,14 @@ def make_problem(
     layout: Layout | ArrayLayout
     raw: np.ndarray | Tensor | Arrays
     if isinstance(X, Arrays):
+        check_copies(X, rows.category_copies)
         layout = ArrayLayout.of(X)
         raw = X
         default = "none"
     else:
-        layout = fit_layout(X, columns=columns, max_levels=rows.max_levels)
+        layout = fit_layout(
+            X, columns=columns, max_levels=rows.max_levels, copies=rows.category_copies
+        )
         raw = layout.raw(X)
     numbers = default if rows.numbers == "auto" else rows.numbers
     own = own_training(choice, options, target, layout, numbers, given)

@@ -123,6 +123,7 @@ def search_record(
         columns=problem.columns,
         numbers=problem.numbers,
         max_levels=rows.max_levels,
+        category_copies=list(rows.category_copies),
         notes=[*problem.layout.notes, *notes],
         class_weight=None if training.class_weight is None else repr(training.class_weight),
         sample_weight=sample_weight,
@@ -280,6 +281,7 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
     values = {name: getattr(record, name) for name, part in RECORD_FIELDS.items() if part.training}
     # Left out when unset, so that checkpoints of older studies keep their digest.
     later: dict[str, Any] = {"metrics": record.metrics, "code": record.code}
+    later["category_copies"] = record.category_copies
     for name in ("max_levels", "n_ens"):
         value = getattr(record, name)
         later[name] = value if value != getattr(SearchRecord, name) else None

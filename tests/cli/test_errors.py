@@ -217,6 +217,14 @@ def test_an_unknown_backend_is_refused_with_all_names(bugs):
         ),
         ("--kind d=number", ["--kind must name columns of the table, got 'd'"]),
         (
+            "--category-copies aa",
+            [
+                "--category-copies must name columns of the table, and not its target or its "
+                "groups, got 'aa'",
+                "Did you mean 'a'?",
+            ],
+        ),
+        (
             "--kind c=number",
             [
                 "--kind c=number does not fit the column 'c', which has '",

@@ -35,7 +35,7 @@ COMMANDS = {
         "--target kind --model mlp --optimizer adamw --include lr=0.5 --no-default --epochs 3 "
         "--patience 2 --trials 2 --scoring f1 --positive bee --space lr=0.25 --schedule cosine "
         "--seed 3 --target-score 0.999 --patience-trials 50 --task classification --cv 2 "
-        "--class-weight balanced --drop c --kind z=category --max-levels 5 --columns keep "
+        "--class-weight balanced --drop c --kind z=category --max-levels 5 --category-copies a --columns keep "
         "--numbers quantile --groups site --test-size 0.3 --device cpu --backend eager --dtype "
         "float64 --memory 1MB --workers 1 --checkpoint-seconds 7 --no-predictions --ensemble "
         "--calibrate --no-compare-default --missing-target drop"
@@ -106,6 +106,7 @@ STORED = {
     "kinds": ("classes", as_option(lambda options: options.kinds), {"z": "category"}),
     "n_ens": ("numbers", as_option(lambda options: options.n_ens), 1),
     "max_levels": ("classes", as_option(lambda options: options.max_levels), 5),
+    "category_copies": ("classes", as_option(lambda options: options.category_copies), ("a",)),
     "missing_target": ("classes", as_option(lambda options: options.missing_target), "drop"),
     "columns": ("classes", as_option(lambda options: options.columns), "keep"),
     "numbers": ("classes", as_option(lambda options: options.numbers), "quantile"),

@@ -319,7 +319,7 @@ def test_tensors_have_no_quantiles_and_no_text(numbers):
     ):
         fit_statistics(raw, layout, np.arange(3), numbers="log")
     texts = np.array([["a", 1.0], ["b", 2.0], ["a", 3.0], ["b", 4.0]], dtype=object)
-    with refused("is a tensor of numbers, but the columns 'x0' are text or dates"):
+    with refused("is a tensor of numbers, but the columns 'x0' are categories or dates"):
         fit(texts)[0].raw(raw)
 
 

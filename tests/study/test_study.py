@@ -310,6 +310,7 @@ LATER = (
     "patience",
     "max_levels",
     "n_ens",
+    "category_copies",
 )
 
 
@@ -350,7 +351,7 @@ def test_the_order_in_which_a_checkpoint_digests_a_search_stays():
     training += " splits objective scoring positive max_epochs seed dtype"
     assert [name for name, part in RECORD_FIELDS.items() if part.training] == training.split()
     others = {"target", "space", "method", "epoch", "patience", "metrics", "code", "max_levels"}
-    others |= {"n_ens"}
+    others |= {"n_ens", "category_copies"}
     assert {*IDENTITY} - {*training.split()} == others
 
 

@@ -152,6 +152,28 @@ def test_a_default_that_the_user_writes_wins_too(capsys):
     assert model.temperature != 1  # the preset calibrates
 
 
+def with_codes(rows=3000):
+    """A table with a column of codes, each with its own class, and a target."""
+    rng = np.random.default_rng(0)
+    code = rng.integers(0, 60, rows)
+    X = pd.DataFrame({"code": code * 7, "age": rng.integers(20, 60, rows)})
+    return X, rng.integers(0, 2, 60)[code]
+
+
+def test_a_preset_finds_numbers_that_are_like_names(tmp_path, capsys):
+    X, y = with_codes()
+    small = {"n_trials": 1, "max_epochs": 2, "cv": 2, "study": tmp_path / "s.db"}
+    study = gputune.tune("auto", X, y, preset="medium", **small)
+    assert study.record.category_copies == ["code"]
+    assert "space='mlp', category_copies=['code']" in capsys.readouterr().err
+    assert "Column 'code': 60 of 60 values are categories too." in study.record.notes
+    # A later call takes the columns from the study, whatever it would find itself.
+    again = gputune.tune("auto", X, y, preset="medium", **small, verbose=0)
+    assert again.trials == study.trials
+    study = tune("auto", X, y, preset="medium", category_copies=[], **small | {"study": None})
+    assert study.record.category_copies == []
+
+
 def test_a_study_with_a_preset_continues(tmp_path):
     call = partial(
         tune, "auto", *DIABETES, preset="best", max_epochs=1, cv=2, study=tmp_path / "s.db"
@@ -176,6 +198,7 @@ def test_a_study_keeps_the_choices_of_its_preset_with_another_timeout(tmp_path, 
             "max_epochs": epochs,
             "n_ens": 1,
             "patience": None,
+            "category_copies": [],
             "ensemble": False,
             "calibrate": True,
         },
