@@ -52,7 +52,7 @@ PRESETS: Mapping[str, Preset] = {
         "RealMLP, its portfolio and an ensemble",
         "realmlp",
         n_trials=8,
-        epochs=(32, 256),
+        epochs=(16, 256),
         row_epochs=5_000_000,
         large_space="realmlp-large",
         faster="medium",

@@ -35,14 +35,18 @@ from gputune.wording import Verbatim, option, per_interface
 AUTO = "auto"
 """The model of a call whose preset chooses the model."""
 
-_SECONDS: Mapping[ModelName, tuple[float, float]] = {
-    "mlp": (4e-6, 0.28e-6),
-    "realmlp": (38e-6, 0.6e-6),
+_SECONDS: Mapping[ModelName, tuple[float, float, float]] = {
+    "mlp": (2.0, 4e-6, 0.28e-6),
+    "realmlp": (20.0, 18e-6, 0.55e-6),
 }
-"""CPU seconds of training a network on one row, once: a constant part, and a part for each column.
+"""CPU seconds of a search: a fixed part, and for each network, row and epoch a constant part and a
+part for each column.
 
-They were measured on an EPYC core with the first eight trials of each model's named space, on 5,000
-rows of 10 and of 60 numeric columns."""
+Those of realmlp are from searches of realmlp-large on an EPYC core, with 10,000 to 17,000 rows of 8
+to 16 columns. Those of mlp are from the first eight trials of the space mlp, on 5,000 rows of 10 and
+of 60 numeric columns."""
+_FINAL_SHARE = 0.5
+"""The final ensemble trains about this share of the trials again, on all rows."""
 _MANY_ROWS = 10_000
 """With more rows, three folds instead of five are enough, and a preset may have another space."""
 _MOST_NETWORKS = (8, 4, 2)
@@ -111,11 +115,17 @@ class _Case:
         return cv if isinstance(cv, int) else 5
 
     def seconds(self, chosen: Mapping[str, Any]) -> float:
-        """Return the estimated CPU seconds of the training with some choices."""
-        constant, per_column = _SECONDS[chosen["model"]]
-        trainings = int(chosen["n_trials"] * chosen["n_ens"] * chosen["max_epochs"])
-        row_passes = trainings * (self.folds - 1) * self.rows
-        return row_passes * (constant + per_column * self.columns)
+        """Return the estimated CPU seconds of the search and of the final model."""
+        fixed, constant, per_column = _SECONDS[chosen["model"]]
+        networks = int(chosen["n_trials"] * chosen["n_ens"] * chosen["max_epochs"])
+        passes = self.folds - 1 + (_FINAL_SHARE if chosen["ensemble"] else 0)
+        return fixed + networks * passes * self.rows * (constant + per_column * self.columns)
+
+    def epochs_within(self, chosen: Mapping[str, Any], seconds: float) -> int:
+        """Return the number of epochs, at most the chosen one, that fits into some seconds."""
+        fixed = _SECONDS[chosen["model"]][0]
+        share = (seconds - fixed) / (self.seconds(chosen) - fixed)
+        return math.floor(min(share, 1.0) * chosen["max_epochs"])
 
 
 def with_preset(
@@ -242,16 +252,15 @@ def _choices(name: str, case: _Case) -> dict[str, Any]:
     timeout = case.values.get("timeout")
     if timeout is None:
         return chosen
-    if case.seconds(chosen) > timeout and "max_epochs" not in case.values:
-        share = timeout / case.seconds(chosen)
-        chosen["max_epochs"] = max(preset.epochs[0], math.floor(share * chosen["max_epochs"]))
+    if "max_epochs" not in case.values:
+        chosen["max_epochs"] = max(preset.epochs[0], case.epochs_within(chosen, timeout))
     is_too_long = case.seconds(chosen) > timeout
     if is_too_long and preset.faster and "model" not in case.values:
         return _choices(preset.faster, case)
     if "n_ens" not in case.values and preset.ensemble:
         for n_ens in _MOST_NETWORKS:
             is_allowed = n_ens * _ROWS_PER_NETWORK <= case.rows
-            if is_allowed and 2 * n_ens * case.seconds(chosen) <= timeout:
+            if is_allowed and n_ens * case.seconds(chosen) <= timeout:
                 chosen["n_ens"] = n_ens
                 break
     return chosen
