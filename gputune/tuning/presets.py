@@ -42,9 +42,9 @@ _SECONDS: Mapping[ModelName, tuple[float, float, float]] = {
 """CPU seconds of a search: a fixed part, and for each network, row and epoch a constant part and a
 part for each column.
 
-Those of realmlp are from searches of realmlp-large on an EPYC core, with 10,000 to 17,000 rows of 8
-to 16 columns. Those of mlp are from the first eight trials of the space mlp, on 5,000 rows of 10 and
-of 60 numeric columns."""
+They were measured on an EPYC core. Those of realmlp are from searches of realmlp-large beside another
+busy core, with 10,000 to 17,000 rows of 8 to 16 columns. Those of mlp are from the first eight trials
+of the space mlp, on 5,000 rows of 10 and of 60 numeric columns."""
 _FINAL_SHARE = 0.5
 """The final ensemble trains about this share of the trials again, on all rows."""
 _MANY_ROWS = 10_000
@@ -260,7 +260,7 @@ def _choices(name: str, case: _Case) -> dict[str, Any]:
     if "n_ens" not in case.values and preset.ensemble:
         for n_ens in _MOST_NETWORKS:
             is_allowed = n_ens * _ROWS_PER_NETWORK <= case.rows
-            if is_allowed and n_ens * case.seconds(chosen) <= timeout:
+            if is_allowed and 2 * n_ens * case.seconds(chosen) <= timeout:
                 chosen["n_ens"] = n_ens
                 break
     return chosen

@@ -60,7 +60,7 @@ def settings(call):
         ("best", 1000, ("RealMLP", "realmlp", 8, 5, 256, 1, None, None)),
         ("best", 10_000, ("RealMLP", "realmlp", 8, 5, 256, 1, None, None)),
         ("best_quality", 50_000, ("RealMLP", "realmlp-large", 8, 3, 100, 1, None, None)),
-        ("best", 400_000, ("RealMLP", "realmlp-large", 8, 3, 32, 1, None, None)),
+        ("best", 400_000, ("RealMLP", "realmlp-large", 8, 3, 16, 1, None, None)),
         ("medium", 1000, ("mlp", "mlp", 24, 5, 100, 1, 16, None)),
         ("medium_quality", 50_000, ("mlp", "mlp", 24, 3, 20, 1, 16, None)),
         ("fast", 1000, ("mlp", "mlp", 8, 5, 50, 1, None, 20)),
@@ -89,14 +89,25 @@ def test_a_timeout_changes_epochs_networks_and_model():
     long = chosen("best", 1000, timeout="10h")
     assert settings(long)[4:6] == (256, 8)
     middle = chosen("best", 10_000, timeout="10m")
-    assert middle.choice.name == "RealMLP" and 32 <= middle.options.training.max_epochs < 256
+    assert middle.choice.name == "RealMLP" and 16 <= middle.options.training.max_epochs < 256
     short = chosen("best", 10_000, timeout="60s")
     assert short.choice.name == "mlp" and short.options.search.timeout == 60
     wide = chosen("medium", 20_000, columns=400, timeout="5m")
     narrow = chosen("medium", 20_000, columns=4, timeout="5m")
     assert wide.options.training.max_epochs < narrow.options.training.max_epochs
     kept = chosen("best", 10_000, timeout="60s", model="realmlp")
-    assert kept.choice.name == "RealMLP" and kept.options.training.max_epochs == 32
+    assert kept.choice.name == "RealMLP" and kept.options.training.max_epochs == 16
+
+
+def test_the_estimate_counts_the_beginning_and_the_final_model():
+    # 1,000 rows, 5 columns, 5 folds and 256 epochs: 20 s + 8 x 256 x 4.5 x 1,000 x 20.75 us = 211 s
+    assert chosen("best", timeout=212).options.training.max_epochs == 256
+    assert chosen("best", timeout=150).options.training.max_epochs == 174
+    # The beginning alone takes 20 s.
+    assert chosen("best", timeout=20).choice.name == "mlp"
+    assert chosen("best", timeout=5, model="realmlp").options.training.max_epochs == 16
+    assert chosen("best", timeout=424).options.training.n_ens == 1
+    assert chosen("best", timeout=846).options.training.n_ens == 2
 
 
 @pytest.mark.parametrize(("rows", "n_ens"), [(9, 1), (30, 2), (60, 4), (90, 8)])
