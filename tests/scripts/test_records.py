@@ -42,7 +42,8 @@ def test_the_tables_of_the_pages_are_made_of_the_log_files(records):
 
 
 @pytest.mark.long
-def test_a_seed_is_measured_in_a_process_of_its_own(records):
+def test_a_seed_is_measured_in_a_process_of_its_own(records, monkeypatch):
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # Python then does not search the current folder
     attempt = records.in_fresh_process(records.TASKS["digits"], 1, None)
     assert attempt.seed == 1 and attempt.quality > 0.9
     assert attempt.seconds > 0 and attempt.cpu_seconds > 0

@@ -133,7 +133,12 @@ def in_fresh_process(task: Task, seed: int, data: Path | None) -> Attempt:
     """
     words = [task.name, str(seed), *([str(data.resolve())] if data else [])]
     command = [sys.executable, "-m", "benchmark.studies.records", *words]
-    process = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
+    # Python finds this package in PYTHONPATH even if it must not search the current folder.
+    paths = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": paths}
+    process = subprocess.run(
+        command, cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, text=True
+    )
     if process.returncode != 0:
         raise SystemExit(process.returncode)
     return Attempt(**json.loads(process.stdout.splitlines()[-1]))
