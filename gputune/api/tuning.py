@@ -121,8 +121,9 @@ def tune(
         y: the targets, or the name of the target column of a file or DataFrame. If X is a .npy
             file, y is another .npy file.
         preset: a named choice of model, portfolio, trials, folds, epochs, patience, number of
-            networks and calibration for a table, from its numbers of rows and columns and from
-            ``timeout``. Arguments that you pass win over the preset. gputune prints the choices.
+            networks, calibration and ``category_copies`` for a table. It depends on the table and
+            on ``timeout``, and not on the speed of the machine. Arguments that you pass win over
+            the preset. gputune prints the choices.
 
             - "best": RealMLP, meant for ``study.ensemble()``.
             - "medium": an MLP, meant for ``study.ensemble()``.
@@ -234,9 +235,10 @@ def tune(
             for example {"zip": "category"}.
         max_levels: number of levels of a category (the most frequent ones) that get a feature each,
             at least 1. The other levels share one feature.
-        category_copies: columns of numbers that become categories too, for numbers with a meaning
-            of their own. Up to 128 frequent values (``max_levels`` if that is more) get a feature
-            each, and the other values share one.
+        category_copies: columns of numbers that are also categories, in addition to their number.
+            Use it for numbers that are like names, such as codes. Values with at least 10 rows (or
+            1% of the rows, if that is less) get a feature each, up to 128 values (``max_levels`` if
+            that is more). The other values share one feature. A preset finds such columns.
         columns: "keep" makes each numeric or boolean column one feature, whatever it holds.
             "drop-constant" leaves out constant columns and adds features that mark missing values.
             "auto" is "keep" for your own class, otherwise "drop-constant".

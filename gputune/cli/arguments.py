@@ -238,7 +238,7 @@ READERS: dict[Takes, Callable[[str], object]] = {
     "1..": _reader(int, f"{_WHOLE} 1", 1),
     "integers": _integers,
     "numbers": _numbers,
-    "names": lambda text: text.split(","),
+    "names": lambda text: text.split(",") if text else [],
     "scorers": lambda text: [word.strip() for word in text.split(",")] if "," in text else text,
     "workers": lambda text: (
         text if text == "auto" else _reader(int, f"{_WHOLE} 1, or 'auto'", 1)(text)

@@ -47,8 +47,7 @@ def _parts(kind: Kind, values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 COPIED_LEVELS = 128
-"""The largest number of levels of a number that is also a category, unless the user's limit for all
-categories is higher."""
+"""The largest number of levels of a number that is also a category, if ``max_levels`` is not higher."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,8 @@ class Column:
             codes = np.array([position.get(value, unknown) for value in values], dtype=np.int64)
         else:
             distinct, places = np.unique(values, return_inverse=True)
-            texts = [None if math.isnan(value) else text_of(value) for value in distinct]
-            codes = np.array([position.get(text, unknown) for text in texts])[places]
+            texts = [None if math.isnan(value) else _level_of(value) for value in distinct]
+            codes = np.array([position.get(text, unknown) for text in texts], np.int64)[places]
         # (n,) codes -> (n, width) one-hot
         return np.eye(width + 1)[codes, :width]
 
@@ -156,9 +155,9 @@ def fit_column(
 
     A level is rare if it has fewer than ``min_count`` rows (or fewer than 1% of the rows, if that
     is less). It is also rare if it is not among the ``max_levels`` most frequent levels. With
-    ``keep``, a number or boolean is always one feature, whatever its values are. With ``copy``, the
-    frequent values of a number are also the levels of a category, at least ``COPIED_LEVELS`` of
-    them if there are as many.
+    ``keep``, a number or boolean is always one feature, whatever its values are. With ``copy``, a
+    number also has the features of a category. The limit of its levels is ``COPIED_LEVELS``, or
+    ``max_levels`` if that is more.
     """
     if copy:
         number, said = fit_column(
@@ -197,15 +196,30 @@ def fit_column(
 def _with_levels(
     number: Column, remarks: tuple[str, ...], values: np.ndarray, max_levels: int, min_count: int
 ) -> tuple[Column, tuple[str, ...]]:
-    """Return a number whose frequent values are also levels, and remarks for the user."""
-    known, counts = np.unique(values[~np.isnan(values)], return_counts=True)
-    by_text = Counter(dict(zip(map(text_of, known.tolist()), counts.tolist())))
+    """Return a number whose frequent values are also levels, and remarks for the user.
+
+    A column with a single known value stays as it is.
+    """
+    counts = Counter[str]()
+    for value, n_rows in zip(*np.unique(values[~np.isnan(values)], return_counts=True)):
+        counts[_level_of(value)] += int(n_rows)
+    if len(counts) < 2:
+        return number, remarks
     limit = max(max_levels, COPIED_LEVELS)
-    category, _ = fit_category(number.name, by_text, len(values), limit, min_count)
-    if not category.levels or not number.parts:
+    category, _ = fit_category(number.name, counts, len(values), limit, min_count)
+    if not category.levels:
         return number, (*remarks, "no value is frequent enough to be a category too")
-    remark = f"{len(category.levels)} of {len(known)} values are categories too"
+    remark = f"{len(category.levels)} of {len(counts)} values are categories too"
     return replace(number, levels=category.levels, other=category.other), (*remarks, remark)
+
+
+def _level_of(value: float) -> str:
+    """Return the name of a number as a level of a category.
+
+    Other numbers than integers are rounded to single precision, because the same value may come
+    from a file, and from arrays of both precisions.
+    """
+    return text_of(value) if float(value).is_integer() else str(np.float32(value))
 
 
 def fit_category(

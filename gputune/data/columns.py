@@ -298,7 +298,9 @@ def fit_layout(
 
 def check_copies(X: AnyRows, copies: Sequence[str]) -> None:
     """Raise InputError unless all ``copies`` are names of columns with numbers."""
-    if copies and not isinstance(X, Table):
+    if not copies:
+        return
+    if not isinstance(X, Table):
         raise InputError(
             "category_copies",
             "is only for tables, because their columns have names",
@@ -306,22 +308,24 @@ def check_copies(X: AnyRows, copies: Sequence[str]) -> None:
             remedy=f"Leave out {option('category_copies')}.",
         )
     for name in copies:
-        assert isinstance(X, Table)
         if name not in X.names:
             raise InputError(
                 "category_copies",
-                "must name columns of the table, and not its target or its groups",
+                "must name columns from which the model predicts",
                 got=name,
                 remedy=f"The columns are {quoted(X.names)}.{did_you_mean(name, X.names)}",
             )
         kind = X.kind(name)
         if kind != "number":
-            is_text = kind == "category"
+            noun = "text" if kind == "category" else f"{kind}s"
+            remedy = (
+                "A column of text is a category already." if noun == "text" else "Leave it out."
+            )
             raise InputError(
                 "category_copies",
                 "must name columns of numbers",
-                got=Verbatim(f"{name!r}, a column of {'text' if is_text else f'{kind}s'}"),
-                remedy="A column of text is a category already." if is_text else "Leave it out.",
+                got=Verbatim(f"{name!r}, a column of {noun}"),
+                remedy=remedy,
             )
 
 

@@ -70,6 +70,7 @@ ARGUMENTS = {
             "max_epochs?": int,
             "n_ens?": int,
             "patience?": (int, None),
+            "category_copies?": [str],
             "ensemble?": bool,
             "calibrate?": bool,
         },

@@ -219,9 +219,10 @@ class RowOptions(OptionGroup):
     category_copies: Sequence[str] = _data(
         (),
         "--category-copies <NAME,...>",
-        "Columns of numbers that become categories too",
-        "Their frequent values, at most 128, get a feature each. For example, an amount of 7298 may "
-        "have a meaning of its own. --preset finds such columns.",
+        "Columns of numbers that are also categories, in addition to their number",
+        "Values with at least 10 rows (or 1% of the rows, if that is less) get a feature each. "
+        "Use it for numbers that are like names, such as codes. --preset finds such columns, and "
+        "--category-copies '' turns this off.",
         takes="names",
         check=checks.names,
         stored=True,

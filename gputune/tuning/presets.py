@@ -1,7 +1,7 @@
 """Presets: named choices of model, portfolio, epochs and final model for a table.
 
-A preset chooses from the number of rows, the number of columns and the timeout, never from the speed
-of the machine. The same call therefore makes the same choices on every machine.
+A preset chooses from the table and the timeout, never from the speed of the machine. The same call
+therefore makes the same choices on every machine.
 
 A study stores the choices of its preset. A later call with the same preset and study takes them from
 there, so that a stopped search can be resumed with another timeout.
@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sklearn.model_selection import TimeSeriesSplit
 from torch import Tensor
 
+from gputune.data.folds import check_groups
 from gputune.data.name_like import name_like_columns
 from gputune.data.table import Table
 from gputune.data.target import check_target
-from gputune.data.time_order import TimeSplit
+from gputune.data.time_order import TimeSplit, parse_cv
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.study.record import SearchRecord
 from gputune.study.store import Store
@@ -39,12 +41,15 @@ _SECONDS: Mapping[ModelName, tuple[float, float, float]] = {
     "mlp": (2.0, 4e-6, 0.28e-6),
     "realmlp": (20.0, 18e-6, 0.55e-6),
 }
-"""CPU seconds of a search: a fixed part, and for each network, row and epoch a constant part and a
-part for each column.
+"""CPU seconds of a search, for each model:
 
-They were measured on an EPYC core. Those of realmlp are from searches of realmlp-large beside another
-busy core, with 10,000 to 17,000 rows of 8 to 16 columns. Those of mlp are from the first eight trials
-of the space mlp, on 5,000 rows of 10 and of 60 numeric columns."""
+- the seconds before the first epoch,
+- the seconds of one epoch of one network, for each row,
+- and more of these seconds, for each column.
+
+They were measured on an EPYC core. The figures of realmlp are from searches of realmlp-large on 10,000
+to 17,000 rows of 8 to 16 columns, while the other core was busy. The figures of mlp are from the first
+eight trials of the space mlp, on 5,000 rows of 10 and of 60 numeric columns."""
 _FINAL_SHARE = 0.5
 """The final ensemble trains about this share of the trials again, on all rows."""
 _MANY_ROWS = 10_000
@@ -123,9 +128,12 @@ class _Case:
 
     def epochs_within(self, chosen: Mapping[str, Any], seconds: float) -> int:
         """Return the number of epochs, at most the chosen one, that fits into some seconds."""
+        most: int = chosen["max_epochs"]
+        if self.seconds(chosen) <= seconds:
+            return most
         fixed = _SECONDS[chosen["model"]][0]
-        share = (seconds - fixed) / (self.seconds(chosen) - fixed)
-        return math.floor(min(share, 1.0) * chosen["max_epochs"])
+        training = self.seconds(chosen) - fixed
+        return math.floor((seconds - fixed) / training * most) if training > 0 else most
 
 
 def with_preset(
@@ -154,8 +162,8 @@ def with_preset(
             got=Verbatim(option("method", "hypergradient")),
             remedy="Leave one of them out.",
         )
-    case = _case(call, given, model)
     stored = _stored_choices(options.machine.study, short)
+    case = _case(call, given, model, find_names=not stored)
     chosen = {**_choices(short, case), **stored, **case.values}
     chosen = {key: value for key, value in chosen.items() if key not in _not_chosen(call)}
     # Choices that are equal to the default need no words.
@@ -191,12 +199,17 @@ def _stored_choices(path: Path | None, name: str) -> Json:
         preset = SearchRecord.from_json(store.meta).arguments.preset
         choices = preset.get("choices", {})
         if preset.get("name") == name and choices.get("model", "mlp") in _SECONDS:
-            return {key: choices[key] for key in _STORED if key in choices}
+            # Presets of earlier versions chose no category copies.
+            earlier: Json = {"category_copies": []} if choices else {}
+            return {**earlier, **{key: choices[key] for key in _STORED if key in choices}}
     return {}
 
 
-def _case(call: SearchCall, given: Collection[str], model: object) -> _Case:
-    """Return the table and the user's arguments of a call."""
+def _case(call: SearchCall, given: Collection[str], model: object, *, find_names: bool) -> _Case:
+    """Return the table and the user's arguments of a call.
+
+    ``find_names`` is False if the columns whose values are like names are known from a study.
+    """
     source = call.source
     X = source.X
     options = call.options
@@ -217,8 +230,11 @@ def _case(call: SearchCall, given: Collection[str], model: object) -> _Case:
         values["model"] = model
     has_classes = target.task in ("binary", "multiclass")
     name_like = list[str]()
-    if isinstance(X, Table) and "category_copies" not in values:
-        name_like = name_like_columns(X, target.values)
+    # In the order of time, later rows may have new values.
+    cv = options.rows.cv
+    is_in_time = isinstance(parse_cv(cv) if isinstance(cv, str) else cv, TimeSeriesSplit)
+    if isinstance(X, Table) and "category_copies" not in values and find_names and not is_in_time:
+        name_like = name_like_columns(X, target.values, check_groups(source.groups, len(X)))
     return _Case(len(X), columns, isinstance(X, Table), has_classes, values, name_like)
 
 
@@ -281,9 +297,12 @@ _EXTRAS = {
     "calibrate": ("calibrated probabilities", "--calibrate"),
 }
 """The choices for the final model, in words and as a flag."""
-_SHOWN = ("model", "space", "n_trials", "cv", "max_epochs", "n_ens", "patience", "timeout")
+_SHOWN = (
+    *("model", "space", "n_trials", "cv", "max_epochs", "n_ens", "patience", "timeout"),
+    "category_copies",
+)
 """The arguments that a preset may choose."""
-_STORED = (*(key for key in _SHOWN if key != "timeout"), "category_copies", *_EXTRAS)
+_STORED = tuple(key for key in (*_SHOWN, *_EXTRAS) if key != "timeout")
 """The choices that a study keeps. Each call may have another timeout."""
 
 

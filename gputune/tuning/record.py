@@ -13,6 +13,7 @@ import numpy as np
 import sklearn
 import torch
 
+from gputune.data.columns import Layout
 from gputune.data.dataset import Rows
 from gputune.data.folds import pack_folds, unpack_folds
 from gputune.data.source import (
@@ -50,6 +51,7 @@ from gputune.tuning.choices import ModelChoice, recorded_model
 from gputune.tuning.context import Context
 from gputune.tuning.method import method_from_json
 from gputune.tuning.options import RULES, STORED, Options, RowOptions, make_options
+from gputune.tuning.problem import Problem
 from gputune.types import Config, Json, Outputs
 from gputune.version import __version__
 from gputune.wording import option, per_interface
@@ -123,7 +125,8 @@ def search_record(
         columns=problem.columns,
         numbers=problem.numbers,
         max_levels=rows.max_levels,
-        category_copies=list(rows.category_copies),
+        # In the order of the table, because another order gives the same features.
+        category_copies=[name for name in _table_columns(problem) if name in rows.category_copies],
         notes=[*problem.layout.notes, *notes],
         class_weight=None if training.class_weight is None else repr(training.class_weight),
         sample_weight=sample_weight,
@@ -268,6 +271,11 @@ def _is_storable(value: object) -> bool:
     except InputError:
         return False
     return True
+
+
+def _table_columns(problem: Problem) -> Sequence[str]:
+    """Return the names of the columns of X, or () for rows that are not a table."""
+    return problem.layout.inputs if isinstance(problem.layout, Layout) else ()
 
 
 def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFolder | None:

@@ -219,8 +219,7 @@ def test_an_unknown_backend_is_refused_with_all_names(bugs):
         (
             "--category-copies aa",
             [
-                "--category-copies must name columns of the table, and not its target or its "
-                "groups, got 'aa'",
+                "--category-copies must name columns from which the model predicts, got 'aa'",
                 "Did you mean 'a'?",
             ],
         ),

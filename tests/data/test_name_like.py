@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from gputune.data import name_like
 from gputune.data.name_like import name_like_columns
 from gputune.data.table import as_table
 
@@ -60,6 +61,33 @@ def test_a_column_needs_a_few_frequent_values():
     many = RNG.integers(0, 200, N)
     assert not found(MEANS[many], code=many)  # more values than categories
     assert not found(NUMBERS, code=CODES > 200)  # a boolean is a category already
+
+
+def test_huge_numbers_and_smooth_numbers_with_many_digits():
+    assert found(NUMBERS, code=CODES * 1e300) == ["code"]
+    smooth = np.sin(SMOOTH / 10) + 0.3 * NOISE
+    for start in (0, 20_240_100, 1_000_000_000):
+        assert not found(smooth, smooth=SMOOTH + start)
+
+
+def test_huge_and_tiny_targets():
+    assert found(NUMBERS * 1e300) == found(NUMBERS * 1e-300) == ["code"]
+
+
+def test_values_that_only_name_a_group_are_not_found():
+    table = as_table(TABLE)
+    assert name_like_columns(table, NUMBERS, groups=SMOOTH) == ["code"]
+    assert not name_like_columns(table, NUMBERS, groups=CODES)
+    partly = as_table(TABLE.assign(code=np.where(CODES > 0, np.nan, CODES + SMOOTH % 3)))
+    assert not name_like_columns(partly, NUMBERS, groups=CODES)  # one group with known values
+
+
+def test_only_the_most_frequent_classes_count(monkeypatch):
+    monkeypatch.setattr("gputune.data.name_like._MOST_CLASSES", 2)
+    assert found(np.digitize(NUMBERS, [-1, 1])) == ["code"]
+    answers = name_like._standardized(np.repeat(np.arange(4), [5, 90, 1, 4]))
+    assert answers.shape == (100, 2)
+    assert answers.var(0)[0] > answers.var(0)[1] and answers.var(0).sum() == pytest.approx(1)
 
 
 def test_many_rows_are_drawn(monkeypatch):

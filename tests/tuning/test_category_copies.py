@@ -64,6 +64,44 @@ def test_a_saved_model_with_copies_reads_files_and_reports_whole_columns(tmp_pat
     )
 
 
+def test_levels_do_not_depend_on_the_precision_of_the_numbers(tmp_path):
+    frame, y = with_amounts()
+    codes = 0.1 * np.tile(np.arange(1, 5), 30)  # one of them is 0.30000000000000004
+    frame = frame.assign(gain=codes)
+    model = tune_one("mlp", frame, y, category_copies=["gain"]).best_model(frame, y)
+    assert model.layout.feature_names[1:5] == ("gain=0.1", "gain=0.2", "gain=0.3", "gain=0.4")
+    frame.round(3).to_csv(tmp_path / "rounded.csv", index=False)
+    expected = model.layout.raw(as_table(frame))[:, 1:5]
+    np.testing.assert_array_equal(expected.sum(1), 1)
+    single = frame.astype({"gain": "float32"})
+    for rows in (single, pd.read_csv(tmp_path / "rounded.csv")):
+        np.testing.assert_array_equal(model.layout.raw(as_table(rows))[:, 1:5], expected)
+
+
+def test_large_integers_are_different_levels():
+    frame, y = with_amounts()
+    frame = frame.assign(gain=20_240_101 + np.tile(np.arange(4), 30))
+    model = tune_one("mlp", frame, y, category_copies=["gain"], max_epochs=1).best_model(frame, y)
+    assert model.layout.feature_names[1:5] == tuple(f"gain={20_240_101 + j}" for j in range(4))
+
+
+def test_the_order_of_the_names_makes_no_other_search(tmp_path):
+    frame, y = with_amounts()
+    frame = frame.assign(code=np.tile(np.arange(4), 30))
+    call = partial(tune_one, "mlp", frame, y, study=tmp_path / "study.db", max_epochs=1)
+    first = call(category_copies=["gain", "code"])
+    assert first.record.category_copies == ["gain", "code"]
+    assert call(category_copies=["code", "gain", "code"]).trials == first.trials
+
+
+def test_a_column_with_one_value_stays_as_it_is():
+    frame, y = with_amounts()
+    half = frame.assign(gain=np.where(np.arange(120) % 2, np.nan, 5.0))
+    for kept in ("drop-constant", "keep"):
+        study = tune_one("mlp", half, y, category_copies=["gain"], columns=kept, max_epochs=1)
+        assert not any("categor" in note for note in study.record.notes), study.record.notes
+
+
 def test_columns_that_cannot_be_copied_are_refused():
     frame, y = with_amounts()
     with refused("must name columns of numbers, got 'city', a column of text. A column of text"):

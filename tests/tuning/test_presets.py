@@ -140,6 +140,8 @@ def test_the_arguments_of_the_user_win_and_the_plan_says_so():
         "space={'lr': [0.1]}, n_trials=64, cv=3, max_epochs=50, n_ens=2; study.ensemble() then makes "
         "the model"
     )
+    copies = chosen("best", category_copies=["x0"]).preset
+    assert "you chose category_copies=['x0'];" in PYTHON.render(copies)
     assert "you chose cv='time:4';" in PYTHON.render(chosen("best", cv="time:4").preset)
     split = chosen("best", cv=parse_cv("time:4"), timeout="90s")  # as the command line passes it
     assert "you chose --cv time:4, --timeout 90" in CommandLine().render(split.preset)
@@ -183,6 +185,57 @@ def test_a_preset_finds_numbers_that_are_like_names(tmp_path, capsys):
     assert again.trials == study.trials
     study = tune("auto", X, y, preset="medium", category_copies=[], **small | {"study": None})
     assert study.record.category_copies == []
+
+
+def test_numbers_like_names_are_not_searched_in_time_or_across_groups():
+    X, y = with_codes()
+    small = {"n_trials": 1, "max_epochs": 1}
+    study = tune("auto", X, y, preset="medium", cv="time:2", **small)
+    assert study.record.category_copies == []
+    study = tune("auto", X, y, preset="medium", cv=2, groups=X["code"], **small)
+    assert study.record.category_copies == []
+
+
+def test_a_study_of_an_earlier_version_chose_no_copies(tmp_path):
+    X, y = with_codes()
+    path = tmp_path / "s.db"
+    call = partial(tune, "auto", X, y, preset="medium", n_trials=1, max_epochs=2, cv=2, study=path)
+    record = call(category_copies=[]).record
+    choices = {
+        key: value
+        for key, value in record.arguments.preset["choices"].items()
+        if key != "category_copies"
+    }
+    arguments = replace(record.arguments, preset={"name": "medium", "choices": choices})
+    with Store.open(path) as store:
+        store.replace_option(
+            "arguments", replace(record, arguments=arguments).to_json()["arguments"]
+        )
+    assert len(call(n_trials=2).trials) == 2
+
+
+@pytest.mark.parametrize("value", [3, [1], {"a": 1}, None])
+def test_damaged_choices_of_copies(tmp_path, value):
+    path = tmp_path / "s.db"
+    call = partial(tune, "auto", *IRIS, preset="fast", n_trials=1, max_epochs=1, cv=2, study=path)
+    record = call().record
+    preset = {"name": "fast", "choices": {"category_copies": value}}
+    options = replace(record, arguments=replace(record.arguments, preset=preset)).to_json()
+    with Store.open(path) as store:
+        store.replace_option("arguments", options["arguments"])
+    with refused("damaged"):
+        call()
+
+
+def test_a_preset_without_any_work_to_estimate():
+    space = {"lr": [0.01, 0.1]}
+    nothing = {"n_trials": 0, "include_default": False, "timeout": 600}
+    study = tune(
+        "auto", *IRIS, preset="medium", include=[{"lr": 0.01}], space=space, cv=2, **nothing
+    )
+    assert len(study.trials) == 1
+    with refused("cv must be at least 2"):
+        tune("auto", *IRIS, preset="fast", cv=1, timeout=60)
 
 
 def test_a_study_with_a_preset_continues(tmp_path):
