@@ -196,7 +196,7 @@ def fit_column(
 def _with_levels(
     number: Column, remarks: tuple[str, ...], values: np.ndarray, max_levels: int, min_count: int
 ) -> tuple[Column, tuple[str, ...]]:
-    """Return a number whose frequent values are also levels, and remarks for the user.
+    """Add the frequent values of a number as levels. Return the column and remarks for the user.
 
     A column with a single known value stays as it is.
     """

@@ -1,4 +1,4 @@
-"""Find columns of numbers whose values are like names: close values may mean different things.
+"""Find columns of numbers that are like names, because close values mean different things.
 
 In the census table adult, for example, a capital gain of 7,298 always comes with a high income, and
 6,849 never. A network smooths over such numbers. With the values as categories, it can tell them
@@ -35,7 +35,7 @@ takes less than a second for each column."""
 def name_like_columns(
     X: Table, target: np.ndarray, groups: np.ndarray | None = None, seed: int = 0
 ) -> list[str]:
-    """Return the names of the columns of numbers whose single values help to predict the target.
+    """Return the names of the columns of numbers that are like names.
 
     A cubic spline with 8 knots and a decision tree with 16 leaves predict the target from the order
     of the values of one column. The mean residual of each exact value then corrects the prediction.
@@ -65,7 +65,7 @@ def name_like_columns(
 
 
 def _standardized(target: np.ndarray) -> np.ndarray:
-    """Return the target as columns (n, k) of mean 0 whose variances sum to 1.
+    """Return the target as columns (n, k) of mean 0, with variances that sum to 1.
 
     Each frequent class becomes a column of 0 and 1. Several numeric targets have equal variances.
     """
@@ -140,5 +140,5 @@ def _smooth(means: np.ndarray, n_rows: np.ndarray) -> np.ndarray:
         random_state=0,
     )
     tree.fit(order, means - spline, sample_weight=n_rows)
-    steps: np.ndarray = tree.predict(order).reshape(spline.shape)
-    return spline + steps
+    predicted: np.ndarray = spline + tree.predict(order).reshape(spline.shape)
+    return predicted

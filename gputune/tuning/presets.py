@@ -104,7 +104,7 @@ class _Case:
 
     ``is_table`` is False for tensors and for several inputs, whose numbers have fewer scalings.
     ``values`` are the user's arguments by name, with "model", "ensemble" and "calibrate".
-    ``name_like`` are the columns of numbers whose values are like names.
+    ``name_like`` are the columns of numbers that are like names.
     """
 
     rows: int
@@ -208,7 +208,7 @@ def _stored_choices(path: Path | None, name: str) -> Json:
 def _case(call: SearchCall, given: Collection[str], model: object, *, find_names: bool) -> _Case:
     """Return the table and the user's arguments of a call.
 
-    ``find_names`` is False if the columns whose values are like names are known from a study.
+    ``find_names`` is False if a study already has the columns that are like names.
     """
     source = call.source
     X = source.X
