@@ -210,7 +210,7 @@ def test_many_rows(script, study, flowers):
     split = module.split_of(
         "kc_house", lambda name: (dates, pd.Series([3.0, 1, 2, 5, 4]), "regression")
     )
-    assert list(split.X_test["date"]) == ["20150105"]
+    assert list(split.X_test["date"]) == [pd.Timestamp("2015-01-05")]
     assert np.exp(split.y).tolist() == pytest.approx([1, 2, 3, 4])
 
 

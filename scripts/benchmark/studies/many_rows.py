@@ -91,7 +91,9 @@ def split_of(name: str, load: Callable[[str], tuple[pd.DataFrame, pd.Series, str
     X, y, task = load(name)
     y = np.log(y) if name in LOGARITHMS else y
     if name in IN_TIME:
-        order = pd.to_datetime(X[IN_TIME[name]]).argsort(kind="stable")
+        # As text, the date would be a category for gputune. The trees read it as a date anyway.
+        X = X.assign(**{IN_TIME[name]: pd.to_datetime(X[IN_TIME[name]])})
+        order = X[IN_TIME[name]].argsort(kind="stable")
         searched, held_out = np.split(order, [round(len(X) * (1 - HELD_OUT))])
     else:
         searched, held_out = train_test_split(
