@@ -115,6 +115,10 @@ def test_tables_with_many_rows():
     ahead = sum(gain < 0 for gain in gains.values())
     assert f"{NUMBERS[len(names)].capitalize()} of six tables" in page
     assert f"lower error than tuned LightGBM on {NUMBERS[ahead]} of {NUMBERS[len(names)]}" in MODELS
+    assert (
+        f"{-gains['letter']:.0%} lower on letter, {-gains['kc_house']:.0%} on kc_house and "
+        f"{-gains['adult']:.1%} on adult. On california it was {gains['california']:.1%} higher"
+    ) in MODELS
 
 
 TABLE_CHART = ROOT / "scripts" / "benchmark" / "table_chart.py"
