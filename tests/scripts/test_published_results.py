@@ -113,7 +113,7 @@ def test_tables_with_many_rows():
         assert f"({sides[0]['rows']:,})" in row
         assert row.endswith(f"| {' | '.join(cells)} | {gains[name]:+.1%} |")
     ahead = sum(gain < 0 for gain in gains.values())
-    assert f"{NUMBERS[len(names)].capitalize()} of six tables" in page
+    assert f"{NUMBERS[len(names)].capitalize()} of six tables" in " ".join(page.split())
     assert f"lower error than tuned LightGBM on {NUMBERS[ahead]} of {NUMBERS[len(names)]}" in MODELS
     assert (
         f"{-gains['letter']:.0%} lower on letter, {-gains['kc_house']:.0%} on kc_house and "
