@@ -3,7 +3,7 @@
 ``fit_column`` decides once, from the values of a column. Later rows are converted by the same
 decision. In shapes, n counts rows and d features of a column.
 
-number     its value, and with copy=True the features of a category of its values
+number     its value; ``with_levels`` adds the features of a category of its values
 boolean    1 or 0
 category   one feature per level (one-hot); rare levels share the feature ``(other)``
 date       days since 1970, month, day of the month, weekday (0 = Monday), hour;
@@ -73,12 +73,12 @@ class Column:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the column is a number or boolean that is not also a category."""
+        """True for a number or boolean that is not also a category."""
         return self.kind in ("number", "boolean") and not self.levels
 
     @property
     def is_category(self) -> bool:
-        """Whether the features after the parts are the levels of one category."""
+        """True if the features after the parts are the levels of one category."""
         return self.kind == "category" or bool(self.levels)
 
     @property
@@ -147,7 +147,6 @@ def fit_column(
     max_levels: int,
     min_count: int,
     keep: bool = False,
-    copy: bool = False,
 ) -> tuple[Column, tuple[str, ...]]:
     """Decide from a column's values which features the network receives for the column.
 
@@ -155,15 +154,8 @@ def fit_column(
 
     A level is rare if it has fewer than ``min_count`` rows (or fewer than 1% of the rows, if that
     is less). It is also rare if it is not among the ``max_levels`` most frequent levels. With
-    ``keep``, a number or boolean is always one feature, whatever its values are. With ``copy``, a
-    number also has the features of a category. The limit of its levels is ``COPIED_LEVELS``, or
-    ``max_levels`` if that is more.
+    ``keep``, a number or boolean is always one feature, whatever its values are.
     """
-    if copy:
-        number, said = fit_column(
-            name, kind, values, max_levels=max_levels, min_count=min_count, keep=keep
-        )
-        return _with_levels(number, said, values, max_levels, min_count)
     if kind == "category":
         counts = Counter(values.tolist())
         del counts[None]
@@ -193,24 +185,25 @@ def fit_column(
     return column, tuple(remarks)
 
 
-def _with_levels(
-    number: Column, remarks: tuple[str, ...], values: np.ndarray, max_levels: int, min_count: int
+def with_levels(
+    number: Column, values: np.ndarray, max_levels: int, min_count: int
 ) -> tuple[Column, tuple[str, ...]]:
     """Add the frequent values of a number as levels. Return the column and remarks for the user.
 
-    A column with a single known value stays as it is.
+    The limit of the levels is ``COPIED_LEVELS``, or ``max_levels`` if that is more. A column with a
+    single known value gets no levels.
     """
     counts = Counter[str]()
     for value, n_rows in zip(*np.unique(values[~np.isnan(values)], return_counts=True)):
         counts[_level_of(value)] += int(n_rows)
     if len(counts) < 2:
-        return number, remarks
+        return number, ()
     limit = max(max_levels, COPIED_LEVELS)
     category, _ = fit_category(number.name, counts, len(values), limit, min_count)
     if not category.levels:
-        return number, (*remarks, "no value is frequent enough to be a category too")
+        return number, ("no value is frequent enough to be a category too",)
     remark = f"{len(category.levels)} of {len(counts)} values are categories too"
-    return replace(number, levels=category.levels, other=category.other), (*remarks, remark)
+    return replace(number, levels=category.levels, other=category.other), (remark,)
 
 
 def _level_of(value: float) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gputune.data.arrays import Arrays, refuse_kind
-from gputune.data.column import Column, fit_category, fit_column
+from gputune.data.column import Column, fit_category, fit_column, with_levels
 from gputune.data.kinds import Kind, text_of
 from gputune.data.readings import EXAMPLE, LOST_ZEROS
 from gputune.data.table import Table, nameless, quoted, two_axes
@@ -283,8 +283,11 @@ def fit_layout(
             readings[name] += _advice_on_zeros(name, X.column(name), max_levels, min_count)
     remarks = [*X.amounts.items(), *readings.items()]
     for name, kind, values in zip(X.names, X.kinds, X.columns):
-        column, column_remarks = fit(name, kind, values, copy=name in copies)
+        column, column_remarks = fit(name, kind, values)
         remarks += [(name, remark) for remark in column_remarks]
+        if name in copies:
+            column, column_remarks = with_levels(column, values, max_levels, min_count)
+            remarks += [(name, remark) for remark in column_remarks]
         if column.feature_names:
             used.append(column)
     names_by_remark: dict[str, list[str]] = {}

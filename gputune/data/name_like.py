@@ -13,6 +13,8 @@ from sklearn.tree import DecisionTreeRegressor
 from gputune.data.column import COPIED_LEVELS
 from gputune.data.table import Table
 
+_PARTS = 5
+"""The number of parts of the rows. Each part is tested once."""
 _FREQUENT_ROWS = 10
 """The number of rows from which a value is frequent."""
 _FREQUENT_SHARE = 0.9
@@ -88,20 +90,20 @@ def _is_name_like(
 ) -> bool:
     """Return whether the exact values (n,) of a column help to predict the answers (n, k)."""
     known = ~np.isnan(values)
-    values, answers = values[known], answers[known]
+    values = values[known]
+    answers = answers[known]
     groups = None if groups is None else groups[known]
     distinct, ranks, counts = np.unique(values, return_inverse=True, return_counts=True)
     frequent = counts >= _FREQUENT_ROWS
     is_covered = counts[frequent].sum() >= _FREQUENT_SHARE * len(values)
     if not 3 <= frequent.sum() <= COPIED_LEVELS or not is_covered:
         return False
-    n_splits = 5
-    splitter = KFold(n_splits, shuffle=True, random_state=seed)
+    splitter = KFold(_PARTS, shuffle=True, random_state=seed)
     if groups is not None:
-        n_splits = min(n_splits, len(np.unique(groups)))
-        if n_splits < 2:
+        n_groups = len(np.unique(groups))
+        if n_groups < 2:
             return False
-        splitter = GroupKFold(n_splits)
+        splitter = GroupKFold(min(_PARTS, n_groups))
     gains = np.zeros(len(values))
     for train, test in splitter.split(values, groups=groups):
         n_rows = np.bincount(ranks[train], minlength=len(distinct))

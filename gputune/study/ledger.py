@@ -306,11 +306,9 @@ def _difference(name: str, stored: Any, current: Any) -> str:
         if names[0] != names[1]:
             return f"method{_short_pair(*names)}"
     if name == "metrics":
-        names = [
-            ", ".join(metric["name"] for metric in metrics) or "one"
-            for metrics in (stored, current)
-        ]
-        return f"{IDENTITY[name]}{_both(*names) if max(map(len, names)) < _SHORT else ''}"
+        stored, current = (
+            [metric["name"] for metric in metrics] or ["one"] for metrics in (stored, current)
+        )
     is_loop = name == "spec" and (current or {}).get("kind") == "objective"
     label = "objective" if is_loop else IDENTITY[name]
     return f"{label}{_short_pair(stored, current)}"
@@ -352,10 +350,6 @@ def _row_differences(
     return [f"data{_both(*sizes)}"]
 
 
-_SHORT = 60
-"""Values with fewer characters are part of a message about a difference."""
-
-
 def _short_pair(stored: object, current: object) -> str:
     """Return two different values as text if both are short, otherwise ""."""
     texts = [repr(stored), repr(current)]
@@ -366,7 +360,7 @@ def _short_pair(stored: object, current: object) -> str:
         if keys == ["sha256"] and "kind" in stored:
             return " (its code has changed)"
         texts = [", ".join(f"{key}={value[key]!r}" for key in keys) for value in (stored, current)]
-    return _both(*texts) if max(map(len, texts)) < _SHORT else ""
+    return _both(*texts) if max(map(len, texts)) < 60 else ""
 
 
 def _both(stored: str, current: str) -> str:

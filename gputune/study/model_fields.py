@@ -132,8 +132,8 @@ def _check_column(column: Column) -> None:
     flags = [column.other, column.missing]
     if not ({str}.issuperset(map(type, texts)) and {bool}.issuperset(map(type, flags))):
         raise ValueError(f"the column {column.name!r:.60} has fields of a wrong type")
-    has_levels = column.levels or column.other
-    if has_levels and column.kind != "category" and not (column.kind == "number" and column.levels):
+    may_have_levels = column.kind in ("category", "number")
+    if (column.levels and not may_have_levels) or (column.other and not column.is_category):
         raise ValueError(f"the column {column.name!r:.60} has levels that do not fit its kind")
     if not set(_PARTS_OF[column.kind]).issuperset(column.parts) or not column.feature_names:
         raise ValueError(f"the column {column.name!r:.60} has features that do not fit its kind")

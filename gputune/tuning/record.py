@@ -288,8 +288,9 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
     # The digest covers every option that changes the training.
     values = {name: getattr(record, name) for name, part in RECORD_FIELDS.items() if part.training}
     # Left out when unset, so that checkpoints of older studies keep their digest.
-    later: dict[str, Any] = {"metrics": record.metrics, "code": record.code}
-    later["category_copies"] = record.category_copies
+    later: dict[str, Any] = {
+        name: getattr(record, name) for name in ("metrics", "code", "category_copies")
+    }
     for name in ("max_levels", "n_ens"):
         value = getattr(record, name)
         later[name] = value if value != getattr(SearchRecord, name) else None
