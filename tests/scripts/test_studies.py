@@ -205,7 +205,8 @@ def test_many_rows(script, study, flowers):
     (result,) = whole["results"]
     assert (result["table"], result["side"], result["trials"]) == ("iris", "LightGBM", 5)
     assert result["error"] == pytest.approx(2 / 3)
-    assert "| iris | 120 | 0.6667 (0 s, 5 trials) |" in text
+    assert 50 < result["peak"] < 100_000
+    assert f"| iris | 120 | 0.6667 (0 s, 5 trials, {result['peak'] / 1024:.1f} GiB) |" in text
     dates = pd.DataFrame({"date": ["20150103", "20150101", "20150102", "20150105", "20150104"]})
     split = module.split_of(
         "kc_house", lambda name: (dates, pd.Series([3.0, 1, 2, 5, 4]), "regression")
@@ -253,7 +254,7 @@ def test_realmlp_large(study, patients):
     assert (result["rows"], result["epochs"]) == (60, 2)
     assert all(0 < result[key] < 3 for key in ("validation", "best_trial", "ensemble"))
     assert sum(weight for _, weight in result["frequencies"]) == pytest.approx(1, abs=0.01)
-    assert "| diabetes, 60 rows | " in text
+    assert "| diabetes, 60 rows | 2 | " in text
 
 
 @pytest.mark.long

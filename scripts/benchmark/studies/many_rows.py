@@ -1,6 +1,7 @@
 """Tables of at least 20,000 rows: gputune and boosted trees that train for equally many seconds."""
 
 import math
+import resource
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,14 +32,18 @@ folds with early stopping. Their last trial begins within the time, and the best
 again on all rows afterwards. gputune searches with `preset="best"` and this time as its timeout, and
 uses the ensemble of the trials that have a score. If only one trial has a score, it uses this trial.
 An error is an RMSE, 1 - ROC AUC of heart_2020, else 1 - accuracy. Seconds are of the processor, with
-everything counted. The last columns are gputune's error relative to the error of tuned trees: below
-zero, gputune is better.
+everything counted. GiB is the peak memory of the process, if it measured only this side. The last
+columns are gputune's error relative to the error of tuned trees: below zero, gputune is better.
 """
 
 
 @dataclass(frozen=True)
 class Result:
-    """The held-out error of a side on a table, and what it cost."""
+    """The held-out error of a side on a table, and what it cost.
+
+    ``peak`` is the peak memory of the process in MiB. It is None if the process measured another
+    side before.
+    """
 
     table: str
     side: str
@@ -47,6 +52,7 @@ class Result:
     seconds: float
     cpu: float
     trials: int
+    peak: float | None = None
 
 
 Model = tuple[Any, int]
@@ -61,6 +67,7 @@ def run(options: Namespace) -> int:
     done = {(one.table, one.side) for one in results}
     chosen = options.rows or (*NAMES, *SIDES)
     sides = [side for side in SIDES if side in chosen] or SIDES
+    alone = True
     for name in [name for name in NAMES if name in chosen] or NAMES:
         split = split_of(name, load)
         for side in sides:
@@ -73,7 +80,9 @@ def run(options: Namespace) -> int:
             model, trials = SIDES[side](split, seconds_of(split))
             costs = clock()
             error = error_of(split, model)
-            results.append(Result(name, side, len(split.X), error, *costs, trials))
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if alone else None
+            alone = False
+            results.append(Result(name, side, len(split.X), error, *costs, trials, peak))
             print(results[-1], flush=True)
             publish(
                 options.out,
@@ -141,6 +150,11 @@ def error_of(split: Split, model: Any) -> float:
     return score if split.task == "regression" else 1 - score
 
 
+def cell(result: Result) -> str:
+    memory = "" if result.peak is None else f", {result.peak / 1024:.1f} GiB"
+    return f"{result.error:.4f} ({result.cpu:,.0f} s, {result.trials} trials{memory})"
+
+
 def words(results: list[Result]) -> tuple[str, str]:
     """Return the description and the table of errors."""
     of = {(one.table, one.side): one for one in results}
@@ -149,12 +163,7 @@ def words(results: list[Result]) -> tuple[str, str]:
         found = {side: of[name, side] for side in SIDES if (name, side) in of}
         if not found:
             continue
-        cells = [
-            f"{found[side].error:.4f} ({found[side].cpu:,.0f} s, {found[side].trials} trials)"
-            if side in found
-            else ""
-            for side in SIDES
-        ]
+        cells = [cell(found[side]) if side in found else "" for side in SIDES]
         gaps = [
             f"{found['gputune'].error / found[side].error - 1:+.1%}"
             if {side, "gputune"} <= found.keys()

@@ -2,7 +2,7 @@
 
 import math
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import process_time
 from typing import Any
 
@@ -109,7 +109,7 @@ class Limit(Callback):
 class Result(many_rows.Result):
     """The held-out error of the ensemble of a side's trials, and what the search cost."""
 
-    epochs: int
+    epochs: int = field(kw_only=True)
 
 
 def run(options: Namespace) -> int:
@@ -127,7 +127,7 @@ def run(options: Namespace) -> int:
             error = many_rows.error_of(split, study.ensemble(verbose=0))
             epochs = int(np.isfinite(study.curves).any(axis=2).sum())
             trials = len(study.trials)
-            results.append(Result(name, side, len(split.X), error, *clock(), trials, epochs))
+            results.append(Result(name, side, len(split.X), error, *clock(), trials, epochs=epochs))
             print(results[-1], flush=True)
             whole = {"machine": machine, "results": results}
             publish(options.out, "tabm", "TabM-mini and RealMLP", *words(results), **whole)
