@@ -19,7 +19,8 @@ class Preset:
         model: The model.
         n_trials: The number of trials.
         epochs: The fewest and the most epochs.
-        row_epochs: The number of epochs times the number of rows. More rows get fewer epochs.
+        row_epochs: The number of epochs times the number of rows, without a timeout of the user. More
+            rows get fewer epochs.
         large_space: The named space for tables of more than 10,000 rows. "": the space that has the
             name of the model.
         faster: The preset that replaces this one if the timeout is too short, or "".

@@ -272,7 +272,9 @@ def _choices(name: str, case: _Case) -> dict[str, Any]:
     if timeout is None:
         return chosen
     if "max_epochs" not in case.values:
-        chosen["max_epochs"] = max(preset.epochs[0], case.epochs_within(chosen, timeout))
+        # With a timeout, the number of rows no longer limits the epochs.
+        fewest, chosen["max_epochs"] = preset.epochs
+        chosen["max_epochs"] = max(fewest, case.epochs_within(chosen, timeout))
     is_too_long = case.seconds(chosen) > timeout
     if is_too_long and preset.faster and "model" not in case.values:
         return _choices(preset.faster, case)

@@ -95,6 +95,10 @@ def test_a_timeout_changes_epochs_networks_and_model():
     wide = chosen("medium", 20_000, columns=400, timeout="5m")
     narrow = chosen("medium", 20_000, columns=4, timeout="5m")
     assert wide.options.training.max_epochs < narrow.options.training.max_epochs
+    # Without a timeout, these rows allow 25 epochs.
+    assert chosen("best", 200_000).options.training.max_epochs == 25
+    assert chosen("best", 200_000, timeout="4h").options.training.max_epochs > 150
+    assert chosen("medium", 200_000, timeout="3h").options.training.max_epochs == 100
     kept = chosen("best", 10_000, timeout="60s", model="realmlp")
     assert kept.choice.name == "RealMLP" and kept.options.training.max_epochs == 16
 
