@@ -439,4 +439,7 @@ def repair(arguments: Namespace) -> str:
     saved = repair(study_file(arguments.study), arguments.out)
     if not saved.is_whole_search:
         return str(saved)
+    if Study.open(arguments.out).record.arguments.lacking:
+        # No file holds the rows or the code of the search, so no command can resume it.
+        return f"{saved}\n\nTo resume, repeat the call of the search with study={arguments.out!r}."
     return f"{saved}\n\nResume: {shlex.join(['gputune', 'resume', arguments.out])}"

@@ -347,12 +347,14 @@ def outputs_hint(builder: Builder, arguments: Config, actual: int, n_outputs: in
     """Return a sentence that names the builder's parameter for the number of outputs.
 
     ``actual`` is the wrong number of outputs that the module returned. The sentence names the
-    parameter with the default ``actual``. It is "" if no parameter has this default.
+    parameter with the default ``actual``. It is "" if no parameter has this default, or if gputune
+    passes the argument.
     """
     for name, parameter in parameters_of(builder).items():
         default = parameter.default
         is_number = isinstance(default, int) and not isinstance(default, bool)
-        if is_number and default == actual and name not in arguments:
+        is_given = name in arguments or name in ("n_features", "n_outputs")
+        if is_number and default == actual and not is_given:
             value = f"module__{name}={n_outputs}"
             remedy = per_interface(
                 f"Set {value} in the space", f"Set {value} in --space", f"Pass {value}"

@@ -44,6 +44,7 @@ from gputune.tuning.record import SearchCall, machine_options_here, read_rows, r
 from gputune.tuning.trainer import Trainer, unseen
 from gputune.types import Config
 from gputune.version import __version__
+from gputune.wording import per_interface
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,11 +211,13 @@ class ReopenedSearch:
         spec: Config,
         info: Config,
         statistics: Statistics | None = None,
+        rows: np.ndarray | None = None,
     ) -> TunedModel:
         """Combine a trained module with everything that predictions need, and return the tuned
         model.
 
-        ``statistics=None`` takes the scaling statistics of the data.
+        ``statistics=None`` takes the scaling statistics of the data. ``rows`` are the positions of
+        the training rows; None means all rows.
         """
         target = self.problem.target
         record = self.study.record
@@ -240,9 +243,11 @@ class ReopenedSearch:
         }
         if unread:
             info["drop"] = unread
-        info["trained_rows"] = sample_of_rows(
-            self.problem.layout, self.problem.source.X, target.values
-        )
+        X, y = self.problem.source.X, target.values
+        if rows is not None:
+            X = X[torch.as_tensor(rows)] if isinstance(X, Tensor) else X.select(rows)
+            y = y[rows]
+        info["trained_rows"] = sample_of_rows(self.problem.layout, X, y)
         return TunedModel(
             module=module,
             layout=self.problem.layout,
@@ -461,7 +466,7 @@ def _source_of(access: Access, choice: ModelChoice, rows: RowOptions) -> Source:
         raise InputError(
             None,
             f"{access} cannot read {origin['path']!r} again, because the file is gone",
-            remedy="Pass X and y.",
+            remedy=per_interface("Pass X and y.", "Put the file back."),
         ) from error
 
 

@@ -260,8 +260,11 @@ def _mean_model(
     trial trains on the training rows of each fold.
     """
     trials = [trial for trial, _ in shares]
-    # The preparation of all rows is used, so that all members read the same inputs.
-    all_data = search.dataset(None, trials)
+    folds = unpack_folds(search.study.record.arguments.folds)
+    # All networks read the same inputs. They are scaled by all rows, or by the training rows of the
+    # only fold.
+    is_of_one_fold = n_seeds is None and len(folds) == 1
+    all_data = search.dataset(folds if is_of_one_fold else None, trials)
     runs = _ensemble_runs(search, all_data, n_seeds)
     modules: list[nn.Module] = []
     seeds: list[int] = []
@@ -283,7 +286,8 @@ def _mean_model(
     if columns:
         spec["columns"] = columns
     spec |= search.seeds(seeds)
-    return search.model(network.eval(), all_data, spec, info, statistics)
+    rows = folds[0][0] if is_of_one_fold else None
+    return search.model(network.eval(), all_data, spec, info, statistics, rows=rows)
 
 
 def _each(values: Sequence[Item], times: int) -> list[Item]:
