@@ -401,7 +401,7 @@ def report(arguments: Namespace) -> str:
     """Write the HTML report to ``--out``, which may exist, and return a text with its path."""
     with without_collector():
         from gputune.report.page import page
-        from gputune.tuning.refit import Access
+        from gputune.tuning.access import Access
         from gputune.tuning.validation import check_fold_report, fold_report
 
     file = study_file(arguments.study)

@@ -17,9 +17,8 @@ from gputune.data.dataset import Dataset, Rows
 from gputune.data.encode import Statistics
 from gputune.data.folds import all_rows
 from gputune.data.replicas import with_replicas
-from gputune.data.source import Source, fingerprint, read_again, rows_difference
+from gputune.data.source import fingerprint, rows_difference
 from gputune.data.target import TaskWord
-from gputune.data.target_transform import is_known
 from gputune.engine.backend import matrix_products
 from gputune.engine.backends.selection import choose_backend
 from gputune.engine.job import ProgressCallback
@@ -34,17 +33,15 @@ from gputune.solver.solve import solve_all, solved_module
 from gputune.spaces.distributions import space_from_json
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
-from gputune.study.record import RECORD_FIELDS, lost_option
 from gputune.study.study import Study, Trial
 from gputune.study.trained_rows import sample_of_rows
-from gputune.tuning.choices import ModelChoice, recorded_model
-from gputune.tuning.options import Options, RowOptions
+from gputune.tuning.access import Access, read_search
+from gputune.tuning.choices import ModelChoice
+from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem, make_problem
-from gputune.tuning.record import SearchCall, machine_options_here, read_rows, recorded_options
 from gputune.tuning.trainer import Trainer, unseen
 from gputune.types import Config
 from gputune.version import __version__
-from gputune.wording import per_interface
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,26 +296,6 @@ def _unit(value: Tensor) -> float | np.ndarray:
     return float(first) if first.dim() == 0 else first.numpy()
 
 
-@dataclass(frozen=True)
-class Access:
-    """The rows and permissions that the user passes to a method which trains a study's trials
-    again.
-
-    The rows are X and y, or the study's own rows if X is None. With ``check=True``, rows that
-    differ from the rows of the search raise InputError.
-    """
-
-    study: Study
-    X: object = None
-    y: object = None
-    check: bool = True
-    trust_code: bool = False
-    called: str = "best_model"
-
-    def __str__(self) -> str:
-        return f"{self.called}({'' if self.X is None else 'X, y'})"
-
-
 def search_of(access: Access) -> ReopenedSearch:
     """Prepare a study's search to train its trials again on the rows of ``access``.
 
@@ -328,7 +305,7 @@ def search_of(access: Access) -> ReopenedSearch:
     is_own = access.X is None
     from_file = study.file if is_own and study.data is None else None
     with nullcontext() if from_file is None else option_errors(from_file):
-        call = _read_search(access)
+        call = read_search(access)
     # The rows decide the number of classes: other rows may have two classes instead of three.
     has_classes = study.record.classes is not None
     task = cast(TaskWord, "classification" if has_classes else study.record.task)
@@ -384,90 +361,6 @@ def _tuned_model(
         spec["ensemble"] = [arguments] * n_networks
     seeds = search.seeds([search.options.search.random_state] * n_networks)
     return search.model(module.eval(), data, spec | seeds, info)
-
-
-def _read_search(access: Access) -> SearchCall:
-    """Read the model, the rows and the options of a study's search from memory or from its file."""
-    study = access.study
-    record = access.study.record
-    if study.data is not None:
-        call: SearchCall = study.data
-        if access.X is None:
-            return call
-        if call.options.training.sample_weight is not None:
-            raise InputError(
-                None,
-                f"{access} cannot weight other rows, because the study used sample_weight",
-                remedy="Leave X and y out.",
-            )
-        return replace(call, source=_source_of(access, call.choice, call.options.rows))
-    _check_refittable(access)
-    for name in record.lost:
-        if RECORD_FIELDS[name].training or name == "method":
-            raise lost_option(study.file, name)
-    # The record stores class weights as text. Its arguments store the value itself.
-    value = record.arguments.kept.get("class_weight")
-    class_weight = {None: None, "'balanced'": "balanced"}.get(record.class_weight, value)
-    missing = ""
-    if record.sample_weight is not None:
-        missing = "sample_weight, which this study used,"
-    elif not is_known(record.target_transform):
-        missing = "target_transform, which is your own object,"
-    elif record.class_weight is not None and class_weight is None:
-        missing = f"class_weight={record.class_weight}"
-    if missing:
-        raise InputError(
-            None,
-            f"{access.called}() cannot read {missing} from the study file",
-            remedy="Call this method on the study that tune() returned, in the same process.",
-        )
-    options = recorded_options(record, **machine_options_here(record), class_weight=class_weight)
-    choice = recorded_model(
-        dict(record.spec),
-        record.optimizer,
-        script=record.arguments.script,
-        trust_code=access.trust_code,
-    )
-    return SearchCall(choice, _source_of(access, choice, options.rows), options)
-
-
-def _check_refittable(access: Access) -> None:
-    """Raise InputError if a study holds scikit-learn estimators or a custom training loop, which
-    gputune cannot train again."""
-    record = access.study.record
-    if record.face == "sklearn":
-        kind = f"{record.method}, which searched scikit-learn estimators"
-        remedy = "Its best_estimator_ is the model."
-    elif record.face == "loop":
-        kind = "search(), because its training loop is your own"
-        remedy = "Call your objective with study.best_params."
-    else:
-        return
-    raise InputError(None, f"{access.called}() cannot refit a study of {kind}", remedy=remedy)
-
-
-def _source_of(access: Access, choice: ModelChoice, rows: RowOptions) -> Source:
-    """Return the rows that the user passed, or read the study's own rows again.
-
-    Raises InputError if the study's rows are not available.
-    """
-    if access.X is not None:
-        return read_rows(choice, rows, access.X, access.y)
-    origin = access.study.record.source
-    if origin is None:
-        raise InputError(
-            None,
-            f"{access} needs X and y, because the search had its data in memory, and the study "
-            "file does not hold them",
-        )
-    try:
-        return read_again(origin, module=choice.takes_arrays)
-    except FileNotFoundError as error:
-        raise InputError(
-            None,
-            f"{access} cannot read {origin['path']!r} again, because the file is gone",
-            remedy=per_interface("Pass X and y.", "Put the file back."),
-        ) from error
 
 
 def _other_rows(search: ReopenedSearch, access: Access) -> InputError:

@@ -31,6 +31,7 @@ from gputune.seeding import replica_seed, stream
 from gputune.study.model import TunedModel
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study, Trial
+from gputune.tuning.access import Access
 from gputune.tuning.predictions import (
     Predictions,
     means_of_rows,
@@ -39,7 +40,7 @@ from gputune.tuning.predictions import (
     values_of,
 )
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import Access, ReopenedSearch, refit_trial, refit_trials, search_of
+from gputune.tuning.refit import ReopenedSearch, refit_trial, refit_trials, search_of
 from gputune.types import Config
 from gputune.wording import per_interface
 

@@ -13,10 +13,11 @@ import gputune
 from gputune.cli.main import main
 from gputune.methods.lineages import _PopulationTraining
 from gputune.study.study import how_to_continue
+from gputune.tuning.access import Access
 from gputune.tuning.context import Context
 from gputune.tuning.predictions import members_of
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import Access, search_of
+from gputune.tuning.refit import search_of
 from gputune.tuning.trainer import Trainer
 from moments import time_is_over
 from refused import refused

@@ -22,9 +22,10 @@ from gputune.cli.main import main
 from gputune.cli.summary import ensemble_text
 from gputune.integrations.whole_model import WholeModel
 from gputune.population.population import Ensemble
+from gputune.tuning.access import Access
 from gputune.tuning.predictions import Predictions, predictions_of
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import Access, search_of
+from gputune.tuning.refit import search_of
 from refused import refused
 
 tune = partial(gputune.tune, n_trials=6, max_epochs=4, cv=3, verbose=0, workers=1)
