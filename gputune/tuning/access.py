@@ -112,6 +112,7 @@ def _source_of(access: Access, choice: ModelChoice, rows: RowOptions) -> Source:
     except FileNotFoundError as error:
         raise InputError(
             None,
-            f"{access} cannot read {origin['path']!r} again, because the file is gone",
+            f"{per_interface(str(access), access.called)} cannot read {origin['path']!r} again, "
+            "because the file is gone",
             remedy=per_interface("Pass X and y.", "Put the file back."),
         ) from error

@@ -107,6 +107,21 @@ def vision(**kwargs):
     return Vision(**kwargs)
 
 
+class OneOutput(nn.Module):
+    def __init__(self, n_features, n_outputs=1):
+        super().__init__()
+        self.layer = nn.Linear(n_features, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_no_advice_to_set_what_gputune_passes():
+    with pytest.raises(gputune.InputError) as error:
+        tune(OneOutput)
+    assert "n_outputs=1" not in str(error.value) and "module__" not in str(error.value)
+
+
 def test_the_default_that_gives_the_wrong_number_of_outputs_is_named():
     with refused(
         r"got \(\d+, 1000\).* Vision has num_classes=1000 by default. Set module__num_classes=3 in the space"

@@ -190,6 +190,30 @@ def test_the_command_that_the_error_names_repairs_and_the_search_continues(folde
     assert [t.fold_scores for t in after] == [t.fold_scores for t in before]
 
 
+def test_a_report_that_needs_a_missing_table_says_so_in_words_of_the_command_line(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "bugs.csv", kind=kinds())
+    assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
+    (tmp_path / "bugs.csv").unlink()
+    code, _, err = run("report", "gputune-out", "--importance")
+    assert code == 2 and re.search(
+        r"report cannot read '.*bugs.csv' again, because the file is gone\. Put the file back\.",
+        err,
+    )
+
+
+def test_a_repaired_search_of_rows_in_memory_names_the_call_that_resumes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    X = np.random.default_rng(0).normal(size=(20, 2))
+    gputune.tune("mlp", X, X[:, 0], n_trials=1, max_epochs=1, cv=2, study="old.db", verbose=0)
+    code, out, _ = run("repair", "old.db", "--out", "new.db")
+    assert code == 0 and out.endswith(
+        "\n\nTo resume, repeat the call of the search with study='new.db'.\n"
+    )
+
+
 @pytest.mark.parametrize("key", ["arguments", "task", ""])
 def test_a_lost_option_is_counted_and_said_where_the_search_would_continue(folder, key):
     change(folder / "gputune-out" / "study.db", "DELETE FROM meta WHERE key = ?", (key,))

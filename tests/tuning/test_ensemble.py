@@ -20,8 +20,10 @@ from gputune.callbacks import Callback, StopSearch
 from gputune.cli.held_out import HeldOut
 from gputune.cli.main import main
 from gputune.cli.summary import ensemble_text
+from gputune.data.table import as_table
 from gputune.integrations.whole_model import WholeModel
 from gputune.population.population import Ensemble
+from gputune.study.trained_rows import share_of_rows
 from gputune.tuning.access import Access
 from gputune.tuning.predictions import Predictions, predictions_of
 from gputune.tuning.progress import Progress
@@ -78,6 +80,23 @@ def greedy(predictions, size, folds):
         chosen.append(tried.index(max(tried)))
         keys.append(max(tried))
     return Counter(chosen[: keys.index(max(keys)) + 1])
+
+
+@pytest.mark.parametrize("space", [{"lr": [0.01, 0.02]}, {"numbers": ["standard", "robust"]}])
+def test_an_ensemble_of_one_fold_knows_only_its_training_rows(space):
+    X, y = IRIS
+    order = np.random.default_rng(0).permutation(len(y))
+    train, valid = np.sort(order[:100]), np.sort(order[100:])
+    X = X.copy()
+    X[valid] *= 100
+    search = gputune.tune("mlp", X, y, space=space, cv=(train, valid), max_epochs=2, verbose=0)
+    tuned = search.ensemble(refit="folds", size=2, verbose=0)
+    assert abs(tuned.statistics.fill).max() < 10
+    assert abs(search.ensemble(size=2, verbose=0).statistics.fill).max() > 50
+    values = pd.DataFrame(X, columns=[f"x{j}" for j in range(4)])
+    share = partial(share_of_rows, tuned.info["trained_rows"], tuned.layout)
+    table = as_table(values)
+    assert share(table.select(train), y[train]) == 1 and share(table.select(valid), y[valid]) == 0
 
 
 @pytest.mark.parametrize("folds", [[0, 1, 2], [0, 2]])
