@@ -46,8 +46,8 @@ from gputune.wording import option
 class RecordedPlan:
     """A training plan made of recorded chunks (groups of trials that the study file stores).
 
-    The ``index`` of a chunk holds the positions of its trials in ``trials``. The dict ``chunks``
-    uses this index as key.
+    ``trials`` are the trials of these chunks only. The ``index`` of a chunk holds the positions of
+    its trials in ``trials``. The dict ``chunks`` uses this index as key.
     """
 
     plan: Plan
@@ -246,20 +246,32 @@ class Context(Session):
             return parts
 
         chunks = self.ledger.chunks(waiting, stage, split)
-        numbers = {number for chunk in chunks for number in chunk.trials}
-        trials = tuple(trial for trial in self.ledger.candidates if trial.number in numbers)
-        configs = tuple(self.complete(trial.params) for trial in trials)
-        plan = plan_of.get(len(trials)) or make(configs)  # decides the number of processes
-        place = {trial.number: position for position, trial in enumerate(trials)}
-        chunks_by_threads: dict[int, dict[tuple[int, ...], PlannedChunk]] = {}
+        chunks_by_threads: dict[int, list[PlannedChunk]] = {}
         for chunk in chunks:
-            index = tuple(place[number] for number in chunk.trials)
-            chunks_by_threads.setdefault(chunk.threads, {})[index] = chunk
+            chunks_by_threads.setdefault(chunk.threads, []).append(chunk)
+        trials = self._trials_of(chunks)
+        # This plan decides the number of processes.
+        plan = plan_of.get(len(trials)) or make(self._configs_of(trials))
         plans = []
-        for threads, recorded in chunks_by_threads.items():
-            plan_of_part = self._with_threads(plan, threads, recorded, configs)
-            plans.append(RecordedPlan(plan_of_part, trials, configs, recorded))
+        for threads, group in chunks_by_threads.items():
+            trials = self._trials_of(group)
+            place = {trial.number: position for position, trial in enumerate(trials)}
+            recorded = {}
+            for chunk in group:
+                recorded[tuple(place[number] for number in chunk.trials)] = chunk
+            configs = self._configs_of(trials)
+            part = self._with_threads(plan, threads, recorded, configs)
+            plans.append(RecordedPlan(part, trials, configs, recorded))
         return plans
+
+    def _trials_of(self, chunks: Sequence[PlannedChunk]) -> tuple[Candidate, ...]:
+        """Return the trials of chunks, in order of trial number."""
+        numbers = {number for chunk in chunks for number in chunk.trials}
+        return tuple(trial for trial in self.ledger.candidates if trial.number in numbers)
+
+    def _configs_of(self, trials: Sequence[Candidate]) -> tuple[Config, ...]:
+        """Return the complete hyperparameters of trials."""
+        return tuple(self.complete(trial.params) for trial in trials)
 
     def _with_threads(
         self,

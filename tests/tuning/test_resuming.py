@@ -15,11 +15,12 @@ from sklearn.datasets import load_iris
 
 import gputune
 from forked import Fork
-from gputune.callbacks import Callback
+from gputune.callbacks import Callback, StopSearch
 from gputune.engine import job as chunks
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.stacked import StackedChunk
+from gputune.study.store import Store
 from refused import refused
 
 COMPILED = {
@@ -264,6 +265,24 @@ def test_none_is_left_of_trials_that_ended_before_the_last_stop(tmp_path, method
     assert list((tmp_path / "s.db.state").glob("*.safetensors"))
     tune(**call)
     assert [place.name for place in tmp_path.iterdir()] == ["s.db"]
+
+
+def test_a_search_with_new_trials_continues_with_another_number_of_threads(tmp_path, monkeypatch):
+    """Another machine, for example. The new trials then have a plan of their own."""
+
+    class Cut(Callback):
+        def on_epoch(self, curves):
+            raise StopSearch
+
+    monkeypatch.setattr("gputune.engine.plan._THREADS_PAY", 0)
+    call = {"space": {"lr": loguniform(1e-4, 0.1)}, "max_epochs": 3, "study": tmp_path / "s.db"}
+    for n_cores, n_trials in ((1, 2), (2, 4)):
+        monkeypatch.setattr("gputune.engine.plan.cores", lambda n_cores=n_cores: n_cores)
+        tune(**call, n_trials=n_trials, callbacks=[Cut()])
+    with Store.open(tmp_path / "s.db") as store:
+        assert [chunk.threads for chunk in store.plan()] == [1, 2]
+    found = tune(**call, n_trials=4)
+    assert {trial.state for trial in found.trials} == {"complete"}
 
 
 def test_what_continues_from_a_checkpoint_is_said(tmp_path, capsys):
