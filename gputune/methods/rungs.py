@@ -58,6 +58,25 @@ def check_rungs(rule: ComparingRule, context: Context) -> None:
     rule.stops(context.epochs)
 
 
+def with_divergence(curve: np.ndarray, stops: Sequence[int]) -> np.ndarray:
+    """Return the scores of a trial, with NaN up to its next stop if the trial has diverged.
+
+    The number of stored epochs after the divergence depends on the other trials of its chunk, and
+    on the time at which the search was stopped. The decisions must not depend on it.
+
+    Args:
+        curve: The scores of the trial after each epoch, (epochs, F).
+        stops: The epochs at which trials are compared or end, in order.
+    """
+    is_lost = np.isnan(curve).any(1)
+    if not is_lost.any():
+        return curve
+    n_finite = int(is_lost.argmax())
+    stop = next(stop for stop in stops if stop > n_finite)
+    lost = np.full((stop - n_finite, *curve.shape[1:]), np.nan)
+    return np.concatenate([curve[:n_finite], lost])
+
+
 def train_in_rungs(context: Context, rule: ComparingRule, trials: Sequence[Candidate]) -> None:
     """Train trials, and prune some trials at each stop of a rule such as successive halving.
 
@@ -398,7 +417,10 @@ class _RungTraining(PausedTraining[RunningTrial]):
         self.running = [trial for trial in self.running if trial not in ended]
         if epoch in self.stops and not self.context.is_over():
             curves = self.curves | {trial.number: trial.curve for trial in self.running}
-            ranked = {number: first_metric(curve, axes=2) for number, curve in curves.items()}
+            stops = [*self.stops, self.context.epochs]
+            ranked = {}
+            for number, curve in curves.items():
+                ranked[number] = with_divergence(first_metric(curve, axes=2), stops)
             pruned = self.rule.trials_to_stop(epoch, ranked, self.context.epochs)
             pruned = pruned | self.context.stop.ended_trials()
             self.finish([trial for trial in self.running if trial.number in pruned], rung=epoch)

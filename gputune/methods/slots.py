@@ -21,7 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from gputune.methods.proposals import NOT_REPEATED, add_earlier, n_missing, outside_text
-from gputune.methods.rungs import ComparingRule, PausedTraining, RunningTrial
+from gputune.methods.rungs import ComparingRule, PausedTraining, RunningTrial, with_divergence
 from gputune.methods.slot_study import AskedTrial, SlotStudy
 from gputune.study.store import Candidate
 from gputune.tuning.context import Context
@@ -87,7 +87,7 @@ def fill_slots(
         running = running_then
         ended = []
         for number, curve in trained.items():
-            curves[number] = _with_divergence(curve, arrived_at[number])
+            curves[number] = with_divergence(curve, stops)
             if len(curve) < arrived_at[number] or np.isnan(curve).any():
                 ended.append(number)
         search.end(ended)
@@ -108,20 +108,6 @@ def fill_slots(
 def _next_stop(stops: Sequence[int], epoch: int) -> int:
     """Return the first stop after an epoch."""
     return next(stop for stop in stops if stop > epoch)
-
-
-def _with_divergence(curve: np.ndarray, epochs: int) -> np.ndarray:
-    """Return the scores of a trial, with NaN up to ``epochs`` if the trial has diverged.
-
-    The number of stored epochs after the divergence depends on the other trials of its chunk. The
-    decisions must not depend on it.
-    """
-    if not np.isnan(curve).any():
-        return curve
-    padded = np.full((epochs, *curve.shape[1:]), np.nan)
-    n_stored = min(epochs, len(curve))
-    padded[:n_stored] = curve[:n_stored]
-    return padded
 
 
 def _without(running: Mapping[int, int], ended: Sequence[int]) -> dict[int, int]:

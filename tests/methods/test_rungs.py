@@ -11,6 +11,7 @@ from sklearn.datasets import load_diabetes, load_iris
 
 import gputune
 from command_line import FAST, run
+from gputune.callbacks import Callback, StopSearch
 from gputune.engine.checkpoint import StateCache
 from gputune.methods import rungs
 from gputune.study.store import Store
@@ -135,6 +136,48 @@ def test_a_trial_that_diverges_leaves_and_is_failed():
     states = {trial.params["lr"]: trial.state for trial in study.trials}
     assert states[1e4] == states[1e5] == "failed"
     assert math.isfinite(study.best_score)
+
+
+class Cut(Callback):
+    """Ends the search after some epochs of any chunk."""
+
+    def __init__(self, epochs):
+        self.left = epochs
+
+    def on_epoch(self, curves):
+        self.left -= 1
+        if self.left == 0:
+            raise StopSearch
+
+
+def test_a_trial_that_diverges_counts_at_the_next_rung_in_any_chunk(tmp_path):
+    """Three of the nine trials diverge, in a chunk of their own or together with other trials."""
+    X = np.random.default_rng(0).normal(size=(100, 5))
+    space = {"lr": [1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3, 1e12, 1e13, 1e14], "width": [8]}
+    search = partial(
+        tune,
+        "mlp",
+        X,
+        X @ np.arange(5.0),
+        space=space,
+        n_trials=9,
+        include_default=False,
+        optimizer="sgd",
+        method=gputune.Halving(min_epochs=3),
+        task="regression",
+    )
+    states = [trial.state for trial in search().trials]
+    assert sorted(states) == ["complete"] * 3 + ["failed"] * 3 + ["pruned"] * 3
+    assert [trial.state for trial in search(memory="1KB").trials] == states
+    search(study=tmp_path / "study.db", callbacks=[Cut(2)])
+    assert [trial.state for trial in search(study=tmp_path / "study.db").trials] == states
+
+
+def test_a_diverged_trial_does_not_count_at_a_rung_that_it_has_not_reached():
+    curve = np.array([[1.0, 1.0], [1.0, math.nan]])
+    expected = [[1.0, 1.0], [math.nan] * 2, [math.nan] * 2]
+    np.testing.assert_array_equal(rungs.with_divergence(curve, [1, 3, 9]), expected)
+    np.testing.assert_array_equal(rungs.with_divergence(curve[:1], [1, 3, 9]), curve[:1])
 
 
 def test_waiting_states_may_lie_in_files(halved, monkeypatch):
