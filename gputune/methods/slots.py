@@ -15,7 +15,7 @@ any number of workers and a resumed search train the same trials.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Protocol
 
 import numpy as np
@@ -54,6 +54,9 @@ class SlotSearch(Protocol):
     def end(self, numbers: Sequence[int], rung: int | None = None) -> None:
         """Store the results of trials that have ended. ``rung`` is the epoch at which the rule
         pruned them."""
+
+    def ended_trials(self, rung: int) -> Set[int]:
+        """Return the numbers of trials that end at a rung because a user has requested it."""
 
 
 def fill_slots(
@@ -98,7 +101,7 @@ def fill_slots(
                 search.end(arrived)
                 running = _without(running, arrived)
             elif arrived:
-                stopped = rule.trials_to_stop(stop, curves, max_epochs)
+                stopped = rule.trials_to_stop(stop, curves, max_epochs) | search.ended_trials(stop)
                 pruned = [number for number in arrived if number in stopped]
                 search.end(pruned, rung=stop)
                 running = _without(running, pruned)
@@ -266,3 +269,14 @@ class _ContextSlots:
         ended = [trial for trial in self.training.running if trial.number in numbers]
         self.training.finish(ended, rung=rung)
         self.training.running = [trial for trial in self.training.running if trial not in ended]
+
+    def ended_trials(self, rung: int) -> set[int]:
+        """Return the trials that ``gputune stop`` ends, and all trials that were pruned at a rung.
+
+        A request is not stored. A resumed search therefore takes the pruned trials from the study.
+        """
+        ended = set(self.context.stop.ended_trials())
+        for number, result in self.context.ledger.results.items():
+            if result.state == "pruned" and result.detail.get("rung") == rung:
+                ended.add(number)
+        return ended

@@ -14,6 +14,7 @@ from sklearn.datasets import load_iris
 
 import gputune
 from command_line import output, run
+from gputune.engine.stop import Stop
 from gputune.errors import MissingExtraError
 from gputune.methods import slots
 from gputune.methods.slot_study import tpe_sampler
@@ -85,6 +86,9 @@ class Scripted:
     def end(self, numbers, rung=None):
         if len(numbers):
             self.events.append((list(numbers), rung))
+
+    def ended_trials(self, rung):
+        return set()
 
 
 def test_free_slots_are_refilled_at_the_next_stop_of_any_trial():
@@ -249,6 +253,20 @@ def test_a_deadline_ends_a_search_and_the_next_call_continues(whole, tmp_path, m
         begun = tune(tpe(), timeout=600, study=path)
     assert "stopped" in {trial.state for trial in begun.trials}
     assert_same(tune(tpe(), study=path), whole)
+
+
+def test_a_user_ends_a_trial_at_its_next_rung(whole, tmp_path, monkeypatch):
+    """``gputune stop --trial`` does. The search then continues, also after a kill."""
+    number = next(n for n in range(6) if lengths(whole)[n] == 9)
+    path = tmp_path / "study.db"
+    with monkeypatch.context() as patched:
+        patched.setattr(Stop, "ended_trials", lambda stop: {number})
+        ended = tune(tpe())
+        kill(monkeypatch, 3, study=path)
+    trial = ended.trials[number]
+    assert (trial.state, trial.detail, lengths(ended)[number]) == ("pruned", {"rung": 1}, 1)
+    assert gputune.Study.open(path).trials[number].state == "pruned"
+    assert_same(tune(tpe(), study=path), ended)
 
 
 def test_more_trials_later(whole, tmp_path):
