@@ -52,14 +52,18 @@ def train_population(
     n_trained = search.epochs_trained
     try:
         with context.progress.bar_over(len(search.running), context.epochs, trained=n_trained):
-            for stop in [*method.stops(context.epochs), context.epochs]:
-                if stop > search.compared_at and search.running and not context.is_over():
+            stops = [*method.stops(context.epochs), context.epochs]
+            stops = [stop for stop in stops if stop > search.compared_at]
+            for stop in stops:
+                # At least one chunk begins, even if the time is already over.
+                if search.running and (stop == stops[0] or not context.is_over()):
                     search.train_to(stop)
                     if stop < context.epochs and not context.is_over():
                         search.compare(stop)
             if context.is_over():
                 search.save()
             search.finish([trial for trial in search.running if len(trial.curve)])
+        context.tell_trials_without_score()
     finally:
         search.states.close()
 

@@ -88,13 +88,15 @@ def train_in_rungs(context: Context, rule: ComparingRule, trials: Sequence[Candi
         n_trained = search.epochs_trained
         with context.progress.bar_over(len(search.running), context.epochs, trained=n_trained):
             for stop in sorted({*search.stops, context.epochs}):
-                if search.running and not context.is_over():
+                # At least one chunk begins, even if the time is already over.
+                if search.running and (begin == 0 or not context.is_over()):
                     search.train(begin, stop)
                     if context.is_over():
                         search.save()
                     search.end_trials(stop)
                 begin = stop
             search.finish([trial for trial in search.running if len(trial.curve)])
+        context.tell_trials_without_score()
     finally:
         search.states.close()
 

@@ -71,7 +71,9 @@ def fill_slots(
     stops = [*rule.stops(max_epochs), max_epochs]
     running: dict[int, int] = {}
     curves: dict[int, np.ndarray] = {}
-    while not search.is_over():
+    has_trained = False
+    # At least one chunk begins, even if the time is already over.
+    while not has_trained or not search.is_over():
         new = search.propose(n_slots - len(running), running)
         running |= dict.fromkeys(new, 0)
         if not running:
@@ -85,6 +87,7 @@ def fill_slots(
             group = arrived_at if running_then[number] == stop else later
             group[number] = stop
         trained = search.train(arrived_at, later)
+        has_trained = True
         if search.is_over():
             break
         running = running_then
@@ -135,6 +138,7 @@ def train_in_slots(
             if context.is_over():
                 training.save()
             training.finish([trial for trial in training.running if len(trial.curve)])
+        context.tell_trials_without_score()
     finally:
         training.states.close()
 

@@ -210,4 +210,6 @@ def train_batches(context: Context, halving: ComparingRule | None = None) -> boo
     for batch in sorted(set(map(batch_of, ledger.waiting()))):
         trials = [candidate for candidate in ledger.candidates if batch_of(candidate) == batch]
         train_in_rungs(context, halving, trials)
+        if context.is_over():
+            break
     return not context.is_over()

@@ -299,6 +299,17 @@ class Context(Session):
             self.faults[fault] = None
             self.progress.say(f"note: {fault}", once=True)
 
+    def tell_trials_without_score(self) -> None:
+        """Tell the user how many trials have no score because the time was over."""
+        n_waiting = sum(result is None for _, result in self.ledger.rows())
+        # A request to stop, such as Ctrl-C, has its own message.
+        if n_waiting and self.is_over() and not self.stop.requested:
+            self.progress.say(
+                f"note: the time was over before {count(n_waiting, 'trial')} had trained for one "
+                f"epoch. These trials have no score. Choose a longer {option('timeout')}, or fewer "
+                "trials or folds."
+            )
+
     def may_begin(self, recorded: RecordedPlan) -> Claim[Population] | None:
         """Return a function that decides whether a group of trials may begin to train.
 

@@ -109,3 +109,20 @@ def test_an_unknown_method_lists_all():
 def test_a_method_survives_its_json(name):
     method = check_method(name)
     assert method_from_json(method.to_json()) == method
+
+
+REFILLED = gputune.OptunaSampler("tpe", batch=4, halving=gputune.Halving(min_epochs=1))
+
+
+@pytest.mark.parametrize(
+    ("method", "n_waiting"),
+    [("halving", 5), ("median", 5), (gputune.PopulationBased(interval=2), 5), (REFILLED, 3)],
+)
+def test_one_chunk_begins_if_the_time_is_over_before_the_training(method, n_waiting, capsys):
+    """Each chunk has one trial. The note counts the trials that have not begun."""
+    options = QUICK | {"verbose": 1, "memory": "1KB", "workers": 1}
+    study = gputune.tune("mlp", X, y, method=method, timeout=1e-9, **options)
+    states = [trial.state for trial in study.trials]
+    assert sorted(states) == ["stopped"] + ["waiting"] * n_waiting
+    note = f"note: the time was over before {n_waiting} trials had trained for one epoch. These"
+    assert capsys.readouterr().err.count(note) == 1
