@@ -106,6 +106,8 @@ class _PopulationTraining(PausedTraining[_Lineage]):
     ``compared_at`` is the epoch of the latest comparison, or 0.
     """
 
+    divergence_is_final = False
+
     def __init__(
         self,
         context: Context,

@@ -29,6 +29,7 @@ from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes
 from gputune.population.population import Population
 from gputune.population.state import State
+from gputune.study.rows import ResultState
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, failed_result
 from gputune.types import KEPT_BYTES, Config, Json, Outputs, drop_beyond_limit, first_metric
@@ -131,8 +132,11 @@ AnyTrial = TypeVar("AnyTrial", bound=RunningTrial)
 class PausedTraining(Generic[AnyTrial]):
     """Trials that train together up to a stop, an epoch after which they are compared.
 
-    Their states wait there in a cache.
+    Their states wait there in a cache. ``divergence_is_final`` is False if a trial that has diverged
+    may continue as a copy of another trial.
     """
+
+    divergence_is_final: ClassVar[bool] = True
 
     def __init__(self, context: Context, trials: Sequence[Candidate]) -> None:
         self.context = context
@@ -382,8 +386,11 @@ class PausedTraining(Generic[AnyTrial]):
                 seconds=trial.seconds,
                 detail=detail,
             )
-            if result.state == "complete" and (rung is not None or n_trained < epochs):
-                result = replace(result, state="stopped" if rung is None else "pruned")
+            is_final = result.state == "failed" and self.divergence_is_final
+            if n_trained < epochs and not is_final:
+                best_epoch = 0 if math.isnan(result.score) else result.best_epoch
+                state: ResultState = "stopped" if rung is None else "pruned"
+                result = replace(result, state=state, best_epoch=best_epoch)
             results.append(result)
         if results:
             self._store(results, trials)

@@ -315,6 +315,25 @@ def test_a_diverged_trial_continues_as_a_copy():
     assert trial.state == "complete" and trial.lineage[0][1] != lost
 
 
+def test_a_diverged_trial_of_a_stopped_search_continues_as_a_copy(tmp_path):
+    class Cut(gputune.callbacks.Callback):
+        def on_epoch(self, curves):
+            raise gputune.callbacks.StopSearch
+
+    space = {"lr": [1e-3, 1e-2, 1e5, 3e-3], "width": [8]}
+    data = load_diabetes(return_X_y=True)
+    options = {"n_trials": 4, "include_default": False, "optimizer": "sgd", "method": METHOD}
+    options["scoring"] = ["r2", "neg_mean_squared_error"]
+    search = partial(tune, "mlp", *data, space=space, **options)
+    cut = search(study=tmp_path / "s.db", callbacks=[Cut()])
+    assert {trial.state for trial in cut.trials} == {"stopped"}
+    (lost,) = [trial for trial in cut.trials if np.isnan(trial.score)]
+    assert lost.best_epoch == 0 and np.isnan(lost.metrics["neg_mean_squared_error"]).all()
+    again = search(study=tmp_path / "s.db")
+    assert_same_table(search(), again)
+    assert {trial.state for trial in again.trials} == {"complete"}
+
+
 def test_other_architectures_are_not_copied():
     study = many(space={**SPACE, "width": [8, 7, 16]}, n_trials=12)
     widths = {trial.number: trial.params["width"] for trial in study.trials}
