@@ -65,6 +65,11 @@ class Table:
 
     See readings.py.
     """
+    dropped_dates: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """The date columns that were taken out of the table, by name.
+
+    A time series split needs them for the order of the rows.
+    """
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -82,12 +87,24 @@ class Table:
 
     def select(self, rows: np.ndarray) -> "Table":
         """Return a table with only the rows ``rows``, which are positions or a mask."""
-        return replace(self, columns=tuple(column[rows] for column in self.columns))
+        return replace(
+            self,
+            columns=tuple(column[rows] for column in self.columns),
+            dropped_dates={name: dates[rows] for name, dates in self.dropped_dates.items()},
+        )
 
     def drop(self, *names: str) -> "Table":
-        triples = zip(self.names, self.kinds, self.columns)
+        triples = list(zip(self.names, self.kinds, self.columns))
         left, kinds, columns = zip(*(column for column in triples if column[0] not in names))
-        return Table(left, kinds, columns, self.amounts, _without(self.readings, names))
+        dates = {name: column for name, kind, column in triples if name in names and kind == "date"}
+        return replace(
+            self,
+            names=left,
+            kinds=kinds,
+            columns=columns,
+            readings=_without(self.readings, names),
+            dropped_dates={**self.dropped_dates, **dates},
+        )
 
     def read_as(self, kinds: Mapping[str, Kind]) -> "Table":
         """Return a table with some columns converted to the kinds that the user chose.
@@ -100,12 +117,12 @@ class Table:
         columns = dict(zip(self.names, self.columns))
         for name, kind in kinds.items():
             columns[name] = read_as(kind, self.kind(name), columns[name], name)
-        return Table(
-            self.names,
-            tuple(map(kinds.get, self.names, self.kinds)),
-            tuple(columns.values()),
-            _without(self.amounts, kinds),
-            _without(self.readings, kinds),
+        return replace(
+            self,
+            kinds=tuple(map(kinds.get, self.names, self.kinds)),
+            columns=tuple(columns.values()),
+            amounts=_without(self.amounts, kinds),
+            readings=_without(self.readings, kinds),
         )
 
     def with_readings(self, remarks: Mapping[str, str]) -> "Table":

@@ -74,15 +74,14 @@ def in_time_order(cv: object, X: object) -> object:
     names = unsorted_dates(cv, X)
     if not isinstance(cv, TimeSplit) or not isinstance(X, Table) or len(names) != 1:
         return cv
-    dates = X.column(names[0])
+    dates = _dates(X)[names[0]]
     missing = np.flatnonzero(np.isnan(dates))
     if len(missing):
         raise InputError(
             "cv",
             f"splits by time, but the date column {names[0]!r} has "
             f"{count(len(missing), 'missing value')} (the first is in row {missing[0]})",
-            remedy="Fill in the values, leave out these rows, or sort the rows and leave out the "
-            "column.",
+            remedy="Fill in the values, leave out these rows, or sort the rows.",
         )
     return TimeSplit(cv.n_splits, np.argsort(dates, kind="stable"))
 
@@ -90,16 +89,29 @@ def in_time_order(cv: object, X: object) -> object:
 def unsorted_dates(cv: object, X: object) -> tuple[str, ...]:
     """Return the names of the date columns, if a ``TimeSplit`` needs an order and X has none.
 
-    The result is empty if the rows are in the order of one of the date columns.
+    The result is empty if the rows are in the order of one of the date columns. Columns that were
+    dropped from X count only if X has no date column left.
     """
     if not isinstance(cv, TimeSplit) or not isinstance(X, Table):
         return ()
-    names = tuple(name for name, kind in zip(X.names, X.kinds, strict=True) if kind == "date")
-    for name in names:
-        known = X.column(name)[~np.isnan(X.column(name))]
+    names = []
+    for name, dates in _dates(X).items():
+        known = dates[~np.isnan(dates)]
+        if len(known) == 0 or (known == known[0]).all():
+            continue  # one date does not order the rows
         if (np.diff(known) >= 0).all():
             return ()
-    return names
+        names.append(name)
+    columns = tuple(name for name in names if name in X.names)
+    return columns or tuple(names)
+
+
+def _dates(X: Table) -> dict[str, np.ndarray]:
+    """Return the date columns of a table and the date columns that were dropped from it, by
+    name."""
+    pairs = zip(X.names, X.kinds, strict=True)
+    columns = {name: X.column(name) for name, kind in pairs if kind == "date"}
+    return {**columns, **X.dropped_dates}
 
 
 def time_remark(cv: object, X: object) -> str:

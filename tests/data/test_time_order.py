@@ -6,7 +6,9 @@ import pytest
 from sklearn.model_selection import TimeSeriesSplit
 
 import gputune
+from gputune.data.source import read_source, split_held_out
 from gputune.data.table import as_table
+from gputune.data.target import check_target
 from gputune.data.time_order import in_time_order, parse_cv, time_remark
 from gputune.wording import PYTHON
 from refused import refused
@@ -55,6 +57,37 @@ def test_rows_sorted_by_none_of_several_date_columns_keep_their_order_with_a_rem
     )
 
 
+def test_a_date_column_with_one_value_does_not_hide_the_order_of_another():
+    some = DATES.to_series().reset_index(drop=True).where(np.arange(N) == 5)
+    for exported in (["2024-05-05"] * N, some):
+        X = table(exported=pd.to_datetime(exported), day=DATES[SHUFFLED])
+        assert np.array_equal(order_of(X), np.argsort(SHUFFLED))
+        assert "not sorted by the date column 'day'" in time_remark(parse_cv("time:3"), X)
+    assert order_of(table(exported=pd.to_datetime(["2024-05-05"] * N))) is None
+
+
+def test_a_dropped_date_column_still_orders_the_rows(tmp_path):
+    frame = pd.DataFrame({"day": DATES[SHUFFLED], "value": np.arange(N), "y": np.arange(N) + 0.5})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame.loc[7, "y"] = np.nan
+    for X in (tmp_path / "t.csv", frame):
+        source = read_source(X, "y", drop=["day"], missing_target="drop")
+        target = check_target(source.y, n_rows=len(source.X))
+        rest, test = split_held_out(source, target, test_size=0.2, cv="time:3", seed=0)
+        days = frame["day"].to_numpy()
+        assert (
+            days[rest.X.column("value").astype(int)].max()
+            < days[test.X.column("value").astype(int)].min()
+        )
+        assert "not sorted by the date column 'day'" in time_remark(parse_cv("time:3"), rest.X)
+        in_order = days[rest.X.column("value").astype(int)[order_of(rest.X)]]
+        assert (np.diff(in_order) > np.timedelta64(0)).all()
+    # A date column that the model reads comes first.
+    X = table(day=DATES[SHUFFLED], other=DATES[::-1]).drop("other")
+    assert np.array_equal(order_of(X), np.argsort(SHUFFLED))
+    assert order_of(table(day=DATES[SHUFFLED], other=DATES).drop("other")) is None
+
+
 def test_unsorted_dates_of_text_keep_their_order_with_a_remark():
     days = DATES.strftime("%Y-%m-%d")
     cv = parse_cv("time:3")
@@ -86,7 +119,7 @@ def test_missing_dates_cannot_be_sorted():
     days[[3, 8]] = pd.NaT
     with refused(
         r"cv splits by time, but the date column 'day' has 2 missing values \(the first is in row 3\). "
-        "Fill in the values, leave out these rows, or sort the rows and leave out the column."
+        "Fill in the values, leave out these rows, or sort the rows."
     ):
         order_of(table(day=days))
 
