@@ -65,9 +65,9 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
     if path.suffix.lower() == ".parquet":
         return as_table(_read_parquet(path))
     if _text_suffix(path):
-        names, fields = _read_fields(path)
+        names, fields, separator = _read_fields(path)
         columns = [_column(series, as_text=name in kinds) for name, series in zip(names, fields)]
-        table = checked_table(names, columns, typed=kinds)
+        table = checked_table(names, columns, typed=kinds, thousands=separator != ";")
         remarks = {}
         for name, kind, texts in zip(names, table.kinds, fields):
             if name not in kinds:
@@ -92,7 +92,8 @@ def read_columns(source: str | Path, names: Sequence[str]) -> list[list[object]]
     if not str(source).startswith("sklearn:"):
         check_file(path, missing=MISSING_TABLE)
     if _text_suffix(path):
-        values = dict(zip(*_read_fields(path)))
+        file_names, fields, _ = _read_fields(path)
+        values = dict(zip(file_names, fields))
     elif path.suffix.lower() == ".parquet":
         values.update(_read_parquet(path).to_dict())
     else:
@@ -208,8 +209,9 @@ def _text_suffix(path: Path) -> str:
     return suffix if suffix in (".csv", ".tsv") else ""
 
 
-def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
-    """Return the column names from the header line of a text file, and the fields below as text."""
+def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame, str]":
+    """Return the column names from the header line of a text file, the fields below as text, and
+    the separator of the fields."""
     import polars as pl
 
     remedy = "Write UTF-8 text with one header line and the same number of fields in each line."
@@ -246,7 +248,7 @@ def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
         # separators.
         filled = rows.select(pl.any_horizontal(pl.all().str.strip_chars() != "").fill_null(False))
         rows = rows[: max(filled.to_series().arg_true(), default=-1) + 1]
-    return names, rows
+    return names, rows, separator
 
 
 def _check_lines(path: Path, separator: str) -> None:

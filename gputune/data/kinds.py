@@ -116,8 +116,12 @@ def _read_date(text: str) -> float:
     return _epoch_seconds(datetime.datetime.fromisoformat(text.replace("/", "-")))
 
 
-def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarray:
+def read_as(
+    wanted: Kind, kind: Kind, values: np.ndarray, name: str, *, thousands: bool = True
+) -> np.ndarray:
     """Convert a column to the kind ``wanted``, which the user chose for the column.
+
+    ``thousands`` is an argument of ``read_amounts``.
 
     Raises:
         InputError: a value cannot be converted, or is infinite. The message shows the first such
@@ -133,7 +137,7 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
     texts = values if kind == "category" else value_texts(values, kind)
     if wanted == "category":
         return texts
-    amounts = read_amounts(texts) if wanted == "number" else None
+    amounts = read_amounts(texts, thousands=thousands) if wanted == "number" else None
     if amounts is not None:
         refuse_infinite(amounts[0], name)
         return amounts[0]
@@ -278,7 +282,9 @@ _DASHES = ("-", "--", "–", "—")
 _THOUSANDS = 4  # a number with this many digits has a comma if its column uses commas
 
 
-def read_amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
+def read_amounts(
+    texts: Iterable[str | None], *, thousands: bool = True
+) -> tuple[np.ndarray, str] | None:
     """Read a column of amounts, such as "$1,200", as numbers (n,), with a remark for the user.
 
     Returns None if the texts are not amounts.
@@ -291,12 +297,15 @@ def read_amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
     Plain numbers are not amounts. Currencies with three decimals throughout are not amounts either,
     because a point separates thousands in some countries. A dash among amounts or plain numbers is
     a missing value.
+
+    ``thousands=False`` means that a comma may be a decimal comma, as in a file in which semicolons
+    separate the fields. Then text with commas is an amount only if it has a currency.
     """
     texts = [None if text is None else text.strip() for text in texts]
     dash = next((text for text in texts if text in _DASHES), None)
     texts = [None if text in _DASHES else text for text in texts]
     present = [text for text in texts if text is not None]
-    example = _example(present)
+    example = _example(present, thousands=thousands)
     if example is not None:
         missing = "" if dash is None else f", {dash!r} as missing"
         numbers = _each(texts, lambda text: float(text.translate(_MARKS)))
@@ -306,7 +315,7 @@ def read_amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
     return None
 
 
-def _example(texts: Sequence[str]) -> str | None:
+def _example(texts: Sequence[str], *, thousands: bool) -> str | None:
     """Return an example of the amounts in a column for the remark to the user.
 
     The result is None if the texts are not all amounts of one form.
@@ -326,6 +335,8 @@ def _example(texts: Sequence[str]) -> str | None:
             commas.add("," in match[4])
     # Without a currency or percent sign, only commas show that the texts are amounts.
     if len(signs) != 1 or len(commas) > 1 or (signs == {""} and commas != {True}):
+        return None
+    if not thousands and signs <= {"", "%"} and True in commas:
         return None
     # 4 characters are the point and three decimals, which may be thousands.
     if not signs <= {"", "%"} and decimals - {0} == {4}:
@@ -364,11 +375,11 @@ def convert(
     if wanted == "category" and kind != "date":
         return _as_levels(values, kind, levels)
     if kind == "category":  # texts that may be read as another kind
-        kind, read = _read(values)
+        kind, read = _read(values, thousands=False)
         if kind != "category":
             refuse_infinite(read, name)
             return convert(read, kind, wanted, name)
-        unread = (text for text in values[known] if _read([text])[0] == "category")
+        unread = (text for text in values[known] if _read([text], thousands=False)[0] == "category")
         got = f"text such as {next(unread, values[known][0])!r:.100}"
     if (wanted, kind) == ("number", "boolean"):
         return values
@@ -401,11 +412,11 @@ def _as_levels(values: np.ndarray, kind: Kind, levels: Sequence[str]) -> np.ndar
     return np.array([level_of.get(text, text) for text in texts], dtype=object)
 
 
-def _read(texts: Iterable[str | None]) -> tuple[Kind, np.ndarray]:
+def _read(texts: Iterable[str | None], *, thousands: bool = True) -> tuple[Kind, np.ndarray]:
     """Return the kind of a column of texts, such as "number" or "category", and its values.
 
     Unlike ``parse_text``, the function also reads amounts such as "$1,200" as numbers.
     """
     kind, values = parse_text(np.array([*texts], dtype=object))
-    amounts = read_amounts(values) if kind == "category" else None
+    amounts = read_amounts(values, thousands=thousands) if kind == "category" else None
     return (kind, values) if amounts is None else ("number", amounts[0])

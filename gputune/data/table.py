@@ -70,6 +70,8 @@ class Table:
 
     A time series split needs them for the order of the rows.
     """
+    thousands: bool = True
+    """False if a comma in a number may be a decimal comma, see ``read_amounts``."""
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -116,7 +118,9 @@ class Table:
         """
         columns = dict(zip(self.names, self.columns))
         for name, kind in kinds.items():
-            columns[name] = read_as(kind, self.kind(name), columns[name], name)
+            columns[name] = read_as(
+                kind, self.kind(name), columns[name], name, thousands=self.thousands
+            )
         return replace(
             self,
             kinds=tuple(map(kinds.get, self.names, self.kinds)),
@@ -257,8 +261,8 @@ def select_rows(X: Any, rows: np.ndarray) -> object:
 def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
     """Split a table into the table without the target column, and the target as an array (n,).
 
-    The array holds str (object; None if missing), bool, int64 if every number is an integer, or
-    float64 (NaN if missing).
+    The array holds str (object; None if missing), bool (object with None if any is missing), int64
+    if every number is an integer, or float64 (NaN if missing).
     """
     if target not in table.names:
         near = nearest(target, table.names, cutoff=0.5)
@@ -283,10 +287,13 @@ def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
             f"The target {target!r} holds dates, but gputune cannot predict dates",
             remedy="Convert them to numbers first.",
         )
-    if kind != "category" and not np.isnan(values).any():
-        if kind == "boolean":
-            values = values.astype(bool)
-        elif (values == np.rint(values)).all() and np.abs(values).max() < 2**53:
+    if kind == "boolean":
+        is_missing = np.isnan(values)
+        values = values.astype(bool)
+        if is_missing.any():  # next to None, True stays True
+            values = np.where(is_missing, None, values.astype(object))
+    elif kind == "number" and not np.isnan(values).any():
+        if (values == np.rint(values)).all() and np.abs(values).max() < 2**53:
             values = values.astype(np.int64)
     return table.drop(target), values
 
@@ -347,13 +354,17 @@ def _rows_to_array(X: object) -> np.ndarray:
 
 
 def checked_table(
-    names: Sequence[str], columns: Sequence[tuple[Kind, np.ndarray]], typed: Collection[str] = ()
+    names: Sequence[str],
+    columns: Sequence[tuple[Kind, np.ndarray]],
+    typed: Collection[str] = (),
+    *,
+    thousands: bool = True,
 ) -> Table:
     """Return a table after checking that it has rows, columns, distinct names and no infinite
     value.
 
     A text column of amounts, such as "$1,200", becomes numbers. Columns in ``typed`` stay text,
-    because the user chose their type.
+    because the user chose their type. ``thousands`` is an argument of ``read_amounts``.
     """
     if not columns:
         raise InputError(None, "The table has no columns", remedy="Add at least one column.")
@@ -374,13 +385,13 @@ def checked_table(
             refuse_infinite(values, name)
         numbers = None
         if kind == "category" and name not in typed:
-            numbers = read_amounts(values)
+            numbers = read_amounts(values, thousands=thousands)
         if numbers is not None:
             kind = "number"
             values, amounts[name] = numbers
         kinds.append(kind)
         read_columns.append(values)
-    return Table(tuple(names), tuple(kinds), tuple(read_columns), amounts)
+    return Table(tuple(names), tuple(kinds), tuple(read_columns), amounts, thousands=thousands)
 
 
 def _refuse_containers(X: object) -> None:

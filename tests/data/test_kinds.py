@@ -14,6 +14,7 @@ from gputune.data.columns import fit_layout
 from gputune.data.files import read_table
 from gputune.data.kinds import (
     MISSING_TEXT,
+    convert,
     from_column,
     from_values,
     is_missing,
@@ -244,3 +245,17 @@ def test_amounts_in_a_frame_are_numbers_but_not_categories():
     for frame in (pd.DataFrame(columns), pl.DataFrame(columns)):
         assert as_table(frame).kinds == ("number", "category", "category")
     assert as_table(pd.DataFrame({"a": pd.Categorical(["$1", "$2"])})).kinds == ("category",)
+
+
+def test_a_comma_in_a_file_with_semicolons_separates_no_thousands(tmp_path):
+    rows = [f"{i % 9 + 1},{i * 7 % 1000:03d};{i},500%;{1 + i},000 €;{i}" for i in range(30)]
+    (tmp_path / "t.csv").write_text("\n".join(["x;share;price;y", *rows]) + "\n")
+    table = read_table(tmp_path / "t.csv")
+    assert table.kinds == ("category", "category", "number", "number")
+    assert table.column("x")[1] == "2,007" and table.column("price")[0] == 1000
+    assert "because of commas as in '1,000'" in " ".join(fit_layout(table).notes)
+    with refused("does not fit the column 'x', which has '1,000' in row 0"):
+        table.read_as({"x": "number"})
+    # The model was trained with numbers.
+    with refused("Column 'x' must be a number as in training, got text such as '1,000'"):
+        convert(table.column("x"), "category", "number", "x")

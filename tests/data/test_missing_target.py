@@ -11,6 +11,8 @@ from sklearn.model_selection import GroupKFold, KFold
 
 import gputune
 from command_line import output, refusal
+from gputune.data.source import read_source
+from gputune.data.target import check_target
 from gputune.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -162,3 +164,15 @@ def test_the_command_line_drops_them_and_resumes(tmp_path, monkeypatch):
     told = json.loads(output(*evaluate, "--missing-target", "drop", "--format", "json"))
     assert told["rows"] == 45 and "3 rows without a value of 'y' were left out" in told["notes"][0]
     assert "3 rows without" in output(*evaluate, "--missing-target", "drop")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_booleans_of_a_column_stay_booleans(suffix, tmp_path):
+    values = [None if i in LOST else i % 2 == 0 for i in range(48)]
+    frame = pl.DataFrame(X, schema=list("abc")).with_columns(y=pl.Series(values))
+    path = tmp_path / f"t.{suffix}"
+    frame.write_csv(path) if suffix == "csv" else frame.write_parquet(path)
+    for given in (path, frame, frame.to_pandas()):
+        source = read_source(given, "y", missing_target="drop")
+        target = check_target(source.y, n_rows=len(source.X))
+        assert target.classes.dtype == bool and source.y.tolist() == [i % 2 == 0 for i in KEPT]
