@@ -158,7 +158,7 @@ def _scoring(problem: Problem, data: Dataset, store: Store | None) -> Scoring:
     )
     kept_bytes = KEPT_BYTES if options.machine.keep_predictions and has_best else 0
     is_resumed = store is not None and "scoring" in store.meta
-    scoring = problem.scoring(_earlier_scoring(store), is_resumed=is_resumed)
+    scoring = problem.scoring(_earlier_scoring(problem, store), is_resumed=is_resumed)
     return replace(scoring, kept_bytes=kept_bytes)
 
 
@@ -173,9 +173,12 @@ def _check_configs(
         check_optimizer(config, problem.choice.searched, stacked=is_stacked)
 
 
-def _earlier_scoring(store: Store | None) -> str | None:
-    """Return "r2" if the search continues a study that R2 ranks, else None.
+def _earlier_scoring(problem: Problem, store: Store | None) -> str | None:
+    """Return "r2" if the search is a regression and continues a study that R2 ranks, else None.
 
-    Earlier versions ranked every regression by R2 by default.
+    Earlier versions ranked every regression by R2 by default. A study of another task is refused
+    later as a different search.
     """
-    return "r2" if store is not None and store.meta.get("scoring") == "r2" else None
+    if store is None or problem.target.task != "regression":
+        return None
+    return "r2" if store.meta.get("scoring") == "r2" else None

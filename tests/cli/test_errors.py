@@ -326,6 +326,15 @@ def model(tmp_path_factory):
     return searched(tmp_path_factory.mktemp("model"))[1] / "model"
 
 
+def test_a_search_of_classes_in_the_folder_of_a_search_of_numbers(tmp_path):
+    prices = (np.arange(40) * 1.5).tolist()
+    table = write_table(tmp_path / "t.csv", kind=kinds(), price=prices)
+    options = ["--out", tmp_path / "o", "--trials", 1, "--epochs", 1, "--cv", 2]
+    assert run("tune", table, "--target", "price", "--scoring", "r2", *options)[0] == 0
+    message = refusal("tune", table, "--target", "kind", *options)
+    assert "holds a different search" in message and "--scoring r2 does not fit" not in message
+
+
 def test_predict_without_a_file_or_a_model(bugs, model):
     refused("predict", model, "none.csv", words=["'none.csv'"])
     refused("predict", "nowhere", bugs, words=["'nowhere'", "Check the path"])
