@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gputune.data.dataset import Rows
 from gputune.data.target import MAX_CLASSES, Target, refuse_missing
-from gputune.data.time_order import rows_in_time
+from gputune.data.time_order import TimeSplit, rows_in_time
 from gputune.errors import InputError, warn
 from gputune.seeding import stream_seed
 from gputune.wording import Verbatim, option, per_interface
@@ -279,6 +279,8 @@ def _split(
         cv: object = splitter
         if isinstance(splitter, KFold | GroupKFold | StratifiedKFold | StratifiedGroupKFold):
             cv = vars(splitter)["n_splits"]
+        if isinstance(splitter, TimeSplit):
+            raise splitter.too_many_folds(len(target)) from error
         raise InputError(
             option("cv", cv), f"cannot split these {len(target)} rows: {error}"
         ) from error
@@ -352,8 +354,7 @@ def _warn_of_missing_classes(
 def hold_out(
     target: Target, *, test_size: float, groups: object = None, cv: object = None, seed: int
 ) -> Rows:
-    """Split rows into rows for the search and held-out rows, and return their sorted positions,
-    int64.
+    """Split rows into search rows and held-out rows, and return their sorted positions (int64).
 
     The held-out rows are
 
@@ -456,8 +457,7 @@ def _hold_out_classes(
 
 
 def _spread_apart(codes: np.ndarray, n_test: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choose held-out rows for a target with more classes than the smaller part of the split has
-    rows.
+    """Choose held-out rows if a target has more classes than the smaller part has rows.
 
     Returns the positions for the search and the held-out positions. The held-out rows cover as many
     classes as possible, and each class keeps a row for the search. If the classes have too few

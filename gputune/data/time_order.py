@@ -31,6 +31,14 @@ class TimeSplit(TimeSeriesSplit):  # type: ignore[misc]  # scikit-learn has no t
     def __str__(self) -> str:
         return f"time:{self.n_splits}"
 
+    def too_many_folds(self, n_rows: int) -> InputError:
+        """Return the error for a split of ``n_rows`` rows, which are too few for these folds."""
+        return InputError(
+            option("cv", str(self)),
+            f"cannot split these {n_rows} rows: it needs at least {self.n_splits + 1} rows",
+            remedy=f"Use at most {option('cv', f'time:{n_rows - 1}')}." if n_rows > 2 else "",
+        )
+
     def split(
         self, X: object, y: object = None, groups: object = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -367,3 +367,12 @@ BAD_SIZES = [1, 1.0, 1.5, -0.1, np.nan, "0.2", True, None]
 def test_rows_that_cannot_be_kept_apart(target, options, words):
     with refused(words):
         hold_out(target, **options, seed=0)
+
+
+def test_a_time_split_with_too_many_folds_names_the_largest_number():
+    target = check_target(np.arange(48) + 0.5, n_rows=48)
+    with refused(
+        r"^cv='time:60' cannot split these 48 rows: it needs at least 61 rows. Use at most "
+    ):
+        make_folds(parse_cv("time:60"), target, seed=0)
+    assert len(make_folds(parse_cv("time:47"), target, seed=0)) == 47
