@@ -217,6 +217,11 @@ def _next_steps(study: "Study", ranking: "list[Trial]") -> Json:
 
 
 def _budget(timeout: float | None, used: float) -> Json:
-    """Return the time limit of the search, the time that it took, and the rest, in seconds."""
+    """Return the time limit of the search, the time that it took, and the rest, in seconds.
+
+    JSON has no infinite number, so an infinite limit is None.
+    """
+    if timeout is not None and math.isinf(timeout):
+        timeout = None
     unspent = None if timeout is None else max(0.0, timeout - used)
     return {"seconds": timeout, "used": used, "unspent": unspent}

@@ -145,3 +145,10 @@ def test_a_module_that_prints_does_not_reach_standard_output(table, tmp_path):
     out, err = process.communicate()
     assert json.loads(out)["status"] == "done"
     assert "printed" in err and "written" in err and process.returncode == 0
+
+
+def test_an_infinite_time_limit_is_none_in_the_document(table, tmp_path):
+    words = ("tune", table, "--target", "kind", "--out", tmp_path, *FAST, "--trials", "1")
+    code, answer, _ = document(*words, "--timeout", "inf")
+    assert (code, answer["status"]) == (0, "done")
+    assert answer["budget"]["seconds"] is None and answer["budget"]["unspent"] is None
