@@ -302,8 +302,8 @@ def read_amounts(
     separate the fields. Then text with commas is an amount only if it has a currency.
     """
     texts = [None if text is None else text.strip() for text in texts]
-    dash = next((text for text in texts if text in _DASHES), None)
-    texts = [None if text in _DASHES else text for text in texts]
+    dash = next(filter(_is_dash, texts), None)
+    texts = [None if _is_dash(text) else text for text in texts]
     present = [text for text in texts if text is not None]
     example = _example(present, thousands=thousands)
     if example is not None:
@@ -313,6 +313,11 @@ def read_amounts(
     if dash is not None and present and all(map(_PLAIN.fullmatch, present)):
         return _each(texts, float), f"{dash!r} among numbers is read as missing"
     return None
+
+
+def _is_dash(text: str | None) -> bool:
+    """Return True for a dash, which is a missing value among numbers."""
+    return text is not None and text.strip() in _DASHES
 
 
 def _example(texts: Sequence[str], *, thousands: bool) -> str | None:
@@ -365,6 +370,8 @@ def convert(
     """
     if kind == wanted:
         return values
+    if kind == "category" and wanted == "number":
+        values = np.array([None if _is_dash(text) else text for text in values], dtype=object)
     if kind == "category":
         known = np.array([value is not None for value in values])
     else:

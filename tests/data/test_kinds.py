@@ -259,3 +259,10 @@ def test_a_comma_in_a_file_with_semicolons_separates_no_thousands(tmp_path):
     # The model was trained with numbers.
     with refused("Column 'x' must be a number as in training, got text such as '1,000'"):
         convert(table.column("x"), "category", "number", "x")
+
+
+def test_a_dash_in_new_rows_of_a_column_of_numbers_is_missing():
+    for texts, numbers in ((["-"], [NAN]), (["–", None], [NAN, NAN]), ([" - ", "1"], [NAN, 1])):
+        values = np.array(texts, dtype=object)
+        np.testing.assert_array_equal(convert(values, "category", "number", "x"), numbers)
+    assert convert(np.array(["-"], dtype=object), "category", "category", "x").tolist() == ["-"]
