@@ -5,6 +5,7 @@ probably meant.
 """
 
 import argparse
+import csv
 import math
 import re
 import shutil
@@ -212,6 +213,18 @@ def _numbers(text: str) -> list[float]:
     return [read(part) for part in text.split(",")]
 
 
+def _columns(text: str) -> list[str]:
+    """Return the names of columns, which commas separate. A name with a comma is in quotes.
+
+    "" is the name of the column that has none, such as the first column of ``DataFrame.to_csv``.
+    """
+    try:
+        return next(csv.reader([text])) or [""]
+    except csv.Error:  # a line break outside of quotes
+        rule = "must be names, separated by commas, and in quotes if they have commas or line breaks"
+        raise argparse.ArgumentTypeError(f"{rule}, got {text!r}") from None
+
+
 def _reader(
     read: Callable[[str], float], rule: str, least: float = -math.inf
 ) -> Callable[[str], float]:
@@ -238,7 +251,8 @@ READERS: dict[Takes, Callable[[str], object]] = {
     "1..": _reader(int, f"{_WHOLE} 1", 1),
     "integers": _integers,
     "numbers": _numbers,
-    "names": lambda text: text.split(",") if text else [],
+    "names": lambda text: _columns(text) if text else [],
+    "columns": _columns,
     "scorers": lambda text: [word.strip() for word in text.split(",")] if "," in text else text,
     "workers": lambda text: (
         text if text == "auto" else _reader(int, f"{_WHOLE} 1, or 'auto'", 1)(text)

@@ -336,7 +336,7 @@ _ALL = (
                 "--keep <NAME,...>",
                 "Columns of the file to write before the predictions, such as an id",
                 "The target is named TARGET_given.",
-                takes="names",
+                takes="columns",
             ),
             Flag("--raw", "Write no ' before text that a spreadsheet would read as a formula"),
             Flag("--out <FILE>", "File to write", default="standard output"),

@@ -111,7 +111,7 @@ def _value(place: str, rule: Rule, value: object, *, is_opposite: bool) -> objec
         return _specs(place, value)
     if rule.takes == "config":
         return _configurations(place, value)
-    if rule.takes in ("names", "scorers"):
+    if rule.takes in ("names", "columns", "scorers"):
         return _names(place, rule, value)
     if rule.takes in ("integers", "numbers") and isinstance(value, list):
         value = ",".join(map(str, value))

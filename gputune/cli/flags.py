@@ -296,7 +296,7 @@ class CommandLine(Interface):
         if value.startswith(("(", "[")):
             items = _literal(value)
             words = items if isinstance(items, list | tuple) else re.findall(r"\w+", value)
-            text = ",".join(map(str, words))
+            text = ",".join(map(_in_quotes, map(str, words)))
         if reference.name == "workers" and text in self.known:
             return str(self.known[text])  # a cluster has a flag, such as --ray
         if reference.name == "study":
@@ -306,6 +306,12 @@ class CommandLine(Interface):
             text = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
         separator = "=" if flag.startswith("--set ") else " "  # --set KEY=VALUE
         return f"{flag}{separator}{shlex.quote(text)}"
+
+
+def _in_quotes(name: str) -> str:
+    """Return a name for a list with commas, in quotes if it has a comma, quotes or a line break."""
+    quoted = name.replace('"', '""')
+    return f'"{quoted}"' if any(mark in name for mark in ',"\n') else name
 
 
 def _unquoted(value: str) -> str:

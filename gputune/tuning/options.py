@@ -191,7 +191,7 @@ class RowOptions(OptionGroup):
         (),
         "--drop <NAME,...>",
         "Columns to leave out, such as an id",
-        takes="names",
+        takes="columns",
         check=checks.names,
         stored=True,
     )

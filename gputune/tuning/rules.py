@@ -25,6 +25,7 @@ Takes = Literal[
     "integers",
     "numbers",
     "names",
+    "columns",
     "scorers",
     "specs",
     "config",

@@ -4,6 +4,7 @@ are reported with flags.
 
 import inspect
 import math
+import shlex
 from dataclasses import fields
 
 import pytest
@@ -260,3 +261,22 @@ def test_several_specs_make_one_space():
     assert check_space(space, keys=legal_keys("mlp", "adamw"), module=False)[0]["depth"] == [2]
     with refused(r"must name each key once, got 'lr' twice\. Join them: lr=A,B"):
         parse_specs(["lr=0.1", "lr=0.2"])
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", [""]),
+        ("a,b", ["a", "b"]),
+        ('"a,b",c', ["a,b", "c"]),
+        ("a,", ["a", ""]),
+        ("a b", ["a b"]),
+    ],
+)
+def test_names_of_columns(text, names):
+    assert make_parser().parse_args(["tune", "x", "--drop", text]).drop == names
+    assert make_parser().parse_args(["predict", "x", "y", "--keep", text]).keep == names
+    assert make_parser().parse_args(["tune", "x", "--category-copies", ""]).category_copies == []
+    shown = CommandLine().render(option("drop", names))
+    assert shlex.split(shown)[0] == "--drop"
+    assert make_parser().parse_args(["tune", "x", *shlex.split(shown)]).drop == names
