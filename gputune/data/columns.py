@@ -279,8 +279,8 @@ def fit_layout(
     used = []
     readings = dict(X.readings)
     for name, remark in X.readings.items():
-        if remark == LOST_ZEROS and name in X.names:
-            readings[name] += _advice_on_zeros(name, X.column(name), max_levels, min_count)
+        if remark == LOST_ZEROS:
+            readings[name] += _advice_on_zeros(X, name, max_levels, min_count)
     remarks = [*X.amounts.items(), *readings.items()]
     for name, kind, values in zip(X.names, X.kinds, X.columns):
         column, column_remarks = fit(name, kind, values)
@@ -332,17 +332,19 @@ def check_copies(X: AnyRows, copies: Sequence[str]) -> None:
             )
 
 
-def _advice_on_zeros(name: str, values: np.ndarray, max_levels: int, min_count: int) -> str:
-    """Return a sentence that says how a column of codes (n,) keeps its leading zeros.
+def _advice_on_zeros(X: Table, name: str, max_levels: int, min_count: int) -> str:
+    """Return a sentence that says how a column of codes keeps its leading zeros.
 
     The sentence is "" if the column as a category would be left out.
     """
+    advice = f". To keep them, set {option('kinds', {EXAMPLE: 'category'})}"
+    if name not in X.names:  # the target or the groups
+        return advice
+    values = X.column(name)
     codes, numbers = np.unique(values[~np.isnan(values)], return_counts=True)
     counts = Counter(dict(zip(map(text_of, codes.tolist()), numbers.tolist())))
     category, _ = fit_category(name, counts, len(values), max_levels, min_count)
-    if not category.feature_names:
-        return ""
-    return f". To keep them, set {option('kinds', {EXAMPLE: 'category'})}"
+    return advice if category.feature_names else ""
 
 
 def _note(remark: str, names: Sequence[str]) -> str:

@@ -20,7 +20,11 @@ _REMEDY = f"Fill it, or set {option('missing_target', 'drop')} to leave those ro
 
 
 def rows_with_target(
-    y: object, name: str, missing_target: MissingTarget, place: Callable[[int], str]
+    y: object,
+    name: str,
+    missing_target: MissingTarget,
+    place: Callable[[int], str],
+    remark: str = "",
 ) -> np.ndarray | None:
     """Return the positions of the rows that have a target, or None if no target is missing.
 
@@ -29,6 +33,7 @@ def rows_with_target(
         name: the target's name in errors.
         missing_target: "drop", or "error" to refuse missing targets.
         place: returns the place of a row as text, for errors.
+        remark: a remark on text of the target that is read as a missing value, for errors, or "".
 
     Raises:
         InputError: a target is missing and ``missing_target`` is "error", or every target is
@@ -38,7 +43,8 @@ def rows_with_target(
     if not missing.any():
         return None
     if missing_target == "error" or missing.all():
-        refuse_missing(np.where(missing, np.nan, 0.0), name, _REMEDY, place)
+        remedy = f"{remark}. {_REMEDY}" if remark else _REMEDY
+        refuse_missing(np.where(missing, np.nan, 0.0), name, remedy, place)
     return np.flatnonzero(~missing)
 
 

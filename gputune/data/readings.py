@@ -33,6 +33,9 @@ LOST_ZEROS = "leading zeros are lost, because all values are numbers"
 """The remark on a column of codes such as 00501. ``fit_layout`` adds how to keep the zeros, if a
 category of these codes has features."""
 
+READ_AS_MISSING = "is read as a missing value"
+"""The end of the remark on a column of text in which a text such as NA is a missing value."""
+
 _LEADING_ZERO = r"^\s*[-+]?0[0-9]"
 
 
@@ -69,7 +72,7 @@ def file_remark(kind: Kind, texts: "pl.Series") -> str:
         stripped = texts.str.strip_chars()
         missing = stripped.filter(stripped.is_in(_WORDS))
         if len(missing):
-            return f"{missing[0]!r} is read as a missing value"
+            return f"{missing[0]!r} {READ_AS_MISSING}"
     return ""
 
 

@@ -173,7 +173,8 @@ class Source:
         Raises:
             InputError: a target is missing, and ``missing_target`` is not "drop".
         """
-        positions = rows_with_target(self.y, self.target, missing_target, place)
+        remark = self.X.missing_remark(self.target) if isinstance(self.X, Table) else ""
+        positions = rows_with_target(self.y, self.target, missing_target, place, remark)
         if positions is None:
             return self
         groups = check_groups(self.groups, len(self.X))
@@ -409,7 +410,7 @@ def _source_of(
                 "is the only column of the table",
                 remedy="Add columns to predict the target from.",
             )
-        table, groups = table.drop(groups), table.column(groups)
+        table, groups = table.take_out(groups)
     if not isinstance(y, str):
         return Source(table, y, "y", groups, None, original)
     # The table holds only text if the data frame column mixed text and numbers.

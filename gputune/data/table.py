@@ -25,7 +25,7 @@ from gputune.data.kinds import (
 )
 from gputune.data.loaders import refuse_loader
 from gputune.data.ragged import PAD_TOKENS, TOKENIZED, refuse_ragged
-from gputune.data.readings import frame_remark
+from gputune.data.readings import READ_AS_MISSING, frame_remark
 from gputune.errors import InputError
 from gputune.text import nearest
 from gputune.wording import Verbatim, option, per_interface
@@ -63,7 +63,7 @@ class Table:
     """Remarks, by column name, on columns that gputune reads differently from a file and a data
     frame.
 
-    See readings.py.
+    The mapping includes the columns of the target and the groups. See readings.py.
     """
     dropped_dates: Mapping[str, np.ndarray] = field(default_factory=dict)
     """The date columns that were taken out of the table, by name.
@@ -108,6 +108,13 @@ class Table:
             dropped_dates={**self.dropped_dates, **dates},
         )
 
+    def take_out(self, name: str) -> "tuple[Table, np.ndarray]":
+        """Return the table without a column, and the values (n,) of the column.
+
+        The table keeps the remarks on the column, which is the target or the groups.
+        """
+        return replace(self.drop(name), readings=self.readings), self.column(name)
+
     def read_as(self, kinds: Mapping[str, Kind]) -> "Table":
         """Return a table with some columns converted to the kinds that the user chose.
 
@@ -128,6 +135,11 @@ class Table:
             amounts=_without(self.amounts, kinds),
             readings=_without(self.readings, kinds),
         )
+
+    def missing_remark(self, name: str) -> str:
+        """Return the remark on text of a column that is read as a missing value, or ""."""
+        remark = self.readings.get(name, "")
+        return remark if remark.endswith(READ_AS_MISSING) else ""
 
     def with_readings(self, remarks: Mapping[str, str]) -> "Table":
         """Return the table with ``remarks`` (by column name) as its ``readings``. The result leaves
@@ -280,7 +292,7 @@ def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
             remedy="Add columns to predict it from.",
         )
     kind = table.kind(target)
-    values = table.column(target)
+    rest, values = table.take_out(target)
     if kind == "date":
         raise InputError(
             None,
@@ -291,11 +303,12 @@ def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
         is_missing = np.isnan(values)
         values = values.astype(bool)
         if is_missing.any():  # next to None, True stays True
-            values = np.where(is_missing, None, values.astype(object))
+            values = values.astype(object)
+            values[is_missing] = None
     elif kind == "number" and not np.isnan(values).any():
-        if (values == np.rint(values)).all() and np.abs(values).max() < 2**53:
-            values = values.astype(np.int64)
-    return table.drop(target), values
+        are_whole = (values == np.rint(values)).all() and np.abs(values).max() < 2**53
+        values = values.astype(np.int64) if are_whole else values
+    return rest, values
 
 
 def quoted(names: Iterable[str], limit: int = 8) -> str:

@@ -12,6 +12,7 @@ from gputune.data.files import read_table
 from gputune.data.source import read_source
 from gputune.data.table import as_table
 from gputune.wording import PYTHON
+from refused import refused
 
 FRAME = pd.DataFrame({
     "zip": [f"{i % 3:05}" for i in range(60)],
@@ -110,3 +111,21 @@ def test_an_infinite_value_of_a_chosen_kind_is_refused_as_without_it(tmp_path):
     message = refusal(*command)
     assert "Column 'a' has an infinite value in row 0. Clip it, or leave it empty." in message
     assert refusal(*command, "--kind", "a=number") == message
+
+
+def test_the_target_and_the_groups_have_notes_too(tmp_path):
+    codes = FRAME.assign(y=[f"{i % 3:03}" for i in range(60)])
+    codes.to_csv(tmp_path / "codes.csv", index=False)
+    notes = notes_of(tmp_path / "codes.csv", groups="zip")
+    assert (
+        "Columns 'zip', 'y': leading zeros are lost, because all values are numbers. To keep them, "
+        "set kinds={'zip': 'category'}."
+    ) in notes
+    assert "'zip'" not in notes_of(tmp_path / "codes.csv", drop=["zip"])
+    FRAME.assign(y=FRAME["region"]).to_csv(tmp_path / "words.csv", index=False)
+    notes = notes_of(tmp_path / "words.csv", missing_target="drop", drop=["region"])
+    assert "Column 'y': 'NA' is read as a missing value." in notes
+    with refused(
+        r"y has 20 missing values \(the first in line 2\). 'NA' is read as a missing value"
+    ):
+        read_source(tmp_path / "words.csv", "y")
