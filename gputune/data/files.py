@@ -44,7 +44,7 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
     """Read a table from a .csv, .tsv (also .gz) or .parquet file, or from ``sklearn:NAME``.
 
     - Empty fields and the texts of ``MISSING_TEXT`` are missing values.
-    - Blanks around a field and empty lines at the end are dropped.
+    - Blanks around a field, empty lines at the end and blank lines above the header are dropped.
     - A header with semicolons and without commas means that semicolons separate all fields.
     - A scikit-learn data set has its target in the column ``target``: class names for iris, wine
       and breast_cancer, integers for digits, a numeric value for diabetes.
@@ -216,12 +216,16 @@ def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame, str]":
 
     remedy = "Write UTF-8 text with one header line and the same number of fields in each line."
     with _read_errors(path, "a text table", remedy):
-        header, separator = _header(path)
+        header, separator, n_blank = _header(path)
         check_room(path, header.count(separator.encode()) * _COLUMN_BYTES)
         try:
             with _open_text(path) as file:  # opened again: older polars read on from here
                 fields = pl.read_csv(
-                    file, separator=separator, has_header=False, infer_schema=False
+                    file,
+                    separator=separator,
+                    has_header=False,
+                    infer_schema=False,
+                    skip_rows=n_blank,
                 )
         except pl.exceptions.ComputeError:
             _check_lines(path, separator)
@@ -242,11 +246,14 @@ def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame, str]":
     if has_decimals and len(numbers) * 2 >= len(names):
         raise InputError(None, no_names, got=Verbatim(quoted(numbers, 3)), remedy=remedy)
     rows = fields[1:]
-    has_several = fields.width > 1 and len(rows) > 0
-    if has_several and not any(field and field.strip() for field in rows.row(-1)):
+    if len(rows) and not any(field and field.strip() for field in rows.row(-1)):
         # Blank lines at the end are not rows. Spreadsheets also write lines that hold only
         # separators.
-        filled = rows.select(pl.any_horizontal(pl.all().str.strip_chars() != "").fill_null(False))
+        is_filled = pl.any_horizontal(pl.all().str.strip_chars() != "")
+        if fields.width == 1:
+            # The line "" is a missing value, as pandas and polars write it in one column.
+            is_filled = is_filled | (pl.first() == "")
+        filled = rows.select(is_filled.fill_null(False))
         rows = rows[: max(filled.to_series().arg_true(), default=-1) + 1]
     return names, rows, separator
 
@@ -271,14 +278,18 @@ def _check_lines(path: Path, separator: str) -> None:
 def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the line number (from 1) and the list of fields for each line of a text file.
 
-    An empty line is a row without values. The iteration ends before a field that is too long for
-    the csv module. An unmatched quotation mark causes such a field.
+    The first line is the header, so blank lines above it are skipped. Any other empty line is a row
+    without values. The iteration ends before a field that is too long for the csv module. An
+    unmatched quotation mark causes such a field.
     """
     with _open_text(path) as file, suppress(csv.Error):
         lines = io.TextIOWrapper(file, "utf-8", errors="replace", newline="")
         reader = csv.reader(lines, delimiter=separator)
+        is_above = True
         for fields in reader:
-            yield reader.line_num, fields
+            is_above = is_above and len(fields) < 2 and not "".join(fields).strip()
+            if not is_above:
+                yield reader.line_num, fields
 
 
 def line_of(source: str | Path, row: int) -> str:
@@ -296,15 +307,16 @@ def line_of(source: str | Path, row: int) -> str:
     return f"line {line}"
 
 
-def _header(path: Path) -> tuple[bytes, str]:
-    """Return the header line and the separator of its fields.
+def _header(path: Path) -> tuple[bytes, str, int]:
+    """Return the header line, the separator of its fields, and the number of blank lines above.
 
     Only the header line decides the separator, because commas in rows may be decimal commas.
     """
     with _open_text(path) as file:
-        header = next((line for line in file if line.strip()), b"")
+        lines = ((n_blank, line) for n_blank, line in enumerate(file) if line.strip())
+        n_blank, header = next(lines, (0, b""))
     commas = ";" if b";" in header and b"," not in header else ","
-    return header, "\t" if _text_suffix(path) == ".tsv" else commas
+    return header, "\t" if _text_suffix(path) == ".tsv" else commas, n_blank
 
 
 def _open_text(path: Path) -> IO[bytes]:

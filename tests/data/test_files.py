@@ -263,3 +263,20 @@ def test_images_are_no_table(tmp_path):
     for path in (tmp_path, tmp_path / "cats" / "tom.JPG"):
         with refused(r"pass a Dataset such as .*ImageFolder.* numpy.savez"):
             read_table(path)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
+def test_blank_lines_above_the_header_are_skipped(tmp_path, name):
+    path = write(tmp_path, "\n  \r\nx,y\n1,a\n2,\n", name)
+    table = read_table(path)
+    assert table.names == ("x", "y") and table.column("x").tolist() == [1, 2]
+    with refused(r"y has 1 missing value \(the first in line 5\)"):
+        read_source(path, "y")
+    with refused("has 3 fields in line 4, but 2 in its header line"):
+        read_table(write(tmp_path, "\n\nx,y\n1,a,b\n", "wide.csv"))
+
+
+def test_blank_lines_at_the_end_of_one_column_are_no_rows(tmp_path):
+    assert read_table(write(tmp_path, "x\n1\n\n2\n\n \n\n")).column("x").shape == (3,)
+    # a missing value, as pandas and polars write it in one column
+    assert read_table(write(tmp_path, 'x\n1\n""\n\n')).column("x").shape == (2,)
