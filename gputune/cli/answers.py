@@ -70,7 +70,8 @@ def _table_with_target(model: TunedModel, file: str, name: str) -> Table:
     texts = [column.name for column in model.layout.columns if column.kind == "category"]
     # Labels stay text: "007" and "7" are two labels, but one number.
     labels = [name] if model.classes is not None and model.classes.dtype.kind == "U" else []
-    table = read_table(file, [*texts, *labels])
+    used = {name, *(column.name for column in model.layout.columns)}
+    table = read_table(file, [*texts, *labels], used.__contains__)
     if name not in table.names:
         raise InputError(
             None,

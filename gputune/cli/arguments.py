@@ -221,7 +221,9 @@ def _columns(text: str) -> list[str]:
     try:
         return next(csv.reader([text])) or [""]
     except csv.Error:  # a line break outside of quotes
-        rule = "must be names, separated by commas, and in quotes if they have commas or line breaks"
+        rule = (
+            "must be names, separated by commas, and in quotes if they have commas or line breaks"
+        )
         raise argparse.ArgumentTypeError(f"{rule}, got {text!r}") from None
 
 

@@ -9,7 +9,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 
 from gputune.data.kinds import MISSING_TEXT, Kind, from_column, parse_text, texts_of
 from gputune.data.readings import file_remark
-from gputune.data.table import Table, as_table, checked_table, quoted
+from gputune.data.table import Table, as_table, checked_table, every_column, quoted
 from gputune.errors import InputError
 from gputune.input_files import MISSING_TABLE, check_file, check_room, open_file
 from gputune.main_memory import free_memory
@@ -40,7 +40,11 @@ _LONGEST_NAME = 1000  # characters of a column name, so that messages stay short
 _SHORT = 500  # rows up to which Python reads a column faster than polars
 
 
-def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
+def read_table(
+    source: str | Path,
+    kinds: Collection[str] = (),
+    is_used: Callable[[str], bool] = every_column,
+) -> Table:
     """Read a table from a .csv, .tsv (also .gz) or .parquet file, or from ``sklearn:NAME``.
 
     - Empty fields and the texts of ``MISSING_TEXT`` are missing values.
@@ -52,6 +56,8 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
     Args:
         source: the path of the file, or ``sklearn:NAME``.
         kinds: names of columns of a text file that stay text, as written, for ``Table.read_as``.
+        is_used: tells by name which columns are read later. The other columns may have infinite
+            values. If they are nested, they become missing values.
     """
     if str(source).startswith("sklearn:"):
         return _read_bundled_table(str(source).removeprefix("sklearn:"))
@@ -63,11 +69,13 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
             raise InputError(None, f"{str(source)!r} is a folder of images", remedy=_IMAGES_REMEDY)
     check_file(path, missing=MISSING_TABLE)
     if path.suffix.lower() == ".parquet":
-        return as_table(_read_parquet(path))
+        return as_table(_read_parquet(path, is_used), is_used)
     if _text_suffix(path):
         names, fields, separator = _read_fields(path)
         columns = [_column(series, as_text=name in kinds) for name, series in zip(names, fields)]
-        table = checked_table(names, columns, typed=kinds, thousands=separator != ";")
+        table = checked_table(
+            names, columns, typed=kinds, is_used=is_used, thousands=separator != ";"
+        )
         remarks = {}
         for name, kind, texts in zip(names, table.kinds, fields):
             if name not in kinds:
@@ -95,7 +103,7 @@ def read_columns(source: str | Path, names: Sequence[str]) -> list[list[object]]
         file_names, fields, _ = _read_fields(path)
         values = dict(zip(file_names, fields))
     elif path.suffix.lower() == ".parquet":
-        values.update(_read_parquet(path).to_dict())
+        values.update(_read_parquet(path, {*names}.__contains__).to_dict())
     else:
         table = read_table(source)
         values = dict(zip(table.names, table.columns))
@@ -120,11 +128,11 @@ _IMAGES_REMEDY = (
 )
 
 
-def _read_parquet(path: Path) -> "pl.DataFrame":
+def _read_parquet(path: Path, is_used: Callable[[str], bool]) -> "pl.DataFrame":
     """Return a Parquet file as a polars DataFrame.
 
     Raises:
-        InputError: memory cannot hold the columns, or a column is nested.
+        InputError: memory cannot hold the columns, or a column that is used is nested.
     """
     import polars as pl
 
@@ -136,16 +144,22 @@ def _read_parquet(path: Path) -> "pl.DataFrame":
         schema = lazy_frame.collect_schema()
         n_rows = lazy_frame.select(pl.len()).collect().item()
         check_room(path, n_rows * len(schema) * 8 + len(schema) * _COLUMN_BYTES)
+        nested = []
         for name, dtype in schema.items():
-            if dtype.is_nested() or dtype in (pl.Binary, pl.Object):
+            if not dtype.is_nested() and dtype not in (pl.Binary, pl.Object):
+                continue
+            nested.append(name)
+            if is_used(name):
                 raise InputError(
                     None,
                     f"Column {name!r} of {str(path)!r} holds {dtype}, not single values",
-                    remedy="Write columns of numbers, text or dates instead, or leave the column "
-                    "out of the file.",
+                    remedy="Write columns of numbers, text or dates instead, or leave out the "
+                    "column.",
                 )
         file.seek(0)
-        frame = pl.read_parquet(file)
+        frame = pl.read_parquet(file, columns=[name for name in schema if name not in nested])
+        nulls = [pl.lit(None).alias(name) for name in nested]
+        frame = frame.with_columns(nulls).select(schema.names())
     # A few bytes can encode many equal texts, and each text becomes a Python object.
     texts = [column for column in frame if column.dtype == pl.String]
     letters = sum(int(column.str.len_bytes().sum()) for column in texts)

@@ -31,13 +31,12 @@ from gputune.data.missing_target import (
     select_targets,
     select_values,
 )
-from gputune.data.ragged import refuse_ragged
+from gputune.data.ragged import refuse_lists, refuse_ragged
 from gputune.data.table import (
     Table,
     as_rows,
     as_table,
     quoted,
-    refuse_lists,
     refuse_no_target,
     select_rows,
     split_target,
@@ -328,7 +327,7 @@ def _read_values(
     if module:
         refuse_lists(X)
     original = None if isinstance(X, Table) else X
-    return _source_of(as_table(X), y, groups, drop, kinds, original)
+    return _source_of(as_table(X, lambda name: name not in drop), y, groups, drop, kinds, original)
 
 
 def _read_table_file(
@@ -341,7 +340,7 @@ def _read_table_file(
     is_bundled = str(X).startswith("sklearn:")
     if is_bundled and y is None:
         y = "target"
-    table = read_table(X, kinds)
+    table = read_table(X, kinds, lambda name: name not in drop)
     if y is None:
         refuse_no_target(str(X), "column", table.names)
     source = _source_of(table, y, groups, drop, kinds)

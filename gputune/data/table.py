@@ -5,7 +5,7 @@ Containers of any other type raise an error.
 """
 
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ from gputune.data.kinds import (
     refuse_infinite,
 )
 from gputune.data.loaders import refuse_loader
-from gputune.data.ragged import PAD_TOKENS, TOKENIZED, refuse_ragged
+from gputune.data.ragged import refuse_ragged
 from gputune.data.readings import READ_AS_MISSING, frame_remark
 from gputune.errors import InputError
 from gputune.text import nearest
@@ -166,10 +166,17 @@ def _without(remarks: Mapping[str, str], names: Container[str]) -> dict[str, str
     return {name: remark for name, remark in remarks.items() if name not in names}
 
 
-def as_table(X: object) -> Table:
+def every_column(name: str) -> bool:
+    """Return True for any column: the default of ``is_used`` in this file."""
+    del name
+    return True
+
+
+def as_table(X: object, is_used: Callable[[str], bool] = every_column) -> Table:
     """Convert a 2-D array, a pandas or polars DataFrame, or a list of rows to a table.
 
-    A Table stays unchanged. Columns of arrays and lists get the names x0, x1, ...
+    A Table stays unchanged. Columns of arrays and lists get the names x0, x1, ... ``is_used`` tells
+    by name which columns are read later. The other columns may have infinite values.
 
     Raises:
         InputError: X has any other type. The message shows how to convert it.
@@ -202,7 +209,7 @@ def as_table(X: object) -> Table:
     if isinstance(frame, nw.LazyFrame):
         raise InputError("X", "is a lazy frame", remedy="Pass X.collect().")
     if isinstance(frame, nw.DataFrame):
-        return _frame_table(frame)
+        return _frame_table(frame, is_used)
     array = X if isinstance(X, np.ndarray) else _rows_to_array(X)
     if array.dtype.names is not None:
         raise InputError(
@@ -225,16 +232,16 @@ def as_table(X: object) -> Table:
             remedy=two_axes(array.ndim),
         )
     names = nameless(array.shape[1])
-    return checked_table(names, list(map(from_column, array.T, names)))
+    return checked_table(names, list(map(from_column, array.T, names)), is_used=is_used)
 
 
-def _frame_table(frame: "nw.DataFrame[Any]") -> Table:
+def _frame_table(frame: "nw.DataFrame[Any]", is_used: Callable[[str], bool]) -> Table:
     names = list(map(str, frame.columns))
     columns = list(frame.iter_columns())
     # A categorical column stays a category, because its owner chose that type.
     dtypes = {name: column.dtype for name, column in zip(names, columns)}
     typed = [name for name in names if isinstance(dtypes[name], nw.Categorical | nw.Enum)]
-    table = checked_table(names, list(map(from_series, columns)), typed)
+    table = checked_table(names, list(map(from_series, columns)), typed, is_used=is_used)
     remarks = {}
     for name, kind, values in zip(names, table.kinds, table.columns):
         if kind == "category" and dtypes[name] == nw.String:
@@ -371,10 +378,11 @@ def checked_table(
     columns: Sequence[tuple[Kind, np.ndarray]],
     typed: Collection[str] = (),
     *,
+    is_used: Callable[[str], bool] = every_column,
     thousands: bool = True,
 ) -> Table:
-    """Return a table after checking that it has rows, columns, distinct names and no infinite
-    value.
+    """Return a table after checking that it has rows, columns, distinct names and no infinite value
+    in a column that is used.
 
     A text column of amounts, such as "$1,200", becomes numbers. Columns in ``typed`` stay text,
     because the user chose their type. ``thousands`` is an argument of ``read_amounts``.
@@ -394,7 +402,7 @@ def checked_table(
     kinds = list[Kind]()
     read_columns = list[np.ndarray]()
     for name, (kind, values) in zip(names, columns):
-        if kind != "category":
+        if kind != "category" and is_used(name):
             refuse_infinite(values, name)
         numbers = None
         if kind == "category" and name not in typed:
@@ -439,74 +447,3 @@ def _refuse_containers(X: object) -> None:
             f"is a {name} of {inputs}",
             remedy="Pass one table, numpy.hstack(X). A module can split the table in its forward.",
         )
-
-
-def refuse_lists(X: object) -> None:
-    """Raise InputError for lists of images, texts or arrays, and show how to convert them."""
-    if is_image(X):
-        raise InputError("X", "is one PIL image", remedy=f"Pass all images: {_STACK_IMAGES}")
-    if isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1:
-        X = list(X)
-    parts: Mapping[Any, object] = {}
-    if isinstance(X, tuple):
-        parts = dict(enumerate(X))
-    elif isinstance(X, Mapping):
-        parts = X
-    # A few parts, some of which have rows with axes, are inputs. Otherwise the parts are rows or
-    # columns of a table.
-    if len(parts) <= 8 and any(len(_shape_of(part)) > 1 for part in parts.values()):
-        for key, part in parts.items():
-            if not isinstance(part, Tensor | np.ndarray):
-                raise InputError(
-                    f"X[{key!r}]",
-                    "must be an array or a tensor",
-                    got=Verbatim(f"a {type(part).__name__}"),
-                    remedy=PAD_TOKENS if key in TOKENIZED else f"Pass numpy.asarray(X[{key!r}]).",
-                )
-    if not isinstance(X, list | tuple) or not X:
-        return
-    container = f"is a {type(X).__name__} of {len(X)}"
-    if any(isinstance(item, str) for item in X):
-        raise InputError(
-            "X",
-            f"{container} texts",
-            remedy="Turn words into numbers, and pass a tensor of integers (rows, length), padded "
-            "to one length.",
-        )
-    if any(map(is_image, X)):
-        raise InputError("X", f"{container} PIL images", remedy=f"Pass {_STACK_IMAGES}")
-    shapes = list(map(_shape_of, X))
-    if max(map(len, shapes)) < 2:
-        return  # rows of a table
-    different = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
-    if different is None:
-        stack = "torch.stack(X)" if isinstance(X[0], Tensor) else "numpy.stack(X)"
-        rule = f"{container} arrays of shape {shapes[0]}"
-        remedy = f"Pass one array, {stack}."
-    else:
-        rule = (
-            f"{container} arrays of different shapes: X[0] has {shapes[0]}, X[{different}] has "
-            f"{shapes[different]}"
-        )
-        remedy = "Pad or crop the arrays to one shape and pass numpy.stack(X)."
-    if len(X) < 9:
-        remedy = f"{remedy} If the arrays are the inputs of the module, pass a tuple of arrays."
-    raise InputError("X", rule, remedy=remedy)
-
-
-def is_image(value: object) -> bool:
-    """Return True if a value is a PIL image. The check does not import PIL."""
-    return type(value).__module__.partition(".")[0] == "PIL" and hasattr(value, "getpixel")
-
-
-_STACK_IMAGES = (
-    "numpy.stack([numpy.asarray(image) for image in X]), with images of one size. The result has "
-    "its channels last. For torch's layers, move them first with .transpose(0, 3, 1, 2)."
-)
-
-
-def _shape_of(item: object) -> tuple[int, ...]:
-    if isinstance(item, list | tuple):
-        row_shape = _shape_of(item[0]) if item else ()
-        return (len(item), *row_shape)
-    return tuple(item.shape) if isinstance(item, Tensor | np.ndarray) else ()

@@ -6,8 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
-from gputune.data.ragged import PAD_TOKENS, TOKENIZED, refuse_ragged
-from gputune.data.table import is_image
+from gputune.data.ragged import PAD_TOKENS, TOKENIZED, is_image, refuse_ragged
 from gputune.errors import InputError
 
 LABELS = "labels"

@@ -410,7 +410,8 @@ class TunedModel(ModelContent, AdapterFiles):
             return as_table(checked_tensor(X).cpu().numpy())
         # As text, "007" and "7" are two levels. As numbers they would be equal.
         texts = [column.name for column in self.layout.columns if column.kind == "category"]
-        table = read_table(X, texts) if isinstance(X, str | Path) else as_table(X)
+        reads = {column.name for column in self.layout.columns}.__contains__
+        table = read_table(X, texts, reads) if isinstance(X, str | Path) else as_table(X, reads)
         # No warning if a file still has its target, or columns that the search left out.
         unread = self._unread - {*self.layout.inputs}
         extra = [name for name in table.names if name in unread]

@@ -1,8 +1,10 @@
 """Files become tables; a file that cannot be read as a table is refused with its name."""
 
 import gzip
+import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,14 @@ import polars as pl
 import pytest
 
 from gputune import input_files
+from gputune.cli.answers import rows_with_target
 from gputune.data import files
 from gputune.data.files import BUNDLED, read_table
 from gputune.data.kinds import parse_text
 from gputune.data.source import fingerprint, read_source
 from gputune.data.table import as_table, split_target
 from refused import refused
+from study_models import make_model
 
 CSV = """age,city,member,joined,score
 31,Bonn,true,2021-02-03,1.5
@@ -280,3 +284,31 @@ def test_blank_lines_at_the_end_of_one_column_are_no_rows(tmp_path):
     assert read_table(write(tmp_path, "x\n1\n\n2\n\n \n\n")).column("x").shape == (3,)
     # a missing value, as pandas and polars write it in one column
     assert read_table(write(tmp_path, 'x\n1\n""\n\n')).column("x").shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_a_column_that_is_not_read_may_hold_anything(tmp_path, name):
+    frame = pl.DataFrame({"x": [1.0, 2, 3], "ratio": [1.0, math.inf, 2], "y": [0, 1, 0]})
+    frame = frame.with_columns(parts=pl.Series([[1, 2], [3], []]))
+    path = tmp_path / name
+    if name == "t.csv":
+        frame.drop("parts").write_csv(path)
+        dropped = ["ratio"]
+    else:
+        frame.write_parquet(path)
+        dropped = ["ratio", "parts"]
+        with refused("Column 'parts' of .* holds List"):
+            read_source(path, "y", drop=["ratio"])
+    source = read_source(path, "y", drop=dropped)
+    assert source.X.names == ("x",) and source.X.column("x").tolist() == [1, 2, 3]
+    with refused("Column 'ratio' has an infinite value in row 1"):
+        read_source(path, "y", drop=dropped[1:])
+    assert len(files.read_columns(path, ["x", "y"])[0]) == 3
+    labels = ["0", "1", "0"] if name == "t.csv" else [0, 1, 0]  # text, as the classes of the model
+    model = make_model(frame[["x"]])
+    model = replace(model, info={"drop": dropped}, target="y")
+    inputs = frame.drop("parts")
+    assert np.array_equal(model.predict(path), model.predict(frame[["x"]]))
+    assert np.array_equal(model.predict(inputs), model.predict(frame[["x"]]))
+    assert read_source(inputs, "y", drop=["ratio"]).X.names == ("x",)
+    assert rows_with_target(model, str(path), "y").y.tolist() == labels
