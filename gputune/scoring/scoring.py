@@ -162,6 +162,10 @@ class Scoring:
         """Return the scores (C,) by the user's function of (outputs, y). A diverged trial has the
         score NaN."""
         assert self.of_outputs is not None
+        if data.task == "binary" and data.n_outputs == 1 and not is_one_logit(outputs, "binary", 2):
+            # The mean of predictions has a log probability for each class. The function expects
+            # the module's one logit, which is their difference.
+            outputs = outputs.diff(dim=-1)
         if self.is_loss:
             target = data.targets(fold)[data.folds[fold].valid]
         elif is_one_logit(outputs, data.task, 2):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gputune.annotations import FloatArray
 from gputune.data.dataset import Dataset
 from gputune.data.folds import unpack_folds
-from gputune.population.outputs import call_module, class_logits, first_output
+from gputune.population.outputs import call_module, class_logits, first_output, is_one_logit
 from gputune.scoring.evaluation_draws import EvaluationDraws
 from gputune.scoring.losses import best_temperature
 from gputune.scoring.metrics import make_scoring, scorers_of
@@ -66,7 +66,10 @@ def predictions_of(
         data, scoring = _folds(search, trials)
     lengths = [len(fold.valid) for fold in data.folds]
     for number, outputs in stored.items():
-        parts = torch.split(torch.tensor(outputs.values, device=data.device), lengths)
+        of_all_folds = torch.tensor(outputs.values, device=data.device)
+        if is_one_logit(of_all_folds, data.task, 1):
+            data = data.with_one_logit()
+        parts = torch.split(of_all_folds, lengths)
         values[number] = [_values(part.double(), data) for part in parts]
     # M tensors (m_f, K) -> (M, m_f, K) for each fold
     stacked = []
@@ -127,7 +130,15 @@ def members_of(
     progress.scoring = scoring.name
     epochs = max(trial.best_epoch for trial in trials)
     with nullcontext() if search.choice.solved else progress.bar_over(len(trials), epochs):
-        return search.train(data, trials, progress=progress.advance), data, scoring
+        members = search.train(data, trials, progress=progress.advance)
+    objective = search.problem.objective
+    # A custom loss or training step leaves the number of logits to the module.
+    if objective is not None and objective.may_be_one_logit:
+        rows = data.of(search.config(trials[0])).rows(0, data.folds[0].valid[:2])
+        outputs = _outputs(members[0][0], [x.cpu() for x in rows], data)
+        if is_one_logit(outputs, data.task, 1):
+            data = data.with_one_logit()
+    return members, data, scoring
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,9 +322,14 @@ def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Ten
 
     The predictions (m rows, K) are probabilities of K classes, or K outputs for a regression.
     """
+    output = _outputs(module, inputs, data)
+    return _values(output.double().view(len(inputs[0]), -1).to(data.device), data)
+
+
+def _outputs(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Tensor:
+    """Return the outputs of a trained module for rows on the CPU."""
     with torch.no_grad():  # TorchScript fails on tensors of inference_mode
-        output = first_output(call_module(module, inputs, data.names))
-        return _values(output.double().view(len(inputs[0]), -1).to(data.device), data)
+        return first_output(call_module(module, inputs, data.names))
 
 
 def _values(outputs: Tensor, data: Dataset) -> Tensor:

@@ -1,0 +1,109 @@
+"""Scores, importances and probabilities that gputune computes from predictions of trained trials."""
+
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import gputune
+from gputune.tuning.access import Access
+from gputune.tuning.predictions import predictions_of
+from gputune.tuning.progress import Progress
+from gputune.tuning.refit import search_of
+from gputune.tuning.validation import fold_report
+from refused import refused
+
+tune = partial(gputune.tune, cv=2, n_trials=2, include_default=False, verbose=0, workers=1)
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(120, 3)).astype("float32")
+Y = (X[:, 0] > 0).astype(int)
+
+
+class OneLogit(nn.Module):
+    def __init__(self, n_features):
+        super().__init__()
+        self.linear = nn.Linear(n_features, 1)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def bce(outputs, y):
+    return functional.binary_cross_entropy_with_logits(outputs[:, 0], y.to(outputs.dtype))
+
+
+def neg_bce(outputs, y):
+    assert outputs.shape == (len(y), 1)
+    return -float(bce(outputs, y))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(
+    "how", [{"scoring": "neg_loss"}, {"scoring": neg_bce}, {"loss": bce, "scoring": "neg_loss"}]
+)
+def test_an_ensemble_and_the_importance_of_one_logit_have_its_sign(how, keep):
+    space = {"lr": [1e-5, 0.03]}
+    study = tune(OneLogit, X, Y, space=space, max_epochs=20, keep_predictions=keep, **how)
+    best = study.best_trial
+    assert best.params["lr"] == 0.03 and best.score > -0.5
+    ensemble = study.ensemble(size=1, verbose=0)
+    assert ensemble.info["ensemble"] == {str(best.number): 1.0}
+    assert ensemble.info["score"] == pytest.approx(best.score, rel=1e-4)
+    assert study.best_model().predict(X).mean() > 0.2
+    importance = fold_report(Access(study), importance=True)
+    assert importance.columns[0] == "x0"
+
+
+def test_the_mean_of_one_logit_networks_has_the_score_of_their_mean_probability():
+    small = {"lr": 0.01, "module__width": 8, "module__depth": 1}
+    study = tune(
+        "realmlp",
+        X,
+        Y,
+        space=small,
+        n_trials=1,
+        n_ens=2,
+        loss="bce",
+        scoring="neg_loss",
+        max_epochs=2,
+    )
+    p = torch.as_tensor(study.oof_predictions()[:, 1])
+    true = torch.as_tensor(Y).double()
+    assert study.best_score == pytest.approx(
+        -float(functional.binary_cross_entropy(p, true)), rel=1e-4
+    )
+
+
+def weighted(estimator, X, y):
+    """The share of right predictions, in which rows of a large first column count 10 times."""
+    assert type(X) in (np.ndarray, pd.DataFrame)
+    first = X[:, 0] if isinstance(X, np.ndarray) else X["a"]
+    return float(np.average(estimator.predict(X) == y, weights=np.where(first > 0, 10.0, 1.0)))
+
+
+def of_every_second_row(estimator, X, y):
+    return float((estimator.predict(X[::2]) == y[::2]).mean())
+
+
+ONE_SIDE = np.where(X[:, 0] > 0, X[:, 1] > 0, RNG.random(len(X)) > 0.5).astype(int)
+
+
+@pytest.mark.parametrize("table", [X, pd.DataFrame(X, columns=list("abc"))])
+def test_a_custom_scorer_receives_the_rows_in_an_ensemble_and_a_report(table):
+    study = tune("mlp", table, ONE_SIDE, scoring=weighted, n_trials=3, max_epochs=4)
+    predictions = predictions_of(search_of(Access(study)), study.trials, Progress(0))
+    for fold, values in enumerate(predictions.values):
+        scores = [trial.fold_scores[fold] for trial in study.trials]
+        np.testing.assert_allclose(predictions.scores(fold, values)[0], scores)
+    assert study.ensemble(verbose=0).info["score"] > 0.5
+    assert len(fold_report(Access(study), importance=True).columns) == 3
+
+
+def test_a_custom_scorer_of_other_rows_cannot_score_an_ensemble():
+    study = tune("mlp", X, Y, scoring=of_every_second_row, max_epochs=1)
+    with refused("asks for predictions of other rows than X.* Predict only X in the scorer"):
+        study.ensemble(verbose=0)
