@@ -228,9 +228,12 @@ class Scoring:
             else data.scorer_rows.rows(data.folds[fold])
         )
         result = np.full(len(outputs), np.nan)
+        others: Callable[[object], Tensor]
         try:
             for trial in np.flatnonzero(finite.cpu().numpy()).tolist():
-                others = None if member is None else partial(_predict, data, fold, member, trial)
+                others = _no_prediction
+                if member is not None:
+                    others = partial(_predict, data, fold, member, trial)
                 if isinstance(rows, tuple | dict) or (
                     isinstance(rows, np.ndarray) and rows.flags.writeable
                 ):
@@ -286,6 +289,16 @@ def outputs_of(probabilities: Tensor, task: Task) -> Tensor:
     if task == "multilabel":
         return probabilities.logit(_SMALLEST)
     return probabilities.clamp_min(_SMALLEST).log()
+
+
+def _no_prediction(X: object) -> Tensor:
+    """Raise InputError, because there is no model that can predict the rows X."""
+    raise InputError(
+        None,
+        "The scorer asks for predictions of other rows than X, but an ensemble and the importance "
+        "of columns have predictions only for X",
+        remedy="Predict only X in the scorer.",
+    )
 
 
 def _predict(data: Dataset, fold: int, member: TrialModel, trial: int, X: object) -> Tensor:

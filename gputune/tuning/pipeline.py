@@ -20,6 +20,7 @@ from gputune.executors.cluster import Cluster, Connection
 from gputune.garbage import without_collector
 from gputune.modules.pretrained import pretrained_of
 from gputune.scoring.baseline import baseline, remark_on_accuracy
+from gputune.scoring.metrics import has_function
 from gputune.spaces.distributions import CheckedSpace
 from gputune.spaces.edges import edge_remarks
 from gputune.spaces.random import draw, notes
@@ -137,8 +138,10 @@ def search(
                     ledger.note(list(context.faults))
                     record = replace(record, notes=[*record.notes, *context.faults])
     refitted = options.changed(callbacks=(), warm_start=())  # a refit has no callbacks
-    # The study keeps the rows only as X, without the user's own data frame, array or list.
-    source = replace(call.source, original=None)
+    source = call.source
+    if not has_function(options.search.scoring):
+        # Only a custom scorer needs the user's own data frame, array or list next to X.
+        source = replace(source, original=None)
     data = SearchCall(problem.choice, source, refitted, outputs=ledger.outputs)
     study = study_type.from_rows(record.to_json(), ledger.rows(), data=data, file=machine.study)
     for remark in edge_remarks(study) if say_notes else ():

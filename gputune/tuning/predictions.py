@@ -104,6 +104,7 @@ def _folds(search: ReopenedSearch, trials: Sequence[Trial]) -> tuple[Dataset, Sc
     target = search.problem.target
     scoring = search.options.search.scoring
     data = search.dataset(unpack_folds(record.arguments.folds), trials)
+    data = search.problem.with_scorer_rows(data)
     positive = record.positive
     scorers = scorers_of(scoring)
     if scoring is None:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, fit_channels
 from gputune.data.columns import Columns, Layout, check_copies, fit_layout
-from gputune.data.dataset import Dataset, Inputs, Preparations, Rows, inputs_of, make_dataset
+from gputune.data.dataset import (
+    Dataset,
+    Inputs,
+    Preparations,
+    Rows,
+    ScorerRows,
+    inputs_of,
+    make_dataset,
+)
 from gputune.data.encode import LIMIT, Statistics, check_numbers, fit_statistics
 from gputune.data.folds import Splitter, make_folds
 from gputune.data.missing_target import dropped_words
@@ -36,7 +44,7 @@ from gputune.modules.inspection import returns_one_logit
 from gputune.modules.pretrained import pretrained_of
 from gputune.population.kinds import is_module
 from gputune.scoring.losses import takes_probabilities
-from gputune.scoring.metrics import loss_scoring, make_scoring
+from gputune.scoring.metrics import has_function, loss_scoring, make_scoring
 from gputune.scoring.objective import Objective
 from gputune.scoring.output_units import output_units, refuse_other_units, soft_label_scoring
 from gputune.scoring.scoring import Scoring
@@ -129,6 +137,12 @@ class Problem:
                 preparations=Preparations(partial(self._inputs, trains, like)),
             )
         return data.with_one_logit() if objective is not None and objective.one_logit else data
+
+    def with_scorer_rows(self, data: Dataset) -> Dataset:
+        """Return the dataset with the original rows, if a custom scoring function receives them."""
+        if not has_function(self.options.search.scoring):
+            return data
+        return replace(data, scorer_rows=ScorerRows(self.source.original_rows(), self.layout))
 
     def _statistics(
         self, trains: Sequence[np.ndarray], numbers: Numbers

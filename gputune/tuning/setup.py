@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gputune.data.dataset import Dataset, Rows, ScorerRows
+from gputune.data.dataset import Dataset, Rows
 from gputune.engine.choice import DeviceChoice
 from gputune.errors import InputError
 from gputune.models import RealMLP
 from gputune.optimizers.classes import check_optimizer
-from gputune.scoring.metrics import check_folds, has_function
+from gputune.scoring.metrics import check_folds
 from gputune.scoring.objective import make_objective
 from gputune.scoring.scoring import Scoring
 from gputune.spaces.distributions import CheckedSpace
@@ -122,11 +122,7 @@ def _dataset(
     if place.why:
         gpu = option("device", "cuda")
         progress.say(f"note: trials train on the CPU ({gpu} takes the GPU): {place.why}")
-    data = problem.dataset(folds, place.device)
-    if not has_function(options.search.scoring):
-        return data
-    # A custom scoring function receives the original rows.
-    return replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout))
+    return problem.with_scorer_rows(problem.dataset(folds, place.device))
 
 
 def _with_objective(
