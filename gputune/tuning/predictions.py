@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from gputune.annotations import FloatArray
 from gputune.data.dataset import Dataset
 from gputune.data.folds import unpack_folds
-from gputune.population.outputs import call_module, class_logits, first_output, is_one_logit
+from gputune.population.outputs import (
+    call_module,
+    class_logits,
+    first_output,
+    is_one_logit,
+    mean_outputs,
+)
+from gputune.population.population import Ensemble
 from gputune.scoring.evaluation_draws import EvaluationDraws
 from gputune.scoring.losses import best_temperature
 from gputune.scoring.metrics import make_scoring, scorers_of
@@ -70,7 +77,7 @@ def predictions_of(
         if is_one_logit(of_all_folds, data.task, 1):
             data = data.with_one_logit()
         parts = torch.split(of_all_folds, lengths)
-        values[number] = [_values(part.double(), data) for part in parts]
+        values[number] = [_values(part.double(), data, f) for f, part in enumerate(parts)]
     # M tensors (m_f, K) -> (M, m_f, K) for each fold
     stacked = []
     for f in range(data.n_folds):
@@ -136,7 +143,7 @@ def members_of(
     # A custom loss or training step leaves the number of logits to the module.
     if objective is not None and objective.may_be_one_logit:
         rows = data.of(search.config(trials[0])).rows(0, data.folds[0].valid[:2])
-        outputs = _outputs(members[0][0], [x.cpu() for x in rows], data)
+        outputs = _outputs(members[0][0], [x.cpu() for x in rows], data, 0)
         if is_one_logit(outputs, data.task, 1):
             data = data.with_one_logit()
     return members, data, scoring
@@ -314,32 +321,53 @@ def _predict(module: nn.Module, data: Dataset, fold: int, draws: EvaluationDraws
     for number, rows in enumerate(torch.split(data.folds[fold].valid, size)):
         inputs = [x.cpu() for x in data.rows(fold, rows)]
         with nullcontext() if draws is None else draws.seeded(fold, number * size):
-            blocks.append(values_of(module, inputs, data))
+            blocks.append(values_of(module, inputs, data, fold))
     return torch.cat(blocks)
 
 
-def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Tensor:
-    """Return the predictions of a trained module for rows on the CPU, float64.
+def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset, fold: int) -> Tensor:
+    """Return the predictions of a module that was trained on a fold, for rows on the CPU, float64.
 
     The predictions (m rows, K) are probabilities of K classes, or K outputs for a regression.
     """
-    output = _outputs(module, inputs, data)
-    return _values(output.double().view(len(inputs[0]), -1).to(data.device), data)
+    outputs = _outputs(module, inputs, data, fold)
+    return _values(outputs.double().view(len(inputs[0]), -1).to(data.device), data, fold)
 
 
-def _outputs(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Tensor:
-    """Return the outputs of a trained module for rows on the CPU."""
+def _outputs(module: nn.Module, inputs: Sequence[Tensor], data: Dataset, fold: int) -> Tensor:
+    """Return the outputs of a module that was trained on a fold, for rows on the CPU.
+
+    Networks of ``n_ens`` are averaged as in the search: without the classes that are absent from
+    the training rows of the fold.
+    """
+    if isinstance(module, Ensemble):
+        outputs = [_outputs(member, inputs, data, fold) for member in module.members]
+        masked = [_without_absent(output, data, fold) for output in outputs]
+        return mean_outputs(torch.stack(masked), module.weights, data.task)
     with torch.no_grad():  # TorchScript fails on tensors of inference_mode
         return first_output(call_module(module, inputs, data.names))
 
 
-def _values(outputs: Tensor, data: Dataset) -> Tensor:
-    """Convert the outputs for m rows, (m, K), to probabilities of K classes.
+def _without_absent(outputs: Tensor, data: Dataset, fold: int) -> Tensor:
+    """Return outputs (m rows, K) with the logit -inf for each class that is absent from the
+    training rows of a fold.
 
-    For a regression, return the outputs unchanged.
+    One logit for two classes is returned unchanged.
+    """
+    if data.present is None or is_one_logit(outputs, data.task, 1):
+        return outputs
+    return outputs.masked_fill(~data.present[fold].to(outputs.device), -torch.inf)
+
+
+def _values(outputs: Tensor, data: Dataset, fold: int) -> Tensor:
+    """Convert the outputs for m validation rows of a fold, (m, K), to probabilities of K classes.
+
+    A class that is absent from the training rows of the fold has the probability 0. For a
+    regression, return the outputs unchanged.
     """
     if data.task == "regression":
         return outputs
     if data.task == "multilabel":
         return outputs.sigmoid()
+    outputs = _without_absent(outputs, data, fold)
     return class_logits(outputs, data.task, 1).softmax(-1)

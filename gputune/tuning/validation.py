@@ -412,7 +412,7 @@ def _drops(
 
         def score(inputs: Tensor, f: int = f, module: nn.Module = module) -> float:
             with nullcontext() if draws is None else draws.seeded(f, 0):
-                values = values_of(module, [inputs], data)
+                values = values_of(module, [inputs], data, f)
             return float(scored.scores(f, values[None])[0, 0])
 
         unshuffled = score(x)

@@ -78,6 +78,14 @@ def test_the_mean_of_one_logit_networks_has_the_score_of_their_mean_probability(
     )
 
 
+def check_fold_scores(study):
+    """Check that the predictions of trials, from which ensembles choose, have the trials' scores."""
+    predictions = predictions_of(search_of(Access(study)), study.trials, Progress(0))
+    for fold, values in enumerate(predictions.values):
+        scores = [trial.fold_scores[fold] for trial in study.trials]
+        np.testing.assert_allclose(predictions.scores(fold, values)[0], scores, rtol=1e-4)
+
+
 def weighted(estimator, X, y):
     """The share of right predictions, in which rows of a large first column count 10 times."""
     assert type(X) in (np.ndarray, pd.DataFrame)
@@ -95,10 +103,7 @@ ONE_SIDE = np.where(X[:, 0] > 0, X[:, 1] > 0, RNG.random(len(X)) > 0.5).astype(i
 @pytest.mark.parametrize("table", [X, pd.DataFrame(X, columns=list("abc"))])
 def test_a_custom_scorer_receives_the_rows_in_an_ensemble_and_a_report(table):
     study = tune("mlp", table, ONE_SIDE, scoring=weighted, n_trials=3, max_epochs=4)
-    predictions = predictions_of(search_of(Access(study)), study.trials, Progress(0))
-    for fold, values in enumerate(predictions.values):
-        scores = [trial.fold_scores[fold] for trial in study.trials]
-        np.testing.assert_allclose(predictions.scores(fold, values)[0], scores)
+    check_fold_scores(study)
     assert study.ensemble(verbose=0).info["score"] > 0.5
     assert len(fold_report(Access(study), importance=True).columns) == 3
 
@@ -107,3 +112,30 @@ def test_a_custom_scorer_of_other_rows_cannot_score_an_ensemble():
     study = tune("mlp", X, Y, scoring=of_every_second_row, max_epochs=1)
     with refused("asks for predictions of other rows than X.* Predict only X in the scorer"):
         study.ensemble(verbose=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*train without rows of a class:UserWarning")
+@pytest.mark.parametrize("n_ens", [1, 2])
+def test_a_class_that_a_fold_never_saw_has_probability_zero(n_ens):
+    y = Y.copy()
+    y[80:][X[80:, 1] > 0.5] = 2
+    temperatures = []
+    for keep in (True, False):
+        study = tune(
+            "mlp",
+            X,
+            y,
+            cv="time:5",
+            n_ens=n_ens,
+            max_epochs=2,
+            keep_predictions=keep,
+            scoring="neg_log_loss",
+        )
+        predicted = study.oof_predictions()
+        early = np.isfinite(predicted[:, 0]) & (np.arange(len(X)) < 80)
+        assert (predicted[early, 2] == 0).all()
+        losses = -np.log(predicted[20:40][np.arange(20), y[20:40]])
+        assert study.best_trial.fold_scores[0] == pytest.approx(-losses.mean(), rel=1e-4)
+        temperatures.append(study.best_model().temperature)
+        check_fold_scores(study)
+    assert temperatures[0] == pytest.approx(temperatures[1], rel=1e-3)
