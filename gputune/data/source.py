@@ -141,7 +141,8 @@ class Source:
 
     ``origin`` describes how to read the same rows again: path, target, groups, and the held-out
     rows. It is None for data in memory. ``original`` is the data frame, array or list from which X
-    was made. It is None for files and tensors.
+    was made. It is None for files and tensors. ``group_column`` is the name of the column of the
+    table that held the groups, or "".
     """
 
     X: AnyRows
@@ -150,6 +151,7 @@ class Source:
     groups: object
     origin: Json | None
     original: object = None
+    group_column: str = ""
     positions: np.ndarray | None = None
     """The positions in the user's X of the rows that have a target, or None if no target is
     missing."""
@@ -231,9 +233,8 @@ def read_source(
 ) -> Source:
     """Read X, y and groups from a file or from objects in memory, as the rows of a search.
 
-    Rows with a missing target raise an error, or are dropped with ``missing_target="drop"``.
-
-    The ``origin`` of a file records that rows were dropped.
+    Rows with a missing target raise an error, or are dropped with ``missing_target="drop"``. The
+    ``origin`` of a file records that rows were dropped.
 
     Args:
         X: a file, ``sklearn:NAME``, a data frame, an array or a tensor. For a ``module`` it may
@@ -262,6 +263,8 @@ def read_source(
         is_file = is_column and isinstance(X, str | Path)
         place = partial(line_of, cast(str, X)) if is_file else "row {}".format
     source = source.with_target(missing_target, place, is_column=is_column)
+    if isinstance(groups, str) and isinstance(source.X, Table):
+        source = replace(source, group_column=groups)
     if missing_target == "drop" and source.origin is not None:
         source = replace(source, origin={**source.origin, "missing_target": missing_target})
     return source

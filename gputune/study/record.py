@@ -76,6 +76,7 @@ ARGUMENTS = {
         },
     },
     "script?": (str, None),
+    "groups?": TEXT,
 }
 
 
@@ -95,6 +96,8 @@ class Arguments:
             user chose. Empty without a preset, and in studies of earlier versions.
         script: the path of the script that defined the module class. None for other models, and in
             studies of earlier versions.
+        groups: the name of the column of the table that held the groups. None without such a
+            column, and in studies of earlier versions.
     """
 
     kept: Json = field(default_factory=dict)
@@ -105,6 +108,7 @@ class Arguments:
     final_model: dict[str, bool] = field(default_factory=dict)
     preset: Json = field(default_factory=dict)
     script: str | None = None
+    groups: str | None = None
 
     def updated(self, latest: Self) -> Self:
         """Return these arguments with the latest call's options for the final model and the end of
@@ -273,10 +277,9 @@ class SearchRecord:
         if "arguments" in options:
             arguments = dict(vars(self.arguments))
             # Left out when unset, as in studies of earlier versions.
-            if self.arguments.script is None:
-                del arguments["script"]
-            if not self.arguments.preset:
-                del arguments["preset"]
+            for name in ("script", "groups", "preset"):
+                if not arguments[name]:
+                    del arguments[name]
             options["arguments"] = arguments
         return options
 
@@ -299,6 +302,11 @@ class SearchRecord:
             *LATER_WITH_DEFAULTS,
         )
         return [name for name in IDENTITY if name in self.absent and name not in later]
+
+    @property
+    def group_column(self) -> str | None:
+        """The name of the column of the table that held the groups, or None."""
+        return self.arguments.groups or (self.source or {}).get("groups")
 
     @property
     def method_name(self) -> str:

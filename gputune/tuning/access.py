@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from gputune.data.source import Source, read_again
+from gputune.data.table import Table
 from gputune.data.target_transform import is_known
 from gputune.errors import InputError
 from gputune.study.record import RECORD_FIELDS, lost_option
@@ -99,7 +100,12 @@ def _source_of(access: Access, choice: ModelChoice, rows: RowOptions) -> Source:
     Raises InputError if the study's rows are not available.
     """
     if access.X is not None:
-        return read_rows(choice, rows, access.X, access.y)
+        source = read_rows(choice, rows, access.X, access.y)
+        # The search did not read the groups as a feature either.
+        groups = access.study.record.group_column
+        if groups is not None and isinstance(source.X, Table):
+            source = replace(source, X=source.X.drop(groups))
+        return source
     origin = access.study.record.source
     if origin is None:
         raise InputError(

@@ -189,6 +189,7 @@ def _arguments(
         lacking=[description for description, missing in is_missing.items() if missing],
         callbacks=[type(callback).__name__ for callback in options.machine.callbacks],
         script=None if choice.module_class is None else script_of(choice.module_class),
+        groups=source.group_column or None,
     )
 
 

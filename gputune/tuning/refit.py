@@ -219,10 +219,9 @@ class ReopenedSearch:
         target = self.problem.target
         record = self.study.record
         loss = self.objective
-        groups = (record.source or {}).get("groups")
         # If the target was a Series, its name is the name of its column. DataFrames to predict may
         # still have this column.
-        names = groups, getattr(self.problem.source.y, "name", None)
+        names = record.group_column, getattr(self.problem.source.y, "name", None)
         unread = [*self.options.rows.drop, *(name for name in names if isinstance(name, str))]
         info = {
             **info,

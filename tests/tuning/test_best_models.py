@@ -1,6 +1,9 @@
 """Chunks of few members train at the same time, and several trials train again together."""
 
+import warnings
+
 import numpy as np
+import pandas as pd
 import pytest
 from torch import nn
 
@@ -143,3 +146,24 @@ def test_folds_of_about_equal_length_share_a_traced_member(compiled, monkeypatch
     assert len(traced) == n_traced
     expected = gputune.tune(module, X[:rows], Y[:rows], **options, backend="recorded")
     np.testing.assert_allclose(study.curves, expected.curves, rtol=1e-10)
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_the_column_of_the_groups_is_no_feature_of_a_frame_in_memory(reopened, tmp_path):
+    frame = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 2)), columns=["a", "b"])
+    frame["g"] = np.repeat(np.arange(15), 4)
+    frame["y"] = frame.a
+    path = tmp_path / "study.db"
+    study = gputune.tune(
+        "mlp", frame, "y", groups="g", cv=2, n_trials=2, max_epochs=1, verbose=0, study=path
+    )
+    study = gputune.Study.open(path) if reopened else study
+    for model in (
+        study.best_model(frame, "y", check=False),
+        study.best_model(frame, "y"),
+        study.best_model(frame.drop(columns="g"), "y"),
+        study.ensemble(frame, "y", verbose=0),
+    ):
+        assert list(model.layout.inputs) == ["a", "b"]
+        with warnings.catch_warnings(action="error"):
+            model.predict(frame)
