@@ -137,12 +137,10 @@ def digest_of(*arrays: np.ndarray) -> str:
 class Source:
     """The X, y and groups of a search, as the user passed them and before scaling.
 
-    X is a table, arrays, or a tensor that stays on its device.
-
-    ``origin`` describes how to read the same rows again: path, target, groups, and the held-out
-    rows. It is None for data in memory. ``original`` is the data frame, array or list from which X
-    was made. It is None for files and tensors. ``group_column`` is the name of the column of the
-    table that held the groups, or "".
+    X is a table, arrays, or a tensor that stays on its device. ``origin`` describes how to read the
+    same rows again: path, target, groups, and the held-out rows. It is None for data in memory.
+    ``original`` is the data frame, array or list from which X was made. It is None for files and
+    tensors. ``group_column`` is the column of the table that held the groups, or "".
     """
 
     X: AnyRows

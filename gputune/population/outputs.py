@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gputune.errors import InputError
 from gputune.types import Task
 
 
@@ -84,7 +85,12 @@ def mean_outputs(outputs: Tensor, weights: Tensor, task: Task, axes: int = 2) ->
         weights: The weights of the networks, (M,), which add up to 1.
         task: The kind of target.
         axes: The number of axes before K.
+
+    Raises:
+        InputError: The target is custom, so its outputs have no known mean.
     """
+    if task == "custom":
+        raise InputError(None, "The outputs for a custom target have no mean")
     outputs = class_logits(outputs, task, axes)
     weights = weights.to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
     if task == "regression":

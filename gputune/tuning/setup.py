@@ -42,6 +42,8 @@ def check_networks(choice: ModelChoice, options: Options) -> None:
             f"modules may have no meaning, but the model is {choice.name}"
         )
         remedy = f"{remedy} Several trials can be averaged with study.ensemble()."
+    elif options.rows.task == "custom":
+        rule = f"needs predictions with a mean, but {option('task', 'custom')} may have any outputs"
     elif options.search.differentiates:
         rule = (
             "is the number of networks whose predictions are averaged, but "

@@ -21,6 +21,16 @@ from refused import refused
 IRIS = load_iris(return_X_y=True)
 DIABETES = load_diabetes(return_X_y=True)
 tune = partial(gputune.tune, n_trials=3, max_epochs=4, cv=3, verbose=0, workers=1, n_ens=3)
+
+
+def sum_of_squares(outputs, y):
+    return (outputs[:, 0] - y).square()
+
+
+def neg_sum_of_squares(outputs, y):
+    return -float(sum_of_squares(outputs, y).mean())
+
+
 SMALL = {"space": {"lr": [0.01, 0.03], "module__width": 8, "module__depth": 1}, "n_trials": 2}
 
 
@@ -152,6 +162,11 @@ def test_an_export_predicts_the_mean(model, tmp_path):
         ("cnn", {}, "supports only the models mlp and realmlp, because the mean prediction"),
         ("logistic", {}, r"has no effect for .*logistic.* every solved logistic regression"),
         ("mlp", {"method": "hypergradient"}, "hypergradient.* differentiates the loss of each"),
+        (
+            "realmlp",
+            {"task": "custom", "loss": sum_of_squares, "scoring": neg_sum_of_squares},
+            "n_ens=3.* needs predictions with a mean, but .*task='custom'.* may have any outputs",
+        ),
         ("mlp", {"n_ens": 0}, "n_ens.* must be an integer of at least 1"),
         (
             "mlp",
