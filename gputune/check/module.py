@@ -28,7 +28,7 @@ from gputune.errors import InputError
 from gputune.memory import synchronize
 from gputune.modules.inspection import known_traits, note_fastest
 from gputune.modules.network import ModuleNetwork
-from gputune.population.outputs import call_module
+from gputune.population.outputs import call_module, in_mode
 from gputune.population.population import arguments_text
 from gputune.text import count, table
 from gputune.tuning.context import Context
@@ -234,7 +234,7 @@ class _Measurement:
         clock = time.process_time if device.type == "cpu" else time.perf_counter
         network = self.job.network(self.data, self.group.part(0, 1))
         assert isinstance(network, ModuleNetwork)
-        module = network.plain(device).train()
+        module = in_mode(network.plain(device), training=True)
         trained = [w for w in module.parameters() if w.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=self.config["lr"], weight_decay=self.config["weight_decay"]

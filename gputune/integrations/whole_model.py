@@ -19,7 +19,7 @@ from gputune.data.columns import Layout
 from gputune.data.encode import Statistics, normal_scores_of, smooth_clip
 from gputune.errors import InputError
 from gputune.modules.calls import Stateless
-from gputune.population.outputs import call_module, class_logits, first_output
+from gputune.population.outputs import call_module, class_logits, first_output, in_mode
 from gputune.study.export import description, takes_columns
 from gputune.study.model_files import ModelContent
 
@@ -144,7 +144,7 @@ class WholeModel(nn.Module):
             )
         # torch cannot copy tensors with a graph, such as activations that a forward kept.
         copies = {id(tensor): tensor.detach() for tensor in _graph_tensors(module)}
-        self.network = copy.deepcopy(module, copies).cpu().eval()
+        self.network = in_mode(copy.deepcopy(module, copies).cpu(), training=False)
         self.network.requires_grad_(False)  # numpy() reads only tensors without a gradient
         self.dtype = model.dtype
         self.task = model.task

@@ -23,7 +23,7 @@ from gputune.models import Dropout
 from gputune.modules.calls import named_tensors
 from gputune.modules.pretrained import pretrained_of
 from gputune.modules.transformers_class import refuse_transformers_class
-from gputune.population.outputs import call_module
+from gputune.population.outputs import call_module, in_mode
 from gputune.population.population import InputKind, Shape
 from gputune.seeding import keyed_draws
 from gputune.text import did_you_mean
@@ -387,7 +387,7 @@ def materialise(
     two rows of zeros."""
     if any(map(is_lazy, named_tensors(module).values())):
         with torch.no_grad():
-            call_module(module.eval(), _zeros(inputs), names)
+            call_module(in_mode(module, training=False), _zeros(inputs), names)
         module.train()
 
 

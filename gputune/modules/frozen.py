@@ -20,7 +20,7 @@ from gputune.modules.pretrained import (
     dtype_of,
     pretrained_of,
 )
-from gputune.population.outputs import call_module
+from gputune.population.outputs import call_module, in_mode
 from gputune.population.population import InputKind
 from gputune.types import Config
 from gputune.wording import Verbatim
@@ -97,7 +97,7 @@ class FrozenBody(Pretrained):
             is_float = dtype.is_floating_point
             rows.append(torch.zeros(2, *shape, dtype=dtype_of(self.base) if is_float else dtype))
         name = type(self.base).__name__
-        body = self._body().eval()
+        body = in_mode(self._body(), training=False)
         device = next(body.parameters()).device
         rows = [x.to(device) for x in rows]
         try:

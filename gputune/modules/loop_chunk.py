@@ -26,6 +26,7 @@ from gputune.optimizers.optimizer import Optimizer
 from gputune.optimizers.rules import schedule_factor
 from gputune.optimizers.update import optimizer_of
 from gputune.population.batches import row_order, steps_of
+from gputune.population.outputs import in_mode
 from gputune.population.population import beyond_adam
 from gputune.population.state import State, selected_configs
 from gputune.scoring.validation import Validation
@@ -311,7 +312,7 @@ class LoopChunk:
 
     def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:
         """Train one member for one epoch, in a plain PyTorch training loop."""
-        module = member.module.train()
+        module = in_mode(member.module, training=True)
         network = self.network
         objective = self.network.objective
         names = network.shape.names

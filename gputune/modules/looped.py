@@ -20,6 +20,7 @@ from gputune.modules.network import ModuleNetwork
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.classes import loop_reason
 from gputune.population.batches import Batches
+from gputune.population.outputs import in_mode
 from gputune.seeding import keyed_draws
 from gputune.types import EvaluationKey, Params
 from gputune.wording import option
@@ -107,11 +108,11 @@ class LoopedModule(ModuleNetwork):
         # not "or": a module may have a length, of 0
         module = self.running.get((fold, trial))
         if module is not None:
-            return self.objective.outputs(module.eval(), inputs, names)
+            return self.objective.outputs(in_mode(module, training=False), inputs, names)
         values = self.values(params, fold, trial)
         with self.stateless.substitute(values) as module:
             put_numbers(module, {k: values[k] for k in self.mutable})
-            return self.objective.outputs(module.eval(), inputs, names)
+            return self.objective.outputs(in_mode(module, training=False), inputs, names)
 
     def draws(self, batches: Batches, *, ahead: bool) -> None:
         return None

@@ -29,6 +29,7 @@ from gputune.modules.mapped import Mapped
 from gputune.modules.module import StackedModule, WithBuffers
 from gputune.modules.module_trial import ModuleTrial, is_close
 from gputune.modules.substitutes import Substitutes
+from gputune.population.outputs import in_mode
 from gputune.population.traits import Traits
 from gputune.types import Params
 from gputune.wording import option
@@ -138,7 +139,7 @@ class MergedModule(StackedModule):
                 self.stateless.substitute({**members, **self.frozen}) as module,
                 Rounded() if rounded else nullcontext(),
             ):
-                results = function(module.train(training), rows)
+                results = function(in_mode(module, training=training), rows)
                 after = self.stateless.current(self.mutable)
                 of_members = results.view(self._n_members, -1, *results.shape[1:])
                 return of_members, after

@@ -29,6 +29,7 @@ from gputune.modules.trace import TraceError, clones
 from gputune.modules.write_watch import Writes
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches, StepDraws, for_members
+from gputune.population.outputs import in_mode, with_columns
 from gputune.seeding import keyed_draws
 from gputune.types import EvaluationKey, Params, StepKey
 from gputune.wording import option
@@ -134,7 +135,9 @@ class StackedModule(ModuleNetwork):
         # Substitutes as in the mapped call: a fused attention would count as an operation that
         # draws.
         with self.stateless.substitute(self._plain_values()) as module, Substitutes():
-            return self.objective.losses(module.train(), inputs, y, self.configs[0], names=names)
+            return self.objective.losses(
+                in_mode(module, training=True), inputs, y, self.configs[0], names=names
+            )
 
     def _augmented_rows(self, batch: Batch, generator: torch.Generator) -> object:
         """Apply the user's augmentation to the rows of one fold, to record its random numbers."""
@@ -289,7 +292,7 @@ class StackedModule(ModuleNetwork):
         outputs, after = self._on_folds(
             self._member_outputs, [group], batch.inputs, training=True, draws=draws, place=place
         )
-        outputs = _with_columns(outputs).to(self.shape.dtype)
+        outputs = with_columns(outputs).to(self.shape.dtype)
         outputs = outputs.view(-1, trials, *outputs.shape[1:])  # (F, C, B, K)
         if self.shape.present is not None:
             outputs = outputs.masked_fill(~self.shape.present[batch.folds, None, None], -torch.inf)
@@ -317,12 +320,12 @@ class StackedModule(ModuleNetwork):
         random numbers."""
         copies = clones(inputs)  # the members read these rows next
         with self.stateless.substitute(self._plain_values()) as module, Substitutes():
-            return self.objective.outputs(module.eval(), copies, self.shape.names)
+            return self.objective.outputs(in_mode(module, training=False), copies, self.shape.names)
 
     def differentiable(
         self, params: Params, inputs: Sequence[Tensor], key: StepKey | None
     ) -> Tensor:
-        return _with_columns(self.with_statistics(params, inputs, key)[0])
+        return with_columns(self.with_statistics(params, inputs, key)[0])
 
     def with_statistics(
         self, params: Params, inputs: Sequence[Tensor], key: StepKey | None
@@ -462,7 +465,8 @@ class StackedModule(ModuleNetwork):
 
         def call_member(member: Params, *parts: Tensor) -> WithBuffers:
             with self.stateless.substitute({**member, **self.frozen}) as module:
-                return function(module.train(training), parts), self.stateless.current(self.mutable)
+                result = function(in_mode(module, training=training), parts)
+                return result, self.stateless.current(self.mutable)
 
         members = dict(members)
         for name, start in self.mutable.items():
@@ -491,9 +495,3 @@ class StackedModule(ModuleNetwork):
 
     def values(self, params: Params, fold: int, trial: int) -> Params:
         return {name: w[fold, trial] for name, w in params.items()}
-
-
-def _with_columns(outputs: Tensor) -> Tensor:
-    """Add a third axis of length 1 to outputs (P, B) with one value per row. Other outputs are
-    unchanged."""
-    return outputs if outputs.dim() > 2 else outputs[..., None]

@@ -8,13 +8,12 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from gputune.data.dataset import Dataset, outermost_rows
+from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.memory import CPU
 from gputune.modules.broadcasts import BroadcastWatch, Shapes, in_one_shape
@@ -33,9 +32,8 @@ from gputune.modules.output_shapes import check_fields, describe_tensor, shape_h
 from gputune.modules.pretrained import dtype_of, pretrained_of
 from gputune.modules.probabilities import LikelihoodWatch
 from gputune.modules.token_limits import too_long
-from gputune.modules.trace import clones
 from gputune.modules.write_watch import WriteWatch
-from gputune.population.outputs import call_module
+from gputune.population.outputs import in_mode
 from gputune.population.population import Shape, module_arguments
 from gputune.scoring.losses import refuse_one_number
 from gputune.scoring.objective import Objective, make_objective, pairs_all_rows, qualified_name
@@ -112,81 +110,6 @@ class ModuleTrial:
         trial.shape = replace(self.shape, dtype=torch.float64, inputs=kinds)
         return trial
 
-    def check_ids(self, data: Dataset) -> None:
-        """Raise InputError if the data has an id outside the range of an embedding.
-
-        The module runs on the rows with the largest and the smallest value of each column. Other
-        errors are ignored here, because other checks report them.
-        """
-        is_pretrained = pretrained_of(self.builder) is not None
-        outermost = set[int]()
-        for x, *_ in data.inputs:
-            if is_pretrained and x.dim() == 2 and not x.is_floating_point():
-                # The columns are the tokens of a text, whose ids belong to one vocabulary. Fewer
-                # rows take less time.
-                x = torch.stack([x.amin(1), x.amax(1)], 1)
-            outermost.update(outermost_rows(x))
-        rows = torch.tensor(sorted(outermost), dtype=torch.int64)
-        inputs = [x.cpu() for x in data.rows(0, rows.to(data.device))]
-        errors = list[InputError]()
-
-        def check(path: str, embedding: nn.Embedding, arguments: tuple[object, ...]) -> None:
-            ids = arguments[0]
-            size = embedding.num_embeddings
-            if (
-                not isinstance(ids, Tensor)
-                or ids.is_floating_point()
-                or ids.dim() == 0
-                or ids.numel() == 0
-            ):
-                return  # the embedding raises an error itself
-            number = int(ids.max())
-            if number < size:
-                number = int(ids.min())
-            if 0 <= number < size:
-                return
-            row = ""
-            searched = inputs
-            if len(ids) == len(rows):  # otherwise the forward pass has made other rows
-                place = int((ids == number).nonzero()[0, 0])
-                row = f" in row {int(rows[place])}"
-                searched = [x[place] for x in inputs]
-            remedy = f"Give it num_embeddings={number + 1} or more."
-            base = pretrained_of(self.builder)
-            if base is not None:
-                path = path.removeprefix("module.")
-                remedy = (
-                    f"The vocabulary of the pretrained {type(base.base).__name__} does not contain "
-                    "this id. Check that X comes from the tokenizer of the base, and that the rows "
-                    "are not too long for it."
-                )
-            if number < 0:
-                remedy = "Give such ids other numbers."
-            places = (
-                f"{number}{row}, but the embedding {path!r} of {self.name} has {size} entries, for "
-                f"ids 0 to {size - 1}"
-            )
-            for label, x in zip(data.labels, searched):
-                if bool((x == number).any()):
-                    errors.append(InputError(label, f"has the id {places}", remedy=remedy))
-                    return
-            if base is None and any(x.is_floating_point() for x in searched):
-                remedy += _SCALED
-            rule = f"The forward pass of {self.name} computes the id {places}"
-            errors.append(InputError(None, rule, remedy=remedy))
-
-        hooks = []
-        for path, part in self.module.named_modules():
-            if isinstance(part, nn.Embedding):
-                hooks.append(part.register_forward_pre_hook(partial(check, path)))
-        if hooks:
-            with torch.no_grad(), suppress(Exception):
-                call_module(self.module.eval(), clones(inputs), data.names)
-        for hook in hooks:
-            hook.remove()
-        if errors:
-            raise too_long(self.module, inputs, self.name) or errors[0]
-
     def rows(self, part: slice) -> list[Tensor]:
         """Return a slice of the tried rows, one tensor for each input of the module."""
         return [x[part] for x in self.inputs]
@@ -216,7 +139,7 @@ class ModuleTrial:
                 torch.set_grad_enabled(training),
                 self.trail.following(),
             ):
-                module = self.module.train(training)
+                module = in_mode(self.module, training=training)
                 outputs = self.objective.outputs(module, copies, self.shape.names)
         except Exception as error:
             if long := too_long(self.module, inputs, self.name):
@@ -302,8 +225,10 @@ class ModuleTrial:
                     watches.enter_context(watch)
                     watches.enter_context(likelihoods)
                 with watches:
-                    step = self.module.train(), copied, copied_y, self.config
-                    losses = self.objective.losses(*step, names=self.shape.names)
+                    module = in_mode(self.module, training=True)
+                    losses = self.objective.losses(
+                        module, copied, copied_y, self.config, names=self.shape.names
+                    )
         except InputError:
             raise
         except Exception as error:
@@ -458,13 +383,6 @@ class ModuleTrial:
         with suppress(InputError):
             return self.fits(self.forward(self.rows(slice(1)), training=True), 1)
         return False
-
-
-_UNSCALED = option("numbers", "none")
-_SCALED = " gputune scales the numeric columns of a table. " + per_interface(
-    f"Pass a tensor of integers, torch.as_tensor(X), or {_UNSCALED}, which leaves codes unchanged.",
-    f"Pass a tensor of integers in a .pt file, or {_UNSCALED}, which leaves codes unchanged.",
-)
 
 
 def _n_examples(builder: Builder) -> int:

@@ -15,6 +15,7 @@ from gputune.modules.adapters import adapters_of, start_member
 from gputune.modules.calls import Stateless, convert, named_tensors, put_numbers, state_of
 from gputune.modules.construction import Builder, build_module, dropout_rates, layers_of, start_from
 from gputune.population.kinds import ModelKind
+from gputune.population.outputs import in_mode
 from gputune.population.population import Shape, arguments_of, arguments_text, module_arguments
 from gputune.population.traits import Traits
 from gputune.scoring.objective import Objective
@@ -181,4 +182,4 @@ class ModuleNetwork:
                 if not torch.equal(tensor, values[name].cpu()):
                     tensor.copy_(values[name])
             put_numbers(module, {name: values[name] for name in self.mutable})
-        return module.eval()
+        return in_mode(module, training=False)

@@ -29,6 +29,19 @@ def call_module(
     return result
 
 
+def in_mode(module: nn.Module, *, training: bool) -> nn.Module:
+    """Switch a module to training or evaluation mode, and return it.
+
+    The results of ``train()`` and ``eval()`` are not used, because a user's ``train()`` may return
+    nothing.
+    """
+    if training:
+        module.train()
+    else:
+        module.eval()
+    return module
+
+
 def logits_of(outputs: Any) -> Any:
     """Return the logits in an output of transformers. Any other output is returned unchanged."""
     logits = getattr(outputs, "logits", None) if isinstance(outputs, dict) else None
@@ -45,6 +58,12 @@ def first_output(outputs: Any) -> Tensor:
     heads = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
     first: Tensor = heads[0] if isinstance(heads, tuple | list) and heads else outputs
     return first
+
+
+def with_columns(outputs: Tensor) -> Tensor:
+    """Add a third axis of length 1 to outputs (P, B) with one value per row. Other outputs are
+    unchanged."""
+    return outputs if outputs.dim() > 2 else outputs[..., None]
 
 
 def two_logits(outputs: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from gputune.modules.construction import (
     name_of,
 )
 from gputune.modules.frozen import frozen
+from gputune.population.outputs import in_mode
 from gputune.population.population import Ensemble, InputKind
 from gputune.scratch import naming_folder, write_files
 from gputune.study import module_source
@@ -239,7 +240,7 @@ def read_fields(
         ) from error
     if change:
         warn(f"{change}. Its parameters still fit, but its predictions may differ.")
-    return {**fields, "module": network.eval()}
+    return {**fields, "module": in_mode(network, training=False)}
 
 
 def _builder_of(base: nn.Module | None, spec: Json, folder: Path) -> Builder:

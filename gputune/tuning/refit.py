@@ -26,6 +26,7 @@ from gputune.errors import DivergedError, InputError
 from gputune.modules.inspection import known_traits
 from gputune.modules.pretrained import pretrained_of
 from gputune.population.kinds import is_module
+from gputune.population.outputs import in_mode
 from gputune.population.population import Shape, arguments_text, by_numbers, module_arguments
 from gputune.scoring.evaluation_draws import EvaluationDraws, drawing_rows
 from gputune.scoring.objective import Objective
@@ -359,7 +360,7 @@ def _tuned_model(
     if n_networks > 1:
         spec["ensemble"] = [arguments] * n_networks
     seeds = search.seeds([search.options.search.random_state] * n_networks)
-    return search.model(module.eval(), data, spec | seeds, info)
+    return search.model(in_mode(module, training=False), data, spec | seeds, info)
 
 
 def _other_rows(search: ReopenedSearch, access: Access) -> InputError:
