@@ -178,8 +178,12 @@ def _traits_after_a_call(trial: ModuleTrial, untrained: Untrained) -> Traits:
     trial.check_outputs(trained)
     trial.check_trainable(trained)
     now = not_trained(module)  # a forward pass may have added buffers
+    # A buffer that these calls wrote counts, even with its old value: later rows may change it.
+    written = set(untrained.kept.changed(module))
     changing = [
-        name for name, w in untrained.tensors.items() if not torch.equal(now[name].detach(), w)
+        name
+        for name, w in untrained.tensors.items()
+        if name in written or not torch.equal(now[name].detach(), w)
     ]
     changing = list(dict.fromkeys([*changing, *buffers_at_start(trial)]))
     changing += [*dropout_rates(module), *member_buffers(module)]

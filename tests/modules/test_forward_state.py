@@ -1,0 +1,61 @@
+"""State that a module's forward changes, and that the first calls do not show."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import gputune
+
+ROWS = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+CLASSES = torch.randint(0, 3, (40,), generator=torch.Generator().manual_seed(2))
+
+
+class Net(nn.Module):
+    def __init__(self, n_features=6, n_outputs=3):
+        super().__init__()
+        self.first = nn.Linear(n_features, 8)
+        self.last = nn.Linear(8, n_outputs)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+
+class Cap(Net):
+    """Divides by the largest activation of its training, if it is above 2."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if self.training:
+            self.scale = torch.maximum(self.scale, hidden.detach().abs().max())
+        return self.last(hidden / self.scale)
+
+
+def largest_difference(start, backend="auto", epochs=30):
+    """Return the largest difference of a member's tensors from a plain loop on all rows."""
+    configs = [{"lr": lr, "batch_size": 40, "optimizer": "sgd"} for lr in (2.0, 2.2)]
+    trained = gputune.train_many(
+        lambda: start, configs, ROWS, CLASSES, max_epochs=epochs, dtype="float64", backend=backend
+    )
+    module = copy.deepcopy(start).double().train()
+    optimizer = torch.optim.SGD(module.parameters(), lr=2.0)
+    for _ in range(epochs):
+        optimizer.zero_grad()
+        functional.cross_entropy(module(ROWS.double()), CLASSES).backward()
+        optimizer.step()
+    tensors = module.state_dict()
+    member = trained.member(0).state_dict()
+    return max(float((tensors[name] - member[name]).abs().max()) for name in tensors)
+
+
+@pytest.mark.parametrize("backend", ["stacked", "loop"])
+def test_a_buffer_that_first_changes_late_is_kept(backend):
+    torch.manual_seed(0)
+    start = Cap()
+    assert largest_difference(start, backend) < 1e-9
