@@ -186,6 +186,8 @@ def why_not_merged(trial: ModuleTrial, traits: Traits) -> str:
         return f"its forward pass changes {min(others)!r}"
     if not trial.objective.is_named:
         return "only losses with a name are computed on merged rows"
+    if name := _replaced_parameter(trial):
+        return f"its forward pass assigns to the data of its parameter {name!r}"
     if not traits.alone or not _is_alone_in_training(trial):
         return "a row may affect the outputs of other rows"
     for path, part in owners_of(trial.module):
@@ -193,6 +195,19 @@ def why_not_merged(trial: ModuleTrial, traits: Traits) -> str:
             return "the module itself owns a trained parameter, not one of its layers"
         if isinstance(part, torch.jit.ScriptModule):
             return f"its layer {path!r} is a scripted module"
+    return ""
+
+
+def _replaced_parameter(trial: ModuleTrial) -> str:
+    """Return the name of a parameter whose memory a training call replaces, or "".
+
+    The assignment ``w.data = ...`` does this. It reaches the plain module, but not the members.
+    """
+    before = {name: w.data_ptr() for name, w in trial.module.named_parameters()}
+    trial.forward(trial.inputs, training=True)
+    for name, w in trial.module.named_parameters():
+        if w.data_ptr() != before.get(name):
+            return name
     return ""
 
 
