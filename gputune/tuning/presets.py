@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sklearn.model_selection import TimeSeriesSplit
+import numpy as np
 from torch import Tensor
 
 from gputune.data.folds import check_groups
 from gputune.data.name_like import name_like_columns
 from gputune.data.table import Table
 from gputune.data.target import check_target
-from gputune.data.time_order import TimeSplit, parse_cv
+from gputune.data.time_order import TimeSplit
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.study.record import SearchRecord
 from gputune.study.store import Store
@@ -233,10 +233,11 @@ def _case(call: SearchCall, given: Collection[str], model: object, *, find_names
         values["model"] = model
     has_classes = target.task in ("binary", "multiclass")
     name_like = list[str]()
-    # In the order of time, later rows may have new values.
+    # Validation rows that a split sets apart, such as later rows, must not choose features.
     cv = options.rows.cv
-    is_in_time = isinstance(parse_cv(cv) if isinstance(cv, str) else cv, TimeSeriesSplit)
-    if isinstance(X, Table) and "category_copies" not in values and find_names and not is_in_time:
+    has_random_folds = isinstance(cv, int | np.integer)
+    is_asked = find_names and "category_copies" not in values
+    if isinstance(X, Table) and is_asked and has_random_folds:
         name_like = name_like_columns(X, target.values, check_groups(source.groups, len(X)))
     return _Case(len(X), columns, isinstance(X, Table), has_classes, values, name_like)
 

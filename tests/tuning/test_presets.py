@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.datasets import load_diabetes, load_iris
+from sklearn.model_selection import ShuffleSplit
 
 import gputune
 from command_line import run
@@ -191,11 +192,14 @@ def test_a_preset_finds_numbers_that_are_like_names(tmp_path, capsys):
     assert study.record.category_copies == []
 
 
-def test_numbers_like_names_are_not_searched_in_time_or_across_groups():
+def test_numbers_like_names_are_not_searched_in_chosen_rows_or_across_groups():
     X, y = with_codes()
     small = {"n_trials": 1, "max_epochs": 1}
-    study = tune("auto", X, y, preset="medium", cv="time:2", **small)
-    assert study.record.category_copies == []
+    rows = np.arange(len(X))
+    half = len(X) // 2
+    for cv in ("time:2", (rows[:half], rows[half:]), [(rows[::2], rows[1::2])], ShuffleSplit(2)):
+        study = tune("auto", X, y, preset="medium", cv=cv, **small)
+        assert study.record.category_copies == []
     study = tune("auto", X, y, preset="medium", cv=2, groups=X["code"], **small)
     assert study.record.category_copies == []
 
