@@ -307,7 +307,7 @@ class _Run:
                     chosen = replace(chosen, info={**chosen.info, "held_out_chose": True})
                     score = replace(score, chose=True)
                 chosen.save(self.folder)
-        except InputError as error:
+        except (DivergedError, InputError) as error:
             return replace(ending, ensemble=f"No ensemble: {error}")
         except KeyboardInterrupt as stop:
             message = "the ensemble was interrupted. The model of the best trial is saved."

@@ -298,3 +298,17 @@ def test_the_page_says_what_the_held_out_rows_chose(info, words):
         if name == "held-out accuracy"
     ]
     assert words in note and ("optimistic; " in note) == bool(info)
+
+
+def test_an_ensemble_that_diverges_leaves_the_best_trial_as_the_model(tmp_path, monkeypatch):
+    def diverges(*_, **__):
+        raise DivergedError("Trial 1 diverged when it was trained on all rows.")
+
+    monkeypatch.setattr("gputune.api.study.Study.ensemble", diverges)
+    out = tmp_path / "out"
+    code, text, err = run(
+        *"tune sklearn:iris --trials 2 --epochs 1 --cv 2 --ensemble --out".split(), out
+    )
+    assert code == 0, err
+    assert "No ensemble: Trial 1 diverged" in " ".join(text.split())
+    assert gputune.load_model(out / "model").classes.tolist()
