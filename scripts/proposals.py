@@ -175,6 +175,10 @@ class TableSearch:
             self.trials[number].epochs = epochs
         return {number: self.trials[number].curve(epochs) for number, epochs in arrived.items()}
 
+    def ended_trials(self, rung: int) -> set[int]:
+        """Return no trials, because no user ends trials here."""
+        return set()
+
     def end(self, numbers: Sequence[int], rung: int | None = None) -> None:
         for number in numbers:
             self.trials[number].state = "complete" if rung is None else "pruned"

@@ -117,6 +117,14 @@ def test_a_file_that_is_wrong_is_named(script, options, file, capsys, text, comp
     assert re.search(f"^error: .*{complaint}", capsys.readouterr().err)
 
 
+def rounded(configs):
+    """The configurations with 12 digits of each drawn number."""
+    return [
+        {key: f"{v:.12g}" if isinstance(v, float) else v for key, v in config.items()}
+        for config in configs
+    ]
+
+
 def test_the_sample_and_the_numbers_of_the_page_agree(script):
     module = script("curves")
     page = (ROOT / "docs" / "published-results.md").read_text()
@@ -126,11 +134,10 @@ def test_the_sample_and_the_numbers_of_the_page_agree(script):
     for model in module.MODELS:
         part = description["models"][model.name]
         scores = arrays[model.name]
-        assert (
-            part["configurations"]
-            == model.configs(50, 0)
-            == model.configs(500, 0)[: len(scores[0])]
-        )
+        # The last digit of a drawn number depends on the processor.
+        stored = rounded(part["configurations"])
+        assert rounded(model.configs(50, 0)) == stored
+        assert rounded(model.configs(500, 0)[: len(scores[0])]) == stored
         assert scores.shape == (11, len(part["configurations"]), part["epochs"], 3)
         shape = "({} tables, {} configurations, {} epochs, {} folds), float32".format(*scores.shape)
         assert f"| `{model.name}` | {shape} |" in page
