@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gputune.data.source import Source
+from gputune.population.outputs import one_logit
 from gputune.scoring.baseline import best_constant
 from gputune.scoring.losses import LOSS_OF_TASK, LOSSES, parse_loss
 from gputune.scoring.metrics import make_scoring
@@ -197,7 +198,7 @@ def _outputs_to_score(
             target = model.transform.forward(target)
         return outputs, torch.from_numpy((target - model.center) / model.scale)
     if loss is not None:
-        return outputs.diff(dim=1) if loss.one_logit else outputs, y
+        return one_logit(outputs) if loss.one_logit else outputs, y
     if model.task == "multilabel" or model.classes is not None:
         # The model's own logits. Logits of rounded probabilities would have other ties.
         return outputs, y

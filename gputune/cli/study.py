@@ -32,7 +32,7 @@ from gputune.scratch import write_text
 from gputune.study.claims import Claims
 from gputune.study.rows import FoldReport
 from gputune.study.store import Store, has_checkpoints
-from gputune.study.study import Study, Trial, best_trial, how_to_continue
+from gputune.study.study import RESUME, Study, Trial, best_trial, how_to_continue
 from gputune.text import GAP, Measure, blocks, clean, count, is_formula, paragraph, short, table
 from gputune.views.default_trial import improvement_json, improvement_text
 from gputune.views.scores import measures, other_measures, pareto_trials, ranked_by, score_view
@@ -439,7 +439,7 @@ def repair(arguments: Namespace) -> str:
     saved = repair(study_file(arguments.study), arguments.out)
     if not saved.is_whole_search:
         return str(saved)
-    if Study.open(arguments.out).record.arguments.lacking:
-        # No file holds the rows or the code of the search, so no command can resume it.
-        return f"{saved}\n\nTo resume, repeat the call of the search with study={arguments.out!r}."
-    return f"{saved}\n\nResume: {shlex.join(['gputune', 'resume', arguments.out])}"
+    way = how_to_continue(Study.open(arguments.out).record)
+    if way == RESUME:
+        return f"{saved}\n\nResume: {shlex.join(['gputune', 'resume', arguments.out])}"
+    return f"{saved}\n\n{way.capitalize()} with study={arguments.out!r} continues the search."

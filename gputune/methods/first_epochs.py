@@ -19,10 +19,8 @@ from gputune.engine.train import BegunChunk
 from gputune.executors.executor import Claim
 from gputune.hypergradients.first_step import free_bytes
 from gputune.population.population import Population
-from gputune.text import count
 from gputune.tuning.context import Context, RecordedPlan, failed_result
 from gputune.types import Config
-from gputune.wording import option
 
 # Share of the time left that the estimated training time exceeds. The estimate may be several times
 # too short, because other programs use the machine.
@@ -146,13 +144,7 @@ def train_first_epochs(
             context.note_fault(outcome.fault)
             context.profile.spent += outcome.spent
             first.outcomes.append(outcome)
-    # A request to stop, such as Ctrl-C, has its own message.
-    if n_left and context.is_over() and not context.stop.requested:
-        context.progress.say(
-            f"note: the time was over before {count(n_left, 'trial')} had trained for one epoch. "
-            f"These trials have no score. Choose a longer {option('timeout')}, or fewer trials "
-            "or folds."
-        )
+    context.tell_trials_without_score(n_left)
     chunks: list[Population] = [chunk for chunk in begun if claim(chunk)]
     for done in first.outcomes:
         if done.alive:

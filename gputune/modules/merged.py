@@ -199,9 +199,10 @@ def why_not_merged(trial: ModuleTrial, traits: Traits) -> str:
 
 
 def _replaced_parameter(trial: ModuleTrial) -> str:
-    """Return the name of a parameter whose memory a training call replaces, or "".
+    """Find a parameter that has other memory after a training call, and return its name or "".
 
-    The assignment ``w.data = ...`` does this. It reaches the plain module, but not the members.
+    The assignment ``w.data = ...`` replaces the memory. It reaches the plain module, but not the
+    members.
     """
     before = {name: w.data_ptr() for name, w in trial.module.named_parameters()}
     trial.forward(trial.inputs, training=True)

@@ -75,6 +75,11 @@ def two_logits(outputs: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(outputs), outputs], -1)
 
 
+def one_logit(outputs: Tensor) -> Tensor:
+    """Return one logit (..., m, 1) for two logits (..., m, 2) of two classes: their difference."""
+    return outputs.diff(dim=-1)
+
+
 def is_one_logit(outputs: Tensor, task: Task, axes: int) -> bool:
     """Return whether outputs have one logit for each row, for two classes.
 

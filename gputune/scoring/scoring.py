@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
-from gputune.population.outputs import call_module, class_logits, is_one_logit
+from gputune.population.outputs import call_module, class_logits, is_one_logit, one_logit
 from gputune.scoring import scores
 from gputune.scoring.label_scores import average_precision
 from gputune.scoring.objective import pairs_all_rows
@@ -163,9 +163,8 @@ class Scoring:
         score NaN."""
         assert self.of_outputs is not None
         if data.task == "binary" and data.n_outputs == 1 and not is_one_logit(outputs, "binary", 2):
-            # The mean of predictions has a log probability for each class. The function expects
-            # the module's one logit, which is their difference.
-            outputs = outputs.diff(dim=-1)
+            # The mean of predictions has a log probability for each class.
+            outputs = one_logit(outputs)
         if self.is_loss:
             target = data.targets(fold)[data.folds[fold].valid]
         elif is_one_logit(outputs, data.task, 2):
@@ -281,7 +280,18 @@ def _in_target_units(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
         outputs = outputs[..., None]  # one number a row
     if data.task == "regression":
         return data.in_units(fold, outputs)
-    return outputs if data.present is None else outputs.masked_fill(~data.present[fold], -torch.inf)
+    return without_absent(outputs, data, fold)
+
+
+def without_absent(outputs: Tensor, data: Dataset, fold: int) -> Tensor:
+    """Give each class that is absent from the training rows of a fold the logit -inf.
+
+    ``outputs`` are (..., K), with one logit for each class. Other targets have no classes, and their
+    outputs are returned unchanged.
+    """
+    if data.present is None:
+        return outputs
+    return outputs.masked_fill(~data.present[fold].to(outputs.device), -torch.inf)
 
 
 def outputs_of(probabilities: Tensor, task: Task) -> Tensor:

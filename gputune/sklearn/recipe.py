@@ -263,8 +263,7 @@ class TrainingLoss(scoring.Scoring):
         rows = data.folds[fold].valid
         outputs = outputs.double()
         numbers = data.y.dim() > 1
-        if data.present is not None:
-            outputs = outputs.masked_fill(~data.present[fold], -torch.inf)
+        outputs = scoring.without_absent(outputs, data, fold)
         y = data.y[fold, rows].double() if numbers else data.y[rows]
         losses = row_losses(outputs, y.expand(outputs.shape[:2])) / (2 if numbers else 1)
         if data.weights is None:

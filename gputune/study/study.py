@@ -347,6 +347,9 @@ class Study:
         return f"Study({', '.join(parts)})"
 
 
+RESUME = "'gputune resume'"
+
+
 def how_to_continue(record: SearchRecord) -> str:
     """Return the subject of "continues the search" for a message, such as "'gputune resume'".
 
@@ -358,7 +361,7 @@ def how_to_continue(record: SearchRecord) -> str:
         return "repeating the call of fit"
     if record.arguments.lacking:
         return "repeating the call of gputune.tune"
-    return "'gputune resume'"
+    return RESUME
 
 
 def best_trial(study: Study) -> Trial | None:

@@ -299,9 +299,13 @@ class Context(Session):
             self.faults[fault] = None
             self.progress.say(f"note: {fault}", once=True)
 
-    def tell_trials_without_score(self) -> None:
-        """Tell the user how many trials have no score because the time was over."""
-        n_waiting = sum(result is None for _, result in self.ledger.rows())
+    def tell_trials_without_score(self, n_waiting: int | None = None) -> None:
+        """Tell the user how many trials have no score because the time was over.
+
+        ``n_waiting`` is the number of these trials. None means all trials without a result.
+        """
+        if n_waiting is None:
+            n_waiting = sum(result is None for _, result in self.ledger.rows())
         # A request to stop, such as Ctrl-C, has its own message.
         if n_waiting and self.is_over() and not self.stop.requested:
             self.progress.say(

@@ -28,7 +28,7 @@ from gputune.scoring.evaluation_draws import EvaluationDraws
 from gputune.scoring.losses import best_temperature
 from gputune.scoring.metrics import make_scoring, scorers_of
 from gputune.scoring.scores import neg_cross_entropy
-from gputune.scoring.scoring import Scoring, outputs_of
+from gputune.scoring.scoring import Scoring, outputs_of, without_absent
 from gputune.study.model import TunedModel
 from gputune.study.store import Store
 from gputune.study.study import Trial
@@ -342,21 +342,11 @@ def _outputs(module: nn.Module, inputs: Sequence[Tensor], data: Dataset, fold: i
     """
     if isinstance(module, Ensemble):
         outputs = [_outputs(member, inputs, data, fold) for member in module.members]
-        masked = [_without_absent(output, data, fold) for output in outputs]
-        return mean_outputs(torch.stack(masked), module.weights, data.task)
+        if not is_one_logit(outputs[0], data.task, 1):
+            outputs = [without_absent(output, data, fold) for output in outputs]
+        return mean_outputs(torch.stack(outputs), module.weights, data.task)
     with torch.no_grad():  # TorchScript fails on tensors of inference_mode
         return first_output(call_module(module, inputs, data.names))
-
-
-def _without_absent(outputs: Tensor, data: Dataset, fold: int) -> Tensor:
-    """Return outputs (m rows, K) with the logit -inf for each class that is absent from the
-    training rows of a fold.
-
-    One logit for two classes is returned unchanged.
-    """
-    if data.present is None or is_one_logit(outputs, data.task, 1):
-        return outputs
-    return outputs.masked_fill(~data.present[fold].to(outputs.device), -torch.inf)
 
 
 def _values(outputs: Tensor, data: Dataset, fold: int) -> Tensor:
@@ -369,5 +359,6 @@ def _values(outputs: Tensor, data: Dataset, fold: int) -> Tensor:
         return outputs
     if data.task == "multilabel":
         return outputs.sigmoid()
-    outputs = _without_absent(outputs, data, fold)
-    return class_logits(outputs, data.task, 1).softmax(-1)
+    if is_one_logit(outputs, data.task, 1):
+        return class_logits(outputs, data.task, 1).softmax(-1)
+    return without_absent(outputs, data, fold).softmax(-1)

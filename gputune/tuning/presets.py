@@ -273,9 +273,10 @@ def _choices(name: str, case: _Case) -> dict[str, Any]:
     if timeout is None:
         return chosen
     if "max_epochs" not in case.values:
-        # With a timeout, the number of rows no longer limits the epochs.
-        fewest, chosen["max_epochs"] = preset.epochs
-        chosen["max_epochs"] = max(fewest, case.epochs_within(chosen, timeout))
+        # With a timeout, the number of rows does not limit the epochs.
+        fewest, most = preset.epochs
+        within = case.epochs_within({**chosen, "max_epochs": most}, timeout)
+        chosen["max_epochs"] = max(fewest, within)
     is_too_long = case.seconds(chosen) > timeout
     if is_too_long and preset.faster and "model" not in case.values:
         return _choices(preset.faster, case)

@@ -240,7 +240,8 @@ class ReopenedSearch:
         }
         if unread:
             info["drop"] = unread
-        X, y = self.problem.source.X, target.values
+        X = self.problem.source.X
+        y = target.values
         if rows is not None:
             X = X[torch.as_tensor(rows)] if isinstance(X, Tensor) else X.select(rows)
             y = y[rows]

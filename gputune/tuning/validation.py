@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gputune.annotations import FloatArray
 from gputune.data.columns import Layout
-from gputune.data.dataset import Dataset, Fold
+from gputune.data.dataset import Dataset, Fold, Rows
 from gputune.data.encode import Statistics
 from gputune.data.folds import unpack_folds
 from gputune.data.scaling import joined_statistics
@@ -261,12 +261,12 @@ def _mean_model(
     trial trains on the training rows of each fold.
     """
     trials = [trial for trial, _ in shares]
-    folds = unpack_folds(search.study.record.arguments.folds)
+    folds = unpack_folds(search.study.record.arguments.folds) if n_seeds is None else []
     # All networks read the same inputs. They are scaled by all rows, or by the training rows of the
     # only fold.
-    is_of_one_fold = n_seeds is None and len(folds) == 1
-    all_data = search.dataset(folds if is_of_one_fold else None, trials)
-    runs = _ensemble_runs(search, all_data, n_seeds)
+    rows = folds[0][0] if len(folds) == 1 else None
+    all_data = search.dataset(None if rows is None else folds, trials)
+    runs = _ensemble_runs(search, all_data, n_seeds, folds)
     modules: list[nn.Module] = []
     seeds: list[int] = []
     for data, seed in runs:
@@ -287,7 +287,6 @@ def _mean_model(
     if columns:
         spec["columns"] = columns
     spec |= search.seeds(seeds)
-    rows = folds[0][0] if is_of_one_fold else None
     return search.model(network.eval(), all_data, spec, info, statistics, rows=rows)
 
 
@@ -297,9 +296,12 @@ def _each(values: Sequence[Item], times: int) -> list[Item]:
 
 
 def _ensemble_runs(
-    search: ReopenedSearch, data: Dataset, n_seeds: int | None
+    search: ReopenedSearch, data: Dataset, n_seeds: int | None, folds: Sequence[Rows]
 ) -> list[tuple[Dataset, int]]:
-    """Return the data and the random seed for each repeated training of an ensemble's trials."""
+    """Return the data and the random seed for each repeated training of an ensemble's trials.
+
+    With ``n_seeds=None``, there is one training for each of the ``folds``.
+    """
     seed = search.options.search.random_state
     if n_seeds is not None:
         n_ens = search.options.training.n_ens
@@ -308,7 +310,7 @@ def _ensemble_runs(
         return [(data, replica_seed(seed, first)) for first in firsts]
     (all_rows,) = data.folds
     runs = []
-    for train, _ in unpack_folds(search.study.record.arguments.folds):
+    for train, _ in folds:
         rows = torch.as_tensor(train, device=data.device)
         runs.append((replace(data, folds=(replace(all_rows, train=rows),)), seed))
     return runs

@@ -210,7 +210,7 @@ def test_a_repaired_search_of_rows_in_memory_names_the_call_that_resumes(tmp_pat
     gputune.tune("mlp", X, X[:, 0], n_trials=1, max_epochs=1, cv=2, study="old.db", verbose=0)
     code, out, _ = run("repair", "old.db", "--out", "new.db")
     assert code == 0 and out.endswith(
-        "\n\nTo resume, repeat the call of the search with study='new.db'.\n"
+        "\n\nRepeating the call of gputune.tune with study='new.db' continues the search.\n"
     )
 
 

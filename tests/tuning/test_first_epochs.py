@@ -12,6 +12,7 @@ from gputune.engine.stop import Stop
 from gputune.methods import first_epochs
 from gputune.population.population import Population
 from gputune.population.state import State
+from gputune.tuning.context import Context
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 4))
@@ -110,6 +111,8 @@ class FewChunks:
 class StoppedSearch:
     """The context of a search whose time is over before any chunk has begun, except chunks that
     another process has claimed."""
+
+    tell_trials_without_score = Context.tell_trials_without_score
 
     def __init__(self):
         self.said = []
