@@ -212,7 +212,7 @@ def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object
         groups: the name of the groups array, a path as for ``y``, or None.
 
     Raises:
-        InputError: a name is not in the file, or no array is left for X.
+        InputError: a name is not in the file, the names are equal, or no array is left for X.
     """
     arrays = read_array_file(path)
     if path.suffix.lower() == ".npy":
@@ -225,6 +225,8 @@ def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object
     _check_name("target", y, arrays, path)
     if groups is not None:
         _check_name("groups", groups, arrays, path)
+        if groups == y:
+            raise InputError("groups", "must not be the array of the target", got=groups)
     target = arrays.pop(y)
     if groups is not None:
         groups = np.asarray(arrays.pop(groups))

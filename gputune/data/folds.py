@@ -115,7 +115,8 @@ def _selects_rows(part: object) -> bool:
     if isinstance(part, str) or not isinstance(part, Iterable):
         return isinstance(part, slice)
     first: Any = next(iter(part), None)
-    return np.ndim(first) == 0
+    # A tuple of slices is a pair. np.ndim(slice) is 0, as for a position.
+    return not isinstance(first, slice) and np.ndim(first) == 0
 
 
 def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> None:

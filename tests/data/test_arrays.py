@@ -278,6 +278,7 @@ class TestFiles:
                 "target must be the name of an array in .*, which holds 'image', 'label', got 'lable'",
             ),
             ("label", "who", "groups must be the name of an array in .*got 'who'"),
+            ("label", "label", "groups must not be the array of the target, got 'label'"),
         ],
     )
     def test_names_are_checked(self, tmp_path, y, groups, message):

@@ -93,7 +93,11 @@ def test_iterables():
         (np.isin(np.arange(N), train), np.isin(np.arange(N), valid)) for train, valid in expected
     ]
     assert equal(folds(masks), expected)
-    assert equal(folds([(slice(0, 30), slice(30, None))]), [(np.arange(30), np.arange(30, N))])
+    first, last = slice(0, 20), slice(20, None)
+    halves = [(np.arange(20), np.arange(20, N)), (np.arange(20, N), np.arange(20))]
+    for cv in ([(first, last), (last, first)], ((first, last), (last, first))):
+        assert equal(folds(cv), halves)
+    assert equal(folds((first, last)), halves[:1])
     assert equal(
         folds(PredefinedSplit(np.arange(N) % 2)), list(PredefinedSplit(np.arange(N) % 2).split())
     )
