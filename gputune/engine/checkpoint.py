@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gputune.errors import warn
+from gputune.population.population import Population
 from gputune.population.state import State, WaitingPlace
 from gputune.scratch import flush, scratch_folder
 from gputune.text import count
@@ -39,6 +40,8 @@ _RESERVE = 2**24
 _TRIES = 100
 # The smallest trial and a digest of all trials.
 _NAME = re.compile(r"\d+-[0-9a-f]{16}\.(safetensors|tmp)")
+# Errors while a file is read that is damaged or belongs to another search.
+_UNUSABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +144,7 @@ class CheckpointFolder:
                 continue
             try:
                 checkpoint = self._read(path, configs)
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            except _UNUSABLE as error:
                 reason = error if type(error) is ValueError else "is damaged"
                 ignored.append(f"{path.name!r} {reason}")
                 continue
@@ -153,6 +156,26 @@ class CheckpointFolder:
                 f"({ignored[0]}). Their trials train from the start."
             )
         return checkpoints
+
+    def newer(
+        self, trials: Sequence[int], configs: Sequence[Config], epoch: int
+    ) -> Checkpoint | None:
+        """Return the stored checkpoint of exactly these trials if it has more than ``epoch``
+        epochs, otherwise None.
+
+        A file that cannot be used gives None, because ``read`` warns about such files.
+        """
+        path = self.path(trials)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+            if facts["epoch"] <= epoch:
+                return None
+            return self._read(path, dict(zip(trials, configs)))
+        except _UNUSABLE:
+            return None
 
     def _read(self, path: Path, configs: Mapping[int, Config]) -> Checkpoint:
         """Return the checkpoint in a file. Raises ValueError if the file does not belong to this
@@ -224,11 +247,17 @@ class Checkpointing:
         the search."""
         self.folder.path([self.numbers[i] for i in index])
 
+    def newer(self, chunk: Population, epoch: int) -> Checkpoint | None:
+        """Return the stored checkpoint of a chunk if it has more than ``epoch`` epochs, otherwise
+        None."""
+        trials = tuple(self.numbers[i] for i in chunk.index)
+        return self.folder.newer(trials, chunk.configs, epoch)
+
     def keep(self, checkpoint: Checkpoint, configs: Sequence[Config]) -> float:
         """Write a checkpoint file and return the seconds until the next checkpoint is due. Warns if
         writing fails."""
         begin = time.monotonic()
-        self._write(checkpoint, configs)
+        self.write(checkpoint, configs)
         return max(self.seconds, pause_after(time.monotonic() - begin))
 
     def keep_only(
@@ -239,11 +268,11 @@ class Checkpointing:
         The older files stay if writing fails. ``configs`` has the configurations of each file.
         """
         for checkpoint, of_checkpoint in zip(checkpoints, configs):
-            if not self._write(checkpoint, of_checkpoint):
+            if not self.write(checkpoint, of_checkpoint):
                 return
         self.folder.drop_others(checkpoints)
 
-    def _write(self, checkpoint: Checkpoint, configs: Sequence[Config]) -> bool:
+    def write(self, checkpoint: Checkpoint, configs: Sequence[Config]) -> bool:
         """Write a checkpoint file. Warn and return False if writing fails."""
         try:
             self.folder.write(checkpoint, configs)

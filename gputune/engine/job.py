@@ -99,21 +99,44 @@ class Job(Training):
     def run(
         self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
     ) -> "Outcome":
-        """Train one chunk (a group of trials) and return the validation scores after each epoch."""
+        """Train one chunk (a group of trials) and return the validation scores after each epoch.
+
+        The chunk continues from its newest checkpoint.
+        """
         begin = time.monotonic()
-        watch = _Watch(self, BegunChunk.of(chunk), progress)
-        trained = train_chunk(self, data, chunk, watch=watch)
-        seconds = time.monotonic() - begin + BegunChunk.of(chunk).seconds
+        begun = BegunChunk.of(chunk)
+        latest = self._latest(begun)
+        watch = _Watch(self, latest, progress, reported=begun.epoch)
+        trained = train_chunk(self, data, latest, watch=watch)
+        seconds = time.monotonic() - begin + latest.seconds
         outputs = trained.outputs_of(chunk.index)
         return Outcome(
             chunk.index,
             trained.curves,
             trained.epochs,
             seconds,
-            begun=BegunChunk.of(chunk).epoch,
+            begun=begun.epoch,
             spent=trained.spent,
             outputs=outputs,
             ended=watch.ended,
+        )
+
+    def _latest(self, begun: BegunChunk) -> BegunChunk:
+        """Return a chunk in the state of its newest checkpoint.
+
+        Another process, or a lost worker, may have written this checkpoint after the plan was made.
+        """
+        checkpoint = None
+        if self.checkpointing is not None:
+            checkpoint = self.checkpointing.newer(begun, begun.epoch)
+        if checkpoint is None:
+            return begun
+        return replace(
+            begun,
+            state=checkpoint.state,
+            alive=checkpoint.alive,
+            before=checkpoint.curves,
+            seconds=checkpoint.seconds,
         )
 
 
@@ -272,14 +295,24 @@ class RungJob(Job):
 
 class _Watch:
     """Callback after one or several epochs. It reports the progress, writes a checkpoint if one is
-    due, and decides whether training ends."""
+    due, and decides whether training ends.
 
-    def __init__(self, job: Job, chunk: BegunChunk, progress: ProgressCallback | None) -> None:
+    The progress up to the epoch ``reported`` is known already.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        chunk: BegunChunk,
+        progress: ProgressCallback | None,
+        *,
+        reported: int | None = None,
+    ) -> None:
         self.job = job
         self.chunk = chunk
         self.progress = progress
         self.begin = time.monotonic()
-        self.reported = chunk.epoch  # epochs
+        self.reported = chunk.epoch if reported is None else reported
         self.ended: dict[int, int] = {}  # position in the search -> epochs
         self.due = math.inf
         if job.checkpointing is not None:

@@ -119,6 +119,10 @@ class Claims(AbstractContextManager["Claims"]):
         all results exist."""
         return self._claim(chunk.number, chunk.trials) is None
 
+    def release(self, chunk: PlannedChunk) -> None:
+        """Give up the claim on a chunk (a group of trials), so that another process may train it."""
+        self._delete("chunk = ? AND lock = ?", chunk.number, self._lock)
+
     def take_search(self, method: str) -> None:
         """Claim the whole search.
 

@@ -186,6 +186,11 @@ class Ledger:
         """
         return self.claims is None or self.claims.take(chunk)
 
+    def release(self, chunk: PlannedChunk) -> None:
+        """Allow other processes to train a chunk that this process has claimed."""
+        if self.claims is not None:
+            self.claims.release(chunk)
+
     def owners_of(self, chunks: Sequence[PlannedChunk]) -> tuple[str, str]:
         """Return the other processes that have claimed chunks, and advice if a process runs on
         another host.
@@ -226,7 +231,10 @@ class Ledger:
     def finish(
         self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
     ) -> None:
-        """Store all results of one chunk, or none of them. Existing results stay unchanged.
+        """Store all results of one chunk, or none of them.
+
+        Final results in the file stay unchanged. So does the result of a stopped trial that has
+        trained for more epochs.
 
         Args:
             results: the results of the chunk.
@@ -234,6 +242,12 @@ class Ledger:
                 and they are from its best epoch.
         """
         new = {result.number: result for result in results if result.number not in self.results}
+        if self.store is not None:
+            # Another process may have stored results before this process claimed the chunk.
+            for _, stored in self.store.trials(list(new)):
+                if stored is not None and not new[stored.number].replaces(stored):
+                    del new[stored.number]
+                    self.results[stored.number] = stored
         best_outputs = {}
         for number, result in new.items():
             output = outputs.get(number)

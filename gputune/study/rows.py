@@ -214,6 +214,20 @@ class Result:
         is_scored = self.state != "failed" and 0 < self.best_epoch <= len(table)
         return table[self.best_epoch - 1] if is_scored else np.full(table.shape[1:], np.nan)
 
+    def replaces(self, stored: "Result") -> bool:
+        """Return whether this result may replace a stored result of the same trial.
+
+        Only the result of a stopped trial is replaced, and only if no epochs are lost.
+        """
+        if stored.state != "stopped":
+            return False
+        return self.state != "stopped" or self._n_scored() >= stored._n_scored()
+
+    def _n_scored(self) -> int:
+        """Return the number of epochs with scores."""
+        is_missing = np.isnan(first_metric(self.curve, axes=2)).any(1)
+        return int((~is_missing).sum())
+
     def to_row(self) -> StoredRow:
         # One score per metric: their number gives the shape of the curve when it is read.
         others = [] if self.curve.ndim == 2 else self.metrics.mean(0)[1:]

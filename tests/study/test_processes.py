@@ -10,6 +10,7 @@ import signal
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from sklearn.datasets import load_iris
 
@@ -23,6 +24,7 @@ from gputune.tuning.options import make_options
 from gputune.tuning.progress import Progress
 from gputune.tuning.session import Session
 from gputune.tuning.waiting import wait_for_others
+from gputune.types import Outputs
 from moments import at_call, at_finish
 from refused import refused
 from study_processes import done, finish, start, table
@@ -342,3 +344,22 @@ def test_a_study_that_another_process_makes_meanwhile_is_opened(tmp_path, monkey
     monkeypatch.setattr(Store, "create", late)
     with open_ledger(path, RECORD) as ledger:
         assert ledger.candidates == []
+
+
+def test_results_of_an_ended_process_stay_if_they_are_final_or_of_more_epochs(path, mine):
+    with Store.open(path) as store, Store.open(path) as earlier:
+        ledger = Ledger(store, mine)
+        stored = [
+            result(0, state="failed"),
+            result(1, state="stopped", epochs=5),
+            result(2, state="stopped", epochs=2),
+        ]
+        earlier.finish(stored)
+        late = [result(number, state="stopped", epochs=4) for number in range(3)]
+        output = Outputs(4, np.zeros((3, 1), np.float32))
+        ledger.finish(late, {1: output, 2: output})
+        results = {number: (r.state, len(r.curve)) for number, r in store.results().items()}
+        assert results == {0: ("failed", 3), 1: ("stopped", 5), 2: ("stopped", 4)}
+        assert store.outputs([0, 1, 2]).keys() == {2}
+        shown = [(r.state, len(r.curve)) for _, r in ledger.rows()]
+        assert shown == list(results.values())

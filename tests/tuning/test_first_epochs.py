@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 
 import gputune
-from gputune.engine.checkpoint import CheckpointFolder, Checkpointing
+from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
+from gputune.engine.job import Outcome, RungOutcome
 from gputune.engine.stop import Stop
 from gputune.methods import first_epochs
 from gputune.population.population import Population
 from gputune.population.state import State
+from gputune.study.claims import Claims
+from gputune.study.store import Store
 from gputune.tuning.context import Context
+from gputune.types import Outputs
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 4))
@@ -116,6 +120,7 @@ class StoppedSearch:
 
     def __init__(self):
         self.said = []
+        self.checkpointing = lambda numbers: None
         self.trainer = self
         self.progress = SimpleNamespace(advance=None, say=self.said.append)
         self.stop = Stop()
@@ -134,27 +139,118 @@ class StoppedSearch:
 def test_trials_of_another_process_are_not_counted_as_left():
     context = StoppedSearch()
     plan = FewChunks(tuple(Population("mlp", (i,), ({},)) for i in range(3)))
-    recorded = SimpleNamespace(configs=[{}, {}, {}])
+    recorded = SimpleNamespace(configs=[{}, {}, {}], trials=(), chunks={})
     first = first_epochs.train_first_epochs(context, recorded, plan, lambda chunk: False)
     assert first.plan.chunks == ()
     (said,) = context.said
     assert said.startswith("note: the time was over before 2 trials had trained for one epoch.")
 
 
-@pytest.mark.parametrize(("has_begun", "exists"), [(True, True), (True, False), (False, True)])
-def test_the_checkpoint_of_a_lost_worker_stays(tmp_path, has_begun, exists):
-    """Unless the chunk has not trained further: then the file is of an earlier search."""
-    folder = CheckpointFolder(tmp_path, "search")
-    checkpointing = Checkpointing(folder, (7,), 0.0)
-    later = folder.path([7])
-    if exists:
-        later.write_bytes(b"epoch 30")
+@pytest.mark.parametrize("epoch", [None, 30])
+@pytest.mark.parametrize("search", ["this", "other"])
+def test_a_later_checkpoint_stays(tmp_path, epoch, search):
+    """A lost worker or another process may have written the checkpoint, but a checkpoint of another
+    search is replaced."""
+    checkpointing = Checkpointing(CheckpointFolder(tmp_path, "this"), (7,), 0.0)
+    curves = np.zeros((1, 1, 2))
+    if epoch is not None:
+        later = Checkpoint((7,), (0,), curves, State(epoch, ()), 1.0)
+        CheckpointFolder(tmp_path, search).write(later, [{}])
     outcome = SimpleNamespace(
-        alive=(0,), index=(0,), curves=np.zeros((1, 1, 2)), state=State(1, {}), seconds=1.0
+        alive=(0,), index=(0,), curves=curves, state=State(1, ()), seconds=1.0
     )
-    first = first_epochs.FirstEpochs(None, None, [{}], [outcome])
-    if has_begun:
-        assert first.begin(Population("mlp", (0,), ({},)))
-    first.keep_rest(checkpointing)
-    assert later.exists()
-    assert (later.read_bytes() == b"epoch 30") == (has_begun and exists)
+    plan = FewChunks((Population("mlp", (0,), ({},)),))
+    first = first_epochs.FirstEpochs(None, plan, [{}], lambda chunk: True, unsaved=[outcome])
+    assert first.keep_rest(checkpointing) == {0}
+    (kept,) = checkpointing.folder.read({7: {}})
+    assert kept.state.epoch == (30 if epoch and search == "this" else 1)
+
+
+class AtEpoch(gputune.callbacks.Callback):
+    """Calls functions after some epochs of any trial, by the number of these epochs."""
+
+    def __init__(self, calls):
+        self.calls = calls
+        self.epoch = 0
+
+    def on_epoch(self, _curves):
+        self.epoch += 1
+        if self.epoch in self.calls:
+            self.calls[self.epoch]()
+
+
+# No trial diverges, and each first epoch is followed by a checkpoint.
+SAVED = {"space": {"lr": [1e-4, 1e-3, 1e-2, 1e-1]}, "checkpoint_seconds": 1e-6, "verbose": 0}
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(first_epochs, "pause_after", lambda writing: 0.0)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_kill_within_the_first_epochs_loses_at_most_one_interval(tmp_path):
+    n_files = []
+
+    def look():
+        n_files.append(len(list((tmp_path / "study.db.state").glob("*.safetensors"))))
+
+    look_twice = AtEpoch({3: look, 5: look})
+    tune(timeout=1000, study=tmp_path / "study.db", callbacks=[look_twice], **SAVED)
+    assert n_files == [2, 4]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_another_process_continues_trials_after_their_first_epoch(tmp_path):
+    path = tmp_path / "study.db"
+    others = []
+    taken = []
+
+    def take():
+        others.append(Claims(path))
+        with Store.open(path) as store:
+            taken.extend(chunk.number for chunk in store.plan() if others[0].take(chunk))
+
+    # This process trains chunk 2, and chunk 3 has not begun when the other process takes it.
+    calls = {3: take, 6: lambda: others[0].close()}
+    study = tune(timeout=1000, study=path, callbacks=[AtEpoch(calls)], **SAVED)
+    assert taken == [0, 1, 3]
+    np.testing.assert_array_equal(study.curves, tune(**SAVED).curves)
+
+
+def test_a_checkpoint_of_another_process_is_read_after_the_claim(tmp_path, monkeypatch):
+    """The other process trains further after this process has read the checkpoints."""
+    options = {**SAVED, "n_trials": 1, "max_epochs": 8}
+    expected = tune(**options)
+    options["study"] = tmp_path / "study.db"
+    tune(callbacks=[StopAfter(1)], **options)
+    read = CheckpointFolder.read
+    early = []
+
+    def read_early(*args):
+        early.extend(read(*args))
+        return list(early)
+
+    monkeypatch.setattr(CheckpointFolder, "read", read_early)
+    tune(callbacks=[StopAfter(2)], **options)
+    assert [checkpoint.state.epoch for checkpoint in early] == [1]
+    monkeypatch.setattr(CheckpointFolder, "read", lambda *_: early)
+    cut = tune(callbacks=[StopAfter(1)], **options)
+    assert np.isfinite(cut.curves[0, :, 0]).sum() == 4
+    monkeypatch.undo()
+    np.testing.assert_array_equal(tune(**options).curves, expected.curves)
+
+
+def test_outputs_after_the_first_epochs_stay_within_the_limit(monkeypatch):
+    outputs = Outputs(1, np.zeros((60, 1), np.float32))
+    monkeypatch.setattr("gputune.types.KEPT_BYTES", 2 * outputs.values.nbytes)
+    first = first_epochs.FirstEpochs(None, None, [{}] * 4, lambda chunk: True)
+    for i, score in enumerate([0.3, np.nan, 0.5, 0.4]):
+        curves = np.full((1, 1, 2), score)
+        held = {} if np.isnan(score) else {i: outputs}
+        first.add(RungOutcome((i,), curves, 1, 1.0, State(1, ()), (0,), outputs=held))
+    assert first.outputs.keys() == {2, 3}
+    assert not any(outcome.outputs for outcome in first.outcomes)
+    later = Outcome((2, 1), np.zeros((2, 4, 2)), 4, 1.0, outputs={1: outputs})
+    assert first.completed(later).outputs.keys() == {1, 2}
+    assert first.outputs.keys() == {3}
