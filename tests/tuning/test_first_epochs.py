@@ -1,5 +1,6 @@
 """With a timeout, all trials train their first epoch before any trial trains on."""
 
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -254,3 +255,17 @@ def test_outputs_after_the_first_epochs_stay_within_the_limit(monkeypatch):
     later = Outcome((2, 1), np.zeros((2, 4, 2)), 4, 1.0, outputs={1: outputs})
     assert first.completed(later).outputs.keys() == {1, 2}
     assert first.outputs.keys() == {3}
+
+
+@pytest.mark.parametrize(("kind", "needed"), [("mlp", False), ("module", True)])
+def test_the_estimate_of_a_module_is_not_trusted(monkeypatch, kind, needed):
+    """The planner does not know the layers of a module, such as an LSTM over long sequences."""
+    monkeypatch.setattr(first_epochs, "_ENOUGH_SHARE", 0.25)
+    good_enough = SimpleNamespace(is_possible=False)
+    stop = SimpleNamespace(deadline=time.monotonic() + 60)
+    context = SimpleNamespace(stop=stop, epochs=30, good_enough=good_enough)
+    chunks = tuple(Population(kind, (i,), ({},)) for i in range(2))
+    plan = SimpleNamespace(
+        chunks=chunks, at_once=1, workers=1, threads=1, seconds=1.5, state_bytes=0
+    )
+    assert first_epochs.are_needed(context, plan) == needed
