@@ -31,7 +31,8 @@ from joblib.externals.loky.process_executor import (
 )
 from torch import Tensor
 
-from gputune.data.dataset import Dataset, Fold, Inputs
+from gputune.data.arrays import Arrays
+from gputune.data.dataset import Dataset, Fold, Inputs, ScorerRows
 from gputune.data.scaling import Scaling
 from gputune.engine.backend import torch_threads
 from gputune.engine.job import Failure, Job, Outcome, run_in_parts
@@ -112,6 +113,11 @@ def _map_tensors(value: object, change: Any) -> Any:
     dataset."""
     if isinstance(value, Tensor | np.ndarray | MappedFile):
         return change(value)
+    # A table keeps the type in which the user passed it.
+    if isinstance(value, ScorerRows) and isinstance(value.X, Arrays):
+        return replace(value, X=_map_tensors(value.X, change))
+    if isinstance(value, Arrays):  # ``places`` stays an array
+        return replace(value, parts=_map_tensors(value.parts, change))
     if isinstance(value, tuple):
         return tuple(_map_tensors(item, change) for item in value)
     if isinstance(value, dict):  # entries that are made on demand: only the existing ones
@@ -154,9 +160,12 @@ def to_tensors(data: Dataset) -> Dataset:
 def to_device(data: Dataset, device: torch.device) -> Dataset:
     """Copy the tensors of a dataset to a device, and return the new dataset.
 
-    The inputs stay in main memory if the dataset keeps them there (``on_host``).
+    The inputs stay in main memory if the dataset keeps them there (``on_host``). The rows for a
+    custom scorer are always in main memory.
     """
     on_device = cast(Dataset, _map_tensors(data, lambda tensor: tensor.to(device)))
+    scorer_rows = _map_tensors(data.scorer_rows, lambda tensor: tensor.cpu())
+    on_device = replace(on_device, scorer_rows=scorer_rows)
     return replace(on_device, inputs=data.inputs) if data.on_host else on_device
 
 

@@ -15,9 +15,10 @@ from torch import nn
 import gputune
 from forked import Fork
 from gputune.data.arrays import as_arrays
+from gputune.data.dataset import ScorerRows
 from gputune.errors import InputError
 from gputune.executors import processes
-from gputune.executors.processes import MappedFile, mapped_file, to_arrays, to_tensors
+from gputune.executors.processes import MappedFile, mapped_file, to_arrays, to_device, to_tensors
 from problems import make_data
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -40,6 +41,18 @@ def test_what_lies_in_a_file_is_mapped_again(mapped, view):
         assert isinstance(sent.inputs[0], MappedFile)
     assert np.array_equal(to_tensors(sent).inputs[0][0].numpy(), view(X))
     assert isinstance(to_arrays(data).inputs[0], np.ndarray)  # for another machine
+
+
+def test_the_rows_of_a_custom_scorer_are_mapped_again_in_their_own_types(mapped):
+    rows = ScorerRows(as_arrays(mapped[3:]).select(np.arange(5)), None)
+    data = replace(make_data(), scorer_rows=rows)
+    sent = to_arrays(data, same_machine=True)
+    assert isinstance(sent.scorer_rows.X.parts[0], MappedFile)
+    back = to_device(to_tensors(sent), torch.device("cpu")).scorer_rows.X
+    assert np.array_equal(back.as_given(), X[3:8])
+    assert isinstance(to_arrays(data).scorer_rows.X.parts[0], np.ndarray)  # another machine
+    table = replace(data, scorer_rows=ScorerRows(np.ones((3, 2)), None))
+    assert isinstance(to_tensors(to_arrays(table)).scorer_rows.X, np.ndarray)
 
 
 def test_what_may_differ_from_its_file_is_copied(tmp_path, mapped):
