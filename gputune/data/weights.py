@@ -71,6 +71,20 @@ def check_weights(sample_weight: object, class_weight: ClassWeight, target: Targ
     return Weights(rows, classes)
 
 
+def class_weight_text(class_weight: ClassWeight, target: Target) -> str | None:
+    """Return the text of class weights in a study file, or None without class weights.
+
+    The text is "'balanced'", or a dict with the weight of each class in the order of the classes.
+    Equal weights therefore have equal texts.
+    """
+    if class_weight is None:
+        return None
+    weights = _check_classes(class_weight, target)
+    if target.classes is None or isinstance(weights, str):
+        return repr(weights)
+    return repr(dict(zip(target.classes.tolist(), weights.tolist())))
+
+
 def _check_rows(sample_weight: object, target: Target) -> np.ndarray:
     refuse_ragged(sample_weight, "sample_weight")
     if isinstance(sample_weight, Tensor):

@@ -5,6 +5,7 @@ configuration with its trial number. A chunk is a group of candidates that train
 planned, a chunk is stored and never changes.
 """
 
+import ast
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from gputune.data.kinds import text_of
 from gputune.data.source import table_size
 from gputune.errors import InputError
 from gputune.garbage import without_collector
@@ -307,7 +309,25 @@ def differences(stored: SearchRecord, current: SearchRecord) -> list[str]:
 def _comparable(record: SearchRecord, name: str) -> Any:
     """Return a field of a search record, or None if the file of the record lacks the field."""
     is_absent = name in record.absent and name not in LATER_WITH_DEFAULTS
+    if name == "class_weight":
+        return _class_weights(record)
     return None if is_absent else getattr(record, name)
+
+
+def _class_weights(record: SearchRecord) -> Any:
+    """Return the class weights of a search as a dict by class, or the text that is not a dict.
+
+    Earlier versions stored the user's argument. It may lack classes of weight 1, and on the command
+    line its keys are the texts of the classes.
+    """
+    try:
+        weights = ast.literal_eval(record.class_weight or "None")
+    except (ValueError, SyntaxError):
+        return record.class_weight
+    if not isinstance(weights, dict):
+        return weights
+    classes = record.classes or ()
+    return {label: weights.get(label, weights.get(text_of(label), 1.0)) for label in classes}
 
 
 def _difference(name: str, stored: Any, current: Any) -> str:

@@ -28,6 +28,7 @@ from gputune.data.source import (
 from gputune.data.target import TaskWord, check_target
 from gputune.data.target_transform import is_known, transform_from_json, transform_to_json
 from gputune.data.time_order import TimeSplit
+from gputune.data.weights import class_weight_text
 from gputune.engine.backend import choose_device
 from gputune.engine.backends.selection import choose_backend
 from gputune.engine.checkpoint import CheckpointFolder
@@ -128,7 +129,7 @@ def search_record(
         # In the order of the table, because another order gives the same features.
         category_copies=[name for name in _table_columns(problem) if name in rows.category_copies],
         notes=[*problem.layout.notes, *notes],
-        class_weight=None if training.class_weight is None else repr(training.class_weight),
+        class_weight=class_weight_text(training.class_weight, target),
         sample_weight=sample_weight,
         cv=_cv_text(problem.cv),
         folds=data.n_splits,

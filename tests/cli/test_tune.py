@@ -341,7 +341,7 @@ def test_columns_as_they_are_said_to_be(tmp_path):
         (8, 0.5),
         (9, 1e-3),
     ]
-    assert study.meta["class_weight"] == "{'ant': 3.0}"
+    assert study.meta["class_weight"] == "{'ant': 3.0, 'bee': 1.0}"
     again = study.best_model()  # which reads the same columns from the file
     rows = read_source(table, "kind", drop=["id", "a"], kinds={"zip": "category", "day": "date"}).X
     assert (again.predict(rows) == model.predict(rows.frame())).all()

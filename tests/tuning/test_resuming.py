@@ -7,6 +7,8 @@ import re
 import signal
 import time
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from gputune.engine import job as chunks
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.stacked import StackedChunk
+from gputune.study.ledger import differences
 from gputune.study.store import Store
 from refused import refused
 
@@ -386,3 +389,22 @@ def test_a_clock_that_jumps_changes_nothing(whole, tmp_path, monkeypatch):
     call = {**METHODS["halving"], "study": tmp_path / "s.db", "timeout": 600.0}
     lose(20, call)
     assert_same(tune(**call), whole["halving"])
+
+
+def test_equal_class_weights_resume_a_search(tmp_path):
+    y = (IRIS[1] == 2).astype(int)
+    path = tmp_path / "study.db"
+    options = {"cv": 2, "n_trials": 1, "max_epochs": 1, "verbose": 0, "workers": 1}
+    call = partial(gputune.tune, "mlp", IRIS[0], y, study=path, **options)
+    study = call(class_weight={0: 1, 1: 5})
+    assert study.record.class_weight == "{0: 1.0, 1: 5.0}"
+    for equal in ({1: 5, 0: 1}, {0: 1.0, 1: np.float64(5)}, {1: 5}):
+        assert call(class_weight=equal).trials == study.trials
+    with refused(r"differs from this call in: class_weight \(1=5.0 in the study, 1=4.0 now\)"):
+        call(class_weight={0: 1, 1: 4})
+    with refused(r"class_weight \({0: 1.0, 1: 5.0} in the study, None now\)"):
+        call()
+    # Earlier versions stored the text of the argument.
+    for text, is_equal in (("{1: 5}", True), ("{'1': 5}", True), ("{1: Fraction(5)}", False)):
+        earlier = replace(study.record, class_weight=text)
+        assert (differences(earlier, study.record) == []) == is_equal
