@@ -22,7 +22,7 @@ from gputune.garbage import without_collector
 from gputune.scratch import sweep
 from gputune.study.claims import Claims
 from gputune.study.database import DRAFTS, damage_error
-from gputune.study.record import DIRECTIONS, IDENTITY, LATER_WITH_DEFAULTS, SearchRecord
+from gputune.study.record import DIRECTIONS, IDENTITY, LATER_WITH_DEFAULTS, Arguments, SearchRecord
 from gputune.study.store import Candidate, PlannedChunk, Result, Store
 from gputune.text import count
 from gputune.types import Json, Outputs, drop_beyond_limit
@@ -56,6 +56,8 @@ class Ledger:
         self.results: dict[int, Result] = {}
         self.finished: list[int] = []
         """Trial numbers of the results that ``finish`` has stored."""
+        self.arguments: Arguments | None = None
+        """The stored arguments of all calls of the search. None if the search has no file."""
         self.outputs: dict[int, Outputs] = {}
         """The outputs of trials by trial number, if the search has no file to store them."""
         self.on_finish: Callable[[list[tuple[Candidate, Result | None]]], None] | None = None
@@ -428,8 +430,9 @@ def open_ledger(
             if not path.exists():  # else another process has just made it
                 raise
     with store or Store.open(path) as store, Claims(path) as claims:
-        _check_same_search(store, path, record)
+        arguments = _check_same_search(store, path, record)
         ledger = Ledger(store, claims)
+        ledger.arguments = arguments
         yield ledger
     # A study never loses a finished result, so missing rows mean damage.
     final = sum(result.state != "stopped" for result in ledger.results.values())
@@ -443,8 +446,10 @@ def open_ledger(
             raise damage_error(path, "it has lost rows that were written to it")
 
 
-def _check_same_search(store: Store, path: Path, record: SearchRecord) -> None:
+def _check_same_search(store: Store, path: Path, record: SearchRecord) -> Arguments:
     """Check that an open file holds the search of a record, and store its newest arguments.
+
+    Returns the arguments of all calls of the search.
 
     Raises:
         InputError: the file holds a different search, or has lost its options.
@@ -477,7 +482,10 @@ def _check_same_search(store: Store, path: Path, record: SearchRecord) -> None:
                 "of the first command.",
             ),
         )
+    if "arguments" in stored.absent:
+        return record.arguments
     arguments = stored.arguments.updated(record.arguments)
-    if arguments != stored.arguments and "arguments" not in stored.absent:
+    if arguments != stored.arguments:
         options = replace(stored, arguments=arguments).to_json()
         store.replace_option("arguments", options["arguments"])
+    return arguments

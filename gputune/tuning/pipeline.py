@@ -120,8 +120,9 @@ def search(
                 progress.say(call.preset)
             for note in (*problem.remarks(), *(record.notes if say_notes else ())):
                 progress.say(f"note: {note}")
-            make_study = partial(study_type.from_rows, record.to_json())
             with open_ledger(machine.study, record, store) as ledger:
+                record = replace(record, arguments=ledger.arguments or record.arguments)
+                make_study = partial(study_type.from_rows, record.to_json())
                 context = replace(
                     context,
                     ledger=ledger,

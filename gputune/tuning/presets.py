@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from gputune.data.columns import AnyRows
 from gputune.data.folds import check_groups
 from gputune.data.name_like import name_like_columns
 from gputune.data.table import Table
@@ -165,7 +166,7 @@ def with_preset(
             got=Verbatim(option("method", "hypergradient")),
             remedy="Leave one of them out.",
         )
-    stored = _stored_choices(options.machine.study, short)
+    stored = _stored_choices(options.machine.study, short, call.source.X)
     case = _case(call, given, model, find_names=not stored)
     chosen = {**_choices(short, case), **stored, **case.values}
     chosen = {key: value for key, value in chosen.items() if key not in _not_chosen(call)}
@@ -189,8 +190,11 @@ def with_preset(
     )
 
 
-def _stored_choices(path: Path | None, name: str) -> Json:
+def _stored_choices(path: Path | None, name: str, X: AnyRows) -> Json:
     """Return the choices of a preset in a study file, by argument name.
+
+    Category copies that the rows X cannot have are left out, because a later step reports that the
+    study has other rows.
 
     The result is empty if the file has no choices of this preset. It is also empty for a faulty
     file, because a later step reports the fault. A file may come from a stranger, so only the
@@ -204,8 +208,20 @@ def _stored_choices(path: Path | None, name: str) -> Json:
         if preset.get("name") == name and choices.get("model", "mlp") in _SECONDS:
             # Presets of earlier versions chose no category copies.
             earlier: Json = {"category_copies": []} if choices else {}
-            return {**earlier, **{key: choices[key] for key in _STORED if key in choices}}
+            stored = {**earlier, **{key: choices[key] for key in _STORED if key in choices}}
+            if stored:
+                numbers = _number_columns(X)
+                copies = [name for name in stored["category_copies"] if name in numbers]
+                stored["category_copies"] = copies
+            return stored
     return {}
+
+
+def _number_columns(X: AnyRows) -> set[str]:
+    """Return the names of the columns of numbers of a table. Other rows have no such names."""
+    if not isinstance(X, Table):
+        return set()
+    return {name for name in X.names if X.kind(name) == "number"}
 
 
 def _case(call: SearchCall, given: Collection[str], model: object, *, find_names: bool) -> _Case:

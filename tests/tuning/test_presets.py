@@ -370,3 +370,23 @@ def test_the_command_line_prints_the_plan_and_resumes(tmp_path, monkeypatch):
     assert code == 2 and "or leave --model out" in err, err
     code, _, err = run("tune", *words, "--preset", "high")
     assert code == 2 and "--preset must be one of best, medium, fast" in err, err
+
+
+def test_the_equal_search_of_a_preset_keeps_its_calibration(tmp_path):
+    call = partial(tune, study=tmp_path / "s.db", n_trials=2, max_epochs=2, cv=2, patience=None)
+    call("auto", *IRIS, preset="medium")
+    study = call("mlp", *IRIS, space="mlp")
+    assert study.record.arguments == gputune.Study.open(study.file).record.arguments
+    assert study.record.arguments.final_model["calibrate"]
+    assert study.best_model().temperature != 1
+
+
+@pytest.mark.parametrize("changed", [{"code": "a" * 8}, {}])
+def test_another_table_in_a_study_with_copies_is_reported_as_other_data(changed, tmp_path):
+    X, y = with_codes()
+    call = partial(tune, "auto", preset="medium", n_trials=1, max_epochs=1, cv=2)
+    call = partial(call, study=tmp_path / "s.db")
+    call(X, y)
+    other = X.assign(**changed) if changed else X.rename(columns={"code": "number"})
+    with refused("holds a different search. It differs from this call in: .*data"):
+        call(other, y)
