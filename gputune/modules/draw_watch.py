@@ -1,4 +1,4 @@
-"""Watches a user's module in trial calls on a few rows: its random numbers and submodules."""
+"""Watches a user's module in trial calls on a few rows: its random numbers, hooks and submodules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,12 +6,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gputune.memory import CPU
 from gputune.modules.host_draws import drawing_code
 from gputune.modules.host_generators import changed_generator, generator_states
 from gputune.modules.substitutes import counting_on_device
-from gputune.modules.trace import Args, DispatchMode, Kwargs, Operator
+from gputune.modules.trace import Args, DispatchMode, Function, Kwargs, Operator
 from gputune.seeding import keyed_draws
 
 
@@ -25,6 +26,7 @@ class DrawWatch:
             branch on this value.
         draws_in_evaluation: Whether a call in evaluation mode drew from PyTorch's default
             generator.
+        hooks: Whether a call in training registered a hook on the gradient of a tensor.
         generator: The name of another generator that a call drew from; "" if there was none.
     """
 
@@ -36,6 +38,7 @@ class DrawWatch:
         self.draws = False
         self.branches = False
         self.draws_in_evaluation = False
+        self.hooks = False
         self.generator = ""
         # generators passed to operations, in all calls so far
         self._passed: list[torch.Generator] = []
@@ -58,7 +61,11 @@ class DrawWatch:
         with keyed_draws(CPU, 0, "check", host=True):
             default = torch.get_rng_state()
             others = generator_states(self._module, self._functions)
-            with counting_on_device(self._module), (recorder := _OperationWatch()):
+            with (
+                counting_on_device(self._module),
+                (recorder := _OperationWatch()),
+                (hooks := _HookWatch()),
+            ):
                 yield
             drew = not torch.equal(default, torch.get_rng_state())
             changed = changed_generator(others, generator_states(self._module, self._functions))
@@ -70,6 +77,7 @@ class DrawWatch:
         self.generator = self.generator or changed
         self.draws |= drew and training
         self.branches |= training and recorder.reads
+        self.hooks |= training and hooks.has_hook
         self.draws_in_evaluation |= drew and not training
 
 
@@ -91,6 +99,20 @@ class _OperationWatch(DispatchMode):  # type: ignore[no-untyped-call]
         if generator is not None and generator is not torch.default_generator:
             self.generators.append(generator)
         return func(*args, **kwargs)
+
+
+class _HookWatch(TorchFunctionMode):
+    """Notes whether code registers a hook on the gradient of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_hook = False
+
+    def __torch_function__(
+        self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
+        self.has_hook |= func is Tensor.register_hook
+        return func(*args, **(kwargs or {}))
 
 
 class Trail:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
@@ -223,7 +222,7 @@ def _traits_after_a_call(trial: ModuleTrial, untrained: Untrained) -> Traits:
         scheduled=dropout_rates(module),
         probabilities=are_probabilities(trained),
     )
-    reason = outside or trial.draws_in_augment() or _module_reason(module, counted, changing)
+    reason = outside or trial.draws_in_augment() or _module_reason(trial, counted, changing)
     unused = tuple[str, ...]()
     if not reason:
         traits, reason, unused = _best_stacking(trial, traits)
@@ -238,7 +237,7 @@ def _traits_after_a_call(trial: ModuleTrial, untrained: Untrained) -> Traits:
     return traits
 
 
-def _module_reason(module: nn.Module, counted: Sequence[str], changing: Sequence[str]) -> str:
+def _module_reason(trial: ModuleTrial, counted: Sequence[str], changing: Sequence[str]) -> str:
     """Return the property of a module that makes stacked members impossible, as text, or "".
 
     The properties are Python numbers that the module changes, complex tensors that change, and
@@ -246,12 +245,20 @@ def _module_reason(module: nn.Module, counted: Sequence[str], changing: Sequence
     """
     if counted:
         return f"its forward changes {counted[0]!r}, a Python number, which members would share"
+    module = trial.module
     for name, tensor in named_tensors(module).items():
         if tensor.is_complex() and (tensor.requires_grad or name in changing):
             return f"its {name!r} holds complex numbers that change"
     for name, parameter in module.named_parameters():
         if has_gradient_hook(parameter):
             return f"its parameter {name!r} has a hook on its gradient"
+    # vmap ignores hooks on tensors. The tried steps cannot show this if a hook acts only later.
+    for name, part in module.named_modules():
+        if part._backward_hooks or part._backward_pre_hooks:
+            layer = f"its layer {name!r}" if name else "it"
+            return f"{layer} has a hook on gradients"
+    if trial.watch.hooks:
+        return "a training step registers a hook on the gradient of a tensor"
     return ""
 
 

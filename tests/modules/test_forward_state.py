@@ -37,17 +37,24 @@ class Cap(Net):
         return self.last(hidden / self.scale)
 
 
-def largest_difference(start, backend="auto", epochs=30):
+def largest_difference(start, backend="auto", epochs=30, loss=functional.cross_entropy):
     """Return the largest difference of a member's outputs from those of a plain loop on all rows."""
     configs = [{"lr": lr, "batch_size": 40, "optimizer": "sgd"} for lr in (2.0, 2.2)]
     trained = gputune.train_many(
-        lambda: start, configs, ROWS, CLASSES, max_epochs=epochs, dtype="float64", backend=backend
+        lambda: start,
+        configs,
+        ROWS,
+        CLASSES,
+        max_epochs=epochs,
+        dtype="float64",
+        backend=backend,
+        loss=None if loss is functional.cross_entropy else loss,
     )
     module = copy.deepcopy(start).double().train()
     optimizer = torch.optim.SGD(module.parameters(), lr=2.0)
     for _ in range(epochs):
         optimizer.zero_grad()
-        functional.cross_entropy(module(ROWS.double()), CLASSES).backward()
+        loss(module(ROWS.double()), CLASSES).backward()
         optimizer.step()
     outputs = trained.member(0).eval()(ROWS.double())
     return float((module.eval()(ROWS.double()) - outputs).detach().abs().max())
@@ -72,3 +79,46 @@ class Monotone(Net):
 def test_a_forward_that_assigns_to_a_parameters_data_is_as_in_a_loop(backend):
     torch.manual_seed(0)
     assert largest_difference(Monotone(), backend, epochs=10) < 1e-9
+
+
+class HookOnActivations(Net):
+    """Clips the gradient of its activations."""
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        if hidden.requires_grad:
+            hidden.register_hook(clip)
+        return self.last(hidden)
+
+
+class HookOnLayer(Net):
+    """Clips the gradient of a layer's inputs."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.last.register_full_backward_hook(clip_inputs)
+
+
+def clip(gradient):
+    """Clip a gradient by a value that the gradients exceed only after a few steps."""
+    return gradient.clamp(-0.03, 0.03)
+
+
+def clip_inputs(_module, gradients, _of_outputs):
+    return (clip(gradients[0]),)
+
+
+@pytest.mark.parametrize("build", [HookOnActivations, HookOnLayer])
+def test_gradient_hooks_act_as_in_a_loop(build):
+    torch.manual_seed(0)
+    assert largest_difference(build()) < 1e-9
+
+
+def test_a_gradient_hook_in_a_loss_is_not_stacked():
+    def loss(outputs, y):
+        if outputs.requires_grad:
+            outputs.register_hook(print)
+        return functional.cross_entropy(outputs, y)
+
+    with pytest.raises(gputune.InputError, match="registers a hook on the gradient of a tensor"):
+        largest_difference(Net(), "stacked", epochs=1, loss=loss)
