@@ -36,7 +36,8 @@ from gputune.modules.write_watch import WriteWatch
 from gputune.population.outputs import in_mode
 from gputune.population.population import Shape, module_arguments
 from gputune.scoring.losses import refuse_one_number
-from gputune.scoring.objective import Objective, make_objective, pairs_all_rows, qualified_name
+from gputune.scoring.objective import Objective, make_objective, qualified_name
+from gputune.scoring.pairs import pairs_all_rows
 from gputune.seeding import keyed_draws
 from gputune.types import Config
 from gputune.wording import Verbatim, option, per_interface

@@ -306,6 +306,23 @@ def is_absolute(loss: object) -> bool:
     return loss in ("mae", "huber") or issubclass(kind, absolute)
 
 
+def refuse_parameters(argument: str, function: object) -> None:
+    """Raise InputError if a loss or a training step has parameters to train.
+
+    gputune trains only the parameters of the module.
+    """
+    if not isinstance(function, nn.Module):
+        return
+    for name, parameter in function.named_parameters():
+        if parameter.requires_grad:
+            raise InputError(
+                argument,
+                f"has the parameter {name!r}, but gputune trains only the parameters of the module",
+                remedy="Put the parameter into the module, and compute the loss in a "
+                "training_step. If it stays fixed, call requires_grad_(False).",
+            )
+
+
 def loss_fitting(loss: object, task: Task) -> object:
     """Check that a loss fits the target, and return the loss.
 

@@ -7,10 +7,8 @@ the target in its own units.
 In shapes, C counts configurations (trials), F folds, B rows of a minibatch, and K outputs per row.
 """
 
-import contextlib
 import copy
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,14 +27,14 @@ from gputune.scoring.losses import (
     by_rows,
     loss_fitting,
     parse_loss,
+    refuse_parameters,
 )
-from gputune.seeding import keyed_draws, stream_seed
+from gputune.seeding import stream_seed
 from gputune.text import did_you_mean
 from gputune.types import Config, StepKey, Task
 from gputune.wording import Verbatim, option, per_interface
 
 LOSS_PREFIX = "loss__"
-_ORDERS = 12  # of the target, for which a score must be equal to count as one of all pairs of rows
 
 
 @dataclass(frozen=True)
@@ -344,6 +342,7 @@ class Objective:
         values = loss_arguments(config)
         if isinstance(loss, type):
             loss = loss(**values)
+            refuse_parameters("loss", loss)
             values = {}
         assert not isinstance(loss, str)
         if not isinstance(loss, nn.Module):
@@ -368,52 +367,6 @@ def _as_argument(inputs: Sequence[Tensor], names: Sequence[str] | None) -> objec
     if names is not None:
         return dict(zip(names, inputs, strict=True))
     return inputs[0] if len(inputs) == 1 else tuple(inputs)
-
-
-def pairs_all_rows(
-    function: Callable[[Tensor, Tensor], object], outputs: Tensor, y: Tensor
-) -> bool:
-    """Return True if a custom loss or score compares each output with all targets by mistake.
-
-    The cause is that torch broadcasts (B, 1) and (B,) for B rows to (B, B). The result then does
-    not change with the order of y. It also differs from the result for outputs and y of the same
-    shape.
-    """
-    rows = len(y)
-    shapes = {tuple(outputs.shape), tuple(y.shape)}
-    if shapes != {(rows,), (rows, 1)} or rows < 2:
-        return False
-    # Rows that are all equal would pass for any order, so they are made different.
-    steps = torch.arange(rows, device=y.device) % 2
-    outputs = outputs.double()
-    if bool((outputs == outputs[:1]).all()):
-        outputs = outputs + 0.01 * steps.view(outputs.shape)
-    if bool((y == y[:1]).all()):
-        y = steps.view(y.shape).to(y.dtype)
-    if y.is_floating_point():
-        y = y.double()
-
-    def mean(outputs: Tensor, y: Tensor) -> Tensor | None:
-        with (
-            contextlib.suppress(Exception),
-            torch.no_grad(),
-            warnings.catch_warnings(action="ignore"),
-            keyed_draws(torch.device("cpu"), 0, "check"),
-        ):
-            return torch.as_tensor(function(outputs.clone(), y.clone())).double().mean()
-        return None  # the function does not accept these shapes
-
-    def same(other: Tensor | None) -> bool:
-        if paired is None or other is None:
-            return False
-        return torch.allclose(paired, other, rtol=1e-12, atol=1e-14)
-
-    # Paired with all rows, the mean ignores the order of y and differs from both aligned shapes.
-    paired = mean(outputs, y)
-    aligned = [mean(outputs.view(shape), y.view(shape)) for shape in ((rows,), (rows, 1))]
-    # An accuracy may be equal for one other order by chance.
-    orders = (y.roll(shift, 0) for shift in range(1, min(rows, _ORDERS)))
-    return all(same(mean(outputs, order)) for order in orders) and not any(map(same, aligned))
 
 
 def loss_arguments(config: Config) -> Config:
@@ -468,6 +421,8 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
             f"returns the loss itself, so {option('loss')} has no effect",
             remedy="Leave one of them out.",
         )
+    refuse_parameters("loss", loss)
+    refuse_parameters("training_step", step)
     numbers: dict[str, float] = {}
     if isinstance(loss, str):
         loss, numbers = parse_loss(loss)

@@ -21,7 +21,7 @@ from gputune.errors import InputError
 from gputune.population.outputs import call_module, class_logits, is_one_logit, one_logit
 from gputune.scoring import scores
 from gputune.scoring.label_scores import average_precision
-from gputune.scoring.objective import pairs_all_rows
+from gputune.scoring.pairs import pairs_all_rows
 from gputune.seeding import keyed_draws
 from gputune.types import Task
 

@@ -315,3 +315,24 @@ def test_several_outputs_for_one_number_are_told_the_custom_target():
         tune(five, NUMBERS, loss=quantiles)
     study = tune(five, NUMBERS, loss=quantiles, task="custom", scoring="neg_loss")
     assert study.best_model().predict(ROWS).shape == (60, 5)
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter, the logarithm of a temperature."""
+
+    def __init__(self, trained=True):
+        super().__init__()
+        self.log_t = nn.Parameter(torch.zeros(()), requires_grad=trained)
+
+    def forward(self, outputs, y):
+        return functional.cross_entropy(outputs / self.log_t.exp(), y)
+
+
+@pytest.mark.parametrize("loss", [Scaled(), Scaled])
+def test_a_loss_with_a_trained_parameter_is_refused(loss):
+    with refused("has the parameter 'log_t', but gputune trains only the parameters of the module"):
+        tune(Net, CLASSES, loss=loss)
+
+
+def test_a_loss_with_a_fixed_parameter_is_taken():
+    tune(Net, CLASSES, loss=Scaled(trained=False))
