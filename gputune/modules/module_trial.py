@@ -28,6 +28,7 @@ from gputune.modules.construction import (
     outputs_hint,
 )
 from gputune.modules.draw_watch import DrawWatch, Trail
+from gputune.modules.error_places import describe_error
 from gputune.modules.output_shapes import check_fields, describe_tensor, shape_hint, shape_of
 from gputune.modules.pretrained import dtype_of, pretrained_of
 from gputune.modules.probabilities import LikelihoodWatch
@@ -150,7 +151,7 @@ class ModuleTrial:
             cast_note = self.cast_note if "dtype" in says else ""
             raise InputError(
                 None,
-                f"The forward pass of {self.name}{place} raised {type(error).__name__}: {says}",
+                f"The forward pass of {self.name}{place} raised {describe_error(error)}",
                 remedy=f"It must take {' and '.join(map(describe_tensor, inputs))} and return "
                 f"(rows, {self.shape.n_outputs}).{hint(says, inputs)}{cast_note}{self.columns}",
             ) from error
@@ -233,7 +234,7 @@ class ModuleTrial:
         except InputError:
             raise
         except Exception as error:
-            rule = f"{self.objective.in_words} raised {type(error).__name__}: {error}"
+            rule = f"{self.objective.in_words} raised {describe_error(error)}"
             raise InputError(None, rule, remedy=self._loss_remedy()) from error
         if likelihoods.kind:
             softmax = ""
@@ -297,7 +298,7 @@ class ModuleTrial:
             function = qualified_name(self.objective.augment)
             raise InputError(
                 None,
-                f"{option(f'augment={function}')} raised {type(error).__name__}: {error}",
+                f"{option(f'augment={function}')} raised {describe_error(error)}",
                 remedy="gputune calls augment(x, generator) with the inputs of a minibatch. It "
                 "must return inputs of the same form.",
             ) from error

@@ -97,7 +97,7 @@ def test_what_a_module_says_is_not_written_in_flags(bugs):
     )
     words = [
         "The forward pass of Net raised RuntimeError: given groups=1, study=2 and "
-        "max_epochs=3. It must"
+        "max_epochs=3 (net.py, line 4: "
     ]
     refused_tune(bugs, "--model", "net.py:Net", words=words)
 

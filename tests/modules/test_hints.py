@@ -2,6 +2,7 @@
 rows, numbers.
 """
 
+import re
 from functools import partial
 
 import numpy as np
@@ -348,3 +349,54 @@ def test_a_module_can_require_the_groups_of_its_features():
     assert [trial.state for trial in study.trials] == ["complete"]
     # a number; a boolean; three levels of a category
     assert received == {(0, 1, 2, 2, 2)}
+
+
+class Unknown(nn.Module):
+    """Looks a key up that is not there."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.layer = nn.Linear(n_features, n_outputs)
+        self.names = {}
+
+    def forward(self, x):
+        x = x * self.names["scale"]
+        return self.layer(x)
+
+
+class Asserting(Unknown):
+    def forward(self, x):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("build", "rule"),
+    [
+        (
+            Unknown,
+            "raised KeyError: 'scale' (test_hints.py, line {}: x = x * self.names[\"scale\"])",
+        ),
+        (Asserting, "raised AssertionError (test_hints.py, line {}: raise AssertionError)"),
+    ],
+)
+def test_an_error_of_a_forward_names_the_line(build, rule):
+    line = build.forward.__code__.co_firstlineno + 1
+    with pytest.raises(InputError, match=re.escape(rule.format(line))):
+        gputune.tune(build, torch.zeros(20, 3), torch.arange(20) % 2, cv=2, verbose=0)
+
+
+def test_an_error_of_a_loss_names_the_line():
+    def loss(outputs, y):
+        raise ValueError("no")
+
+    line = loss.__code__.co_firstlineno + 1
+    words = f'ValueError: no (test_hints.py, line {line}: raise ValueError("no"))'
+    with pytest.raises(InputError, match=re.escape(words)):
+        gputune.tune(
+            lambda: nn.Sequential(nn.Linear(3, 2)),
+            torch.zeros(20, 3),
+            torch.arange(20) % 2,
+            cv=2,
+            verbose=0,
+            loss=loss,
+        )
