@@ -152,12 +152,30 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     """Run a module in training, in evaluation and stacked, and return its properties (traits)."""
     module = trial.module
     x = trial.inputs
+    _refuse_sparse(trial)
     untrained = Untrained.of(trial)
     with on_one_thread(if_small=is_small_pass(module, x)):
         trial.forward(x, training=True, watched=True)
     # Now the width of every layer is known.
     with on_one_thread(if_small=is_small_pass(module, x, trial.widest)):
         return _traits_after_a_call(trial, untrained)
+
+
+def _refuse_sparse(trial: ModuleTrial) -> None:
+    """Raise InputError for a sparse buffer or parameter.
+
+    The flat memory of members holds only dense tensors, and so do saved models.
+    """
+    parameters = dict(trial.module.named_parameters())
+    for name, tensor in named_tensors(trial.module).items():
+        if tensor.layout != torch.strided:
+            kind = "parameter" if name in parameters else "buffer"
+            raise InputError(
+                None,
+                f"The {kind} {name!r} of {trial.name} is sparse",
+                remedy=f"Make it dense, or register its indices and values as two {kind}s and "
+                "build the sparse tensor in forward.",
+            )
 
 
 def _traits_after_a_call(trial: ModuleTrial, untrained: Untrained) -> Traits:

@@ -122,3 +122,34 @@ def test_a_gradient_hook_in_a_loss_is_not_stacked():
 
     with pytest.raises(gputune.InputError, match="registers a hook on the gradient of a tensor"):
         largest_difference(Net(), "stacked", epochs=1, loss=loss)
+
+
+class Graph(Net):
+    """Multiplies its inputs by a sparse matrix."""
+
+    def __init__(self, n_features=6, n_outputs=3):
+        super().__init__(n_features, n_outputs)
+        self.register_buffer("adjacency", torch.eye(n_features).to_sparse())
+
+    def forward(self, x):
+        return super().forward((self.adjacency @ x.T).T)
+
+
+class GraphOfParts(Net):
+    """Builds the sparse matrix from two buffers, as the error of ``Graph`` advises."""
+
+    def __init__(self, n_features=6, n_outputs=3):
+        super().__init__(n_features, n_outputs)
+        self.register_buffer("indices", torch.arange(n_features).expand(2, -1).clone())
+        self.register_buffer("values", torch.ones(n_features))
+
+    def forward(self, x):
+        adjacency = torch.sparse_coo_tensor(self.indices, self.values, check_invariants=False)
+        return super().forward((adjacency @ x.T).T)
+
+
+def test_a_sparse_buffer_is_refused_and_the_remedy_works():
+    with pytest.raises(gputune.InputError, match="buffer 'adjacency' of Graph is sparse. Make it"):
+        gputune.tune(Graph, ROWS, CLASSES, n_trials=1, max_epochs=1, cv=2, verbose=0)
+    torch.manual_seed(0)
+    assert largest_difference(GraphOfParts(), epochs=10) < 1e-9
