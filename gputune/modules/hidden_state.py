@@ -9,6 +9,7 @@ it makes again.
 """
 
 from collections.abc import Sequence
+from types import FunctionType
 from typing import NamedTuple
 
 import numpy as np
@@ -28,24 +29,32 @@ _LARGEST = 1 << 16  # most bytes of an array that is compared
 
 
 class KeptState:
-    """A snapshot of a module's buffers and plain attributes, by name, to find values that change
-    later."""
+    """A snapshot of an object's plain attributes and buffers, by name, to find values that change
+    later.
 
-    def __init__(self, module: nn.Module) -> None:
+    The object is a module, or any object of a class in Python code. Functions have no state here.
+    """
+
+    def __init__(self, owner: object) -> None:
         # keeps objects alive, so that no other object gets their ids
         self._alive: list[object] = []
-        self._marks = self._marks_of(module)
+        self._marks = self._marks_of(owner)
 
-    def changed(self, module: nn.Module) -> list[str]:
+    def changed(self, owner: object) -> list[str]:
         """Return the names of the buffers and attributes that changed since the snapshot, in
         submodule order."""
-        marks = self._marks_of(module)
+        marks = self._marks_of(owner)
         return [name for name, mark in marks.items() if self._marks.get(name) != mark]
 
-    def _marks_of(self, module: nn.Module) -> dict[str, object]:
-        """Return a comparable value for each buffer and plain attribute of a module, by name."""
-        marks = {name: self._mark(tensor, 0) for name, tensor in module.named_buffers()}
-        for path, part in module.named_modules():
+    def _marks_of(self, owner: object) -> dict[str, object]:
+        """Return a comparable value for each buffer and plain attribute of an object, by name."""
+        if not isinstance(owner, nn.Module):
+            if isinstance(owner, type | FunctionType):
+                return {}
+            attributes = getattr(owner, "__dict__", {})
+            return {name: self._mark(value, _DEPTH) for name, value in attributes.items()}
+        marks = {name: self._mark(tensor, 0) for name, tensor in owner.named_buffers()}
+        for path, part in owner.named_modules():
             if isinstance(part, torch.jit.ScriptModule):
                 continue
             for name, value in vars(part).items():
@@ -123,6 +132,28 @@ def check_hidden_state(
     if changed:
         finding = f"keeps state in {changed[0]!r}, a plain attribute"
         _check_same(trial, fresh, counted, outputs, finding, changed[0])
+
+
+def checked_losses(trial: ModuleTrial) -> Tensor:
+    """Return the losses of one step of a trial's module.
+
+    Raises InputError if the loss or the training step changes its own attributes. All members would
+    share such state, and a stacked step would put a tensor of functorch into it.
+    """
+    function = trial.objective.step or trial.objective.loss
+    before = KeptState(function)
+    losses = trial.losses()
+    for name in before.changed(function):
+        remedy = "Keep it in a buffer of the module"
+        if trial.objective.step is None:
+            remedy += ", and compute the loss in a training_step"
+        raise InputError(
+            None,
+            f"{trial.objective.in_words} keeps state in {name!r}, which all trials and folds would "
+            "share",
+            remedy=f"{remedy}.",
+        )
+    return losses
 
 
 def buffers_at_start(trial: ModuleTrial) -> list[str]:

@@ -25,6 +25,7 @@ from gputune.modules.hidden_state import (
     buffers_at_start,
     check_evaluation,
     check_hidden_state,
+    checked_losses,
 )
 from gputune.modules.id_ranges import check_ids
 from gputune.modules.merged import MergedModule, why_not_merged
@@ -217,7 +218,7 @@ def _traits_after_a_call(trial: ModuleTrial, untrained: Untrained) -> Traits:
     check_hidden_state(trial, untrained.kept, counted, alone)
     check_probabilities(trial.name, trial.objective, trained)
     is_alone = trial.is_alone(alone)  # before the next call in training, which may change buffers
-    losses = trial.losses()
+    losses = checked_losses(trial)
     outside = trial.watch.outside()
     trainable = {name: w for name, w in module.named_parameters() if w.requires_grad}
     traits = Traits(

@@ -336,3 +336,35 @@ def test_a_loss_with_a_trained_parameter_is_refused(loss):
 
 def test_a_loss_with_a_fixed_parameter_is_taken():
     tune(Net, CLASSES, loss=Scaled(trained=False))
+
+
+class RunningLoss(nn.Module):
+    """A loss that scales outputs by their running mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(2))
+
+    def forward(self, outputs, y):
+        self.mean = 0.9 * self.mean + 0.1 * outputs.detach().abs().mean(0)
+        return functional.cross_entropy(outputs / self.mean, y)
+
+
+class CountingLoss:
+    """A loss that changes after five calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, outputs, y):
+        self.calls += 1
+        return functional.cross_entropy(outputs, y) * (1 if self.calls < 5 else 2)
+
+
+@pytest.mark.parametrize("backend", ["auto", "loop"])
+@pytest.mark.parametrize(("build", "name"), [(RunningLoss, "mean"), (CountingLoss, "calls")])
+def test_a_loss_that_keeps_state_is_refused(build, name, backend):
+    loss = build()
+    with refused(f"{build.__name__} keeps state in '{name}', which all trials and folds would"):
+        tune(Net, CLASSES, loss=loss, backend=backend)
+    assert type(getattr(loss, name)) in (torch.Tensor, int)
