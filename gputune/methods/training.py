@@ -11,11 +11,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from gputune.engine.checkpoint import Checkpoint
+from gputune.engine.checkpoint import Checkpoint, Checkpointing
 from gputune.engine.job import Failure, Job, Outcome, stalled_epochs
 from gputune.engine.plan import Plan
 from gputune.engine.train import BegunChunk
-from gputune.methods.first_epochs import are_needed, train_first_epochs
+from gputune.methods.first_epochs import FirstEpochs, are_needed, train_first_epochs
 from gputune.methods.rungs import ComparingRule, train_in_rungs
 from gputune.population.population import Population, by_numbers
 from gputune.solver.solve import solve_chunk
@@ -45,54 +45,86 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
     allowed = list(filter(context.good_enough.allows, chunks))
     if not any(map(ledger.claim, allowed)):  # any() stops at the first claimed chunk
         return allowed
-    for recorded in plans:
+    trainings = [_PlanTraining(context, recorded) for recorded in plans]
+    planned = [chunk for training in trainings for chunk in training.plan.chunks]
+    if are_needed(context, replace(trainings[0].plan, chunks=tuple(planned))):
+        context.progress.say(
+            "note: all trials train for one epoch first, so that none is left without a score "
+            "if the time is enough for these epochs",
+            once=True,
+        )
+        for training in trainings:
+            training.train_first_epochs()
+    for training in trainings:
+        training.train()
+    return []
 
-        def claim(part: Population, recorded: RecordedPlan = recorded) -> bool:
-            return ledger.claim(recorded.chunk_of(part))
 
-        numbers = [trial.number for trial in recorded.trials]
-        plan = _with_checkpoints(recorded, context.checkpoints_of(numbers, recorded.configs))
-        context.progress.plan(plan)
-        for chunk in map(BegunChunk.of, plan.chunks):
+class _PlanTraining:
+    """The training of the chunks of one plan to their end.
+
+    ``first`` has the results of the first epochs if all trials train for one epoch first.
+    """
+
+    def __init__(self, context: Context, recorded: RecordedPlan) -> None:
+        self.context = context
+        self.recorded = recorded
+        self.numbers = [trial.number for trial in recorded.trials]
+        checkpoints = context.checkpoints_of(self.numbers, recorded.configs)
+        self.plan = _with_checkpoints(recorded, checkpoints)
+        self.first: FirstEpochs | None = None
+        context.progress.plan(self.plan)
+        for chunk in map(BegunChunk.of, self.plan.chunks):
             if chunk.epoch > 0:
-                context.progress.resume([numbers[i] for i in chunk.index], chunk.epoch)
+                context.progress.resume([self.numbers[i] for i in chunk.index], chunk.epoch)
+
+    def claim(self, part: Population) -> bool:
+        """Claim the recorded chunk of a part. Returns False if another process trains it."""
+        return self.context.ledger.claim(self.recorded.chunk_of(part))
+
+    def train_first_epochs(self) -> None:
+        """Train each chunk that has not begun for one epoch."""
+        self.first = train_first_epochs(self.context, self.recorded, self.plan, self.claim)
+        self.plan = self.first.plan
+
+    def train(self) -> None:
+        """Train the chunks to their end, and store the results of their trials."""
+        context = self.context
+        first = self.first
+        checkpointing = context.checkpointing(self.numbers)
+        if first is None or not context.is_over():
+            self._train_chunks(checkpointing)
+        if first is not None:
+            first.keep_rest(checkpointing)
+            for rest in first.rest():
+                _finish_chunk(context, self.recorded.trials, rest)
+
+    def _train_chunks(self, checkpointing: Checkpointing | None) -> None:
+        """Train the chunks of the plan, and store the results of their trials."""
+        context = self.context
+        first = self.first
         job = context.trainer.job(
             Job,
-            epochs=epochs,
-            checkpointing=context.checkpointing(numbers),
+            epochs=context.epochs,
+            checkpointing=checkpointing,
             patience=context.options.training.patience_epochs,
-            numbers=tuple(numbers),
+            numbers=tuple(self.numbers),
         )
-        first = None
-        if are_needed(context, plan):
-            context.progress.say(
-                "note: all trials train for one epoch first, so that none is left without a score "
-                "if the time is enough for these epochs",
-                once=True,
-            )
-            first = train_first_epochs(context, recorded, plan, claim)
-            plan = first.plan
-        if first is None or not context.is_over():
-            outcomes = context.trainer.train(
-                job,
-                plan,
-                progress=context.progress.advance,
-                claim=claim if first is None else first.begin,
-                may_begin=context.may_begin(recorded),
-            )
-            with closing(outcomes):
-                for trained in outcomes if plan.chunks else ():
-                    outcome = trained if first is None else first.completed(trained)
-                    if isinstance(outcome, Failure):
-                        number = numbers[outcome.index[0]]
-                        context.finish([failed_result(number, context.no_curve, outcome.reason)])
-                    else:
-                        _finish_chunk(context, recorded.trials, outcome)
-        if first is not None:
-            first.keep_rest(job.checkpointing)
-            for rest in first.rest():
-                _finish_chunk(context, recorded.trials, rest)
-    return []
+        outcomes = context.trainer.train(
+            job,
+            self.plan,
+            progress=context.progress.advance,
+            claim=self.claim if first is None else first.begin,
+            may_begin=context.may_begin(self.recorded),
+        )
+        with closing(outcomes):
+            for trained in outcomes if self.plan.chunks else ():
+                outcome = trained if first is None else first.completed(trained)
+                if isinstance(outcome, Failure):
+                    number = self.numbers[outcome.index[0]]
+                    context.finish([failed_result(number, context.no_curve, outcome.reason)])
+                else:
+                    _finish_chunk(context, self.recorded.trials, outcome)
 
 
 def _solve(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]:

@@ -270,8 +270,11 @@ def test_none_is_left_of_trials_that_ended_before_the_last_stop(tmp_path, method
     assert [place.name for place in tmp_path.iterdir()] == ["s.db"]
 
 
-def test_a_search_with_new_trials_continues_with_another_number_of_threads(tmp_path, monkeypatch):
-    """Another machine, for example. The new trials then have a plan of their own."""
+def two_plans(tmp_path, monkeypatch, **more):
+    """Stop a search with one thread, and then with two more trials and two threads.
+
+    Each stop comes after one epoch. Returns the study and the arguments of the calls.
+    """
 
     class Cut(Callback):
         def on_epoch(self, curves):
@@ -281,11 +284,25 @@ def test_a_search_with_new_trials_continues_with_another_number_of_threads(tmp_p
     call = {"space": {"lr": loguniform(1e-4, 0.1)}, "max_epochs": 3, "study": tmp_path / "s.db"}
     for n_cores, n_trials in ((1, 2), (2, 4)):
         monkeypatch.setattr("gputune.engine.plan.cores", lambda n_cores=n_cores: n_cores)
-        tune(**call, n_trials=n_trials, callbacks=[Cut()])
+        cut = tune(**call, **more, n_trials=n_trials, callbacks=[Cut()])
     with Store.open(tmp_path / "s.db") as store:
         assert [chunk.threads for chunk in store.plan()] == [1, 2]
+    return cut, call
+
+
+def test_a_search_with_new_trials_continues_with_another_number_of_threads(tmp_path, monkeypatch):
+    """Another machine, for example. The new trials then have a plan of their own."""
+    cut, call = two_plans(tmp_path, monkeypatch)
+    assert {trial.state for trial in cut.trials} == {"stopped"}
     found = tune(**call, n_trials=4)
     assert {trial.state for trial in found.trials} == {"complete"}
+
+
+def test_trials_of_all_plans_train_for_one_epoch_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("gputune.methods.first_epochs._ENOUGH_SHARE", 0)
+    cut, _ = two_plans(tmp_path, monkeypatch, timeout=1000)
+    # The search ends after the first epoch of the second plan, before the first plan continues.
+    assert np.isfinite(cut.curves).all(2).sum(1).tolist() == [1, 1, 1, 1]
 
 
 def test_what_continues_from_a_checkpoint_is_said(tmp_path, capsys):
