@@ -117,7 +117,8 @@ disagree."""
 RECORDS = ("digits", "california", "adult", "mnist1d")
 
 HELP = {
-    "epochs": "default 20, with --hypergradients 5, --grid 10, --quality 27",
+    "trials": "trials of the shared list (default 64), or with --realmlp-large of each search (8)",
+    "epochs": "default 20, with --hypergradients 5, --grid 10, --quality 27, --realmlp-large 64",
     "repeats": "default 3, with --hypergradients 7, --optuna 10, --native 15, --grid 1",
     "work": f"{' or '.join(WIDTHS)}, each with its own number of trials (default: both, --trials long)",
     "engines": "of those above, with a number: on the first trials only (default: all; --grid: "
@@ -135,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("python scripts/benchmark", **how)
     add = parser.add_argument
-    add("--trials", type=positive, default=64, help="length of the shared list (default 64)")
+    add("--trials", type=positive, help=HELP["trials"])
     add("--epochs", type=positive, help=HELP["epochs"])
     add("--repeats", type=positive, help=HELP["repeats"])
     works = [(name, None) for name in WIDTHS]

@@ -22,6 +22,7 @@ import joblib
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+TRIALS = 64  # of the shared list
 WIDTHS = {"narrow": (16, 32, 64), "wide": (16, 32, 64, 128, 256)}
 BATCH_SIZES = (16, 32, 64, 128, 256)
 LEARNING_RATES = (1e-3, 3e-2)  # log-uniform between

@@ -109,7 +109,7 @@ def test_the_grid(script, study, monkeypatch):
     monkeypatch.setattr(
         grid, "in_fresh_process", lambda *case: grid.Growth(*case, 0.5, 300.0, 310.0)
     )
-    small = {"ROWS": (1000,), "TRIALS": (1,), "WIDTHS": (16,), "BATCH_SIZES": (256,), "GROWTH": 2}
+    small = {"ROWS": (1000,), "SHORT": (1,), "WIDTHS": (16,), "BATCH_SIZES": (256,), "GROWTH": 2}
     # Six steps are too few for scores to agree.
     _, whole, text = study(
         "grid", "--engines", "torch:1", "--trials", "2", "--epochs", "2", **small, AGREEMENT=1.0
@@ -254,7 +254,7 @@ def test_realmlp_large(study, patients):
     assert (result["rows"], result["epochs"]) == (60, 2)
     assert all(0 < result[key] < 3 for key in ("validation", "best_trial", "ensemble"))
     assert sum(weight for _, weight in result["frequencies"]) == pytest.approx(1, abs=0.01)
-    assert "| diabetes, 60 rows | 2 | " in text
+    assert "| diabetes, 60 rows | 2 | 2 | " in text
 
 
 @pytest.mark.long

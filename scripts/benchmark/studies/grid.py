@@ -25,9 +25,9 @@ from benchmark.engines import choose, split_by_lack
 from benchmark.engines.gputune import train
 from benchmark.report import counted, publish, table
 from benchmark.studies.training import AGREEMENT, measure, runs
-from benchmark.work import digits_work
+from benchmark.work import TRIALS, digits_work
 
-TRIALS = (1, 4)  # and the command's --trials
+SHORT = (1, 4)  # lengths of the list of trials, besides the command's --trials
 WIDTHS = (16, 64, 256, 512)
 BATCH_SIZES = (16, 64, 256)
 # With fewer epochs, the engines' different starting weights show in the accuracies.
@@ -80,9 +80,10 @@ class Growth:
 def run(options: Namespace) -> int:
     epochs = options.epochs or EPOCHS
     repeats = options.repeats or 1
+    lengths = sorted({*SHORT, options.trials or TRIALS})
     able, lacks = split_by_lack(options.engines or choose("sklearn,torch"))
     cells: list[Cell] = []
-    for width, batch_size, count in product(WIDTHS, BATCH_SIZES, sorted({*TRIALS, options.trials})):
+    for width, batch_size, count in product(WIDTHS, BATCH_SIZES, lengths):
         shape = {"width": width, "batch_size": batch_size}
         work = digits_work("narrow", n_trials=count, epochs=epochs)
         work = replace(work, trials=[trial | shape for trial in work.trials])
@@ -106,7 +107,7 @@ def run(options: Namespace) -> int:
             f"NO SPEED: the mean accuracies over the cells differ by more than {AGREEMENT}: {means}"
         )
         return 1
-    grown = measure_growth(trials=max(*TRIALS, options.trials), epochs=epochs, factor=GROWTH)
+    grown = measure_growth(trials=lengths[-1], epochs=epochs, factor=GROWTH)
     each = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
     how = HOW.format(
         repeats=counted(repeats, "run"), agreement=AGREEMENT, epochs=epochs, means=each

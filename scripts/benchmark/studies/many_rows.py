@@ -13,6 +13,7 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
+import gputune
 from benchmark.engines import trees
 from benchmark.report import Clock, describe_machine, publish, published, table
 from benchmark.studies.tables import FOLDS, LOGARITHMS, Split, loader
@@ -128,7 +129,11 @@ def boosted(library: str, split: Split, seconds: float) -> Model:
 
 
 def network(split: Split, seconds: float) -> Model:
-    study = split.search("auto", preset="best", timeout=seconds)
+    return final_model(split.search("auto", preset="best", timeout=seconds))
+
+
+def final_model(study: gputune.Study) -> Model:
+    """Return the ensemble of the trials with a score, or the best trial if only one has a score."""
     trials = sum(math.isfinite(trial.score) for trial in study.trials)
     model = study.ensemble(verbose=0) if trials > 1 else study.best_model()
     return model, trials

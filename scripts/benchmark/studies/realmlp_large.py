@@ -12,12 +12,12 @@ EPOCHS = 64
 
 HOW = """\
 Of each table up to {rows:,} rows (four fifths of a smaller table) are searched, and up to {held_out:,}
-other rows are scored: the same rows as in `--tables`. The search has {trials} trials of the space
-{space} (trial 0 is the published default) and {folds} folds, and its ensemble has the default
-options. An error is an RMSE (of kc_house that of the logarithm of the price). "Validation" is
-the error of the ensemble on the validation rows of the folds. "Frequencies" are the values of
-module__sigma of the networks in the ensemble, each with its weight. Seconds are of the processor and
-count the search, the choice and the final training. One thread.
+other rows are scored: the same rows as in `--tables`. Each search is in the space {space} (trial 0 is
+the published default) and has {folds} folds, and its ensemble has the default options. An error is an
+RMSE (of kc_house that of the logarithm of the price). "Validation" is the error of the ensemble on the
+validation rows of the folds. "Frequencies" are the values of module__sigma of the networks in the
+ensemble, each with its weight. Seconds are of the processor and count the search, the choice and the
+final training. One thread.
 """
 
 
@@ -38,28 +38,29 @@ class Result:
     search_cpu: float
     seconds: float
     cpu: float
+    trials: int = TRIALS
 
 
 def run(options: Namespace) -> int:
     load = loader(options.data, "--realmlp-large")
     machine = describe_machine()
     results = published(options.out, "realmlp_large", machine, "results", Result)
-    done = {(result.table, result.epochs) for result in results}
-    epochs = options.epochs or EPOCHS
+    done = {(result.table, result.trials, result.epochs) for result in results}
+    trials, epochs = options.trials or TRIALS, options.epochs or EPOCHS
     for name in options.rows or LARGE:
-        if (name, epochs) not in done:
-            results.append(measure(name, load, epochs))
+        if (name, trials, epochs) not in done:
+            results.append(measure(name, load, trials, epochs))
             print(results[-1], flush=True)
         whole = {"machine": machine, "results": results}
         publish(options.out, "realmlp_large", "RealMLP on larger tables", *words(results), **whole)
     return 0
 
 
-def measure(name: str, load: object, epochs: int) -> Result:
+def measure(name: str, load: object, trials: int, epochs: int) -> Result:
     """Search on a table, and return the errors on the held-out rows."""
     split = split_of(name, load, 0, LARGE[name])
     clock = Clock()
-    study = split.search("realmlp", space=SPACE, n_trials=TRIALS, max_epochs=epochs)
+    study = split.search("realmlp", space=SPACE, n_trials=trials, max_epochs=epochs)
     _, search_cpu = clock()
     ensemble = study.ensemble(verbose=0)
     costs = clock()
@@ -79,6 +80,7 @@ def measure(name: str, load: object, epochs: int) -> Result:
         frequencies,
         search_cpu,
         *costs,
+        trials,
     )
 
 
@@ -87,7 +89,6 @@ def words(results: list[Result]) -> tuple[str, str]:
     how = HOW.format(
         rows=max(LARGE.values()),
         held_out=HELD_OUT,
-        trials=TRIALS,
         space=SPACE,
         folds=FOLDS,
     )
@@ -95,6 +96,7 @@ def words(results: list[Result]) -> tuple[str, str]:
         "|".join(
             [
                 f"{result.table}, {result.rows:,} rows",
+                str(result.trials),
                 str(result.epochs),
                 f"{result.validation:.4f}",
                 f"{result.best_trial:.4f}",
@@ -105,4 +107,5 @@ def words(results: list[Result]) -> tuple[str, str]:
         )
         for result in results
     ]
-    return how, table("table|epochs|validation|best trial|ensemble|CPU seconds|frequencies", rows)
+    head = "table|trials|epochs|validation|best trial|ensemble|CPU seconds|frequencies"
+    return how, table(head, rows)

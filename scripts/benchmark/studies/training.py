@@ -17,7 +17,7 @@ import numpy as np
 from benchmark.engines import ENGINES, Chosen, Engine, choose, split_by_lack, versions
 from benchmark.engines.gputune import train as train_with_gputune
 from benchmark.report import card, counted, describe_machine, publish, table
-from benchmark.work import Outcome, Work, digits_work, stop_workers
+from benchmark.work import TRIALS, Outcome, Work, digits_work, stop_workers
 
 EPOCHS = 20
 REPEATS = 3
@@ -124,7 +124,8 @@ def run(options: Namespace) -> int:
     able, lacks = split_by_lack(options.engines or choose(",".join(ENGINES)))
     parts = []
     for name, trials in options.work:
-        work = digits_work(name, n_trials=trials or options.trials, epochs=options.epochs or EPOCHS)
+        n_trials = trials or options.trials or TRIALS
+        work = digits_work(name, n_trials=n_trials, epochs=options.epochs or EPOCHS)
         measured = measure(runs(able, work), work, options.repeats or REPEATS)
         for m in measured:
             print(f"{name}: {m.engine}: mean last-epoch accuracy {m.accuracy():.4f}", flush=True)
