@@ -138,11 +138,16 @@ def checked_losses(trial: ModuleTrial) -> Tensor:
     """Return the losses of one step of a trial's module.
 
     Raises InputError if the loss or the training step changes its own attributes. All members would
-    share such state, and a stacked step would put a tensor of functorch into it.
+    share such state, and a stacked step would put a tensor of functorch into it. A value that the first
+    call makes and later calls only read, such as a cache, is no state.
     """
     function = trial.objective.step or trial.objective.loss
     before = KeptState(function)
     losses = trial.losses()
+    if not before.changed(function):
+        return losses
+    before = KeptState(function)
+    trial.losses()
     for name in before.changed(function):
         remedy = "Keep it in a buffer of the module"
         if trial.objective.step is None:

@@ -368,3 +368,22 @@ def test_a_loss_that_keeps_state_is_refused(build, name, backend):
     with refused(f"{build.__name__} keeps state in '{name}', which all trials and folds would"):
         tune(Net, CLASSES, loss=loss, backend=backend)
     assert type(getattr(loss, name)) in (torch.Tensor, int)
+
+
+class CachingLoss:
+    """A loss that makes its class weights at the first call."""
+
+    def __init__(self):
+        self.weight = None
+
+    def __call__(self, outputs, y):
+        if self.weight is None:
+            self.weight = torch.ones(outputs.shape[-1])
+        return functional.cross_entropy(outputs, y, weight=self.weight)
+
+
+@pytest.mark.parametrize("backend", ["auto", "loop"])
+def test_a_loss_that_caches_a_value_is_taken(backend):
+    cached = tune(Net, CLASSES, loss=CachingLoss(), backend=backend)
+    plain = tune(Net, CLASSES, loss=functional.cross_entropy, backend=backend)
+    assert np.array_equal(cached.curves, plain.curves)
