@@ -427,9 +427,9 @@ def tune(
         options = options.changed(
             sample_weight=select_values(options.training.sample_weight, source.positions)
         )
-    call = SearchCall(choice, source, options)
+    call = SearchCall(choice, source, options, given=passed_arguments())
     if preset is not None:
-        call = with_preset(call, preset, model, optimizer, passed_arguments())
+        call = with_preset(call, preset, model, optimizer)
     return search_rows(call, script_signals(), study_type=Study)
 
 

@@ -103,9 +103,9 @@ def tune(arguments: argparse.Namespace) -> str:
     if arguments.json and (arguments.dry_run or arguments.profile):
         other = "--dry-run" if arguments.dry_run else "--profile"
         raise InputError(None, f"--json and {other} exclude each other", remedy="Leave one out.")
-    call = SearchCall(choice, rest, options, test)
+    call = SearchCall(choice, rest, options, test, given=typed_options(arguments))
     if preset is not None:
-        call = with_preset(call, preset, model, arguments.optimizer, typed_options(arguments))
+        call = with_preset(call, preset, model, arguments.optimizer)
     if arguments.dry_run:
         return dry_run(arguments, call, out / STUDY)
     with _folder((options.machine.study or out / STUDY).parent):

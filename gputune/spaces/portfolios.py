@@ -5,7 +5,7 @@ The configurations were chosen on eleven tables (scripts/benchmark). A key may l
 space.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from gputune.types import Config, Goal
 
@@ -128,14 +128,14 @@ PORTFOLIOS: Mapping[str, Sequence[Config]] = {
 _OF_CLASSES = "loss__label_smoothing"
 
 
-def portfolio_of(space: str, goal: Goal) -> list[Config]:
+def portfolio_of(space: str, goal: Goal, *, without: Collection[str] = ()) -> list[Config]:
     """Return the portfolio of a named space for a kind of target.
 
-    Only networks for classes have label smoothing. The list is empty for a space without a
-    portfolio.
+    Only networks for classes have label smoothing. The keys in ``without`` are left out. The list
+    is empty for a space without a portfolio.
     """
+    left_out = {*without} if goal == "classes" else {*without, _OF_CLASSES}
     portfolio = []
     for config in PORTFOLIOS.get(space, ()):
-        keys = config.keys() if goal == "classes" else config.keys() - {_OF_CLASSES}
-        portfolio.append({key: config[key] for key in config if key in keys})
+        portfolio.append({key: config[key] for key in config if key not in left_out})
     return portfolio

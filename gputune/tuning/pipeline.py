@@ -44,6 +44,7 @@ from gputune.tuning.record import SearchCall, checkpoint_folder, search_record
 from gputune.tuning.session import (
     AnyStudy,
     check_ending,
+    check_schedule,
     checked_space,
     default_params,
     first_trials,
@@ -277,7 +278,8 @@ def _prepare(call: SearchCall, progress: Progress, store: Store | None) -> Setup
     folds = problem.folds()
     check_rows_of_networks(options.training.n_ens, folds)
     with without_collector():
-        trials = first_trials(space, problem.choice, options, store, problem.portfolio)
+        portfolio = problem.portfolio(call.chosen_by_user())
+        trials = first_trials(space, problem.choice, options, store, portfolio)
         configs = [
             problem.choice.complete(trial.params, options.training.schedule) for trial in trials
         ]
@@ -298,6 +300,7 @@ def _problem_and_space(call: SearchCall) -> tuple[Problem, CheckedSpace]:
     problem = replace(problem, remarks_on_length=remarks)
     # The space is checked again, because the target decides some defaults of the choice.
     space = checked_space(problem.choice, options)
+    check_schedule(space, problem.choice, call.chosen_by_user())
     return problem.with_space(space, with_earlier(options.search, space)), space
 
 

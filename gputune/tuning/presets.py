@@ -140,19 +140,17 @@ class _Case:
         return math.floor((seconds - fixed) / training * most) if training > 0 else most
 
 
-def with_preset(
-    call: SearchCall, name: str, model: object, optimizer: object, given: Collection[str]
-) -> SearchCall:
+def with_preset(call: SearchCall, name: str, model: object, optimizer: object) -> SearchCall:
     """Return the call of a search with the choices of a preset.
 
-    If the call continues a study of the same preset, the choices in the study replace new ones.
+    The options that the user passed win over the preset. If the call continues a study of the same
+    preset, the choices in the study replace new ones.
 
     Args:
         call: The call with the user's arguments, and with the model mlp if the preset chooses it.
         name: The name of the preset.
         model: The user's model, or "auto".
         optimizer: The user's optimizer, or None.
-        given: The names of the arguments that the user gave. They win over the preset.
 
     Raises:
         InputError: the preset does not fit the model or the search method.
@@ -167,7 +165,7 @@ def with_preset(
             remedy="Leave one of them out.",
         )
     stored = _stored_choices(options.machine.study, short, call.source.X)
-    case = _case(call, given, model, find_names=not stored)
+    case = _case(call, model, find_names=not stored)
     chosen = {**_choices(short, case), **stored, **case.values}
     chosen = {key: value for key, value in chosen.items() if key not in _not_chosen(call)}
     # Choices that are equal to the default need no words.
@@ -224,7 +222,7 @@ def _number_columns(X: AnyRows) -> set[str]:
     return {name for name in X.names if X.kind(name) == "number"}
 
 
-def _case(call: SearchCall, given: Collection[str], model: object, *, find_names: bool) -> _Case:
+def _case(call: SearchCall, model: object, *, find_names: bool) -> _Case:
     """Return the table and the user's arguments of a call.
 
     ``find_names`` is False if a study already has the columns that are like names.
@@ -239,12 +237,7 @@ def _case(call: SearchCall, given: Collection[str], model: object, *, find_names
         columns = len(X.names)
     elif isinstance(X, Tensor):
         columns = X.shape[1] if X.dim() > 1 else 1
-    # "auto" leaves the choice to the preset.
-    values = {
-        key: value
-        for key, value in options.values().items()
-        if key in given and not (isinstance(value, str) and value == AUTO)
-    }
+    values = call.chosen_by_user()
     if model != AUTO:
         values["model"] = model
     has_classes = target.task in ("binary", "multiclass")
@@ -332,6 +325,8 @@ _SHOWN = (
     "category_copies",
 )
 """The arguments that a preset may choose."""
+_OF_PORTFOLIOS = ("numbers", "schedule")
+"""The options that the configurations of a portfolio change, unless the user chose them."""
 _STORED = tuple(key for key in (*_SHOWN, *_EXTRAS) if key != "timeout")
 """The choices that a study keeps. Each call may have another timeout."""
 
@@ -350,7 +345,9 @@ def _sentence(
     size = f"{count(case.rows, 'row')} and {count(case.columns, 'column')}"
     text = f"{beginning} for {size}: {', '.join(words)}"
     chosen_by_user = [
-        option(key, _as_written(case.values[key])) for key in _SHOWN if key in case.values
+        option(key, _as_written(case.values[key]))
+        for key in (*_SHOWN, *_OF_PORTFOLIOS)
+        if key in case.values
     ]
     if chosen_by_user:
         text += f"; you chose {', '.join(chosen_by_user)}"

@@ -1,6 +1,6 @@
 """The user's rows prepared for training: target, column layout, encoded rows, folds and data."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -188,18 +188,17 @@ class Problem:
         options = replace(self.options, search=search, rows=rows)
         return replace(self, numbers=numbers, options=options)
 
-    @property
-    def portfolio(self) -> list[Config]:
-        """The tested configurations of a named space that fit the rows and the search method.
+    def portfolio(self, given: Collection[str]) -> list[Config]:
+        """Return the tested configurations of a named space that fit the rows and the search method.
 
-        The list is empty for a hypergradient search, which cannot average weights.
+        They leave out the options ``given`` that the user chose. The list is empty for a
+        hypergradient search, which cannot average weights.
         """
-        search = self.options.search
-        space = search.space
-        if not isinstance(space, str) or search.differentiates:
+        space = self.options.search.space
+        if not isinstance(space, str) or self.options.search.differentiates:
             return []
         ways = TENSOR_NUMBERS if isinstance(self.raw, Tensor) else NUMBERS
-        configs = portfolio_of(space, self.choice.goal)
+        configs = portfolio_of(space, self.choice.goal, without=given)
         return [config for config in configs if config.get("numbers", "standard") in ways]
 
     def folds(self) -> list[Rows]:

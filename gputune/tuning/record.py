@@ -4,7 +4,7 @@ Resuming a search and retraining a trial use the description.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -314,6 +314,7 @@ class SearchCall:
             ``Arguments``.
         preset: A sentence on the choices of a preset, or "".
         preset_choices: The preset and its choices, as ``Arguments.preset`` stores them.
+        given: The names of the options that the user passed.
     """
 
     choice: ModelChoice
@@ -324,6 +325,16 @@ class SearchCall:
     final_model: Mapping[str, bool] = field(default_factory=dict)
     preset: str = ""
     preset_choices: Json = field(default_factory=dict)
+    given: Collection[str] = ()
+
+    def chosen_by_user(self) -> dict[str, Any]:
+        """Return the options that the user chose, by name. "auto" leaves the choice to gputune."""
+        chosen = {}
+        for name, value in self.options.values().items():
+            is_open = isinstance(value, str) and value == "auto"
+            if name in self.given and not is_open:
+                chosen[name] = value
+        return chosen
 
 
 def recorded_search(

@@ -128,6 +128,26 @@ def _check_named(space: str, choice: ModelChoice, *, is_asked: bool) -> None:
         )
 
 
+def check_schedule(
+    space: CheckedSpace, choice: ModelChoice, chosen_by_user: Mapping[str, object]
+) -> None:
+    """Raise InputError if the user chose a constant schedule that the model would replace.
+
+    "constant" is the default of the option, so models such as RealMLP put their own schedule in its
+    place.
+    """
+    schedule = choice.defaults("constant")["schedule"]
+    is_asked = chosen_by_user.get("schedule") == "constant"
+    if not is_asked or schedule == "constant" or all("schedule" in part for part in space):
+        return
+    raise InputError(
+        option("schedule", "constant"),
+        f"cannot replace the schedule {schedule!r} of {choice.name}, because 'constant' is the "
+        "default of the option",
+        remedy="Pass another schedule, or search a space of your own with schedule: ['constant'].",
+    )
+
+
 def first_trials(
     space: CheckedSpace,
     choice: ModelChoice,

@@ -37,8 +37,8 @@ def chosen(name, rows=1000, columns=5, model="auto", classes=False, as_tensor=Fa
     options = make_options(**given)
     choice = choose_model("mlp" if model == "auto" else model, None)
     X = torch.from_numpy(X) if as_tensor else X
-    call = SearchCall(choice, read_rows(choice, options.rows, X, y), options)
-    return with_preset(call, name, model, None, given)
+    call = SearchCall(choice, read_rows(choice, options.rows, X, y), options, given=given)
+    return with_preset(call, name, model, None)
 
 
 def settings(call):
@@ -168,6 +168,35 @@ def test_a_default_that_the_user_writes_wins_too(capsys):
     assert study.record.patience == PRESETS["medium"].patience
     model = study.best_model()
     assert model.temperature != 1  # the preset calibrates
+
+
+@pytest.mark.parametrize(
+    "options", [{"numbers": "quantile", "schedule": "linear"}, {"numbers": "standard"}]
+)
+def test_numbers_and_schedule_of_the_user_win_in_every_trial(options, capsys):
+    small = {"n_trials": 8, "max_epochs": 1, "cv": 2}
+    for model in ({"model": "auto", "preset": "medium"}, {"model": "mlp", "space": "mlp"}):
+        study = gputune.tune(X=IRIS[0], y=IRIS[1], **model, **small, **options)
+        assert sum(trial.origin == "portfolio" for trial in study.trials) >= 6
+        for trial in study.trials:
+            params = {"numbers": study.record.numbers, "schedule": study.record.schedule}
+            assert options.items() <= {**params, **trial.params}.items()
+    words = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    assert f"you chose n_trials=8, cv=2, max_epochs=1, {words};" in capsys.readouterr().err
+    free = gputune.tune("mlp", *IRIS, space="mlp", numbers="auto", verbose=0, **small)
+    assert {"quantile", "piecewise"} <= {trial.params.get("numbers") for trial in free.trials}
+
+
+def test_a_constant_schedule_that_realmlp_would_replace_is_refused():
+    small = {"n_trials": 1, "max_epochs": 1, "cv": 2, "schedule": "constant"}
+    why = "schedule='constant' cannot replace the schedule 'coslog4' of RealMLP, .*a space of your own"
+    with refused(why):
+        tune("auto", *IRIS, preset="best", **small)
+    with refused(why):
+        tune("realmlp", *IRIS, **small)
+    space = {"schedule": ["constant"], "module__width": [8]}
+    (trial,) = tune("realmlp", *IRIS, space=space, **small).trials
+    assert trial.params["schedule"] == "constant"
 
 
 def with_codes(rows=3000):
