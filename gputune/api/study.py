@@ -165,8 +165,9 @@ class Study(data.Study):
 
         ``info["score"]`` accounts for the choice: each fold is scored by the ensemble that the
         other folds choose. With one fold (your own validation split), each half of its rows is
-        scored by the ensemble of the other half. The candidates are still the best trials of the
-        search on the same rows.
+        scored by the ensemble of the other half. The halves do not split a group. If a half cannot
+        be scored, gputune warns, and ``info`` has no score. The candidates are still the best
+        trials of the search on the same rows.
 
         Args:
             X: the rows of the search, as in ``best_model``.

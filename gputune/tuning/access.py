@@ -103,8 +103,9 @@ def _source_of(access: Access, choice: ModelChoice, rows: RowOptions) -> Source:
         source = read_rows(choice, rows, access.X, access.y)
         # The search did not read the groups as a feature either.
         groups = access.study.record.group_column
-        if groups is not None and isinstance(source.X, Table):
-            source = replace(source, X=source.X.drop(groups))
+        if groups is not None and isinstance(source.X, Table) and groups in source.X.names:
+            values = source.X.column(groups)
+            source = replace(source, X=source.X.drop(groups), groups=values)
         return source
     origin = access.study.record.source
     if origin is None:

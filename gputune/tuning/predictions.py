@@ -4,6 +4,7 @@ If the study has not stored the predictions, the members (one trial on one fold 
 Shapes: M candidates, F folds, K outputs, n rows, m validation rows of a fold.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -243,13 +244,15 @@ class Predictions:
         n_steps = best_pairs.index(max(best_pairs)) + 1
         return Counter(chosen[:n_steps])
 
-    def nested_scores(self, size: int) -> list[float]:
+    def nested_scores(self, size: int, groups: np.ndarray | None = None) -> list[float]:
         """Return an unbiased score of an ensemble on each fold.
 
         The trials for a fold are chosen on the other folds.
 
-        With one fold, return two scores. The fold's rows are then split into every second row and
-        the rest, and each half is scored with trials chosen on the other half.
+        With one fold, return two scores. The fold's rows are then split into two halves, and each
+        half is scored with trials chosen on the other half. All rows of one of the ``groups`` (n,)
+        are in the same half. A half that has no score, for example because it is empty, has the
+        score NaN.
         """
         n_folds = self.data.n_folds
         if n_folds > 1:
@@ -260,11 +263,16 @@ class Predictions:
             return scores
         (values,) = self.values
         (only_fold,) = self.data.folds
+        valid = only_fold.valid
+        half_of_row = _halves(len(valid), None if groups is None else groups[valid.cpu().numpy()])
         halves = []
-        for start in (0, 1):
-            half = replace(only_fold, valid=only_fold.valid[start::2])
+        for number in (0, 1):
+            places = torch.as_tensor(np.flatnonzero(half_of_row == number), device=valid.device)
+            if len(places) == 0:
+                return [math.nan, math.nan]
+            half = replace(only_fold, valid=valid[places])
             data = replace(self.data, folds=(half,))
-            halves.append(replace(self, values=[values[:, start::2]], data=data))
+            halves.append(replace(self, values=[values[:, places]], data=data))
         first, second = halves
         return [
             first._score_of(second.choose(size), 0),
@@ -293,6 +301,26 @@ class Predictions:
         target = self.data.target[self.data.folds[fold].valid]
         second = neg_cross_entropy(outputs, target) if task in ("binary", "multiclass") else score
         return torch.stack([score, second.to(score)]).cpu().numpy()
+
+
+def _halves(n_rows: int, groups: np.ndarray | None) -> np.ndarray:
+    """Return the half, 0 or 1, of each row, (n,).
+
+    Without groups, every second row is in the second half. Otherwise each group, the largest first,
+    is put into the half that has fewer rows so far.
+    """
+    if groups is None:
+        return np.arange(n_rows) % 2
+    code_of: dict[object, int] = {}
+    codes = np.array([code_of.setdefault(group, len(code_of)) for group in groups.tolist()])
+    group_sizes = np.bincount(codes)
+    half_of_group = np.zeros(len(group_sizes), int)
+    sizes = [0, 0]
+    for group in np.argsort(-group_sizes, kind="stable"):
+        half = int(sizes[1] < sizes[0])
+        half_of_group[group] = half
+        sizes[half] += int(group_sizes[group])
+    return half_of_group[codes]
 
 
 def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> FloatArray:

@@ -152,6 +152,15 @@ def search_record(
     )
 
 
+_LOST_GROUPS = "groups, which were in memory"
+"""The entry of ``Arguments.lacking`` for groups that the study file does not hold."""
+
+
+def had_groups(record: SearchRecord) -> bool:
+    """Return whether the rows of a search had groups."""
+    return record.group_column is not None or _LOST_GROUPS in record.arguments.lacking
+
+
 def _arguments(
     choice: ModelChoice,
     options: Options,
@@ -168,7 +177,7 @@ def _arguments(
     transform = transform_to_json(options.rows.target_transform)
     is_missing = {
         "X and y, which were in memory": source.origin is None,
-        "groups, which were in memory": source.groups is not None and not has_group_column,
+        _LOST_GROUPS: source.groups is not None and not has_group_column,
         "scoring, a function": has_function(options.search.scoring),
         "loss, a function": callable(options.training.loss),
         "training_step, a function": options.training.training_step is not None,

@@ -20,10 +20,10 @@ from gputune.annotations import FloatArray
 from gputune.data.columns import Layout
 from gputune.data.dataset import Dataset, Fold, Rows
 from gputune.data.encode import Statistics
-from gputune.data.folds import unpack_folds
+from gputune.data.folds import check_groups, unpack_folds
 from gputune.data.scaling import joined_statistics
 from gputune.engine.stop import entry
-from gputune.errors import InputError, check_count
+from gputune.errors import InputError, check_count, warn
 from gputune.population.population import Ensemble
 from gputune.scoring.evaluation_draws import EvaluationDraws
 from gputune.scoring.scoring import Scoring
@@ -40,6 +40,7 @@ from gputune.tuning.predictions import (
     values_of,
 )
 from gputune.tuning.progress import Progress
+from gputune.tuning.record import had_groups
 from gputune.tuning.refit import ReopenedSearch, refit_trial, refit_trials, search_of
 from gputune.types import Config
 from gputune.wording import per_interface
@@ -241,15 +242,51 @@ def ensemble(
     search = search_of(access)
     predictions = predictions_of(search, trials, Progress(verbose))
     chosen = predictions.choose(size)
-    scores = predictions.nested_scores(size)
     weights = [chosen[place] / chosen.total() for place in range(len(trials))]
     shares = [(trial, weight) for trial, weight in zip(trials, weights) if weight]
     info = {"ensemble": {str(trial.number): weight for trial, weight in shares}, "refit": refit}
-    info |= search.score(
-        float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
-    )
+    info |= _nested_score(search, predictions, size)
     model = _mean_model(search, shares, None if refit == "folds" else int(n_seeds), info)
     return predictions.complete(model, torch.tensor(weights), calibrated=calibrated)
+
+
+def _nested_score(search: ReopenedSearch, predictions: Predictions, size: int) -> Config:
+    """Return the score of an ensemble on rows that did not choose it, for the ``info`` of a model.
+
+    If there is no such score, return an empty dict and warn the user.
+    """
+    groups = None
+    reason = ""
+    if predictions.data.n_folds == 1:
+        groups = _groups(search)
+        if groups is None and had_groups(search.study.record):
+            reason = (
+                "the study file does not hold the groups, and gputune must not split a group. Call "
+                "ensemble() on the study that tune() returned, in the same process"
+            )
+    scores = [math.nan] if reason else predictions.nested_scores(size, groups)
+    if np.isfinite(scores).all():
+        error = float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
+        return search.score(float(np.mean(scores)), error)
+    reason = reason or (
+        "a half has no score, because it has too few rows, groups or classes. Use more validation "
+        "rows or more folds"
+    )
+    warn(
+        "The info of the ensemble has no score. With one fold, gputune scores each half of the "
+        f"validation rows with trials that were chosen on the other half, but {reason}."
+    )
+    return {}
+
+
+def _groups(search: ReopenedSearch) -> np.ndarray | None:
+    """Return the group of each row, (n,), or None if the rows have no groups or they are lost."""
+    source = search.problem.source
+    groups = source.groups
+    # The user passed the same rows again, without their groups.
+    if groups is None and search.study.data is not None:
+        groups = search.study.data.source.groups
+    return check_groups(groups, len(source.X))
 
 
 def _mean_model(

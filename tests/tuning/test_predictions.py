@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import gputune
 from gputune.tuning.access import Access
-from gputune.tuning.predictions import predictions_of
+from gputune.tuning.predictions import _halves, predictions_of
 from gputune.tuning.progress import Progress
 from gputune.tuning.refit import search_of
 from gputune.tuning.validation import fold_report
@@ -139,3 +139,48 @@ def test_a_class_that_a_fold_never_saw_has_probability_zero(n_ens):
         temperatures.append(study.best_model().temperature)
         check_fold_scores(study)
     assert temperatures[0] == pytest.approx(temperatures[1], rel=1e-3)
+
+
+GROUPS = np.repeat(np.arange(24), 5)
+ONE_FOLD = (np.arange(90), np.arange(90, 120))
+
+
+@pytest.mark.parametrize("groups", ["column", "array"])
+def test_the_halves_of_one_fold_split_no_group(groups, tmp_path):
+    table = pd.DataFrame(X, columns=list("abc"))
+    rows = table.assign(g=GROUPS) if groups == "column" else table
+    path = tmp_path / "s.db"
+    given = "g" if groups == "column" else GROUPS
+    options = {"cv": ONE_FOLD, "scoring": "neg_log_loss", "n_trials": 3, "max_epochs": 4}
+    study = tune("mlp", rows, ONE_SIDE, groups=given, study=path, **options)
+    predictions = predictions_of(search_of(Access(study)), study.trials, Progress(0))
+    halves = _halves(30, GROUPS[90:])
+    assert all(len({*halves[GROUPS[90:] == group]}) == 1 for group in range(18, 24))
+    assert halves.sum() == 15
+    score = pytest.approx(np.mean(predictions.nested_scores(25, GROUPS)))
+    assert score != np.mean(predictions.nested_scores(25))
+    assert study.ensemble(verbose=0).info["score"] == score
+    assert study.ensemble(rows, ONE_SIDE, verbose=0).info["score"] == score
+    reopened = gputune.Study.open(path)
+    if groups == "column":
+        assert reopened.ensemble(rows, ONE_SIDE, verbose=0).info["score"] == score
+    else:
+        with pytest.warns(UserWarning, match="does not hold the groups.*study that tune"):
+            assert "score" not in reopened.ensemble(rows, ONE_SIDE, verbose=0).info
+
+
+def test_the_largest_groups_are_halved_first():
+    groups = np.array(["a"] * 2 + ["b"] * 5 + ["c"] * 3)
+    np.testing.assert_array_equal(_halves(10, groups), [1] * 2 + [0] * 5 + [1] * 3)
+
+
+@pytest.mark.parametrize(("n_valid", "scoring"), [(1, "accuracy"), (2, "roc_auc")])
+def test_an_ensemble_without_a_score_of_a_half_warns(n_valid, scoring):
+    train = np.arange(100)
+    valid = np.array([Y.argmin(), Y.argmax()])[:n_valid]
+    rows = (np.setdiff1d(train, valid), valid)
+    study = tune("mlp", X, Y, cv=rows, scoring=scoring)
+    with pytest.warns(UserWarning, match="too few rows, groups or classes"):
+        model = study.ensemble(verbose=0)
+    assert "score" not in model.info and "std_error" not in model.info
+    assert "ensemble" in model.info and len(model.predict(X)) == len(X)
