@@ -98,6 +98,12 @@ def class_logits(outputs: Tensor, task: Task, axes: int) -> Tensor:
     return outputs
 
 
+def only_present(outputs: Tensor, present: Tensor) -> Tensor:
+    """Return outputs (..., K) with the logit -inf for each class that is not in ``present``, (K,)
+    bool."""
+    return outputs.masked_fill(~present.to(outputs.device), -torch.inf)
+
+
 def mean_outputs(outputs: Tensor, weights: Tensor, task: Task, axes: int = 2) -> Tensor:
     """Return outputs for the weighted mean of the predictions of M networks.
 

@@ -38,7 +38,7 @@ from gputune.population.kinds import (
     is_module,
     padded_width,
 )
-from gputune.population.outputs import first_output, mean_outputs
+from gputune.population.outputs import first_output, mean_outputs, only_present
 from gputune.population.traits import Traits
 from gputune.seeding import replica_seed
 from gputune.types import (
@@ -422,9 +422,12 @@ class Ensemble(nn.Module):
     For a regression it returns the weighted mean of their predictions. ``weights`` (M,) add up to
     1. Shape: inputs -> (B, K), the same as for each module. With ``columns``, the input is a table
     (B, D). Each module then reads only its own columns, from a first index up to an end index.
+    ``present`` (M, K), bool, has the classes in the training rows of each module. The probability
+    of another class is 0 in this module. None means all classes.
     """
 
     weights: Tensor
+    present: Tensor | None
 
     def __init__(
         self,
@@ -432,12 +435,14 @@ class Ensemble(nn.Module):
         weights: Sequence[float],
         task: Task,
         columns: Sequence[Sequence[int]] = (),
+        present: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.columns = columns
         self.task = task
         self.members = nn.ModuleList(members)
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64))
+        self.register_buffer("present", present)
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         member_outputs = []
@@ -448,6 +453,9 @@ class Ensemble(nn.Module):
             if self.columns:
                 begin, end = self.columns[place]
                 args = [args[0][:, begin:end]]
-            member_outputs.append(first_output(member(*args, **kwargs)))
+            output = first_output(member(*args, **kwargs))
+            if self.present is not None:
+                output = only_present(output, self.present[place])
+            member_outputs.append(output)
         # (M, ..., K)
         return mean_outputs(torch.stack(member_outputs), self.weights, self.task)

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
-from gputune.population.outputs import call_module, class_logits, is_one_logit, one_logit
+from gputune.population.outputs import (
+    call_module,
+    class_logits,
+    is_one_logit,
+    one_logit,
+    only_present,
+)
 from gputune.scoring import scores
 from gputune.scoring.label_scores import average_precision
 from gputune.scoring.pairs import pairs_all_rows
@@ -291,7 +297,7 @@ def without_absent(outputs: Tensor, data: Dataset, fold: int) -> Tensor:
     """
     if data.present is None:
         return outputs
-    return outputs.masked_fill(~data.present[fold].to(outputs.device), -torch.inf)
+    return only_present(outputs, data.present[fold])
 
 
 def outputs_of(probabilities: Tensor, task: Task) -> Tensor:

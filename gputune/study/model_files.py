@@ -198,6 +198,7 @@ def read_fields(
         kind = str(spec["kind"])
         if kind in BUILT_IN:
             _check_size(members, kind, tensors)
+        present = _classes_of_modules(fields, tensors)
     if ("lora" in spec or "frozen" in spec) and module is None:
         module = _builder_of(base, spec, folder)
     elif base is not None:
@@ -227,7 +228,8 @@ def read_fields(
     network = modules[0]
     if "ensemble" in spec:
         weights = [1 / len(modules)] * len(modules)
-        network = Ensemble(modules, weights, fields["task"], spec.get("columns", ()))
+        columns = spec.get("columns", ())
+        network = Ensemble(modules, weights, fields["task"], columns, present)
     frozen = frozen_tensors(network)
     if "base_sha256" in body:
         check_base(frozen, body["base_sha256"])
@@ -315,6 +317,21 @@ def _check_size(members: _Members, kind: str, tensors: dict[str, Tensor]) -> Non
         raise ValueError(
             f"it describes a network of {numbers} parameters, but {TENSORS} holds {available}"
         )
+
+
+def _classes_of_modules(fields: Json, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the classes that each module of an ensemble was trained on, (M, K) bool.
+
+    None means all classes. Raises ValueError for a tensor of another shape.
+    """
+    spec = fields["spec"]
+    if "ensemble" not in spec or "present" not in tensors:
+        return None
+    present = tensors["present"]
+    n_classes = 0 if fields["classes"] is None else len(fields["classes"])
+    if present.dtype != torch.bool or present.shape != (len(spec["ensemble"]), n_classes):
+        raise ValueError("the classes of its modules have a wrong shape or type")
+    return present
 
 
 def _module_class(

@@ -164,7 +164,7 @@ class ReopenedSearch:
                     schedules = [self.schedule(trial) for trial in trials]
                     members = trainer.train_members(schedules, epochs, progress)
         for trial, modules in zip(trials, members):
-            if not all(bool(w.isfinite().all()) for module in modules for w in module.parameters()):
+            if not all(_is_finite(module, solved=self.choice.solved) for module in modules):
                 raise DivergedError(
                     f"Trial {trial.number} diverged when it was trained on all rows. Start a new "
                     "search with the next best configuration, or with a smaller lr."
@@ -289,6 +289,19 @@ class ReopenedSearch:
         if self.rows != self.study.record.fingerprint:
             return {}
         return {"score": score, "std_error": std_error}
+
+
+def _is_finite(module: nn.Module, *, solved: bool) -> bool:
+    """Return whether the parameters of a trained module are finite.
+
+    The solver gives the intercept -inf to a class without training rows.
+    """
+    for name, parameter in module.named_parameters():
+        is_intercept = solved and name.endswith("bias")
+        wrong = parameter.isnan() if is_intercept else ~parameter.isfinite()
+        if wrong.any():
+            return False
+    return True
 
 
 def _unit(value: Tensor) -> float | np.ndarray:

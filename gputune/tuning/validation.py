@@ -246,7 +246,8 @@ def ensemble(
     shares = [(trial, weight) for trial, weight in zip(trials, weights) if weight]
     info = {"ensemble": {str(trial.number): weight for trial, weight in shares}, "refit": refit}
     info |= _nested_score(search, predictions, size)
-    model = _mean_model(search, shares, None if refit == "folds" else int(n_seeds), info)
+    present = predictions.data.present if refit == "folds" else None
+    model = _mean_model(search, shares, None if refit == "folds" else int(n_seeds), info, present)
     return predictions.complete(model, torch.tensor(weights), calibrated=calibrated)
 
 
@@ -290,12 +291,17 @@ def _groups(search: ReopenedSearch) -> np.ndarray | None:
 
 
 def _mean_model(
-    search: ReopenedSearch, shares: Sequence[tuple[Trial, float]], n_seeds: int | None, info: Config
+    search: ReopenedSearch,
+    shares: Sequence[tuple[Trial, float]],
+    n_seeds: int | None,
+    info: Config,
+    present: Tensor | None,
 ) -> TunedModel:
     """Train several trials, and return their weighted mean as one model.
 
     Each trial trains on all rows from ``n_seeds`` different seeds. With ``n_seeds=None``, each
-    trial trains on the training rows of each fold.
+    trial trains on the training rows of each fold. ``present`` (F, K) are the classes in the
+    training rows of each fold. None means all classes.
     """
     trials = [trial for trial, _ in shares]
     folds = unpack_folds(search.study.record.arguments.folds) if n_seeds is None else []
@@ -303,7 +309,7 @@ def _mean_model(
     # only fold.
     rows = folds[0][0] if len(folds) == 1 else None
     all_data = search.dataset(None if rows is None else folds, trials)
-    runs = _ensemble_runs(search, all_data, n_seeds, folds)
+    runs = _ensemble_runs(search, all_data, n_seeds, folds, present)
     modules: list[nn.Module] = []
     seeds: list[int] = []
     for data, seed in runs:
@@ -317,7 +323,9 @@ def _mean_model(
     n_ens = search.options.training.n_ens
     columns = _each(columns, n_ens) * len(runs)
     weights = _each([weight / (n_ens * len(runs)) for _, weight in shares], n_ens) * len(runs)
-    network = Ensemble(modules, weights, search.problem.target.task, columns)
+    if present is not None:
+        present = present.cpu().repeat_interleave(len(trials) * n_ens, dim=0)  # (F, K) -> (M, K)
+    network = Ensemble(modules, weights, search.problem.target.task, columns, present)
     arguments = [search.arguments(trial, all_data) for trial in trials]
     arguments = _each(arguments, n_ens) * len(runs)
     spec: Config = {"kwargs": arguments[0], "ensemble": arguments}
@@ -333,11 +341,16 @@ def _each(values: Sequence[Item], times: int) -> list[Item]:
 
 
 def _ensemble_runs(
-    search: ReopenedSearch, data: Dataset, n_seeds: int | None, folds: Sequence[Rows]
+    search: ReopenedSearch,
+    data: Dataset,
+    n_seeds: int | None,
+    folds: Sequence[Rows],
+    present: Tensor | None,
 ) -> list[tuple[Dataset, int]]:
     """Return the data and the random seed for each repeated training of an ensemble's trials.
 
-    With ``n_seeds=None``, there is one training for each of the ``folds``.
+    With ``n_seeds=None``, there is one training for each of the ``folds``, with the classes in
+    ``present`` (F, K).
     """
     seed = search.options.search.random_state
     if n_seeds is not None:
@@ -347,9 +360,12 @@ def _ensemble_runs(
         return [(data, replica_seed(seed, first)) for first in firsts]
     (all_rows,) = data.folds
     runs = []
-    for train, _ in folds:
+    for f, (train, _) in enumerate(folds):
         rows = torch.as_tensor(train, device=data.device)
-        runs.append((replace(data, folds=(replace(all_rows, train=rows),)), seed))
+        fold_data = replace(data, folds=(replace(all_rows, train=rows),))
+        if present is not None:
+            fold_data = replace(fold_data, present=present[f : f + 1].to(data.device))
+        runs.append((fold_data, seed))
     return runs
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
+from gputune.population.population import Ensemble
 from gputune.tuning.access import Access
 from gputune.tuning.predictions import _halves, predictions_of
 from gputune.tuning.progress import Progress
@@ -184,3 +185,34 @@ def test_an_ensemble_without_a_score_of_a_half_warns(n_valid, scoring):
         model = study.ensemble(verbose=0)
     assert "score" not in model.info and "std_error" not in model.info
     assert "ensemble" in model.info and len(model.predict(X)) == len(X)
+
+
+@pytest.mark.filterwarnings("ignore:.*rows of a class:UserWarning")
+@pytest.mark.parametrize("model", ["mlp", "logistic"])
+@pytest.mark.parametrize("cv", ["time:5", [(np.arange(80), np.arange(80, 120))]])
+def test_an_ensemble_of_folds_knows_the_classes_of_each_fold(model, cv, tmp_path):
+    y = Y.copy()
+    y[80:][X[80:, 1] > 0.5] = 2
+    study = tune(model, X, y, cv=cv, max_epochs=2, numbers="none", columns="keep")
+    ensemble = study.ensemble(size=1, refit="folds", verbose=0)
+    rows = slice(20, 40) if cv == "time:5" else slice(80, 120)
+    network = ensemble.module
+    alone = Ensemble(network.members[:1], [1.0], "multiclass", present=network.present[:1])
+    first = alone(torch.tensor(X[rows], dtype=ensemble.dtype)).softmax(-1)
+    assert (first[:, 2] == 0).all()
+    (number,) = ensemble.info["ensemble"]
+    out_of_fold = study.oof_predictions(trial=int(number))[rows]
+    np.testing.assert_allclose(first.detach(), out_of_fold, rtol=1e-3)
+    predicted = ensemble.predict_proba(X)
+    n_folds = len(network.members)
+    assert (predicted[:, 2] > 0).any() == (n_folds > 1)
+    ensemble.save(tmp_path / "model")
+    loaded = gputune.load_model(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.predict_proba(X), predicted)
+    if model == "mlp":
+        ort = pytest.importorskip("onnxruntime")
+        ensemble.export(tmp_path / "model.onnx")
+        session = ort.InferenceSession(tmp_path / "model.onnx")
+        outputs = session.run(None, {"X": ensemble.encoded(X)})
+        np.testing.assert_allclose(outputs[-1], predicted, rtol=1e-4, atol=1e-6)
+    assert study.ensemble(size=1, verbose=0).module.present is None
