@@ -187,7 +187,7 @@ class Study(data.Study):
 
         Raises:
             InputError: fewer than two trials have a score, the study comes from a hypergradient
-                search, the target is custom, or as in ``best_model``.
+                search, the target is custom, a custom scorer is lost, or as in ``best_model``.
             DivergedError: a trial diverges when it trains on all rows.
 
         Example:

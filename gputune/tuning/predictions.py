@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gputune.annotations import FloatArray
 from gputune.data.dataset import Dataset
 from gputune.data.folds import unpack_folds
+from gputune.errors import InputError
 from gputune.population.outputs import (
     call_module,
     class_logits,
@@ -32,9 +33,10 @@ from gputune.scoring.scores import neg_cross_entropy
 from gputune.scoring.scoring import Scoring, outputs_of, without_absent
 from gputune.study.model import TunedModel
 from gputune.study.store import Store
-from gputune.study.study import Trial
+from gputune.study.study import Study, Trial
 from gputune.text import count
 from gputune.tuning.progress import Progress
+from gputune.tuning.record import lacks_scorer
 from gputune.tuning.refit import ReopenedSearch
 from gputune.types import Outputs
 from gputune.wording import option
@@ -116,6 +118,8 @@ def _folds(search: ReopenedSearch, trials: Sequence[Trial]) -> tuple[Dataset, Sc
     positive = record.positive
     scorers = scorers_of(scoring)
     if scoring is None:
+        if lacks_scorer(record):
+            raise _lost_scorer(search.study)
         scoring = record.scoring
         positive = record.ranked_class
     elif scorers is not None and record.metrics:
@@ -124,6 +128,18 @@ def _folds(search: ReopenedSearch, trials: Sequence[Trial]) -> tuple[Dataset, Sc
         scoring = {name: scorers[name] for name in names}
     return data, make_scoring(
         scoring, target.task, target.classes, positive, search.objective, target.n_outputs
+    )
+
+
+def _lost_scorer(study: Study) -> InputError:
+    """Return the error for a study of a custom scorer that was opened from its file."""
+    call = f"gputune.tune(..., scoring=..., study={str(study.file)!r})"
+    return InputError(
+        None,
+        f"The trials were ranked by your own function {study.record.scoring!r}, and a study file "
+        "does not hold functions",
+        remedy=f"Repeat the call that made the study, {call}. It trains no finished trial again. "
+        "Call this method on the study that it returns.",
     )
 
 

@@ -156,6 +156,18 @@ _LOST_GROUPS = "groups, which were in memory"
 """The entry of ``Arguments.lacking`` for groups that the study file does not hold."""
 
 
+_LOST_SCORER = "scoring, a function"
+"""The entry of ``Arguments.lacking`` for a custom scorer, which a study file does not hold."""
+
+
+def lacks_scorer(record: SearchRecord) -> bool:
+    """Return whether a custom scorer ranks the trials, and the study file does not hold it."""
+    from sklearn.metrics import get_scorer_names
+
+    names = (*get_scorer_names(), "neg_loss")
+    return _LOST_SCORER in record.arguments.lacking and record.scoring not in names
+
+
 def had_groups(record: SearchRecord) -> bool:
     """Return whether the rows of a search had groups."""
     return record.group_column is not None or _LOST_GROUPS in record.arguments.lacking
@@ -178,7 +190,7 @@ def _arguments(
     is_missing = {
         "X and y, which were in memory": source.origin is None,
         _LOST_GROUPS: source.groups is not None and not has_group_column,
-        "scoring, a function": has_function(options.search.scoring),
+        _LOST_SCORER: has_function(options.search.scoring),
         "loss, a function": callable(options.training.loss),
         "training_step, a function": options.training.training_step is not None,
         "augment, a function": options.training.augment is not None,

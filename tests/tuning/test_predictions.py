@@ -216,3 +216,28 @@ def test_an_ensemble_of_folds_knows_the_classes_of_each_fold(model, cv, tmp_path
         outputs = session.run(None, {"X": ensemble.encoded(X)})
         np.testing.assert_allclose(outputs[-1], predicted, rtol=1e-4, atol=1e-6)
     assert study.ensemble(size=1, verbose=0).module.present is None
+
+
+@pytest.mark.parametrize("scoring", [weighted, {"own": weighted, "accuracy": "accuracy"}])
+def test_a_reopened_study_says_how_to_pass_its_custom_scorer_again(scoring, tmp_path):
+    path = tmp_path / "s.db"
+    call = partial(tune, "mlp", X, ONE_SIDE, scoring=scoring, max_epochs=2, study=path)
+    call()
+    study = gputune.Study.open(path)
+    words = r"ranked by your own function .*weighted'.* gputune.tune\(..., scoring=..., study="
+    for method in (
+        study.ensemble,
+        study.oof_predictions,
+        partial(study.best_model, calibrate=True),
+    ):
+        with refused(words):
+            method(X, ONE_SIDE)
+    assert len(study.best_model(X, ONE_SIDE).predict(X)) == len(X)
+    assert call().ensemble(verbose=0).info["score"] > 0
+
+
+def test_a_reopened_study_needs_only_the_scorer_that_ranks(tmp_path):
+    path = tmp_path / "s.db"
+    scoring = {"accuracy": "accuracy", "own": weighted}
+    tune("mlp", X, ONE_SIDE, scoring=scoring, max_epochs=2, study=path)
+    assert gputune.Study.open(path).ensemble(X, ONE_SIDE, verbose=0).info["score"] > 0
