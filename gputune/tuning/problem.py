@@ -189,7 +189,7 @@ class Problem:
         return replace(self, numbers=numbers, options=options)
 
     def portfolio(self, given: Collection[str]) -> list[Config]:
-        """Return the tested configurations of a named space that fit the rows and the search method.
+        """Return the tested configurations of a named space that fit the rows and the method.
 
         They leave out the options ``given`` that the user chose. The list is empty for a
         hypergradient search, which cannot average weights.
