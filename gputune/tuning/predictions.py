@@ -336,7 +336,8 @@ def _halves(n_rows: int, groups: np.ndarray | None) -> np.ndarray:
         half = int(sizes[1] < sizes[0])
         half_of_group[group] = half
         sizes[half] += int(group_sizes[group])
-    return half_of_group[codes]
+    halves: np.ndarray = half_of_group[codes]
+    return halves
 
 
 def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> FloatArray:
