@@ -174,16 +174,16 @@ def _inputs(ending: Ending) -> tuple[str, str]:
     if isinstance(X, Arrays):
         return "Inputs", str(ArrayLayout.of(X))
     record = ending.study.record
-    features = f"made into {count(record.features, 'feature')}"
+    scaling = ""
     scalings = {trial.params.get("numbers", record.numbers) for trial in ending.study.trials}
     if scalings - {record.numbers}:  # other scalings give other numbers of features
-        features = f"{features} with numbers {record.numbers!r}"
+        scaling = f" with numbers {record.numbers!r}"
     if not isinstance(ending.layout, Layout):
-        return "Columns", features
+        return "Features", f"{record.features:,}{scaling}"
     # Only columns that the model reads. Constant columns and identifiers are left out.
     kinds = Counter(column.kind for column in ending.layout.columns)
     columns = ", ".join(count(number, kind) for kind, number in kinds.items())
-    return "Columns", f"{columns}, {features}"
+    return "Columns", f"{columns}, made into {count(record.features, 'feature')}{scaling}"
 
 
 def _task(study: Study) -> str:

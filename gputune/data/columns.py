@@ -196,11 +196,13 @@ class Layout:
             if names == nameless(len(names)) and self.inputs == nameless(len(self.inputs)):
                 rule = f"must have {len(self.inputs)} columns as in training"
                 raise InputError("X", rule, got=Verbatim(count(len(names), "column")))
+            columns = "column" if len(missing) == 1 else "columns"
+            read = [column.name for column in self.columns]
             raise InputError(
                 "X",
-                f"has no column {quoted(missing)}",
+                f"has no {columns} {quoted(missing)}",
                 got=Verbatim(quoted(names)),
-                remedy=f"The columns in training were {quoted(self.inputs)}.",
+                remedy=f"The model reads the columns {quoted(read)}.",
             )
         extra = present - set(self.inputs)
         if extra:

@@ -27,10 +27,12 @@ from sklearn.model_selection import (
 from torch import Tensor
 
 from gputune.data.dataset import Rows
+from gputune.data.kinds import text_of
 from gputune.data.target import MAX_CLASSES, Target, refuse_missing
 from gputune.data.time_order import TimeSplit, rows_in_time
 from gputune.errors import InputError, warn
 from gputune.seeding import stream_seed
+from gputune.text import count
 from gputune.wording import Verbatim, option, per_interface
 
 
@@ -169,7 +171,7 @@ def check_groups(groups: object, n_rows: int, cv: object = None) -> np.ndarray |
         raise InputError(
             "groups",
             "must have at least two different values",
-            got=Verbatim(f"only {values[:1].tolist()[0]!r}"),
+            got=Verbatim(f"only {_group_text(values[0])}"),
             remedy=f"Leave out {option('groups')}, or pass another column.",
         )
     if isinstance(cv, TimeSeriesSplit):
@@ -181,6 +183,11 @@ def check_groups(groups: object, n_rows: int, cv: object = None) -> np.ndarray |
     return values
 
 
+def _group_text(value: object) -> str:
+    """Return a group as text. A column of whole numbers in a file has the type float."""
+    return repr(str(value)) if isinstance(value, str) else text_of(value)
+
+
 def _fold_splitter(cv: int, target: Target, groups: np.ndarray | None, seed: int) -> Splitter:
     if cv < 2:
         raise InputError("cv", "must be at least 2 folds", got=cv)
@@ -188,7 +195,9 @@ def _fold_splitter(cv: int, target: Target, groups: np.ndarray | None, seed: int
         raise InputError("cv", f"must not be larger than the number of rows, {len(target)}", got=cv)
     n_groups = cv if groups is None else len(set(groups.tolist()))
     if cv > n_groups:
-        which = per_interface("the number of groups", "the number of groups for the search")
+        which = per_interface(
+            "the number of groups", "the number of groups without those that --test-size holds out"
+        )
         remedy = f"Use {option('cv', n_groups)}." if n_groups > 1 else ""
         rule = f"must not be larger than {which}, {n_groups}"
         raise InputError("cv", rule, got=cv, remedy=remedy)
@@ -240,8 +249,21 @@ class _SpreadKFold:
             yield np.flatnonzero(fold_of_row != fold), np.flatnonzero(fold_of_row == fold)
 
 
+# A text target is numbers with wrong values if fewer of its different values are not numbers.
+_WRONG_SHARE = 0.1
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def refuse_identifier(target: Target) -> None:
-    """Raise InputError for a text target that looks like an identifier.
+    """Raise InputError for a text target that looks like an identifier, or like numbers with a few
+    wrong values.
 
     The target looks like an identifier if it has more than ``MAX_CLASSES`` different values and
     more than half as many values as rows.
@@ -250,6 +272,14 @@ def refuse_identifier(target: Target) -> None:
     n_classes = len(target.classes)
     is_text = target.classes.dtype.kind == "U"
     if is_text and n_classes > MAX_CLASSES and 2 * n_classes > len(target):
+        words = [text for text in target.classes.tolist() if not _is_number(text)]
+        if len(words) < _WRONG_SHARE * n_classes:
+            raise InputError(
+                None,
+                f"The target {target.name!r} has numbers, but also {count(len(words), 'other value')} "
+                f"such as {words[0]!r}",
+                remedy="Correct these values, or leave out their rows.",
+            )
         raise InputError(
             None,
             f"The target {target.name!r} looks like an identifier: it has {n_classes} different "

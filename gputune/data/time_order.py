@@ -64,7 +64,8 @@ def parse_cv(text: str) -> int | TimeSplit:
     if kind not in ("", "time") or not number.isdecimal() or int(number) < 2:
         raise InputError(
             "cv",
-            "must be the number of folds, at least 2, or a time series split such as time:5",
+            "must be the number of folds, such as 5, or a time series split, such as time:5, with at "
+            "least 2 folds",
             got=text,
         )
     return TimeSplit(int(number)) if kind else int(number)

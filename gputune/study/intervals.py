@@ -32,7 +32,7 @@ def half_width(model: ModelContent, level: float) -> float:
         predictions, remedy = _NO_INTERVAL.get(model.task, ("classes", _USE_PROBA))
         raise InputError(
             interval,
-            f"supports only models of one number per row, but this model predicts {predictions}",
+            f"is only for regression with one target, but this model predicts {predictions}",
             remedy=remedy,
         )
     is_number = isinstance(level, float | int | np.number) and not isinstance(level, bool)

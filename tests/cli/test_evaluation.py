@@ -443,6 +443,6 @@ def test_a_kept_column_has_a_name_of_its_own(folder, tmp_path):
     code, _, err = run("predict", folder / "kind" / "model", folder / "t.csv", "--interval", "0.9")
     assert (
         code == 2
-        and "--interval supports only models" in err
+        and "--interval is only for regression" in err
         and err.endswith("predicts classes. Use --proba.\n")
     )

@@ -814,9 +814,9 @@ def test_features_are_counted_by_the_numbers_that_trials_have():
         (
             {"numbers": ["standard", "piecewise"]},
             "auto",
-            "made into 2 features with numbers 'standard' ",
+            "Features 2 with numbers 'standard' ",
         ),
-        ({"width": [8]}, "piecewise", "made into 32 features Task"),
+        ({"width": [8]}, "piecewise", "Features 32 Task"),
     ):
         assert words in closing(gputune.tune("mlp", X, y, space=space, numbers=numbers, **how))
 

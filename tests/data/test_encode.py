@@ -330,7 +330,7 @@ def test_columns_are_found_by_name_whatever_their_order():
     assert fit_layout(as_table(table.sample(frac=1, random_state=3))) == layout
     np.testing.assert_array_equal(layout.raw(as_table(table[table.columns[::-1]])), expected)
     with refused(
-        "X has no column 'age', 'income', got .*The columns in training were 'age', 'city'"
+        "X has no columns 'age', 'income', got .*The model reads the columns 'age', 'city'"
     ):
         layout.raw(as_table(table.drop(columns=["age", "income"])))
     with pytest.warns(UserWarning, match="does not read: 'a', 'b'") as caught:

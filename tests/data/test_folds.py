@@ -222,6 +222,7 @@ def test_a_splitter_sees_the_rows_and_the_target():
             ["a"] * 40,
             "groups must have at least two different values, got only 'a'.* another col",
         ),
+        (2, [1.0] * 40, r"groups must have at least two different values, got only 1\. Leave out"),
         (2, [np.nan, *range(39)], r"groups has 1 missing value \(the first in row 0\)"),
     ],
 )
@@ -260,7 +261,8 @@ def test_the_command_line():
     assert isinstance(splitter, TimeSeriesSplit) and splitter.get_n_splits() == 4
     for text in ("", "1", "x", "2.5", "-3", "time:1", "time:", "time", "group:5", "5:"):
         with refused(
-            f"cv must be the number of folds, at least 2, or a time series split such as time:5, got {text!r}"
+            "cv must be the number of folds, such as 5, or a time series split, such as time:5, "
+            f"with at least 2 folds, got {text!r}"
         ):
             parse_cv(text)
 

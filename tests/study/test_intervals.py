@@ -105,7 +105,7 @@ def test_what_is_refused(case):
     ):
         classes.best_model(intervals=True)
     with refused(
-        "predict_interval supports only models of one number .* predicts classes. Use predict_proba"
+        "predict_interval is only for regression with one target, .* predicts classes. Use predict_proba"
     ):
         classes.best_model().predict_interval(X)
     two = gputune.tune(MLP, X[:40], X[:40, :2], **{**HOW, "max_epochs": 1})

@@ -133,7 +133,7 @@ def test_missing_columns_are_named_and_others_ignored(frame):
     model = make_model(frame)
     with refused(r"has no column 'city'"):
         model.predict(frame.drop(columns="city"))
-    with refused("has no column 'age', 'income', 'city', 'member'"):
+    with refused("has no columns 'age', 'income', 'city', 'member'"):
         model.predict(frame.assign(outcome="yes")[["outcome"]])
     with pytest.warns(UserWarning, match="columns that the model does not read: 'note'"):
         got = model.predict(frame.assign(note="late"))

@@ -172,5 +172,10 @@ def test_a_target_of_names_looks_like_an_identifier(rows):
         match=f"The target 'y' looks like an identifier: it has 257 .* in {rows} rows. Cho",
     ):
         gputune.tune("mlp", RNG.normal(size=(rows, 2)), names, n_trials=1, max_epochs=1)
+    numbers = [f"{k}.5" for k in range(rows - 1)] + ["abc"]
+    with pytest.raises(
+        InputError, match="'y' has numbers, but also 1 other value such as 'abc'. Cor"
+    ):
+        gputune.tune("mlp", RNG.normal(size=(rows, 2)), numbers, n_trials=1, max_epochs=1)
     with pytest.raises(InputError, match="looks like an identifier"):
         hold_out(check_target(names, n_rows=rows), test_size=0.2, seed=0)
