@@ -22,6 +22,7 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -124,15 +125,16 @@ def state_of(module: nn.Module, names: Iterable[str]) -> Params:
     for name in names:
         value = attrgetter(name)(module)
         if not isinstance(value, Tensor):
-            dtype = torch.int64 if isinstance(value, int) else torch.float64
+            is_whole = isinstance(value, int | np.integer | np.bool_)
+            dtype = torch.int64 if is_whole else torch.float64
             value = torch.tensor(value, dtype=dtype)
         state[name] = value.detach()
     return state
 
 
 def put_numbers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Set a module's attributes that are Python numbers, such as counters, to new values. Tensors
-    do not change."""
+    """Set a module's attributes that are numbers of Python or NumPy, such as counters, to new
+    values. Tensors do not change."""
     for name, value in values.items():
         before = attrgetter(name)(module)
         if not isinstance(before, Tensor):

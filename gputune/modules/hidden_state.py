@@ -1,13 +1,14 @@
 """Checks for state in a module's plain attributes, which gputune does not keep in members or saved
 models.
 
-A member (one trial on one fold) consists of its parameters, its buffers, and the Python numbers in
-its attributes that training changes (counters). A tensor in a plain attribute, or in a list or an
-object there, is lost together with the module that trained. Losing the tensor does no harm if
-predictions do not depend on it. Examples are activations that a forward pass keeps, or a table that
-it makes again.
+A member (one trial on one fold) consists of its parameters, its buffers, and the numbers of
+Python or NumPy in its attributes that training changes (counters). A tensor in a plain attribute,
+or anything in a list or an object there, is lost together with the module that trained. This does
+no harm if predictions do not depend on it. Examples are activations that a forward pass keeps, or a
+table that it makes again.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from types import FunctionType
 from typing import NamedTuple
@@ -26,6 +27,7 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 # Levels of nested containers and objects that are compared.
 _DEPTH = 3
 _LARGEST = 1 << 16  # most bytes of an array that is compared
+_PLAIN = (bool, int, float, str, np.generic, type(None))
 
 
 class KeptState:
@@ -33,9 +35,13 @@ class KeptState:
     later.
 
     The object is a module, or any object of a class in Python code. Functions have no state here.
+
+    With ``counts_only``, only lists, dicts, sets, NumPy arrays and objects in attributes count. They
+    change if a number or text in them changes, or their length. Tensors in them do not count.
     """
 
-    def __init__(self, owner: object) -> None:
+    def __init__(self, owner: object, *, counts_only: bool = False) -> None:
+        self._counts_only = counts_only
         # keeps objects alive, so that no other object gets their ids
         self._alive: list[object] = []
         self._marks = self._marks_of(owner)
@@ -53,32 +59,38 @@ class KeptState:
                 return {}
             attributes = getattr(owner, "__dict__", {})
             return {name: self._mark(value, _DEPTH) for name, value in attributes.items()}
-        marks = {name: self._mark(tensor, 0) for name, tensor in owner.named_buffers()}
+        marks = dict[str, object]()
+        if not self._counts_only:
+            marks = {name: self._mark(tensor, 0) for name, tensor in owner.named_buffers()}
         for path, part in owner.named_modules():
             if isinstance(part, torch.jit.ScriptModule):
                 continue
             for name, value in vars(part).items():
-                if name not in _OF_MODULES:
+                is_plain = isinstance(value, _PLAIN)
+                if name not in _OF_MODULES and not (self._counts_only and is_plain):
                     marks[f"{path}.{name}".lstrip(".")] = self._mark(value, _DEPTH)
         return marks
 
     def _mark(self, value: object, depth: int) -> object:
         """Return a comparable value that changes if ``value`` is replaced or written into."""
-        if value is None or isinstance(value, bool | int | float | str):
+        if isinstance(value, _PLAIN):
             return repr(value)
+        if self._counts_only and (isinstance(value, Tensor | nn.Module | type) or callable(value)):
+            return None
         self._alive.append(value)
         if isinstance(value, Tensor):
             # PyTorch increases the version of a tensor with every write into it.
             return id(value), value._version
         if isinstance(value, np.ndarray):
             return value.tobytes() if value.nbytes <= _LARGEST else id(value)
+        identity = None if self._counts_only else id(value)
         if depth == 0 or isinstance(value, nn.Module | type) or callable(value):
-            return id(value)
+            return identity
         if isinstance(value, dict):
             return [(repr(key), self._mark(item, depth - 1)) for key, item in value.items()]
-        if isinstance(value, list | tuple | set):
+        if isinstance(value, list | tuple | set | deque):
             return [self._mark(item, depth - 1) for item in value]
-        return id(value), self._mark(dict(getattr(value, "__dict__", {})), depth - 1)
+        return identity, self._mark(dict(getattr(value, "__dict__", {})), depth - 1)
 
 
 class Untrained(NamedTuple):

@@ -185,12 +185,14 @@ def _traits_after_a_call(trial: ModuleTrial, untrained: Untrained) -> Traits:
     x = trial.inputs
     trained = trial.forward(x, training=True)
     first = trial.numbers()
+    counts = KeptState(module, counts_only=True)
     places = [(w, w.detach().clone()) for w in module.parameters() if w.requires_grad]
     # Each parameter moves a little, so that buffers that follow them move too.
     for w, value in places:
         w.data = value + 0.01
     trial.forward(x, training=True)
     second = trial.numbers()
+    counting = counts.changed(module)
     for w, value in places:
         w.data = value
     trial.check_outputs(trained)
@@ -241,7 +243,11 @@ def _traits_after_a_call(trial: ModuleTrial, untrained: Untrained) -> Traits:
         scheduled=dropout_rates(module),
         probabilities=are_probabilities(trained),
     )
-    reason = outside or trial.draws_in_augment() or _module_reason(trial, counted, changing)
+    reason = (
+        outside
+        or trial.draws_in_augment()
+        or _module_reason(trial, [*counted, *counting], changing)
+    )
     unused = tuple[str, ...]()
     if not reason:
         traits, reason, unused = _best_stacking(trial, traits)
@@ -259,11 +265,11 @@ def _traits_after_a_call(trial: ModuleTrial, untrained: Untrained) -> Traits:
 def _module_reason(trial: ModuleTrial, counted: Sequence[str], changing: Sequence[str]) -> str:
     """Return the property of a module that makes stacked members impossible, as text, or "".
 
-    The properties are Python numbers that the module changes, complex tensors that change, and
-    gradient hooks.
+    The properties are complex tensors that change, gradient hooks, and ``counted``: attributes with
+    numbers that the module changes.
     """
     if counted:
-        return f"its forward changes {counted[0]!r}, a Python number, which members would share"
+        return f"its forward changes {counted[0]!r}, which members would share"
     module = trial.module
     for name, tensor in named_tensors(module).items():
         if tensor.is_complex() and (tensor.requires_grad or name in changing):

@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -117,11 +118,13 @@ class ModuleTrial:
         return [x[part] for x in self.inputs]
 
     def numbers(self) -> dict[str, float]:
-        """Return the attributes of the submodules that are Python numbers, such as counters."""
+        """Return the attributes of the submodules that are numbers of Python or NumPy, such as
+        counters."""
         numbers = {}
         for path, part in self.module.named_modules():
             for name, value in vars(part).items():
-                if isinstance(value, int | float) and name != "training":
+                is_number = isinstance(value, int | float | np.integer | np.floating | np.bool_)
+                if is_number and name != "training":
                     numbers[f"{path}.{name}".lstrip(".")] = value
         return numbers
 

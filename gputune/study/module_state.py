@@ -1,12 +1,13 @@
 """The state of a trained module in a model file: all its tensors, and its numeric attributes.
 
 ``state_dict()`` has only a part of this state. It leaves out buffers with ``persistent=False``, and
-attributes that are Python numbers. Random values that a constructor stores in plain attributes are
+attributes that are numbers of Python or NumPy. Random values that a constructor stores in plain attributes are
 not in the file. Instead, the module is built again from the same random stream.
 """
 
 from collections.abc import Collection, Iterator, Mapping
 
+import numpy as np
 from torch import Tensor, nn
 
 from gputune.types import Json
@@ -34,6 +35,8 @@ def saved_numbers(module: nn.Module) -> AttributeNumbers:
     numbers: AttributeNumbers = {}
     for path, part in _counting_parts(module):
         for name, value in vars(part).items():
+            if isinstance(value, np.generic):
+                value = value.item()
             if type(value) in (bool, int, float) and name != "training":
                 numbers[f"{path}.{name}".lstrip(".")] = value
     return numbers
@@ -112,7 +115,12 @@ def restore(
     for path, part in _counting_parts(module):
         for key, before in list(vars(part).items()):
             value = numbers.get(f"{path}.{key}".lstrip("."))
-            if key != "training" and _is_like(value, before) and value != before:
+            if key == "training":
+                continue
+            if isinstance(before, np.generic):
+                if _is_like(value, before.item()) and value != before:
+                    setattr(part, key, type(before)(value))
+            elif _is_like(value, before) and value != before:
                 setattr(part, key, value)
 
 

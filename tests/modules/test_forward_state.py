@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -153,3 +154,101 @@ def test_a_sparse_buffer_is_refused_and_the_remedy_works():
         gputune.tune(Graph, ROWS, CLASSES, n_trials=1, max_epochs=1, cv=2, verbose=0)
     torch.manual_seed(0)
     assert largest_difference(GraphOfParts(), epochs=10) < 1e-9
+
+
+class Warm(Net):
+    """Halves its outputs in training after 5 steps, which a subclass counts."""
+
+    def forward(self, x):
+        outputs = super().forward(x)
+        return 0.5 * outputs if self.training and self.count() > 5 else outputs
+
+
+class CountsInADict(Warm):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.state = {"n": 0}
+
+    def count(self):
+        self.state["n"] += 1
+        return self.state["n"]
+
+
+class CountsByALength(Warm):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.steps = []
+
+    def count(self):
+        self.steps.append(1)
+        return len(self.steps)
+
+
+class CountsInNumPy(Warm):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.n = np.int64(0)
+
+    def count(self):
+        self.n = np.int64(self.n + 1)
+        return self.n
+
+
+class CountsInAnArray(Warm):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.n = np.zeros(1)
+
+    def count(self):
+        self.n += 1
+        return self.n[0]
+
+
+@pytest.mark.parametrize("build", [CountsInADict, CountsByALength, CountsInNumPy, CountsInAnArray])
+def test_a_count_that_acts_late_is_as_in_a_loop(build):
+    torch.manual_seed(0)
+    assert largest_difference(build(), epochs=10) < 1e-9
+
+
+class FillsACache(Net):
+    """Keeps a table by number of rows, and its last activations."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.tables = {}
+        self.seen = []
+
+    def forward(self, x):
+        table = self.tables.setdefault(len(x), torch.ones(len(x), 1))
+        self.seen = [x]
+        return super().forward(x * table.to(x.dtype))
+
+
+def test_a_cache_of_tensors_trains_stacked():
+    torch.manual_seed(0)
+    assert largest_difference(FillsACache(), "stacked", epochs=3) < 1e-9
+
+
+class CountsPredictions(Net):
+    """Scales its outputs by a number of NumPy that training changes."""
+
+    def __init__(self, n_features=6, n_outputs=3):
+        super().__init__(n_features, n_outputs)
+        self.n = np.int64(1)
+
+    def forward(self, x):
+        if self.training:
+            self.n = np.int64(self.n + 1)
+        return super().forward(x) / self.n
+
+
+def test_a_saved_model_keeps_a_number_of_numpy(tmp_path):
+    words = {"n_trials": 1, "max_epochs": 3, "cv": 2, "verbose": 0}
+    study = gputune.tune(CountsPredictions, ROWS, CLASSES, **words)
+    model = study.best_model()
+    assert model.module.n > 1 and type(model.module.n) is np.int64
+    model.save(tmp_path / "model")
+    loaded = gputune.load_model(tmp_path / "model", module=CountsPredictions)
+    assert torch.equal(
+        torch.as_tensor(loaded.predict_proba(ROWS)), torch.as_tensor(model.predict_proba(ROWS))
+    )

@@ -117,17 +117,17 @@ class Normal(Linear):
 
 
 class Remembering(Linear):
-    """Its outputs in training depend on how many minibatches a list has seen."""
+    """Its outputs in training depend on a count of minibatches in a plain tensor."""
 
     def __init__(self, n_features, n_outputs):
         super().__init__(n_features, n_outputs)
-        self.seen = []
+        self.seen = torch.zeros(())
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        self.seen.append(1)
-        return super().forward(x) / (1 + 0.1 * len(self.seen))
+        self.seen = self.seen + 1
+        return super().forward(x) / (1 + 0.1 * self.seen)
 
 
 class Dropping(Linear):
@@ -148,9 +148,9 @@ MODULES = {
     "function": (WithFunction, "vmap"),
     "hook": (with_hook, "parameter 'weight' has a hook"),
     "in place": (InPlace, ""),
-    "number": (Annealed, "its forward changes 'step', a Python number"),
+    "number": (Annealed, "its forward changes 'step', which members would share"),
     "other memory": (Normal, "accessing `data`"),
-    "list": (Remembering, "another gradient"),
+    "plain tensor": (Remembering, "another gradient"),
 }
 
 
