@@ -87,6 +87,8 @@ class Job(Training):
         name = trains_as(self.backend, chunk.kind, first, traits)
         if chunk.arguments in self.pool.one_by_one:
             name = "loop"
+            reason = traits.unstackable or "training with stacked members failed"
+            traits = replace(traits, unstackable=reason, unused=())
         return backend_named(name).module_class(
             self.module_class,
             chunk.configs,
@@ -193,9 +195,14 @@ def train_chunk(
         return train(network, data, begun, job, after_epoch, at_once=at_once)
     except StackedError as error:
         # A state of stacked members can continue only with stacked members.
-        if begun.state is not None or network.one_by_one or is_strict():
+        if begun.state is not None:
             raise
-        _train_one_by_one(job, chunk, error)
+        if network.one_by_one:
+            job.pool.one_by_one.add(chunk.arguments)
+        elif is_strict():
+            raise
+        else:
+            _train_one_by_one(job, chunk, error)
     return train(job.network(data, chunk), data, begun, job, after_epoch, at_once=at_once)
 
 

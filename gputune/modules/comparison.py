@@ -43,6 +43,7 @@ _ADVICE = {
 def differences(stacked: StackedModule, trial: ModuleTrial) -> tuple[str, tuple[str, ...]]:
     """Return how two stacked members differ from plain modules, or "", and the parameters that a
     step does not use."""
+    stacked.checks_use = False  # which parameters a step uses is not known yet
     flat = stacked.start()
     parameters = flat[: stacked.trained.size]
     # make the two members differ

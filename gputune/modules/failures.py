@@ -18,11 +18,21 @@ from gputune.modules.network import ModuleNetwork
 from gputune.population.population import Network, module_arguments
 from gputune.seeding import keyed_draws
 from gputune.text import count
+from gputune.wording import option
 
 
 class StackedError(InputError):
     """Raised if a forward pass fails with stacked members, but not with a single member on any
     row."""
+
+
+def uneven_use(name: str, parameter: str) -> StackedError:
+    """Return the error of a module ``name`` that uses a parameter only in some training steps."""
+    return StackedError(
+        None,
+        f"{name} uses its parameter {parameter!r} only in some training steps",
+        remedy=f"Choose {option('backend', 'loop')}.",
+    )
 
 
 _ROWS = 256  # rows that are tried at a time

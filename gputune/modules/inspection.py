@@ -374,7 +374,6 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
         [trial.config] * 2,
         trial.shape,
         seed=0,
-        # Which parameters a step uses is not known yet.
         traits=replace(traits, branches=False),
         objective=trial.objective,
     )

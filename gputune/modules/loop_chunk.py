@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from gputune.modules.calls import named_tensors, not_trained, put_numbers, state_of
-from gputune.modules.construction import hidden_sides
+from gputune.modules.construction import hidden_sides, name_of
+from gputune.modules.failures import uneven_use
 from gputune.modules.looped import LoopedModule
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.classes import RowUpdate, class_of, class_of_rule
@@ -129,7 +130,25 @@ class _Member:
                 self.leaves, self.leaf_gradients, before, self.written
             ):
                 leaf.grad = None if old == new else gradient
+        elif not self.network.traits.unstackable:
+            self._check_use()
         self.update.step(self.row, self.grad)
+
+    def _check_use(self) -> None:
+        """Raise StackedError if a step uses other parameters than the tried steps did.
+
+        The update of a whole row would then apply momentum and weight decay to unused parameters,
+        and would leave out the parameters that no tried step used.
+        """
+        before = self.written
+        self.written = [gradient._version for gradient in self.gradients]
+        names = [*self.network.trainable]
+        skipped = [name for name, old, new in zip(names, before, self.written) if old == new]
+        for name in self.network.traits.unused:
+            if self.module.get_parameter(name).grad is not None:
+                skipped.append(name)
+        if skipped:
+            raise uneven_use(name_of(self.network.builder), skipped[0])
 
     def dropouts(self, epoch: int, steps: int) -> list[float]:
         """Return the dropout rate in each step of an epoch."""

@@ -21,7 +21,7 @@ from gputune.errors import InputError
 from gputune.models import Dropout
 from gputune.modules.calls import ModuleDraws, Rounded, Stateless, draws_of, replay_draws
 from gputune.modules.construction import hidden_sides, name_of
-from gputune.modules.failures import StackedError
+from gputune.modules.failures import uneven_use
 from gputune.modules.mapped import Mapped
 from gputune.modules.network import ModuleNetwork
 from gputune.modules.substitutes import Substitutes, differentiate_statistics, make_mappable
@@ -32,7 +32,6 @@ from gputune.population.batches import Batch, Batches, StepDraws, for_members
 from gputune.population.outputs import in_mode, with_columns
 from gputune.seeding import keyed_draws
 from gputune.types import EvaluationKey, Params, StepKey
-from gputune.wording import option
 
 _REFUSED_WRITE = "written-to tensor"
 """Part of PyTorch's error for a write into rows that several members share."""
@@ -55,13 +54,16 @@ class StackedModule(ModuleNetwork):
     ``population.Network`` or the base class documents the methods without docstrings.
     """
 
+    checks_use = True
+    """Whether a step that uses other parameters than the tried steps raises StackedError."""
+
     def _lay_out(self) -> None:
         # This changes the template too, before ``stateless`` keeps the module's state.
         make_mappable(self.template)
         # calls that left their rows unchanged, by the shapes of these rows
         self.harmless_calls = set[tuple[object, ...]]()
         # Parameters that the tried steps did not use. Their gradients show if another step does.
-        self._idle = self.traits.unused if self.traits.branches else ()
+        self._idle = self.traits.unused
         for name in self._idle:
             self.frozen[name].requires_grad_()
         trials = self.members[1]
@@ -191,7 +193,7 @@ class StackedModule(ModuleNetwork):
             gradients = torch.autograd.grad(
                 loss.sum(), [*leaves.values(), *idle], allow_unused=True
             )
-        if self.traits.branches:
+        if self.checks_use:
             self._check_use(gradients)
         for name, gradient in zip(leaves, gradients):
             part = grads[name][batch.folds]  # a view
@@ -227,11 +229,7 @@ class StackedModule(ModuleNetwork):
             is_used = gradient is not None
             if is_used == (place < len(self.trainable)):
                 continue
-            raise StackedError(
-                None,
-                f"{name_of(self.builder)} uses its parameter {name!r} only in some training steps",
-                remedy=f"Choose {option('backend', 'loop')}.",
-            )
+            raise uneven_use(name_of(self.builder), name)
 
     def _draws(self, batch: Batch) -> DrawsOfCall:
         """Return a context in which random operations use the minibatch's random numbers.

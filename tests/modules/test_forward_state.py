@@ -1,6 +1,7 @@
 """State that a module's forward changes, and that the first calls do not show."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -38,9 +39,12 @@ class Cap(Net):
         return self.last(hidden / self.scale)
 
 
-def largest_difference(start, backend="auto", epochs=30, loss=functional.cross_entropy):
+def largest_difference(
+    start, backend="auto", epochs=30, loss=functional.cross_entropy, weight_decay=0.0
+):
     """Return the largest difference of a member's outputs from those of a plain loop on all rows."""
-    configs = [{"lr": lr, "batch_size": 40, "optimizer": "sgd"} for lr in (2.0, 2.2)]
+    config = {"batch_size": 40, "optimizer": "sgd", "weight_decay": weight_decay}
+    configs = [config | {"lr": lr} for lr in (2.0, 2.2)]
     trained = gputune.train_many(
         lambda: start,
         configs,
@@ -52,7 +56,7 @@ def largest_difference(start, backend="auto", epochs=30, loss=functional.cross_e
         loss=None if loss is functional.cross_entropy else loss,
     )
     module = copy.deepcopy(start).double().train()
-    optimizer = torch.optim.SGD(module.parameters(), lr=2.0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=2.0, weight_decay=weight_decay)
     for _ in range(epochs):
         optimizer.zero_grad()
         loss(module(ROWS.double()), CLASSES).backward()
@@ -252,3 +256,37 @@ def test_a_saved_model_keeps_a_number_of_numpy(tmp_path):
     assert torch.equal(
         torch.as_tensor(loaded.predict_proba(ROWS)), torch.as_tensor(model.predict_proba(ROWS))
     )
+
+
+class ForManyRows(Net):
+    """Uses a layer only for minibatches with more rows than gputune tries."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.extra = nn.Linear(6, 6)
+
+    def uses_extra(self, rows):
+        return rows == 40
+
+    def forward(self, x):
+        return super().forward(self.extra(x) if self.uses_extra(len(x)) else x)
+
+
+class ForFewRows(ForManyRows):
+    """Uses a layer only for minibatches of the sizes that gputune tries, and in evaluation."""
+
+    def uses_extra(self, rows):
+        return rows < 40 or not self.training
+
+
+@pytest.mark.parametrize("backend", ["auto", "loop"])
+@pytest.mark.parametrize("build", [ForManyRows, ForFewRows])
+def test_a_layer_for_some_sizes_of_minibatches_is_as_in_a_loop(build, backend, monkeypatch):
+    monkeypatch.delenv("GPUTUNE_STRICT_BACKENDS")
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        difference = largest_difference(build(), backend, epochs=5, weight_decay=0.1)
+    assert difference < 1e-9
+    reasons = [w for w in caught if "only in some training steps" in str(w.message)]
+    assert len(reasons) == (backend == "auto")
