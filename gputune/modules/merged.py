@@ -22,12 +22,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gputune.errors import InputError
 from gputune.modules.adapters import member_buffers
-from gputune.modules.calls import Rounded
 from gputune.modules.construction import name_of
 from gputune.modules.failures import StackedError
 from gputune.modules.mapped import Mapped
 from gputune.modules.module import StackedModule, WithBuffers
 from gputune.modules.module_trial import ModuleTrial, is_close
+from gputune.modules.rounded import Rounded
 from gputune.modules.substitutes import Substitutes
 from gputune.population.outputs import in_mode
 from gputune.population.traits import Traits

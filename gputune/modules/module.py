@@ -19,11 +19,12 @@ from torch.func import vmap
 
 from gputune.errors import InputError
 from gputune.models import Dropout
-from gputune.modules.calls import ModuleDraws, Rounded, Stateless, draws_of, replay_draws
+from gputune.modules.calls import ModuleDraws, Stateless, draws_of, replay_draws
 from gputune.modules.construction import hidden_sides, name_of
 from gputune.modules.failures import uneven_use
 from gputune.modules.mapped import Mapped
 from gputune.modules.network import ModuleNetwork
+from gputune.modules.rounded import Rounded
 from gputune.modules.substitutes import Substitutes, differentiate_statistics, make_mappable
 from gputune.modules.trace import TraceError, clones
 from gputune.modules.write_watch import Writes

@@ -177,3 +177,52 @@ def test_a_gpu_without_it_is_named(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
     with pytest.raises(InputError, match="needs a GPU that computes in bfloat16"):
         make_options(precision="bf16")
+
+
+class Transforming(nn.Module):
+    """Passes products in bfloat16 to an operation that supports no bfloat16 on a CPU."""
+
+    def __init__(self, n_features, n_outputs, operation):
+        super().__init__()
+        self.layer = nn.Linear(n_features, n_outputs)
+        self.operation = operation
+
+    def forward(self, x):
+        outputs = self.layer(x)
+        return outputs + 0.1 * OPERATIONS[self.operation](outputs).mean()
+
+
+def spd(rows):
+    """Return a positive definite matrix in bfloat16."""
+    return rows.mT @ rows + torch.eye(rows.shape[1], dtype=rows.dtype)
+
+
+OPERATIONS = {
+    "cdist": lambda rows: torch.cdist(rows, rows[:5]),
+    "fft": lambda rows: torch.fft.rfft(rows).abs(),
+    "inv": lambda rows: torch.linalg.inv(spd(rows)),
+    "inverse": lambda rows: spd(rows).inverse(),
+    "cholesky": lambda rows: torch.linalg.cholesky(spd(rows)),
+    "svdvals": lambda rows: torch.linalg.svdvals(rows),
+    "solve": lambda rows: torch.linalg.solve(spd(rows), rows.mT),
+    "quantile": lambda rows: rows.quantile(0.5),
+}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operations_without_bfloat16_train_stacked_as_under_autocast(operation):
+    X = torch.randn(48, 4, generator=G)
+    stacked, looped = (
+        gputune.tune(
+            Transforming,
+            X,
+            LABELS,
+            space={"lr": [0.01], "module__operation": [operation]},
+            scoring="neg_log_loss",
+            backend=backend,
+            **SMALL,
+        )
+        for backend in ("stacked", "loop")
+    )
+    np.testing.assert_allclose(stacked.curves, looped.curves, atol=0.01)
