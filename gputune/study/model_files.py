@@ -43,12 +43,14 @@ from gputune.study import module_source
 from gputune.study.adapter_files import check_base, digest_of, frozen_tensors
 from gputune.study.model_fields import read_content
 from gputune.study.module_state import (
+    join_complex,
     read_numbers,
     read_seeds,
     read_temporary,
     restore,
     saved_numbers,
     saved_tensors,
+    split_complex,
     temporary_buffers,
 )
 from gputune.study.values import MALFORMED, from_json, sha256, to_json
@@ -121,6 +123,9 @@ def save_model(model: ModelContent, folder: StrPath) -> None:
             )
         # A clone: safetensors refuses tensors that share memory, such as tied weights.
         state[name] = value.cpu().clone().contiguous()
+    complex_names = split_complex(state)
+    if complex_names:
+        body["complex"] = complex_names
     path = Path(folder)
     _check_folder(path)
     tensors = safetensors.torch.save(state)
@@ -195,6 +200,7 @@ def read_fields(
         seeds = read_seeds(spec, len(members))
         numbers = read_numbers(body)
         temporary = read_temporary(body, tensors)
+        join_complex(body, tensors)
         kind = str(spec["kind"])
         if kind in BUILT_IN:
             _check_size(members, kind, tensors)

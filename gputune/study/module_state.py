@@ -8,6 +8,7 @@ not in the file. Instead, the module is built again from the same random stream.
 from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from gputune.types import Json
@@ -28,6 +29,33 @@ def temporary_buffers(module: nn.Module) -> list[str]:
     """Return the names of the buffers of a module that ``state_dict()`` leaves out."""
     persistent = module.state_dict().keys()
     return [name for name, _ in module.named_buffers() if name not in persistent]
+
+
+def split_complex(tensors: dict[str, Tensor]) -> list[str]:
+    """Replace the complex128 tensors in a dict by their real and imaginary parts (..., 2).
+
+    A safetensors file cannot hold complex128. Returns the names of these tensors.
+    """
+    names = [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]
+    for name in names:
+        tensors[name] = torch.view_as_real(tensors[name].resolve_conj()).contiguous()
+    return names
+
+
+def join_complex(body: Json, tensors: dict[str, Tensor]) -> None:
+    """Replace the parts of saved complex128 tensors in a dict by the complex tensors.
+
+    Raises:
+        ValueError: the description has another type of value there.
+    """
+    names = body.get("complex", [])
+    if not isinstance(names, list):
+        raise ValueError("the names of its complex tensors have a wrong type")
+    for name in names:
+        parts = tensors.get(name) if isinstance(name, str) else None
+        if parts is None or parts.dtype != torch.float64 or parts.shape[-1:] != (2,):
+            raise ValueError("the names of its complex tensors do not fit its tensors")
+        tensors[name] = torch.view_as_complex(parts)
 
 
 def saved_numbers(module: nn.Module) -> AttributeNumbers:

@@ -285,6 +285,8 @@ NO_LABELS = f"{DAMAGED}its classes are not a list of labels but"
         (put("spec", {"kind": "module", "kwargs": {}}), DAMAGED),
         (put("spec", {"kind": "module", "kwargs": {}, "path": 3}), DAMAGED),
         (put("temperature", 0), DAMAGED),
+        (put("complex", "weight"), DAMAGED),
+        (put("complex", ["weight"]), DAMAGED),
         (put("temperature", "hot"), DAMAGED),
         (put("classes", {"torch": "os:system"}), DAMAGED),
         (put("classes", ["a", "b"]), NO_LABELS),

@@ -187,3 +187,27 @@ def test_a_buffer_that_the_class_lacks_is_named(tmp_path):
     tuned(Buffer).best_model().save(tmp_path / "model")
     with refused(r"does not fit Fewer: Unexpected key\(s\): 'mean', which is not a buffer there"):
         gputune.load_model(tmp_path / "model", module=Fewer)
+
+
+class DoubleComplex(Complex):
+    """Has complex parameters and buffers, which are complex128 with ``dtype="float64"``."""
+
+    def hold(self, n_features):
+        super().hold(n_features)
+        self.turn = nn.Parameter(torch.ones(n_features, dtype=torch.complex64))
+        self.register_buffer("scale", torch.tensor(1 + 1j))
+
+    def forward(self, x):
+        return super().forward(x * (self.turn * self.scale).real)
+
+
+def test_complex_numbers_of_double_precision_are_saved(tmp_path):
+    model = tuned(DoubleComplex, dtype="float64").best_model()
+    assert model.module.turn.dtype == torch.complex128
+    model.save(tmp_path / "model")
+    loaded = gputune.load_model(tmp_path / "model", module=DoubleComplex)
+    np.testing.assert_array_equal(loaded.predict_proba(ROWS), model.predict_proba(ROWS))
+    tensors = saved_tensors(loaded.module)
+    for name, tensor in saved_tensors(model.module).items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
