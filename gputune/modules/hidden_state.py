@@ -9,7 +9,7 @@ table that it makes again.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from types import FunctionType
 from typing import NamedTuple
 
@@ -144,6 +144,23 @@ def check_hidden_state(
     if changed:
         finding = f"keeps state in {changed[0]!r}, a plain attribute"
         _check_same(trial, fresh, counted, outputs, finding, changed[0])
+
+
+def check_frozen(module: nn.Module, frozen: Container[str], name: str) -> None:
+    """Raise InputError if a parameter in ``frozen`` has requires_grad now. ``name`` is the name of
+    the module.
+
+    The optimizer does not have this parameter.
+    """
+    for key, parameter in module.named_parameters():
+        if parameter.requires_grad and key in frozen:
+            raise InputError(
+                None,
+                f"{name} unfreezes its parameter {key!r} in training, but gputune trains only the "
+                "parameters with requires_grad=True at the end of __init__",
+                remedy="Leave requires_grad=True, and use the parameter's detach() in forward "
+                "while it must not change.",
+            )
 
 
 def checked_losses(trial: ModuleTrial) -> Tensor:

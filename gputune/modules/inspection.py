@@ -24,6 +24,7 @@ from gputune.modules.hidden_state import (
     Untrained,
     buffers_at_start,
     check_evaluation,
+    check_frozen,
     check_hidden_state,
     checked_losses,
 )
@@ -197,6 +198,7 @@ def _traits_after_a_call(trial: ModuleTrial, untrained: Untrained) -> Traits:
         w.data = value
     trial.check_outputs(trained)
     trial.check_trainable(trained)
+    check_frozen(module, untrained.tensors, trial.name)
     now = not_trained(module)  # a forward pass may have added buffers
     # A buffer that these calls wrote counts, even with its old value: later rows may change it.
     written = set(untrained.kept.changed(module))

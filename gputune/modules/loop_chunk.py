@@ -20,6 +20,7 @@ from torch import Tensor
 from gputune.modules.calls import named_tensors, not_trained, put_numbers, state_of
 from gputune.modules.construction import hidden_sides, name_of
 from gputune.modules.failures import uneven_use
+from gputune.modules.hidden_state import check_frozen
 from gputune.modules.looped import LoopedModule
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.classes import RowUpdate, class_of, class_of_rule
@@ -81,12 +82,13 @@ class _Member:
         self.network = network
         self.config = config
         self.module = network.plain(network.shape.device)
+        parameters = dict(self.module.named_parameters())
+        self.frozen = {name for name, w in parameters.items() if not w.requires_grad}
         self.row = network.as_row({name: start[name] for name in network.trainable})
         for name, tensor in not_trained(self.module).items():
             if name in network.mutable:
                 tensor.copy_(start[name])
         self.grad = torch.zeros_like(self.row)
-        parameters = dict(self.module.named_parameters())
         self.parts = [(parameters[name], value) for name, value in network.parts(self.row).items()]
         # Each gradient has its own counter of writes, which shows if a backward pass has reached it.
         self.gradients = [value.data for value in network.parts(self.grad).values()]
@@ -379,6 +381,7 @@ class LoopChunk:
             member.step()
             self.steps_of_epoch += 1
             report_steps(self.steps_of_epoch, steps_of_all, len(network.configs))
+        check_frozen(module, member.frozen, name_of(network.builder))
 
     def _gather(
         self, fold: int, minibatches: Sequence[Tensor]

@@ -290,3 +290,49 @@ def test_a_layer_for_some_sizes_of_minibatches_is_as_in_a_loop(build, backend, m
     assert difference < 1e-9
     reasons = [w for w in caught if "only in some training steps" in str(w.message)]
     assert len(reasons) == (backend == "auto")
+
+
+class Unfreezes(Net):
+    """Freezes a layer in its first forward passes."""
+
+    starts_at = 5
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.n = 0
+        self.first.weight.requires_grad_(False)
+
+    def forward(self, x):
+        self.n += self.training
+        if self.n > self.starts_at:
+            self.first.weight.requires_grad_(True)
+        return super().forward(x)
+
+
+class UnfreezesAtOnce(Unfreezes):
+    starts_at = 0
+
+
+class Detaches(Net):
+    """Does without ``requires_grad_``, as the error of ``Unfreezes`` advises."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.n = 0
+
+    def forward(self, x):
+        self.n += self.training
+        weight = self.first.weight if self.n > 5 else self.first.weight.detach()
+        return self.last(torch.tanh(functional.linear(x, weight, self.first.bias)))
+
+
+@pytest.mark.parametrize("build", [Unfreezes, UnfreezesAtOnce])
+def test_a_parameter_that_forward_unfreezes_is_refused(build):
+    says = f"{build.__name__} unfreezes its parameter 'first.weight' in training, .* detach"
+    with pytest.raises(gputune.InputError, match=says):
+        gputune.tune(build, ROWS, CLASSES, n_trials=1, max_epochs=10, cv=2, verbose=0)
+
+
+def test_a_parameter_that_forward_detaches_at_first_is_as_in_a_loop():
+    torch.manual_seed(0)
+    assert largest_difference(Detaches(), epochs=10, weight_decay=0.1) < 1e-9
