@@ -27,12 +27,12 @@ from sklearn.model_selection import (
 from torch import Tensor
 
 from gputune.data.dataset import Rows
+from gputune.data.identifiers import refuse_identifier
 from gputune.data.kinds import text_of
 from gputune.data.target import MAX_CLASSES, Target, refuse_missing
 from gputune.data.time_order import TimeSplit, rows_in_time
 from gputune.errors import InputError, warn
 from gputune.seeding import stream_seed
-from gputune.text import count
 from gputune.wording import Verbatim, option, per_interface
 
 
@@ -247,45 +247,6 @@ class _SpreadKFold:
         fold_of_row[order] = np.arange(len(labels)) % self.n_splits
         for fold in range(self.n_splits):
             yield np.flatnonzero(fold_of_row != fold), np.flatnonzero(fold_of_row == fold)
-
-
-# A text target is numbers with wrong values if fewer of its different values are not numbers.
-_WRONG_SHARE = 0.1
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def refuse_identifier(target: Target) -> None:
-    """Raise InputError for a text target that looks like an identifier, or like numbers with a few
-    wrong values.
-
-    The target looks like an identifier if it has more than ``MAX_CLASSES`` different values and
-    more than half as many values as rows.
-    """
-    assert target.classes is not None
-    n_classes = len(target.classes)
-    is_text = target.classes.dtype.kind == "U"
-    if is_text and n_classes > MAX_CLASSES and 2 * n_classes > len(target):
-        words = [text for text in target.classes.tolist() if not _is_number(text)]
-        if len(words) < _WRONG_SHARE * n_classes:
-            raise InputError(
-                None,
-                f"The target {target.name!r} has numbers, but also {count(len(words), 'other value')} "
-                f"such as {words[0]!r}",
-                remedy="Correct these values, or leave out their rows.",
-            )
-        raise InputError(
-            None,
-            f"The target {target.name!r} looks like an identifier: it has {n_classes} different "
-            f"values in {len(target)} rows",
-            remedy="Choose a different target column, or leave out the rows of rare classes.",
-        )
 
 
 _STRATIFYING = (StratifiedKFold, StratifiedGroupKFold, _SpreadKFold)
