@@ -131,6 +131,21 @@ def test_tables_with_many_rows():
     assert f"needed {peaks[0]:.1f} GiB of memory there, and LightGBM {peaks[1]:.1f} GiB" in in_words
 
 
+def test_tabm_mini():
+    numbers = json.loads((RESULTS / "tabm-amd-epyc-1-cores.json").read_text())["results"]
+    of = {(one["table"], one["side"]): one for one in numbers}
+    page = (ROOT / "docs" / "benchmark-tables.md").read_text()
+    for name in dict.fromkeys(table for table, _ in of):
+        realmlp = of[name, "RealMLP"]
+        cells = [f"**{realmlp['error']:.4f}** ({realmlp['cpu']:,.0f} s)"]
+        for copies in (8, 32):
+            other = of.get((name, f"TabM-mini, {copies} copies"))
+            cells.append(f"{other['error']:.4f} ({other['cpu']:,.0f} s)" if other else "not run")
+            if other:
+                assert other["error"] > realmlp["error"] and other["cpu"] > realmlp["cpu"]
+        assert f"| {name}, {realmlp['rows']:,} rows | {' | '.join(cells)} |" in page
+
+
 TABLE_CHART = ROOT / "scripts" / "benchmark" / "table_chart.py"
 MODELS = " ".join((ROOT / "docs" / "which-model.md").read_text().split())
 """The text of the page that compares models for tables."""
