@@ -196,7 +196,7 @@ def _fold_splitter(cv: int, target: Target, groups: np.ndarray | None, seed: int
     n_groups = cv if groups is None else len(set(groups.tolist()))
     if cv > n_groups:
         which = per_interface(
-            "the number of groups", "the number of groups without those that --test-size holds out"
+            "the number of groups", "the number of groups in the rows without the held-out rows"
         )
         remedy = f"Use {option('cv', n_groups)}." if n_groups > 1 else ""
         rule = f"must not be larger than {which}, {n_groups}"
