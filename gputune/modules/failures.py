@@ -26,13 +26,17 @@ class StackedError(InputError):
     row."""
 
 
-def uneven_use(name: str, parameter: str) -> StackedError:
-    """Return the error of a module ``name`` that uses a parameter only in some training steps."""
-    return StackedError(
-        None,
-        f"{name} uses its parameter {parameter!r} only in some training steps",
-        remedy=f"Choose {option('backend', 'loop')}.",
-    )
+def uneven_use(name: str, parameter: str, *, one_by_one: bool = False) -> StackedError:
+    """Return the error of a module ``name`` that uses a parameter only in some training steps.
+
+    The trials start again after this error, unless they continue from a saved state. Then the user
+    sees the error. ``one_by_one`` is True if the members train one by one already.
+    """
+    remedy = f"Choose {option('backend', 'loop')}."
+    if one_by_one:
+        remedy = f"Choose {option('method', 'random')}, which trains each trial in one go."
+    rule = f"{name} uses its parameter {parameter!r} only in some training steps"
+    return StackedError(None, rule, remedy=remedy)
 
 
 _ROWS = 256  # rows that are tried at a time

@@ -150,7 +150,8 @@ class _Member:
             if self.module.get_parameter(name).grad is not None:
                 skipped.append(name)
         if skipped:
-            raise uneven_use(name_of(self.network.builder), skipped[0])
+            name = name_of(self.network.builder)
+            raise uneven_use(name, skipped[0], one_by_one=True)
 
     def dropouts(self, epoch: int, steps: int) -> list[float]:
         """Return the dropout rate in each step of an epoch."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import gputune
+from gputune.modules.failures import uneven_use
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
@@ -110,3 +111,17 @@ def test_a_parameter_that_rare_minibatches_use_ends_stacked_training(monkeypatch
         study = gputune.tune(Switching, X, y, **words)
     expected = gputune.tune(Switching, X, y, **words, backend="loop")
     np.testing.assert_array_equal(study.curves, expected.curves)
+
+
+@pytest.mark.parametrize(
+    ("one_by_one", "remedy"),
+    [
+        (False, "Choose backend='loop'."),
+        (True, "Choose method='random', which trains each trial in one go."),
+    ],
+)
+def test_the_remedy_for_a_trial_that_cannot_start_again(one_by_one, remedy):
+    error = uneven_use("Net", "other.weight", one_by_one=one_by_one)
+    assert str(error).endswith(
+        f"Net uses its parameter 'other.weight' only in some training steps. {remedy}"
+    )
