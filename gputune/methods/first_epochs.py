@@ -61,10 +61,6 @@ class FirstEpochs:
         self.scores |= zip(outcome.index, np.nan_to_num(means, nan=-np.inf).tolist())
         drop_beyond_limit(self.outputs, self.scores)
 
-    def begin(self, chunk: Population) -> bool:
-        """Claim a chunk that trains further. Returns False if another process trains it."""
-        return self.claim(chunk)
-
     def completed(self, outcome: Outcome | Failure) -> Outcome | Failure:
         """Return the result of trials that have trained further, with the outputs of trials that
         were best at their first epoch."""

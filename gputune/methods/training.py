@@ -114,7 +114,7 @@ class _PlanTraining:
             job,
             self.plan,
             progress=context.progress.advance,
-            claim=self.claim if first is None else first.begin,
+            claim=self.claim,
             may_begin=context.may_begin(self.recorded),
         )
         with closing(outcomes):
