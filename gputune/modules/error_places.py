@@ -12,8 +12,8 @@ _LIBRARIES = Path(torch.__file__).parent, Path(__file__).parents[1]
 def describe_error(error: Exception) -> str:
     """Return the type, the message and the line of an error, as text.
 
-    The line is the last line of the traceback outside of PyTorch and gputune. The text has no line
-    if there is none.
+    The line is the last line of the traceback outside of PyTorch and gputune. Without such a line,
+    the text has only the type and the message.
     """
     text = type(error).__name__
     if str(error):

@@ -34,7 +34,7 @@ def uneven_use(name: str, parameter: str, *, one_by_one: bool = False) -> Stacke
     """
     remedy = f"Choose {option('backend', 'loop')}."
     if one_by_one:
-        remedy = f"Choose {option('method', 'random')}, which trains each trial in one go."
+        remedy = f"Choose {option('method', 'random')}, which trains each trial to the end."
     rule = f"{name} uses its parameter {parameter!r} only in some training steps"
     return StackedError(None, rule, remedy=remedy)
 

@@ -117,7 +117,7 @@ def test_a_parameter_that_rare_minibatches_use_ends_stacked_training(monkeypatch
     ("one_by_one", "remedy"),
     [
         (False, "Choose backend='loop'."),
-        (True, "Choose method='random', which trains each trial in one go."),
+        (True, "Choose method='random', which trains each trial to the end."),
     ],
 )
 def test_the_remedy_for_a_trial_that_cannot_start_again(one_by_one, remedy):
