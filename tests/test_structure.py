@@ -188,13 +188,3 @@ def test_the_signature_of_tune():
         "verbose"
     )
     assert " ".join(inspect.signature(gputune.tune).parameters) == expected
-
-
-def test_a_file_is_short_enough_to_be_read_at_once():
-    files = [
-        path
-        for path in PACKAGE.rglob("*")
-        if path.suffix in (".py", ".c", ".h", ".cu", ".html", ".css", ".js")
-    ]
-    long = {path.name: n for path in files if (n := path.read_text().count("\n")) > 500}
-    assert len(files) > 150 and not long
