@@ -155,7 +155,7 @@ LAWS: tuple[Law, ...] = (
     ),
     Law(
         "the kernel's members equal the loop's",
-        partial(laws.by_kernel, _ROUNDED),
+        partial(laws.from_plain_loop, _ROUNDED),
         ROUNDED,
         ("kernel",),
     ),

@@ -14,12 +14,11 @@ import dataclasses
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import cast
 
 import numpy as np
 import torch
@@ -33,23 +32,23 @@ from gputune.data.encode import fit_statistics
 from gputune.data.table import as_table
 from gputune.data.target import Target
 from gputune.data.weights import Weights
+from gputune.engine.dropout import dropout_draw
 from gputune.engine.job import Job, Outcome, ProgressCallback, run_in_parts, train_chunk
 from gputune.engine.kernel import KernelChunk
-from gputune.engine.mlp import StackedMLP
 from gputune.engine.train import Trained
 from gputune.memory import CPU
 from gputune.models import MLP
-from gputune.modules.construction import build_module
 from gputune.modules.recorder import RECORDERS, Replays
+from gputune.optimizers.classes import make_optimizer
+from gputune.optimizers.rules import schedule_factor
+from gputune.population.batches import row_order
 from gputune.population.kinds import ModelKind, padded_width
-from gputune.population.population import Population, Shape, complete, populations
+from gputune.population.population import Population, complete, populations
 from gputune.scoring.estimators import fitted
 from gputune.scoring.metrics import make_scoring
 from gputune.scoring.scores import OF_TASK
 from gputune.scoring.scoring import Scoring
-from gputune.scoring.validation import Validation
-from gputune.seeding import stream
-from gputune.types import Config, Task
+from gputune.types import Config, StepKey, Task
 
 # Three folds with 40 or 41 training rows, so that the folds can differ in their number of steps.
 _ROWS = 61
@@ -59,51 +58,6 @@ _FOLDS = 3
 _LIMIT = 64 << 20  # bytes that a GPU may use in addition to those in use
 _DIVERGING = 1e300  # a learning rate at which training diverges
 _SINGLE = 2  # number of trials that fit if the memory limit is simulated
-# Optimizers other than SGD, of the plain loop.
-_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
-
-
-def plain_mlp(
-    config: Config, n_features: int, n_outputs: int
-) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """Return a reference MLP in double precision with seeded starting weights, and its forward
-    function for training.
-
-    The forward function includes dropout. It maps a minibatch (B, D), an epoch and a step to
-    outputs (B, K).
-    """
-    sizes = {name: config[name] for name in ("width", "depth", "activation")}
-    module = MLP(n_features, n_outputs, **sizes).double()
-    for number, layer in enumerate(module.layers):
-        assert isinstance(layer, nn.Linear)
-        n_out, n_in = layer.weight.shape
-        # A layer's start depends only on the seed, the layer's number and its shape.
-        key = (0, "start", number, n_out, n_in)
-        size = n_out * n_in
-        draw = torch.rand(size + n_out, generator=stream(*key), dtype=torch.float64)
-        draw = (2 * draw - 1) / math.sqrt(n_in)  # torch's default distribution for nn.Linear
-        with torch.no_grad():
-            layer.weight.copy_(draw[:size].view(n_out, n_in))
-            layer.bias.copy_(draw[size:])
-
-    def forward(x: Tensor, epoch: int, step: int) -> Tensor:
-        for number, layer in enumerate(module.layers[:-1]):
-            x = module.activations[number](layer(x))
-            rate = config["dropout"]
-            if rate:
-                # Training draws for the padded width; a narrower member uses the first columns.
-                shape = (len(x), padded_width(config["width"]))
-                generator = stream(0, "dropout", epoch, step, number)
-                draw = torch.rand(shape, generator=generator)
-                keep = draw[:, : config["width"]] >= rate
-                x = torch.where(keep, x / (1 - rate), 0)
-        outputs: Tensor = module.layers[-1](x)
-        return outputs
-
-    return module, forward
 
 
 class Net(nn.Module):
@@ -138,6 +92,11 @@ class Case:
     dtype: torch.dtype = torch.float64
     epochs: int = 6
     horizon: int = 9
+
+    @property
+    def kind(self) -> ModelKind:
+        """The kind of model."""
+        return "module" if self.module else "mlp"
 
     def complete(self) -> tuple[Config, ...]:
         """Return the configurations of the test case, with default values for missing keys."""
@@ -185,9 +144,7 @@ class Case:
     def chunks(self, data: Dataset) -> list[Population]:
         """Return the configurations of the test case, grouped into the populations that train
         together."""
-        rows = max(data.train_lengths)
-        kind: ModelKind = "module" if self.module else "mlp"
-        return populations(self.complete(), kind, rows=rows)
+        return populations(self.complete(), self.kind, rows=max(data.train_lengths))
 
     def job(
         self,
@@ -212,7 +169,10 @@ class Case:
         that trains together)."""
         data = self.data(device)
         job = self.job(backend, scoring)
-        return [(chunk, train_chunk(job, data, chunk)) for chunk in self.chunks(data)]
+        results = [(chunk, train_chunk(job, data, chunk)) for chunk in self.chunks(data)]
+        if backend == "kernel" and KernelChunk.failure:  # another backend has trained
+            raise RuntimeError(KernelChunk.failure)
+        return results
 
     @cached_property
     def plain_networks(self) -> dict[tuple[int, int], nn.Module]:
@@ -225,55 +185,52 @@ class Case:
         return networks
 
     def _plain_network(self, data: Dataset, fold: int, config: Config) -> nn.Module:
-        """Train one configuration on one fold in a plain PyTorch loop, and return the network as a
-        reference."""
-        rows = data.folds[fold].train
-        present = None if data.present is None else data.present[fold]
-        x = data.x[fold, rows].double()
-        y = data.targets(fold)[rows]
-        weights = torch.ones(len(x), dtype=torch.float64)
-        if data.weights is not None:
-            weights = data.weights[fold, rows]
-        if self.module:
-            shape = Shape(data.n_features, data.n_outputs)
-            module = build_module(Net, {}, shape, seed=0).double()
-        else:
-            module, with_dropout = plain_mlp(config, data.n_features, data.n_outputs)
-        rates = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
-        word = config["optimizer"]
-        kind = _OPTIMIZERS.get(word, torch.optim.SGD)
-        if kind is torch.optim.SGD:
-            rates |= {"momentum": config["momentum"], "nesterov": word == "nesterov"}
-        optimizer = kind(module.parameters(), **rates)
-        size = min(config["batch_size"], len(x))
-        steps = self.horizon * math.ceil(len(x) / size)
-        step = 0
+        """Train one configuration on one fold in a plain PyTorch loop in double precision, and
+        return the network as a reference."""
+        network = self.job("eager").network(data, Population(self.kind, (0,), (config,)))
+        module = network.member(network.blocks.views(network.start()), fold, 0).double().train()
+        optimizer = make_optimizer(config, list(module.parameters()))
+        rate = optimizer.param_groups[0]["lr"]
+        n_rows = len(data.folds[fold].train)
+        size = min(config["batch_size"], n_rows)
+        steps = math.ceil(n_rows / size)
+        y = data.targets(fold)
+        weights = torch.ones(len(y)) if data.weights is None else data.weights[fold]
         for epoch in range(self.epochs):
-            # The order of rows depends only on the seed, the number of rows and the epoch.
-            generator = stream(0, "rows", len(x), epoch)
-            order = torch.randperm(len(x), generator=generator)
-            for number, batch in enumerate(torch.split(order, size)):
-                if config["schedule"] == "cosine":
-                    factor = 1 + math.cos(math.pi * step / steps)
-                    optimizer.param_groups[0]["lr"] = config["lr"] * 0.5 * factor
-                rows_of_batch = x[batch]
-                if self.module:
-                    outputs = module(rows_of_batch)
-                else:
-                    outputs = with_dropout(rows_of_batch, epoch, number)
-                if present is not None:
-                    outputs = outputs.masked_fill(~present, -math.inf)
+            order = row_order(data, 0, epoch)[fold, :n_rows]
+            done = np.arange(epoch * steps, (epoch + 1) * steps)
+            total = np.full(steps, self.horizon * steps)
+            factors = schedule_factor(config["schedule"], done, total).tolist()
+            for step, batch in enumerate(torch.split(order, size)):
+                optimizer.param_groups[0]["lr"] = rate * factors[step]
+                outputs = _outputs(module, config, data.x[fold, batch].double(), (epoch, step))
+                if data.present is not None:
+                    outputs = outputs.masked_fill(~data.present[fold], -math.inf)
                 if self.task == "regression":
                     losses = (outputs[:, 0] - y[batch].double()) ** 2
                 else:
                     losses = functional.cross_entropy(outputs, y[batch], reduction="none")
-                weight = weights[batch]
-                loss = (weight * losses).sum() / weight.sum()
+                weight = weights[batch].double()
                 optimizer.zero_grad()
-                torch.autograd.backward(loss)
+                torch.autograd.backward((weight * losses).sum() / weight.sum())
                 optimizer.step()
-                step += 1
         return module.eval()
+
+
+def _outputs(module: nn.Module, config: Config, x: Tensor, key: StepKey) -> Tensor:
+    """Return the outputs (B, K) of a module in training, with the dropout of the built-in MLP."""
+    rate = config["dropout"]
+    if not isinstance(module, MLP) or not rate:
+        outputs: Tensor = module(x)
+        return outputs
+    *hidden, last = module.layers
+    for number, layer in enumerate(hidden):
+        x = module.activations[number](layer(x))
+        # Training draws for the padded width; a narrower member uses the first columns.
+        draw = dropout_draw(0, key, number, len(x), padded_width(config["width"]))
+        x = torch.where(draw[:, : config["width"]] >= rate, x / (1 - rate), 0)
+    outputs = last(x)
+    return outputs
 
 
 def difference(values: Tensor, expected: Tensor) -> float:
@@ -308,21 +265,6 @@ def from_eager(case: Case, device: torch.device, backend: str) -> float:
     for (_, trained), (_, expected) in zip(case.trained(device, backend), eager, strict=True):
         worst.append(difference(trained.flat, expected.flat))
     return float(np.max(worst))
-
-
-def by_kernel(case: Case, device: torch.device, backend: str) -> float:
-    """Return the largest difference between networks trained by the CUDA kernel and in a plain
-    loop.
-
-    Raises NotBuiltError if the kernel cannot be compiled, because another backend would then train
-    the networks.
-    """
-    data = case.data(device)
-    job = case.job(backend)
-    for chunk in case.chunks(data):
-        network = job.network(data, chunk)
-        KernelChunk(cast(StackedMLP, network), Validation(data, None), seed=0, horizon=1)
-    return from_plain_loop(case, device, backend)
 
 
 def on_other_gpus(case: Case, device: torch.device, backend: str) -> float:

@@ -24,7 +24,7 @@ chunk, gputune copies their values to it."""
 
 _STAYS = frozenset(
     """StackedModule.template StackedModule.stateless StackedModule.harmless_calls
-    StackedMLP._workspaces Batches.inputs Batches.target Batches.weights PiecedBatches.inputs
+    Batches.inputs Batches.target Batches.weights PiecedBatches.inputs
     PiecedBatches.target PiecedBatches.weights""".split()
 )
 """Attributes that are always equal in chunks with the same arguments, so gputune does not compare
