@@ -30,9 +30,8 @@ import optuna
 from scipy.stats import randint, spearmanr
 
 from gputune.methods.halving import Halving
-from gputune.methods.optuna_study import OptunaStudy
-from gputune.methods.slot_study import AskedTrial, SlotStudy, tpe_sampler
-from gputune.methods.slots import fill_slots
+from gputune.methods.rungs import fill_slots
+from gputune.methods.sampling import AskedTrial, OptunaStudy, SlotStudy, tpe_sampler
 from gputune.spaces.config import plain_config
 from gputune.spaces.distributions import CheckedSpace
 from gputune.study.store import Result

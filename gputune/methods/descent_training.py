@@ -13,7 +13,6 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
-from gputune.engine.job import Failure
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
@@ -26,7 +25,7 @@ from gputune.spaces.distributions import CheckedSpace, range_of
 from gputune.study.store import Candidate, Result
 from gputune.text import count
 from gputune.tuning.choices import ModelChoice
-from gputune.tuning.context import Context, failed_result
+from gputune.tuning.context import Context
 from gputune.types import Config, Json
 from gputune.wording import Verbatim, option
 
@@ -273,23 +272,15 @@ def _train(
     for recorded in context.recorded_plans(points, step, make):
         trials = recorded.trials
         context.progress.plan(recorded.plan, show=step == 0)
-        outcomes = context.trainer.train(
-            jobs[-1],
-            recorded.plan,
-            progress=context.progress.advance,
-            may_begin=context.may_begin(recorded),
-        )
-        with closing(outcomes):
+        numbers = [trial.number for trial in trials]
+        may_begin = context.may_begin(recorded)
+        training = context.train(jobs[-1], recorded.plan, numbers, may_begin=may_begin)
+        with closing(training) as outcomes:
             for outcome in outcomes:
+                assert isinstance(outcome, Slopes)
                 results = []
-                if isinstance(outcome, Failure):
-                    number = trials[outcome.index[0]].number
-                    results.append(failed_result(number, context.no_curve, outcome.reason))
-                else:
-                    assert isinstance(outcome, Slopes)
-                    context.note_fault(outcome.fault)
-                    for c, i in enumerate(outcome.index):
-                        results.append(_result(trials[i], recorded.configs[i], c, outcome, mode))
+                for c, i in enumerate(outcome.index):
+                    results.append(_result(trials[i], recorded.configs[i], c, outcome, mode))
                 context.finish(results)
 
 

@@ -8,7 +8,6 @@ A resumed search continues from the latest comparison that has all of its checkp
 """
 
 import math
-import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from copy import copy
@@ -16,10 +15,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from gputune.engine.checkpoint import Checkpoint, Checkpointing, pause_after
+from gputune.engine.checkpoint import Checkpoint, Checkpointing
 from gputune.engine.plan import Plan
 from gputune.methods.exchanges import Exchange, ExchangeRule, exchanges, generator
-from gputune.methods.rungs import PausedTraining, RunningTrial
+from gputune.methods.paused import PausedTraining, RunningTrial
 from gputune.population.kinds import ModelKind, hidden_layers, highest_dropout, is_module
 from gputune.population.population import shape_of_tensors
 from gputune.population.state import State
@@ -49,23 +48,7 @@ def train_population(
     """
     search = _PopulationTraining(context, method, space, trials)
     search.explain()
-    n_trained = search.epochs_trained
-    try:
-        with context.progress.bar_over(len(search.running), context.epochs, trained=n_trained):
-            stops = [*method.stops(context.epochs), context.epochs]
-            stops = [stop for stop in stops if stop > search.compared_at]
-            for stop in stops:
-                # At least one chunk begins, even if the time is already over.
-                if search.running and (stop == stops[0] or not context.is_over()):
-                    search.train_to(stop)
-                    if stop < context.epochs and not context.is_over():
-                        search.compare(stop)
-            if context.is_over():
-                search.save()
-            search.finish([trial for trial in search.running if len(trial.curve)])
-        context.tell_trials_without_score()
-    finally:
-        search.states.close()
+    search.run(search.train)
 
 
 @dataclass(eq=False)
@@ -107,6 +90,7 @@ class _PopulationTraining(PausedTraining[_Lineage]):
     """
 
     divergence_is_final = False
+    saves_each_chunk = False
 
     def __init__(
         self,
@@ -159,13 +143,6 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         reason = reason or "each trial has a different architecture"
         self.context.progress.say(f"note: no trial copies another trial, because {reason}")
 
-    def in_chunks(self, trials: Sequence[_Lineage]) -> Checkpointing | None:
-        """Return None: the checkpoints of all trials are valid only together, see ``save``."""
-        return None
-
-    def save_if_due(self, seconds: float) -> None:
-        """Do nothing: the states of all trials are written after a comparison."""
-
     def trainable(self) -> list[_Lineage]:
         """Return the running trials that have not diverged."""
         curves = [trial.curve for trial in self.running]
@@ -194,13 +171,23 @@ class _PopulationTraining(PausedTraining[_Lineage]):
             chunks.append(replace(chunk, configs=configs))
         return replace(plan, chunks=tuple(chunks))
 
-    def train_to(self, stop: int) -> None:
+    def train(self) -> None:
+        """Train the trials from comparison to comparison."""
+        epochs = self.context.epochs
+        stops = [*self.method.stops(epochs), epochs]
+        stops = [stop for stop in stops if stop > self.compared_at]
+        for stop in stops:
+            # At least one chunk begins, even if the time is already over.
+            if self.running and (stop == stops[0] or not self.context.is_over()):
+                self._train_to(stop)
+                if stop < epochs and not self.context.is_over():
+                    self.compare(stop)
+
+    def _train_to(self, stop: int) -> None:
         """Train the running trials from the latest comparison up to the epoch ``stop``."""
-        begin = self.compared_at
         trials = self.trainable()
         if trials:
-            until = {trial.number: stop for trial in trials}
-            self.train_until(trials, until, epochs=stop - begin, show=begin == 0)
+            self.train_until(trials, {trial.number: stop for trial in trials})
         if self.context.is_over():
             return
         for trial in self.running:
@@ -246,8 +233,7 @@ class _PopulationTraining(PausedTraining[_Lineage]):
             if params != trial.schedule[-1]["params"]:
                 trial.schedule = [*trial.schedule, {"epoch": epoch, "params": params}]
         self.compared_at = epoch
-        due = self.saved_at + self.context.options.machine.checkpoint_seconds
-        if time.monotonic() > max(due, self.earliest):
+        if self.is_due(0.0):
             self.save()
 
     def _leader(self, curves: np.ndarray) -> int | None:
@@ -297,22 +283,20 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         rng = generator(seed, "values", epoch, change.number, self.bits)
         return self.perturbation.move(params, self.space, rng)
 
-    def save(self) -> None:
+    def write(self, checkpointing: Checkpointing) -> None:
         """Write checkpoints of all running trials, which replace all earlier checkpoints."""
-        begin = time.monotonic()
-        checkpointing = self.context.checkpointing([trial.number for trial in self.running])
         groups: dict[object, list[_Lineage]] = defaultdict(list)
         for trial in self.running:
             groups[trial.architecture, len(trial.curve)].append(trial)
-        if checkpointing is not None and self._has_states():
-            checkpoints = list(map(self._checkpoint, groups.values()))
+        if self._has_states():
+            checkpoints = []
             configs = []
             for trials in groups.values():
+                lineages = [trial.history for trial in trials]
+                note = to_json({"epoch": self.compared_at, "lineages": lineages}, name="lineages")
+                checkpoints.append(self.checkpoint(trials, note))
                 configs.append([trial.first_config for trial in trials])
             checkpointing.keep_only(checkpoints, configs)
-        self.unsaved.clear()
-        self.saved_at = time.monotonic()
-        self.earliest = self.saved_at + pause_after(self.saved_at - begin)
 
     def _has_states(self) -> bool:
         """Return whether every trial that can still train has a state."""
@@ -321,26 +305,6 @@ class _PopulationTraining(PausedTraining[_Lineage]):
             if len(trial.curve) < self.context.epochs:
                 numbers.add(trial.number)
         return numbers <= self.states.states.keys()
-
-    def _checkpoint(self, trials: Sequence[_Lineage]) -> Checkpoint:
-        """Return the checkpoint of trials with equal architectures and equally long curves."""
-        alive = []
-        for position, trial in enumerate(trials):
-            if trial.number in self.states.states:
-                alive.append(position)
-        state = State(len(trials[0].curve), ())
-        if alive:
-            state = State.stack([self.states.look(trials[i].number) for i in alive])
-        lineages = [trial.history for trial in trials]
-        note = to_json({"epoch": self.compared_at, "lineages": lineages}, name="lineages")
-        return Checkpoint(
-            tuple(trial.number for trial in trials),
-            tuple(alive),
-            np.stack([trial.curve for trial in trials]),
-            state,
-            sum(trial.seconds for trial in trials),
-            note,
-        )
 
     def resume(self, checkpoints: Sequence[Checkpoint]) -> None:
         """Continue all trials from the latest comparison that has a checkpoint of every trial."""
@@ -360,24 +324,13 @@ class _PopulationTraining(PausedTraining[_Lineage]):
                     for position, number in enumerate(checkpoint.trials):
                         if number in running:
                             trial = running[number]
-                            self._restore(trial, lineages[position], checkpoint, position)
+                            trial.schedule = lineages[position]["schedule"]
+                            trial.path = lineages[position]["lineage"]
+                            trial.copies = lineages[position]["copies"]
+                            trial.params = trial.schedule[-1]["params"]
+                            trial.config = self.context.complete(trial.params)
+                            self.restore(trial, checkpoint, position)
                 return
-
-    def _restore(
-        self, trial: _Lineage, lineage: Json, checkpoint: Checkpoint, position: int
-    ) -> None:
-        """Continue one trial from its place in a checkpoint."""
-        trial.schedule = lineage["schedule"]
-        trial.path = lineage["lineage"]
-        trial.copies = lineage["copies"]
-        trial.params = trial.schedule[-1]["params"]
-        trial.config = self.context.complete(trial.params)
-        trial.curve = checkpoint.curves[position]
-        trial.seconds = checkpoint.seconds / len(checkpoint.trials)
-        self.states.drop(trial.number)
-        if position in checkpoint.alive:
-            row = checkpoint.alive.index(position)
-            self.states.park(trial.number, checkpoint.state.select([row]))
 
 
 def architecture(config: Config, kind: ModelKind) -> tuple[object, ...]:

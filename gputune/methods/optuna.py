@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import optuna
 
     from gputune.executors.worker import PruningRule
-    from gputune.methods.optuna_study import OptunaStudy
+    from gputune.methods.sampling import OptunaStudy
     from gputune.spaces.config import ConfigCheck
     from gputune.spaces.distributions import CheckedSpace
     from gputune.study.store import Candidate
@@ -117,7 +117,7 @@ class OptunaSampler(Method):
 
     def seeded_sampler(self, seed: int | None) -> "optuna.samplers.BaseSampler":
         """Return the user's sampler, or the TPE sampler with a random seed."""
-        from gputune.methods.slot_study import tpe_sampler
+        from gputune.methods.sampling import tpe_sampler
 
         return tpe_sampler(seed) if isinstance(self.sampler, str) else self.sampler
 
@@ -137,7 +137,7 @@ class OptunaSampler(Method):
 
     def check_space(self, space: "CheckedSpace") -> None:
         """Raise InputError if the sampler cannot propose configurations of the space."""
-        from gputune.methods.optuna_study import check_askable
+        from gputune.methods.sampling import check_askable
 
         check_askable(space)
 
@@ -160,15 +160,15 @@ class OptunaSampler(Method):
 
     def run(self, context: "Context", space: "CheckedSpace") -> None:
         """Train the waiting trials, and then the proposals of the sampler."""
-        from gputune.methods.proposals import sample
-        from gputune.methods.slot_study import SlotStudy
-        from gputune.methods.slots import train_in_slots
+        from gputune.methods.rungs import train_in_rungs
+        from gputune.methods.sampling import SlotStudy, add_earlier, sample
         from gputune.methods.training import train_batches
 
         if self.refill and self.halving is not None:
             seed = context.options.search.random_state
             study = SlotStudy(self.seeded_sampler(seed), space)
-            train_in_slots(context, self.halving, study, n_slots=self.batch)
+            add_earlier(study, context)
+            train_in_rungs(context, self.halving, context.ledger.candidates, study, self.batch)
             return
         train = partial(train_batches, context, self.halving)
         sample(
@@ -187,7 +187,7 @@ class OptunaSampler(Method):
         check: "ConfigCheck",
     ) -> None:
         """Train the waiting trials of a custom training loop, and then the sampler's proposals."""
-        from gputune.methods.proposals import sample
+        from gputune.methods.sampling import sample
 
         sample(session, train, self._make_study(session, space, check), batch=self.batch, epochs=1)
 
@@ -195,7 +195,7 @@ class OptunaSampler(Method):
         self, session: "Session", space: "CheckedSpace", check: "ConfigCheck | None" = None
     ) -> "Callable[..., OptunaStudy]":
         """Return a function that makes an Optuna study with a fresh copy of the sampler."""
-        from gputune.methods.optuna_study import OptunaStudy
+        from gputune.methods.sampling import OptunaStudy
         from gputune.spaces.config import check_config
 
         sampler = self.seeded_sampler(session.options.search.random_state)

@@ -3,6 +3,7 @@
 A chunk is a group of trials that train together.
 """
 
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -11,21 +12,26 @@ from functools import partial
 import numpy as np
 import torch
 
-from gputune.engine.checkpoint import Checkpoint, Checkpointing
-from gputune.engine.job import Failure, Job, Outcome, stalled_epochs
+from gputune.engine.checkpoint import Checkpoint, pause_after
+from gputune.engine.job import Job, Outcome, RungJob, RungOutcome, stalled_epochs
 from gputune.engine.plan import Plan
 from gputune.engine.train import BegunChunk
-from gputune.methods.first_epochs import FirstEpochs, are_needed, train_first_epochs
+from gputune.hypergradients.first_step import free_bytes
 from gputune.methods.rungs import ComparingRule, train_in_rungs
+from gputune.population.kinds import is_module
 from gputune.population.population import Population, by_numbers
 from gputune.solver.solve import solve_chunk
 from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.threads import on_threads
-from gputune.tuning.context import Context, RecordedPlan, failed_result
+from gputune.tuning.context import Context, RecordedPlan
 from gputune.tuning.good_enough import batch_of
 from gputune.tuning.waiting import train_waiting
 from gputune.types import Config, first_metric
 
+# Share of the time left that the estimated training time exceeds. The estimate may be several times
+# too short, because other programs use the machine.
+_ENOUGH_SHARE = 0.25
+_STATE_SHARE = 0.25  # of the free main memory
 _SOLVED_TOGETHER = 16  # solved logistic regressions between two checks of the time
 
 
@@ -47,7 +53,7 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
         return allowed
     trainings = [_PlanTraining(context, recorded) for recorded in plans]
     planned = [chunk for training in trainings for chunk in training.plan.chunks]
-    if are_needed(context, replace(trainings[0].plan, chunks=tuple(planned))):
+    if _need_first_epochs(context, replace(trainings[0].plan, chunks=tuple(planned))):
         context.progress.say(
             "note: all trials train for one epoch first, so that none is left without a score "
             "if the time is enough for these epochs",
@@ -55,24 +61,33 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
         )
         for training in trainings:
             training.train_first_epochs()
+    foreign: set[int] = set()
     for training in trainings:
         training.train()
+        foreign |= training.foreign
+    context.tell_trials_without_score(foreign)
     return []
 
 
 class _PlanTraining:
     """The training of the chunks of one plan to their end.
 
-    ``first`` has the results of the first epochs if all trials train for one epoch first.
+    ``first`` has the results of chunks after their first epoch, if all trials train for one epoch
+    first. ``unsaved`` has those without a checkpoint, and ``foreign`` the numbers of trials that
+    other processes train.
     """
 
     def __init__(self, context: Context, recorded: RecordedPlan) -> None:
         self.context = context
         self.recorded = recorded
         self.numbers = [trial.number for trial in recorded.trials]
+        self.checkpointing = context.checkpointing(self.numbers)
         checkpoints = context.checkpoints_of(self.numbers, recorded.configs)
         self.plan = _with_checkpoints(recorded, checkpoints)
-        self.first: FirstEpochs | None = None
+        self.first: list[RungOutcome] = []
+        self.unsaved: list[RungOutcome] = []
+        self.foreign: set[int] = set()
+        self.may_be_over = False  # only after first epochs; otherwise at least one chunk begins
         context.progress.plan(self.plan)
         for chunk in map(BegunChunk.of, self.plan.chunks):
             if chunk.epoch > 0:
@@ -80,51 +95,122 @@ class _PlanTraining:
 
     def claim(self, part: Population) -> bool:
         """Claim the recorded chunk of a part. Returns False if another process trains it."""
-        return self.context.ledger.claim(self.recorded.chunk_of(part))
+        is_mine = self.context.ledger.claim(self.recorded.chunk_of(part))
+        if not is_mine:
+            self.foreign.update(self.numbers[i] for i in part.index)
+        return is_mine
+
+    def claim_new(self, part: Population) -> bool:
+        """Claim a chunk, unless another process trains it or has trained its first epoch."""
+        if not self.claim(part):
+            return False
+        checkpointing = self.checkpointing
+        return checkpointing is None or checkpointing.newer(part, epoch=0) is None
 
     def train_first_epochs(self) -> None:
-        """Train each chunk that has not begun for one epoch."""
-        self.first = train_first_epochs(self.context, self.recorded, self.plan, self.claim)
-        self.plan = self.first.plan
+        """Train each chunk that has not begun for one epoch, so that all trials have a score when
+        the time is over.
+
+        Otherwise the chunks would train one after another, and the last chunks would not begin.
+        """
+        chunks = list(map(BegunChunk.of, self.plan.chunks))
+        new = tuple(chunk for chunk in chunks if chunk.epoch == 0)
+        job = self.context.trainer.job(RungJob, epochs=1, keep_stopped=False)
+        plan = replace(self.plan, chunks=new)
+        training = self.context.train(job, plan, self.numbers, claim=self.claim_new)
+        interval = self.context.options.machine.checkpoint_seconds
+        due = time.monotonic() + interval
+        with closing(training) as outcomes:
+            for outcome in outcomes:
+                assert isinstance(outcome, RungOutcome)
+                # Their outputs would need memory. A single epoch is soon repeated.
+                first = replace(outcome, outputs={})
+                self.first.append(first)
+                self.unsaved.append(first)
+                if time.monotonic() >= due:
+                    begin = time.monotonic()
+                    self._save()
+                    now = time.monotonic()
+                    due = now + max(interval, pause_after(now - begin))
+        self._save()
+        self.may_be_over = True
+        continued = [self._begun(first) for first in self.first if first.alive]
+        rest = tuple(chunk for chunk in chunks if chunk.epoch > 0) + tuple(continued)
+        workers = max(1, min(self.plan.workers, len(rest)))
+        self.plan = replace(self.plan, chunks=rest, workers=workers)
+
+    def _begun(self, first: RungOutcome) -> BegunChunk:
+        """Return the trials of a result in the state after their first epoch."""
+        configs = tuple(self.recorded.configs[i] for i in first.index)
+        kind = self.recorded.plan.chunks[0].kind
+        return BegunChunk(
+            kind, first.index, configs, first.state, first.alive, first.curves, first.seconds
+        )
+
+    def _save(self) -> None:
+        """Write checkpoints of trials after their first epoch.
+
+        The claim on their chunks ends, so that another process can continue them.
+        """
+        if self.checkpointing is not None:
+            saved = set[int]()
+            for first in self.unsaved:
+                numbers = tuple(self.numbers[i] for i in first.index)
+                checkpoint = Checkpoint(
+                    numbers, first.alive, first.curves, first.state, first.seconds
+                )
+                chunk = self._begun(first)
+                if first.alive and self.checkpointing.write(checkpoint, chunk.configs):
+                    saved.update(first.index)
+            for index, recorded in self.recorded.chunks.items():
+                if saved.issuperset(index):
+                    self.context.ledger.release(recorded)
+        self.unsaved.clear()
 
     def train(self) -> None:
         """Train the chunks to their end, and store the results of their trials."""
         context = self.context
-        first = self.first
-        checkpointing = context.checkpointing(self.numbers)
-        if first is None or not context.is_over():
-            self._train_chunks(checkpointing)
-        if first is not None:
-            first.keep_rest(checkpointing)
-            for rest in first.rest():
-                _finish_chunk(context, self.recorded.trials, rest)
+        trials = self.recorded.trials
+        ended: set[int] = set()
+        if self.plan.chunks and not (self.may_be_over and context.is_over()):
+            job = context.trainer.job(
+                Job,
+                epochs=context.epochs,
+                checkpointing=self.checkpointing,
+                patience=context.options.training.patience_epochs,
+                numbers=tuple(self.numbers),
+            )
+            may_begin = context.may_begin(self.recorded)
+            training = context.train(
+                job, self.plan, self.numbers, claim=self.claim, may_begin=may_begin
+            )
+            with closing(training) as outcomes:
+                for outcome in outcomes:
+                    ended.update(outcome.index)
+                    _finish_chunk(context, trials, outcome)
+        for first in self.first:
+            if ended.isdisjoint(first.index) and self.claim(self._begun(first)):
+                # The epochs that are missing are NaN, as in every stopped trial.
+                curves = np.full(
+                    (len(first.index), context.epochs, *first.curves.shape[2:]), np.nan
+                )
+                curves[:, :1] = first.curves
+                _finish_chunk(context, trials, Outcome(first.index, curves, 1, first.seconds))
 
-    def _train_chunks(self, checkpointing: Checkpointing | None) -> None:
-        """Train the chunks of the plan, and store the results of their trials."""
-        context = self.context
-        first = self.first
-        job = context.trainer.job(
-            Job,
-            epochs=context.epochs,
-            checkpointing=checkpointing,
-            patience=context.options.training.patience_epochs,
-            numbers=tuple(self.numbers),
-        )
-        outcomes = context.trainer.train(
-            job,
-            self.plan,
-            progress=context.progress.advance,
-            claim=self.claim,
-            may_begin=context.may_begin(self.recorded),
-        )
-        with closing(outcomes):
-            for trained in outcomes if self.plan.chunks else ():
-                outcome = trained if first is None else first.completed(trained)
-                if isinstance(outcome, Failure):
-                    number = self.numbers[outcome.index[0]]
-                    context.finish([failed_result(number, context.no_curve, outcome.reason)])
-                else:
-                    _finish_chunk(context, self.recorded.trials, outcome)
+
+def _need_first_epochs(context: Context, plan: Plan) -> bool:
+    """Return whether some chunks of a plan may not begin before the timeout of the search."""
+    deadline = context.stop.deadline
+    if deadline is None or context.epochs == 1 or context.good_enough.is_possible:
+        return False
+    if len(plan.chunks) <= plan.at_once:
+        return False
+    seconds = plan.seconds / (plan.workers * plan.threads)
+    is_short = seconds < _ENOUGH_SHARE * (deadline - time.monotonic())
+    # The layers of a user's module are unknown: an LSTM took about 50x as long as estimated.
+    if is_short and not is_module(plan.chunks[0].kind):
+        return False
+    return plan.state_bytes <= _STATE_SHARE * free_bytes(torch.device("cpu"))
 
 
 def _solve(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]:
@@ -166,8 +252,6 @@ def _finish_chunk(context: Context, trials: Sequence[Candidate], outcome: Outcom
     """
     patience = context.options.training.patience_epochs
     results = []
-    context.note_fault(outcome.fault)
-    context.profile.spent += outcome.spent
     if not context.is_over():
         context.progress.skip(len(outcome.index) * (context.epochs - outcome.epochs))
     for i, curve in zip(outcome.index, outcome.curves):

@@ -9,7 +9,8 @@ same plan, never parts of a chunk. The study file stores this plan.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -20,7 +21,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backends.table import backend_named
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
 from gputune.engine.choice import fastest_way
-from gputune.engine.job import Job
+from gputune.engine.job import Failure, Job, Outcome
 from gputune.engine.need import Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
 from gputune.engine.similar_timing import TimedModule, way_like_earlier
@@ -59,15 +60,6 @@ class RecordedPlan:
         """Return the recorded chunk with the trials of ``part``, which is a chunk or a part of a
         chunk."""
         return next(chunk for index, chunk in self.chunks.items() if part.index[0] in index)
-
-
-def failed_result(trial: int, curve: np.ndarray, reason: str) -> Result:
-    """Return the result "failed" of a trial that cannot be trained.
-
-    ``curve`` (epochs, F) holds the scores before the failure.
-    """
-    folds = (math.nan,) * curve.shape[1]
-    return Result(trial, "failed", math.nan, folds, 0, 0.0, curve, {"reason": reason})
 
 
 @dataclass(frozen=True)
@@ -292,6 +284,44 @@ class Context(Session):
         n_workers = 1 if one_process else min(plan.workers, len(chunks))
         return replace(plan, chunks=tuple(chunks), workers=n_workers, threads=threads)
 
+    def train(
+        self,
+        job: Job,
+        plan: Plan,
+        numbers: Sequence[int],
+        *,
+        claim: Claim[Population] = lambda chunk: True,
+        may_begin: Claim[Population] | None = None,
+        curves: Mapping[int, np.ndarray] = MappingProxyType({}),
+    ) -> Generator[Outcome, None, None]:
+        """Train the chunks of a plan, and yield the results of each chunk when it ends.
+
+        Trials that cannot be trained are stored as failed. See ``Trainer.train``, also for closing
+        the generator.
+
+        Args:
+            job: The settings that all chunks share.
+            plan: The plan.
+            numbers: The trial number at each position of the plan.
+            claim: Returns False for a chunk that another process trains.
+            may_begin: Returns False for a chunk that must wait for other chunks.
+            curves: The learning curves of trials that have trained before, by trial number.
+        """
+        report = self.progress.advance
+        training = self.trainer.train(job, plan, progress=report, claim=claim, may_begin=may_begin)
+        with closing(training) as outcomes:
+            for outcome in outcomes:
+                if isinstance(outcome, Failure):
+                    number = numbers[outcome.index[0]]
+                    curve = curves.get(number, self.no_curve)
+                    folds = (math.nan,) * curve.shape[1]
+                    detail = {"reason": outcome.reason}
+                    self.finish([Result(number, "failed", math.nan, folds, 0, 0.0, curve, detail)])
+                    continue
+                self.note_fault(outcome.fault)
+                self.profile.spent += outcome.spent
+                yield outcome
+
     def note_fault(self, fault: str) -> None:
         """Show a harmless problem of the training to the user, and note the problem for the
         study."""
@@ -299,13 +329,14 @@ class Context(Session):
             self.faults[fault] = None
             self.progress.say(f"note: {fault}", once=True)
 
-    def tell_trials_without_score(self, n_waiting: int | None = None) -> None:
+    def tell_trials_without_score(self, foreign: Container[int] = ()) -> None:
         """Tell the user how many trials have no score because the time was over.
 
-        ``n_waiting`` is the number of these trials. None means all trials without a result.
+        ``foreign`` are the numbers of trials that other processes train.
         """
-        if n_waiting is None:
-            n_waiting = sum(result is None for _, result in self.ledger.rows())
+        n_waiting = 0
+        for trial, result in self.ledger.rows():
+            n_waiting += result is None and trial.number not in foreign
         # A request to stop, such as Ctrl-C, has its own message.
         if n_waiting and self.is_over() and not self.stop.requested:
             self.progress.say(

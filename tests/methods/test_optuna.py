@@ -17,7 +17,7 @@ import gputune
 from gputune.api.study import Study
 from gputune.errors import MissingExtraError
 from gputune.integrations.studies.optuna import widened_description
-from gputune.methods.optuna_study import check_askable
+from gputune.methods.sampling import check_askable
 from gputune.spaces.config import legal_keys
 from gputune.spaces.distributions import (
     as_optuna,

@@ -13,7 +13,8 @@ import gputune
 from command_line import FAST, run
 from gputune.callbacks import Callback, StopSearch
 from gputune.engine.checkpoint import StateCache
-from gputune.methods import rungs
+from gputune.methods import paused
+from gputune.methods.rungs import with_divergence
 from gputune.study.store import Store
 from gputune.tuning.method import method_from_json
 from gputune.tuning.trainer import Trainer
@@ -176,8 +177,8 @@ def test_a_trial_that_diverges_counts_at_the_next_rung_in_any_chunk(tmp_path):
 def test_a_diverged_trial_does_not_count_at_a_rung_that_it_has_not_reached():
     curve = np.array([[1.0, 1.0], [1.0, math.nan]])
     expected = [[1.0, 1.0], [math.nan] * 2, [math.nan] * 2]
-    np.testing.assert_array_equal(rungs.with_divergence(curve, [1, 3, 9]), expected)
-    np.testing.assert_array_equal(rungs.with_divergence(curve[:1], [1, 3, 9]), curve[:1])
+    np.testing.assert_array_equal(with_divergence(curve, [1, 3, 9]), expected)
+    np.testing.assert_array_equal(with_divergence(curve[:1], [1, 3, 9]), curve[:1])
 
 
 def test_waiting_states_may_lie_in_files(halved, monkeypatch):
@@ -192,7 +193,7 @@ def test_waiting_states_may_lie_in_files(halved, monkeypatch):
             assert self.folder is not None and not self.states
             super().close()
 
-    monkeypatch.setattr(rungs, "StateCache", Small)
+    monkeypatch.setattr(paused, "StateCache", Small)
     np.testing.assert_allclose(many(method=HALVING).curves, halved.curves, atol=2e-6)
     assert parked[0].size == 0
 

@@ -16,9 +16,9 @@ import gputune
 from command_line import output, run
 from gputune.engine.stop import Stop
 from gputune.errors import MissingExtraError
-from gputune.methods import slots
-from gputune.methods.slot_study import tpe_sampler
-from gputune.methods.slots import fill_slots
+from gputune.methods.paused import PausedTraining
+from gputune.methods.rungs import fill_slots
+from gputune.methods.sampling import tpe_sampler
 from gputune.tuning.method import check_method, method_from_json
 from moments import time_is_over
 from refused import refused
@@ -119,13 +119,13 @@ def test_a_diverged_trial_counts_at_the_stop_where_its_slot_becomes_free():
 
 def test_trials_that_need_the_same_epochs_train_together(monkeypatch):
     calls = []
-    train = slots.PausedTraining.train_until
+    train = PausedTraining.train_until
 
     def recorded(training, trials, until, **options):
         calls.append({(len(trial.curve), until[trial.number]) for trial in trials})
         train(training, trials, until, **options)
 
-    monkeypatch.setattr(slots.PausedTraining, "train_until", recorded)
+    monkeypatch.setattr(PausedTraining, "train_until", recorded)
     study = tune(tpe(), n_trials=12)
     assert {segment for call in calls for segment in call} == {(0, 1), (1, 3), (3, 9)}
     n_segments = sum(map(len, calls))
@@ -203,7 +203,7 @@ class Killed(Exception):
 def kill(monkeypatch, at, **options):
     """Run a search that ends right before or right after its n-th training."""
     calls = count(1)
-    train = slots.PausedTraining.train_until
+    train = PausedTraining.train_until
 
     def killed(training, *arguments, **keywords):
         now = next(calls)
@@ -214,7 +214,7 @@ def kill(monkeypatch, at, **options):
             raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(slots.PausedTraining, "train_until", killed)
+        patched.setattr(PausedTraining, "train_until", killed)
         tune(tpe(), **options)
 
 

@@ -1,23 +1,17 @@
 """With a timeout, all trials train their first epoch before any trial trains on."""
 
 import time
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import gputune
-from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
-from gputune.engine.job import Outcome, RungOutcome
-from gputune.engine.stop import Stop
-from gputune.methods import first_epochs
+from gputune.engine.checkpoint import CheckpointFolder
+from gputune.methods import training
 from gputune.population.population import Population
-from gputune.population.state import State
 from gputune.study.claims import Claims
 from gputune.study.store import Store
-from gputune.tuning.context import Context
-from gputune.types import Outputs
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 4))
@@ -47,7 +41,7 @@ class StopAfter(gputune.callbacks.Callback):
 
 @pytest.fixture(autouse=True)
 def needed(monkeypatch):
-    monkeypatch.setattr(first_epochs, "_ENOUGH_SHARE", 0)
+    monkeypatch.setattr(training, "_ENOUGH_SHARE", 0)
 
 
 def tune(**more):
@@ -105,68 +99,6 @@ def test_a_timeout_within_the_first_epochs_tells_how_many_trials_have_no_score(c
     assert "the time was over" not in capsys.readouterr().err
 
 
-@dataclass(frozen=True)
-class FewChunks:
-    """A plan of chunks of one trial each."""
-
-    chunks: tuple[Population, ...]
-    workers: int = 1
-
-
-class StoppedSearch:
-    """The context of a search whose time is over before any chunk has begun, except chunks that
-    another process has claimed."""
-
-    tell_trials_without_score = Context.tell_trials_without_score
-
-    def __init__(self):
-        self.said = []
-        self.checkpointing = lambda numbers: None
-        self.trainer = self
-        self.progress = SimpleNamespace(advance=None, say=self.said.append)
-        self.stop = Stop()
-
-    def job(self, kind, **fields):
-        return None
-
-    def train(self, job, plan, *, progress, claim):
-        assert not claim(plan.chunks[0])
-        yield from ()
-
-    def is_over(self):
-        return True
-
-
-def test_trials_of_another_process_are_not_counted_as_left():
-    context = StoppedSearch()
-    plan = FewChunks(tuple(Population("mlp", (i,), ({},)) for i in range(3)))
-    recorded = SimpleNamespace(configs=[{}, {}, {}], trials=(), chunks={})
-    first = first_epochs.train_first_epochs(context, recorded, plan, lambda chunk: False)
-    assert first.plan.chunks == ()
-    (said,) = context.said
-    assert said.startswith("note: the time was over before 2 trials had trained for one epoch.")
-
-
-@pytest.mark.parametrize("epoch", [None, 30])
-@pytest.mark.parametrize("search", ["this", "other"])
-def test_a_later_checkpoint_stays(tmp_path, epoch, search):
-    """A lost worker or another process may have written the checkpoint, but a checkpoint of another
-    search is replaced."""
-    checkpointing = Checkpointing(CheckpointFolder(tmp_path, "this"), (7,), 0.0)
-    curves = np.zeros((1, 1, 2))
-    if epoch is not None:
-        later = Checkpoint((7,), (0,), curves, State(epoch, ()), 1.0)
-        CheckpointFolder(tmp_path, search).write(later, [{}])
-    outcome = SimpleNamespace(
-        alive=(0,), index=(0,), curves=curves, state=State(1, ()), seconds=1.0
-    )
-    plan = FewChunks((Population("mlp", (0,), ({},)),))
-    first = first_epochs.FirstEpochs(None, plan, [{}], lambda chunk: True, unsaved=[outcome])
-    assert first.keep_rest(checkpointing) == {0}
-    (kept,) = checkpointing.folder.read({7: {}})
-    assert kept.state.epoch == (30 if epoch and search == "this" else 1)
-
-
 class AtEpoch(gputune.callbacks.Callback):
     """Calls functions after some epochs of any trial, by the number of these epochs."""
 
@@ -186,7 +118,7 @@ SAVED = {"space": {"lr": [1e-4, 1e-3, 1e-2, 1e-1]}, "checkpoint_seconds": 1e-6, 
 
 @pytest.fixture
 def at_once(monkeypatch):
-    monkeypatch.setattr(first_epochs, "pause_after", lambda writing: 0.0)
+    monkeypatch.setattr(training, "pause_after", lambda writing: 0.0)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -242,25 +174,10 @@ def test_a_checkpoint_of_another_process_is_read_after_the_claim(tmp_path, monke
     np.testing.assert_array_equal(tune(**options).curves, expected.curves)
 
 
-def test_outputs_after_the_first_epochs_stay_within_the_limit(monkeypatch):
-    outputs = Outputs(1, np.zeros((60, 1), np.float32))
-    monkeypatch.setattr("gputune.types.KEPT_BYTES", 2 * outputs.values.nbytes)
-    first = first_epochs.FirstEpochs(None, None, [{}] * 4, lambda chunk: True)
-    for i, score in enumerate([0.3, np.nan, 0.5, 0.4]):
-        curves = np.full((1, 1, 2), score)
-        held = {} if np.isnan(score) else {i: outputs}
-        first.add(RungOutcome((i,), curves, 1, 1.0, State(1, ()), (0,), outputs=held))
-    assert first.outputs.keys() == {2, 3}
-    assert not any(outcome.outputs for outcome in first.outcomes)
-    later = Outcome((2, 1), np.zeros((2, 4, 2)), 4, 1.0, outputs={1: outputs})
-    assert first.completed(later).outputs.keys() == {1, 2}
-    assert first.outputs.keys() == {3}
-
-
 @pytest.mark.parametrize(("kind", "needed"), [("mlp", False), ("module", True)])
 def test_the_estimate_of_a_module_is_not_trusted(monkeypatch, kind, needed):
     """The planner does not know the layers of a module, such as an LSTM over long sequences."""
-    monkeypatch.setattr(first_epochs, "_ENOUGH_SHARE", 0.25)
+    monkeypatch.setattr(training, "_ENOUGH_SHARE", 0.25)
     good_enough = SimpleNamespace(is_possible=False)
     stop = SimpleNamespace(deadline=time.monotonic() + 60)
     context = SimpleNamespace(stop=stop, epochs=30, good_enough=good_enough)
@@ -268,4 +185,4 @@ def test_the_estimate_of_a_module_is_not_trusted(monkeypatch, kind, needed):
     plan = SimpleNamespace(
         chunks=chunks, at_once=1, workers=1, threads=1, seconds=1.5, state_bytes=0
     )
-    assert first_epochs.are_needed(context, plan) == needed
+    assert training._need_first_epochs(context, plan) == needed

@@ -23,7 +23,7 @@ from gputune.engine.job import run_in_parts
 from gputune.engine.train import Spent, operations
 from gputune.executors.executor import Executor
 from gputune.executors.worker_progress import WorkerProgress
-from gputune.methods import first_epochs
+from gputune.methods import training
 from gputune.modules import calls
 from gputune.tuning import progress, trainer
 from gputune.tuning.progress import Profile, Progress, product_speed, reading_bar
@@ -179,7 +179,7 @@ class Here(Executor):
 
 
 def test_the_first_epoch_of_trials_in_workers_counts_once(monkeypatch, iris):
-    monkeypatch.setattr(first_epochs, "_ENOUGH_SHARE", 0)
+    monkeypatch.setattr(training, "_ENOUGH_SHARE", 0)
     monkeypatch.setattr(
         trainer, "chunk_processes", lambda job, data, *_: nullcontext(Here(job, data))
     )

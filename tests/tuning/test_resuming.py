@@ -299,7 +299,7 @@ def test_a_search_with_new_trials_continues_with_another_number_of_threads(tmp_p
 
 
 def test_trials_of_all_plans_train_for_one_epoch_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("gputune.methods.first_epochs._ENOUGH_SHARE", 0)
+    monkeypatch.setattr("gputune.methods.training._ENOUGH_SHARE", 0)
     cut, _ = two_plans(tmp_path, monkeypatch, timeout=1000)
     # The search ends after the first epoch of the second plan, before the first plan continues.
     assert np.isfinite(cut.curves).all(2).sum(1).tolist() == [1, 1, 1, 1]

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from gputune.errors import InputError, import_extra
-from gputune.methods.optuna_study import fold_means, state_of
+from gputune.methods.sampling import fold_means, state_of
 from gputune.spaces.distributions import as_optuna, is_real, label, labels
 from gputune.study.study import Study, Trial
 from gputune.types import Json

@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 import gputune
 from benchmark.report import describe_machine, publish, table
 from gputune.api.study import Study
-from gputune.methods.optuna_study import OptunaStudy, check_askable
+from gputune.methods.sampling import OptunaStudy, check_askable
 
 BATCH = 16
 BATCHES = 10
