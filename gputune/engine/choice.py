@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from gputune.engine.backends.selection import choose_backend, refusals, trains_a
 from gputune.engine.backends.table import backend_named
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.members import MemberChunk
-from gputune.engine.plan import TIMED_STEPS, cores, repeats_frozen_layers, stacks_untimed
+from gputune.engine.plan import cores, repeats_frozen_layers
 from gputune.engine.reuse import ChunkPool
 from gputune.errors import warn
 from gputune.fallback import words_unless_strict
@@ -270,6 +270,7 @@ def work_of_a_step(
 
 
 _TRIED_EPOCHS = 4
+_TIMED_STEPS = 3  # of a fold in an epoch, all of one shape; they are recorded in the first epoch
 # Seconds of all members one by one. A shorter training ends before the timing could help.
 WORTH_SECONDS = 3.0
 # The estimated share of the faster way's time that compiled code needs at most. Compiled code of 12
@@ -278,9 +279,10 @@ CODED_SHARE = 0.5
 # Seconds to trace a module and write its C code, before the seconds of the build are known.
 WRITING_SECONDS = 0.3
 _TRIALS = 4
-# Parameters of all members. A larger chunk is timed in compiled code with few trials.
-_TIMED_NUMBERS = 1 << 22
 MARGIN = 1.1  # a smaller ratio is noise
+# Compiled code also trains modules that are like one for which it was faster by this ratio.
+_CLEARLY = 1.5
+_LIKE = 4  # the largest ratio of the numbers of parameters of such modules
 _PATIENCE_SECONDS = 0.2  # after this time two epochs must be enough
 
 
@@ -293,113 +295,118 @@ class NotWorthItError(Exception):
     """Raised before the build of compiled code that would take longer than it saves."""
 
 
-TOO_SHORT = "the training is too short for compiled code to pay off"
+_TOO_SHORT = "the training is too short for compiled code to pay off"
 _REPEATS = "compiled code computes the frozen layers again for each trial"
 
 
+class TimedModule(NamedTuple):
+    """The result of a timing, and the number of trained parameters of the timed module."""
+
+    parameters: int
+    way: FastestWay
+
+
 def fastest_way(
-    job: Job, data: Dataset, group: Population, *, member_steps: float, tell: Say | None = None
+    job: Job,
+    data: Dataset,
+    group: Population,
+    *,
+    member_steps: float,
+    earlier: Sequence[TimedModule] = (),
+    tell: Say | None = None,
 ) -> FastestWay:
     """Time three ways to train trials of one tensor shape: one by one, stacked, and in compiled
     code.
 
+    If compiled code was clearly the fastest for an earlier module of about the same size, nothing is
+    timed.
+
     Args:
         member_steps: Total number of steps of all members of the search that train like this group.
+        earlier: The results for other arguments of the same module.
         tell: A function to call with a description before each timing.
     """
     tell = tell or (lambda _: None)
     data = data.of(group.configs[0])
     traits = job.traits.get(group.arguments)
     repeats = repeats_frozen_layers(traits, data)
-    folds = len(data.train_lengths)
-    if repeats and stacks_untimed(traits, len(group.index), folds, member_steps):
+    if repeats and traits is not None and not traits.convolves:
+        # A stacked step of such modules took 0.9 to 1.1 times the time of a loop's step.
         return FastestWay(uncoded=_REPEATS)
+    for parameters, way in earlier:
+        ratio = parameters / max(1, traits.parameters if traits else 0)
+        is_clear = way.gain >= (_CLEARLY - 1) * way.seconds.get("compiled", math.inf)
+        if is_clear and 1 / _LIKE <= ratio <= _LIKE:
+            return way
     short_data = _few_steps(data, group)
     tell("one by one")
     one = group.part(0, 1)
-    loop = try_way("training one by one", job, lambda: _seconds(job, short_data, one, "loop"))
+    loop = _try("training one by one", job, lambda: _seconds(job, short_data, one, "loop"))
     seconds = {"loop": loop.seconds}
     if loop.seconds * member_steps < WORTH_SECONDS:
-        return FastestWay(uncoded=TOO_SHORT, seconds=seconds)
-    way = trains_as("recorded", group.kind, group.configs[0], traits)  # or "eager" or "merged"
-    tell(way)
+        return FastestWay(uncoded=_TOO_SHORT, seconds=seconds)
+    name = trains_as("recorded", group.kind, group.configs[0], traits)  # or "eager" or "merged"
+    tell(name)
     timed = group.part(0, min(_TRIALS, len(group.index)))
-    stacked = try_way("training stacked", job, lambda: _seconds(job, short_data, timed, way))
-    seconds[way] = stacked.seconds
+    stacked = _try("training stacked", job, lambda: _seconds(job, short_data, timed, name))
+    seconds[name] = stacked.seconds
     if loop.error is not None and stacked.error is not None:
         raise loop.error  # of the module itself, which no backend can train
     fastest = min(loop.seconds, stacked.seconds)
-    uncoded = TOO_SHORT
+    uncoded = _REPEATS if repeats else _TOO_SHORT
     # CPU seconds that compiled steps save. (Short searches train recorded steps on one core.)
     saved = (1 - CODED_SHARE) * fastest * member_steps
-    recording = stacked.elapsed if stacked.seconds < loop.seconds else 0.0
-
-    def check_build(build: float) -> None:
-        if build > saved + recording:
-            raise NotWorthItError(TOO_SHORT)
-
-    if repeats:
-        uncoded = _REPEATS
-    elif saved > WRITING_SECONDS:
+    if not repeats and saved > WRITING_SECONDS:
         tell("compiled")
-        code = try_way(
-            "compiled code", job, lambda: compiled_seconds(job, data, group, check_build)
-        )
+        code = _try("compiled code", job, lambda: _compiled_seconds(job, data, timed, saved))
         coded = seconds["compiled"] = code.seconds
         if MARGIN * coded < fastest:
             return FastestWay(gain=fastest - coded, seconds=seconds)
-        job.pool.drop_timed(group.configs)
-        if code.error is None:
-            uncoded = (
-                f"a training step of one trial on one fold takes {1e3 * coded:.3g} ms in compiled "
-                f"code, and {1e3 * fastest:.3g} ms without"
-            )
-        else:  # the plan also has the sentence about a failure
-            has_failed = code.sentence in job.pool.failures
-            uncoded = "compiled code failed" if has_failed else code.sentence
+        uncoded = code.sentence or (
+            f"a training step of one trial on one fold takes {1e3 * coded:.3g} ms in compiled "
+            f"code, and {1e3 * fastest:.3g} ms without"
+        )
+        if uncoded in job.pool.failures:  # the plan also has the sentence about a failure
+            uncoded = "compiled code failed"
     if stacked.error is not None:
         return FastestWay(stacked.sentence, seconds=seconds)
     if stacked.seconds < MARGIN * loop.seconds:
         return FastestWay(uncoded=uncoded, seconds=seconds)
     slow = (
         f"a training step of one trial on one fold takes {1e3 * loop.seconds:.3g} ms one by one, "
-        f"and {1e3 * stacked.seconds:.3g} ms {backend_named(way).in_words}"
+        f"and {1e3 * stacked.seconds:.3g} ms {backend_named(name).in_words}"
     )
     return FastestWay(slow, seconds=seconds)
 
 
 def _few_steps(data: Dataset, group: Population) -> Dataset:
     """Return the data with few training rows in each fold, so that an epoch has few steps."""
-    rows = TIMED_STEPS * group.configs[0]["batch_size"]
+    rows = _TIMED_STEPS * group.configs[0]["batch_size"]
     folds = [Fold(fold.train[:rows], fold.valid) for fold in data.folds]
     return replace(data, folds=tuple(folds))
 
 
-@dataclass(frozen=True)
-class _Tried:
+class _Tried(NamedTuple):
     """Measured seconds of one training step of one member (one trial on one fold), for one way to
     train.
 
     If the timing failed, ``seconds`` is infinity, and ``sentence`` describes the error for the
-    user. ``elapsed`` has the CPU seconds of the timing, mostly of one-time work such as a recording.
+    user.
     """
 
     seconds: float
     error: Exception | None = None
     sentence: str = ""
-    elapsed: float = 0.0
 
 
-def try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
+def _try(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
     """Time one way to train. If the timing fails, the search continues without this way.
 
     ``ChunkPool.failures`` then has a sentence that the plan shows to the user, unless compiled code
     does not exist for the module, which is no failure.
     """
-    begin = time.process_time()
     try:
-        seconds_of_a_step = seconds()
-        return _Tried(seconds_of_a_step, elapsed=time.process_time() - begin)
+        return _Tried(seconds())
     except NotWorthItError as error:
         return _Tried(math.inf, error, str(error))
     except (TraceError, NotBuiltError) as error:
@@ -410,41 +417,34 @@ def try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
         return _Tried(math.inf, error, sentence)
 
 
-def compiled_seconds(
-    job: Job,
-    data: Dataset,
-    group: Population,
-    check_build: Callable[[float], None] | None = None,
-) -> float:
+def _compiled_seconds(job: Job, data: Dataset, group: Population, saved: float) -> float:
     """Build compiled code for a module, and return the seconds of one training step of one member.
 
-    Raises TraceError or NotBuiltError if there is no compiled code for the module. ``check_build``
-    receives the estimated seconds of the build, and may raise an exception to prevent the build.
-    The timed chunk has all trials, unless they are large. The training later uses this chunk.
+    The training later uses this code. Raises TraceError or NotBuiltError if there is no compiled
+    code for the module, and NotWorthItError if the build would take more than ``saved`` seconds.
     """
-    network = job.network(data, group)
-    chunk = group
-    if network.blocks.size > _TIMED_NUMBERS:
-        chunk = group.part(0, _TRIALS)
-        network = job.network(data, chunk)
     # Compiled code is written from recorded steps of stacked members.
-    for refusal in refusals("recorded", TrialWork(chunk.kind, chunk.configs[0])):
+    work = TrialWork(group.kind, group.configs[0], job.traits.get(group.arguments))
+    for refusal in refusals("recorded", work):
         raise TraceError(refusal.reason)
-    traits = job.traits.get(group.arguments)
-    if network.one_by_one or (traits is not None and traits.unstackable):
+    network = job.network(data, group)
+    if network.one_by_one:
         raise TraceError("its members are not stacked")
+
+    def check_build(build: float) -> None:
+        if build > saved:
+            raise NotWorthItError(_TOO_SHORT)
+
     with torch_threads(1), torch.no_grad():
-        timed = MemberChunk(
+        chunk = MemberChunk(
             cast(StackedModule, network),
             Validation(data, job.scoring),
             seed=job.seed,
             horizon=job.horizon,
             check_build=check_build,
         )
-        if chunk is group:
-            job.pool.keep_timed(timed)
-        job.pool.keep_code(network, timed.code)
-        return timed.seconds_of_a_step()
+        job.pool.keep_code(network, chunk.code)
+        return chunk.seconds_of_a_step()
 
 
 def seconds_of_backend(job: Job, data: Dataset, group: Population, backend: str) -> float:

@@ -48,19 +48,6 @@ _FROZEN_FREE_SHARE = 0.1  # of the free main memory
 # Frozen parameters from which their products take longer than everything that compiled code saves.
 # A BERT of 23 million parameters took 1.3 to 2 times as long in compiled code.
 _LARGE_FROZEN = 1 << 20
-# Share of the weights before the first trained layer, and number of trials, from which stacked trials
-# are faster in any case. A loop computes these layers for each trial, which takes a third of its time.
-# In the layers behind them, stacked trials took at most 1.1 times the time of a loop.
-_MOST_SHARED = 0.5
-_FEWEST_SHARING = 4
-# Steps of a fold in an epoch of a timing, all of one shape. They are recorded in the first epoch.
-TIMED_STEPS = 3
-# Member-steps of a timing against a loop, for each fold and timed trial: two epochs, and a recording.
-_STEPS_OF_A_TIMING = 2 * TIMED_STEPS + 2
-# The largest share of a training that a timing may take if stacking cannot lose much. A timing took
-# 18% of a BERT's search with adapters in all layers (8 trials, 2 folds, 8 steps). A stacked step took
-# 0.9 times the time of a loop's step, and in no measurement of such modules more than 1.1 times.
-_TIMED_SHARE = 0.05
 # Estimated seconds of work from which a second process repays its start.
 _WORKERS_PAY = 3.0
 # The same for a second GPU: its process takes about 10 s to start, and a core is far slower than a
@@ -403,22 +390,6 @@ def repeats_frozen_layers(traits: Traits | None, data: Dataset) -> bool:
     if traits is None or not traits.common_rows or traits.frozen < _LARGE_FROZEN:
         return False
     return not any(name.startswith(KEPT) for name in data.names or ())
-
-
-def stacks_untimed(traits: Traits | None, trials: int, folds: int, member_steps: float) -> bool:
-    """Return whether trials with large frozen layers train stacked without a timing against a loop.
-
-    If the trials share most layers, stacking is faster in any case. Otherwise stacking may lose a
-    little, so a timing must be cheap. Convolutions behind the first trained layer are always
-    timed, because stacking can make them much slower.
-    """
-    if traits is None:
-        return False
-    if traits.shared >= _MOST_SHARED and trials >= _FEWEST_SHARING:
-        return True
-    # One trial trains in the loop, and up to four trials train stacked.
-    timed = (1 + min(trials, _FEWEST_SHARING)) * folds * _STEPS_OF_A_TIMING
-    return not traits.convolves and timed > _TIMED_SHARE * member_steps
 
 
 def parse_memory(memory: object) -> int | None:

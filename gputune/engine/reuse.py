@@ -9,14 +9,13 @@ again for each chunk. Two chunks are alike if only values in tensors differ (``t
 """
 
 import secrets
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from gputune.engine.member_steps import CompiledSteps
 from gputune.engine.stacked import StackedChunk
 from gputune.population.population import Network, Population, shape_of
 from gputune.scoring.validation import Validation
-from gputune.types import Config
 
 # Limit for the parameters of kept chunks. A larger chunk has long epochs, and should give back its
 # memory.
@@ -40,8 +39,6 @@ class ChunkPool:
         self.token = secrets.token_hex(8)
         self.trials: dict[object, int] = {}
         self.chunks: dict[Hashable, StackedChunk] = {}
-        # timed chunks in compiled code, still at their start
-        self.timed: list[StackedChunk] = []
         # compiled steps of the last chunk of each shape, for the next chunk of that shape
         self.codes: dict[Hashable, CompiledSteps] = {}
         # sentences about faster backends that cannot train or failed when timed, as an ordered set
@@ -50,29 +47,6 @@ class ChunkPool:
         self.faults: dict[str, None] = {}
         # ``Population.arguments`` of modules whose members failed only when they were stacked
         self.one_by_one: set[str] = set()
-
-    def keep_timed(self, chunk: StackedChunk) -> None:
-        """Keep a chunk (group of trials) after timing its compiled code, for the later training, if
-        the memory limit allows it."""
-        nbytes = chunk.nbytes + sum(timed.nbytes for timed in self.timed)
-        if not self.timed or nbytes <= _KEPT_BYTES:
-            self.timed.append(chunk)
-
-    def drop_timed(self, configs: Sequence[Config]) -> None:
-        """Remove the chunk that ``keep_timed`` has kept for these trials."""
-        self.timed = [chunk for chunk in self.timed if chunk.configs != list(configs)]
-
-    def take_timed(
-        self, network: Network, validation: Validation, **options: int
-    ) -> StackedChunk | None:
-        """Remove and return the chunk that ``keep_timed`` has kept for these trials, or None if no
-        such chunk is usable."""
-        timed = self.timed
-        self.drop_timed(network.configs)
-        for chunk in timed:
-            if chunk.configs == list(network.configs):
-                return chunk if chunk.is_made_with(validation, recorded=False, **options) else None
-        return None
 
     def keep_code(self, network: Network, code: CompiledSteps) -> None:
         """Keep the compiled steps of a chunk for the next chunk of the same tensor shape."""
@@ -134,7 +108,6 @@ class ChunkPool:
         """Remember that a chunk did not fit into memory. The next chunk of the same tensor shape
         begins with half of the trials."""
         self.chunks = {}
-        self.timed = []
         self.trials[shape_of(chunk)] = -(-len(chunk.index) // 2)
 
     def __reduce__(self) -> tuple[object, ...]:

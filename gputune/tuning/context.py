@@ -20,11 +20,10 @@ import numpy as np
 from gputune.data.dataset import Dataset
 from gputune.engine.backends.table import backend_named
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
-from gputune.engine.choice import fastest_way
+from gputune.engine.choice import TimedModule, fastest_way
 from gputune.engine.job import Failure, Job, Outcome
 from gputune.engine.need import Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
-from gputune.engine.similar_timing import TimedModule, way_like_earlier
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
 from gputune.modules.inspection import check_rates, known_traits, note_fastest, traits_of
@@ -195,9 +194,7 @@ class Context(Session):
                 group = group.part(0, max(len(chunk.index) for chunk in chunks))
                 job = self.trainer.job(Job, epochs=epochs)
                 earlier = list(self.timed.values())
-                fastest = way_like_earlier(job, data, group, earlier, member_steps=steps)
-                if fastest is None:
-                    fastest = fastest_way(job, data, group, member_steps=steps)
+                fastest = fastest_way(job, data, group, member_steps=steps, earlier=earlier)
                 traits = job.traits.get(group.arguments)
                 self.timed[key] = TimedModule(traits.parameters if traits else 0, fastest)
                 if slow := fastest.slow:

@@ -1,8 +1,8 @@
 """A module trains stacked, one by one or in compiled code, as a few steps of each show it, where it
 is worth trying."""
 
+import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ import gputune
 from gputune.engine import choice, member_steps
 from gputune.engine.choice import fastest_way
 from gputune.engine.job import Job
-from gputune.engine.reuse import ChunkPool
 from gputune.modules.trace import TraceError
 from gputune.native.library import build_kernels
 from gputune.population.population import Population
@@ -54,7 +53,7 @@ SEARCH = {"n_trials": 2, "cv": 2, "workers": 1, "verbose": 0}
     ],
 )
 def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, steps, slow, gain):
-    monkeypatch.setattr(choice, "compiled_seconds", lambda job, data, chunk, check_build: code)
+    monkeypatch.setattr(choice, "_compiled_seconds", lambda *arguments: code)
     monkeypatch.setattr(
         choice, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked)
     )
@@ -63,28 +62,20 @@ def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, st
 
 
 @pytest.mark.parametrize(
-    ("steps", "recording", "build", "is_coded"),
+    ("steps", "build", "is_coded"),
     [
         # Recorded steps take 4 s, so compiled code is estimated to save 2 s.
-        (4000, 0.0, 1.9, True),
-        (4000, 0.0, 2.1, False),
-        (4000, 0.2, 2.1, True),  # and the recording
-        (40_000, 0.0, 2.1, True),
-        (500, 0.0, 0.0, False),  # writing the code takes longer
+        (4000, 1.9, True),
+        (4000, 2.1, False),
+        (40_000, 2.1, True),
+        (500, 0.0, False),  # writing the code takes longer
     ],
 )
 def test_code_is_built_if_the_build_takes_less_time_than_it_saves(
-    monkeypatch, steps, recording, build, is_coded
+    monkeypatch, steps, build, is_coded
 ):
-    now = 0.0
-
-    def seconds_of_a_step(job, data, chunk, backend):
-        nonlocal now
-        now += recording
-        return {"loop": 0.01, "recorded": 0.001}[backend]
-
-    monkeypatch.setattr(choice, "_seconds", seconds_of_a_step)
-    monkeypatch.setattr(choice, "time", SimpleNamespace(process_time=lambda: now))
+    seconds = {"loop": 0.01, "recorded": 0.001}
+    monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: seconds[backend])
     monkeypatch.setattr(member_steps, "build_seconds", lambda bodies, dtype: build)
     built = []
     monkeypatch.setattr(
@@ -100,8 +91,8 @@ def test_code_is_built_if_the_build_takes_less_time_than_it_saves(
 def test_no_code_is_built_for_large_frozen_layers_that_members_share(monkeypatch, kept, is_coded):
     seconds = {"loop": 0.01, "recorded": 0.001}
     monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: seconds[backend])
-    monkeypatch.setattr(choice, "compiled_seconds", lambda job, data, chunk, check_build: 0.0001)
-    traits = Traits(common_rows=True, frozen=1 << 20, parameters=100)
+    monkeypatch.setattr(choice, "_compiled_seconds", lambda *arguments: 0.0001)
+    traits = Traits(common_rows=True, frozen=1 << 20, parameters=100, convolves=True)
     job = replace(JOB, traits={CHUNK.arguments: traits})
     found = fastest_way(job, replace(DATA, names=kept or None), CHUNK, member_steps=1e9)
     assert ("compiled" in found.seconds) == is_coded
@@ -109,47 +100,39 @@ def test_no_code_is_built_for_large_frozen_layers_that_members_share(monkeypatch
         assert found.uncoded == "compiled code computes the frozen layers again for each trial"
 
 
-@pytest.mark.parametrize(
-    ("shared", "trials", "is_timed"), [(0.6, 4, False), (0.4, 4, True), (0.6, 3, True)]
-)
-def test_trials_that_share_most_of_their_layers_are_stacked_without_a_timing(
-    monkeypatch, shared, trials, is_timed
-):
-    seconds = {"loop": 0.01, "recorded": 0.001}
-    monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: seconds[backend])
-    configs = (CHUNK.configs * trials)[:trials]
-    chunk = replace(CHUNK, index=tuple(range(trials)), configs=configs)
-    traits = Traits(common_rows=True, frozen=1 << 20, parameters=100, shared=shared)
-    found = fastest_way(
-        replace(JOB, traits={chunk.arguments: traits}), DATA, chunk, member_steps=1e9
-    )
-    assert bool(found.seconds) == is_timed and not found.slow and not found.gain
-    assert found.uncoded == "compiled code computes the frozen layers again for each trial"
-
-
-@pytest.mark.parametrize(
-    ("steps", "convolves", "is_timed"),
-    [
-        # A timing takes 8 steps of 4 trials (3 stacked, one in the loop) on 2 folds: 64.
-        (1280, False, True),
-        (1279, False, False),
-        (1279, True, True),
-    ],
-)
-def test_a_short_training_behind_frozen_layers_is_stacked_without_a_timing(
-    monkeypatch, steps, convolves, is_timed
-):
+@pytest.mark.parametrize("convolves", [False, True])
+def test_members_with_large_frozen_layers_are_timed_only_if_they_convolve(monkeypatch, convolves):
     seconds = {"loop": 0.01, "recorded": 0.02}
     monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: seconds[backend])
-    configs = (CHUNK.configs * 2)[:3]
-    chunk = replace(CHUNK, index=(0, 1, 2), configs=configs)
     traits = Traits(common_rows=True, frozen=1 << 20, parameters=100, convolves=convolves)
-    job = replace(JOB, traits={chunk.arguments: traits})
-    found = fastest_way(job, DATA, chunk, member_steps=steps)
-    assert (bool(found.seconds), bool(found.slow)) == (is_timed, is_timed)
-    small = replace(job, traits={chunk.arguments: replace(traits, frozen=1000)})
-    monkeypatch.setattr(choice, "compiled_seconds", lambda job, data, chunk, check_build: 0.1)
-    assert fastest_way(small, DATA, chunk, member_steps=steps).seconds
+    job = replace(JOB, traits={CHUNK.arguments: traits})
+    found = fastest_way(job, DATA, CHUNK, member_steps=1e9)
+    assert (bool(found.seconds), bool(found.slow)) == (convolves, convolves)
+
+
+CLEAR = FastestWay(gain=0.003, seconds={"loop": 0.004, "recorded": 0.005, "compiled": 0.001})
+CLOSE = FastestWay(gain=0.0004, seconds={"loop": 0.0014, "recorded": 0.002, "compiled": 0.001})
+UNCODED = FastestWay(seconds={"loop": 0.004, "recorded": 0.0005})
+
+
+@pytest.mark.parametrize(
+    ("earlier", "parameters", "is_like"),
+    [
+        ([(100, CLEAR)], 400, True),
+        ([(100, CLEAR)], 401, False),
+        ([(100, CLOSE)], 100, False),
+        ([(100, UNCODED)], 100, False),  # compiled code was not timed
+        ([(100, UNCODED), (200, CLEAR)], 100, True),
+    ],
+)
+def test_a_clear_result_counts_for_modules_of_about_the_same_size(
+    monkeypatch, earlier, parameters, is_like
+):
+    monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: 1e-9)
+    job = replace(JOB, traits={CHUNK.arguments: Traits(parameters=parameters)})
+    timed = [choice.TimedModule(*pair) for pair in earlier]
+    found = fastest_way(job, DATA, CHUNK, member_steps=1e6, earlier=timed)
+    assert (found is CLEAR) == is_like
 
 
 def test_merged_rows_are_timed_by_their_name(monkeypatch):
@@ -170,20 +153,11 @@ def test_all_ways_are_timed():
     assert (found.slow, found.gain, list(found.seconds)) == ("", 0.0, ["loop"])
     for backend in ("loop", "recorded"):
         assert 0 < choice._seconds(JOB, DATA, CHUNK, backend) < 1
-    assert 0 < choice.compiled_seconds(JOB, DATA, CHUNK) < 1
+    assert 0 < choice._compiled_seconds(JOB, DATA, CHUNK, math.inf) < 1
     for unknown in ("adamwhd", "torch:Adagrad"):
         other = replace(CHUNK, configs=tuple({**c, "optimizer": unknown} for c in CONFIGS))
         with pytest.raises(TraceError, match=unknown.removeprefix("torch:")):
-            choice.compiled_seconds(JOB, DATA, other)
-
-
-@pytest.mark.parametrize(("numbers", "kept"), [(1 << 22, 1), (0, 0)])
-def test_only_a_timed_chunk_of_all_trials_is_kept_for_the_training(monkeypatch, numbers, kept):
-    monkeypatch.setattr(choice, "_TIMED_NUMBERS", numbers)
-    monkeypatch.setattr(choice, "_TRIALS", 1)
-    job = replace(JOB, pool=ChunkPool())
-    choice.compiled_seconds(job, DATA, CHUNK)
-    assert len(job.pool.timed) == kept
+            choice._compiled_seconds(JOB, DATA, other, math.inf)
 
 
 @pytest.mark.cpu
@@ -279,7 +253,7 @@ class Scaled(nn.Linear):
 def test_trials_that_differ_only_in_fractions_are_timed_once(monkeypatch, capsys):
     timed = []
 
-    def timing_of(job, data, chunk, *, member_steps):
+    def timing_of(job, data, chunk, *, member_steps, earlier):
         timed.append((chunk.configs[0].get("module__bias"), member_steps))
         return FastestWay(gain=1.0)
 

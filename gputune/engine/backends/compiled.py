@@ -125,9 +125,6 @@ class Compiled(Backend):
     ) -> Chunk:
         if not is_module(network.kind):
             return CompiledChunk(cast(StackedMLP, network), validation, seed=seed, horizon=horizon)
-        timed = pool.take_timed(network, validation, seed=seed, horizon=horizon)
-        if timed is not None:
-            return timed
         module = cast(StackedModule, network)
         chunk = MemberChunk(
             module, validation, seed=seed, horizon=horizon, code=pool.code_of(module)
