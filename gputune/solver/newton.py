@@ -38,7 +38,6 @@ ROUNDING = 1e-14  # a smaller decrease, relative to the objective, is lost in fl
 UNSEEN = 1e-11  # below this slope, relative to the objective, the line search compares slopes
 HALVINGS = 40  # most halvings of a step in the line search
 SINGLE = (1e-20, 1e20)  # range of curvatures whose products and quotients fit single precision
-COARSE = 1e-3  # violation above which single precision finds a direction that is good enough
 ROUNDS = 3  # rounds of conjugate gradients; the next Newton step continues from there
 SEARCHES = 10  # lengths that the projected search tries, each a quarter of the one before
 PROJECTED = 0.1  # required share of the predicted decrease in the projected search
@@ -145,54 +144,29 @@ def newton_step(rows: SolverRows, point: Point, tolerance: float) -> Point:
     hold = point.ridge + DAMPING * closeness.clamp_max(1)[:, None, None] * signed * diagonal
     model = Model(point.weight, slopes, free, signed, point.chance, hold, diagonal + hold, forcing)
     # Along the principal axes, conjugate gradients always reach their goal in single precision.
-    coarse = (closeness > COARSE) | (not signed.any() and rows.basis is not None)
     largest = model.diagonal.amax((1, 2))
-    coarse &= (largest > SINGLE[0]) & (largest < SINGLE[1])
-    new = _move(rows, point, model, coarse)
-    stuck = (
-        coarse
-        & (new.objective >= point.objective)
-        & (closeness > tolerance)
-        & signed.flatten(1).any(1)
-    )
-    if stuck.any():
-        members = stuck.nonzero()[:, 0]
-        coarse = torch.zeros_like(members, dtype=torch.bool)
-        new = _replace(new, members, _move(rows, point[members], model[members], coarse))
-    return new
+    is_single = (largest > SINGLE[0]) & (largest < SINGLE[1])
+    if rows.basis is None:
+        is_single = torch.zeros_like(is_single)
+    step = torch.zeros_like(slopes)
+    for members, minimizer in ((is_single, _single_step), (~is_single, minimise)):
+        if members.any():
+            step[members] = minimizer(rows, model[members])
+    return line_search(rows, point, step, dot(slopes, step))
 
 
-def _move(rows: SolverRows, point: Point, model: Model, coarse: Tensor) -> Point:
-    """Return the point after a step to the model's minimizer and a line search.
-
-    For members that are True in ``coarse`` (m,), the step is computed in single precision.
-    """
-    step = torch.zeros_like(model.slopes)
-    if coarse.all():
-        step = _coarse_step(rows, model)
-    elif not coarse.any():
-        step = minimise(rows, model)
-    else:
-        step[coarse] = _coarse_step(rows, model[coarse])
-        step[~coarse] = minimise(rows, model[~coarse])
-    return line_search(rows, point, step, dot(model.slopes, step))
-
-
-def _coarse_step(rows: SolverRows, model: Model) -> Tensor:
+def _single_step(rows: SolverRows, model: Model) -> Tensor:
     """Return the model's minimizer, computed in single precision. A direction needs only few
     digits.
 
     The slopes and the line search stay in double precision, so the final result is in double
     precision. The unit is each member's largest slope, so that no slope is too small for single
-    precision. A weight that reaches zero becomes exactly zero.
+    precision.
     """
     largest = model.slopes.abs().amax((1, 2), keepdim=True)
     unit = largest.clamp_min(torch.finfo(largest.dtype).tiny)
     scaled = replace(model, weight=model.weight / unit, slopes=model.slopes / unit).single()
-    step = minimise(rows.single(), scaled)
-    exact = step.to(unit.dtype) * unit
-    ends = model.signed & ((step == -scaled.weight) | ((model.weight + exact) * model.weight < 0))
-    return torch.where(ends, -model.weight, exact)
+    return minimise(rows.single(), scaled).to(unit.dtype) * unit
 
 
 def line_search(rows: SolverRows, point: Point, step: Tensor, slope: Tensor) -> Point:

@@ -6,8 +6,9 @@ Shape letters: P members, C configurations (also the inverse penalty ``C``), F f
 inputs, n rows.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,15 +33,13 @@ from gputune.types import Config, first_metric
 # on a GPU into memory.
 CPU_NUMBERS = 2**18
 GPU_NUMBERS = 2**27
-# Numbers in all inputs that are solved at the same time, summed over folds and kinds of step.
+# Numbers in all inputs that are solved at the same time, summed over folds.
 HELD = 2**25
 # An input whose spread, relative to its mean, is below this is constant up to rounding.
 CONSTANT = 1e-13
 # If an input exceeds this value, each input gets its own unit; otherwise squares and their sums
 # could overflow.
 HUGE = 1e10
-
-Jobs = list[Callable[[], None]]
 
 
 @dataclass(frozen=True)
@@ -130,47 +129,22 @@ def _is_small(problem: LogisticProblem) -> bool:
 
 
 def _solve_folds(problem: LogisticProblem, threads: int) -> Solution:
-    """Solve a problem for every fold and trial, with at most ``threads`` jobs at once on a CPU."""
-    parts: list[Solution] = []
-    jobs: Jobs = []
-    held = 0
-    for f in range(len(problem.weights)):
-        solution, groups = _fold(problem, f)
-        parts.append(solution)
-        for group, numbers in groups:
-            jobs += group
-            group.clear()  # each job holds copies of its rows: drop this second reference to them
-            held += numbers
-            if held + numbers > HELD:
-                _run(jobs, problem.y.device, threads)
-                jobs = []
-                held = 0
-    _run(jobs, problem.y.device, threads)
+    """Solve a problem for every fold and trial, on a CPU with up to ``threads`` folds at once."""
+    folds = range(len(problem.weights))
+    solve_fold = partial(_solve_fold, problem)
+    threads = min(threads, len(folds), max(1, HELD // math.prod(problem.x.shape[-2:])))
+    if threads == 1 or problem.y.device.type != "cpu":
+        parts = list(map(solve_fold, folds))
+    else:
+        # The products of one fold are too small to use several threads.
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = list(pool.map(solve_fold, folds))
     columns = zip(*(vars(part).values() for part in parts))
     return Solution(*map(torch.cat, columns))
 
 
-def _run(jobs: Jobs, device: torch.device, threads: int) -> None:
-    """Run the solver's jobs, on a CPU in parallel.
-
-    On a CPU ``threads`` jobs run at once, because the products of one job are too small to use
-    several threads.
-    """
-    threads = min(threads, len(jobs)) if device.type == "cpu" else 1
-    if threads <= 1:
-        for job in jobs:
-            job()
-        return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(lambda job: job(), jobs))  # list() raises the errors of the jobs
-
-
-def _fold(problem: LogisticProblem, fold: int) -> tuple[Solution, Iterator[tuple[Jobs, int]]]:
-    """Prepare the logistic regression of one fold for all members.
-
-    Returns a solution with coefficients of zero, and the jobs that compute the coefficients and
-    write them to the solution.
-    """
+def _solve_fold(problem: LogisticProblem, fold: int) -> Solution:
+    """Solve the logistic regression of one fold for all members."""
     weights = problem.weights[fold]
     is_training = weights > 0
     x = problem.x[fold, is_training]
@@ -192,25 +166,23 @@ def _fold(problem: LogisticProblem, fold: int) -> tuple[Solution, Iterator[tuple
         solution.converged.fill_(False)
     elif int(classes.sum()) > 1:
         codes = (classes.cumsum(0) - 1)[problem.y[is_training]]
-        return solution, _groups(solution, problem, x, codes, weights[is_training], classes)
-    return solution, iter(())
+        _solve_rows(solution, problem, x, codes, weights[is_training], classes)
+    return solution
 
 
-def _groups(
+def _solve_rows(
     solution: Solution,
     problem: LogisticProblem,
     x: Tensor,
     codes: Tensor,
     weights: Tensor,
     classes: Tensor,
-) -> Iterator[tuple[Jobs, int]]:
-    """Yield the jobs that solve one fold for all values of C, group by group, and write to
-    ``solution``.
+) -> None:
+    """Solve one fold for all values of C, and write the coefficients to ``solution``.
 
-    Jobs on the same rows come together, with the number of entries of these rows. ``x`` has the
-    fold's rows and is changed in place. ``classes`` (K,) is True for each class that occurs in
-    these rows. At least two classes occur. ``codes`` (n,) has the index of each row's class among
-    the occurring classes.
+    ``x`` has the fold's rows and is changed in place. ``classes`` (K,) is True for each class that
+    occurs in these rows. At least two classes occur. ``codes`` (n,) has the index of each row's
+    class among the occurring classes.
     """
     C = problem.C
     if len(classes) == 2:
@@ -234,7 +206,7 @@ def _groups(
     lasso = (problem.l1_ratio / (C * total)).clamp_max(largest)
     ridge = ((1 - problem.l1_ratio) / (C * total)).clamp_max(largest)
 
-    def solve_chunk(rows: SolverRows, step: StepFunction, members: Tensor) -> None:
+    def solve_members(rows: SolverRows, step: StepFunction, members: Tensor) -> None:
         weight, steps, residual, converged = descend(
             rows, step, ridge[members], lasso[members], problem.tolerance, problem.max_steps
         )
@@ -256,7 +228,9 @@ def _groups(
         solution.coef[members[:, None], outputs] = coef / scale
         solution.intercept[members[:, None], outputs] = intercept
 
-    def chunks(step: StepFunction, is_member: Tensor) -> Jobs:
+    for step, is_member in ((newton_step, lasso == 0), (proximal_newton_step, lasso > 0)):
+        if not is_member.any():
+            continue
         # With huge inputs the ridge differs between inputs, so it is not invariant under rotation.
         rotate = step is newton_step and not huge
         intercept = problem.fit_intercept
@@ -268,11 +242,9 @@ def _groups(
         members = members[C[members].argsort(stable=True)]
         numbers = CPU_NUMBERS if C.device.type == "cpu" else GPU_NUMBERS
         size = max(1, numbers // (rows.outputs * len(rows.design)))
-        return [partial(solve_chunk, rows, step, part) for part in torch.split(members, size)]
-
-    for step, is_member in ((newton_step, lasso == 0), (proximal_newton_step, lasso > 0)):
-        if is_member.any():
-            yield chunks(step, is_member), x.numel()
+        for part in torch.split(members, size):
+            solve_members(rows, step, part)
+        del rows  # before the rows of the other kind of step take memory
 
 
 def solve_chunk(
