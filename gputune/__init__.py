@@ -47,8 +47,7 @@ if TYPE_CHECKING:
     from gputune.modules.adapters import lora
     from gputune.modules.frozen import frozen
     from gputune.spaces.distributions import log_int
-    from gputune.study.loading import load_model
-    from gputune.study.model import TunedModel
+    from gputune.study.model import TunedModel, load_model
     from gputune.study.study import Trial
     from gputune.tuning.many import TrainedModules
     from gputune.views.default_trial import DefaultTrial
@@ -107,8 +106,7 @@ _HOMES = {
     "spaces.distributions": ("log_int",),
     "methods.optuna": ("OptunaSampler",),
     "methods.pbt": ("PopulationBased",),
-    "study.loading": ("load_model",),
-    "study.model": ("TunedModel",),
+    "study.model": ("TunedModel", "load_model"),
     "study.study": ("Trial",),
     "tuning.many": ("TrainedModules",),
     "views.default_trial": ("DefaultTrial",),

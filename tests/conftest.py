@@ -88,14 +88,13 @@ def durable(monkeypatch, own_state):
 
 
 @pytest.fixture
-def another_user(tmp_path, monkeypatch):
-    """Return a function that begins with empty records of trained and saved code."""
+def forget_code(monkeypatch):
+    """Return a function that forgets the code that this process has trained, as a later process."""
 
-    def begin():
-        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state-of-another"))
-        monkeypatch.setattr("gputune.study.code._remembered", set())
+    def forget():
+        monkeypatch.setattr("gputune.study.code._DESCRIBED", {})
 
-    return begin
+    return forget
 
 
 def pytest_addoption(parser):

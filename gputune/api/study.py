@@ -81,8 +81,8 @@ class Study(data.Study):
                 ``check=False`` or for a hypergradient search.
             check: False accepts rows that differ from the rows of the search. The model then has no
                 score.
-            trust_code: True runs the code of a class that the study names, even if you have not
-                trained that code on this machine.
+            trust_code: True runs the code that the study names, if this program has not imported
+                or trained the module class itself. The permission is for this call.
 
         Returns:
             The tuned model, which predicts from raw rows.
@@ -121,7 +121,7 @@ class Study(data.Study):
             X: the rows of the search, as in ``best_model``.
             y: the targets of the search, as in ``best_model``.
             check: False accepts rows that differ from the rows of the search, as in ``best_model``.
-            trust_code: trust in the code of a class, as in ``best_model``.
+            trust_code: permission to run code, as in ``best_model``.
 
         Returns:
             One tuned model for each number in ``trials``, in the same order.
@@ -179,7 +179,7 @@ class Study(data.Study):
                 weights and row orders. "folds" trains each once on the training rows of each fold,
                 prepared like all rows.
             calibrate: calibration as in ``best_model``. It needs no extra training here.
-            trust_code: trust in the code of a class, as in ``best_model``.
+            trust_code: permission to run code, as in ``best_model``.
             verbose: 0 is silent, 1 shows a progress bar.
 
         Returns:
@@ -226,7 +226,7 @@ class Study(data.Study):
             X: the rows of the search, as in ``best_model``.
             y: the targets of the search, as in ``best_model``.
             trial: number of the trial. None: the best trial.
-            trust_code: trust in the code of a class, as in ``best_model``.
+            trust_code: permission to run code, as in ``best_model``.
 
         Returns:
             Probabilities of the classes or labels, (n, K), or values of a regression in their own
@@ -305,7 +305,7 @@ class Study(data.Study):
             importance: whether to add the permutation importance of the columns of X.
             X: the rows of the search, as in ``best_model``.
             y: the targets of the search, as in ``best_model``.
-            trust_code: trust in the code of a class, as in ``best_model``.
+            trust_code: permission to run code, as in ``best_model``.
 
         Raises:
             InputError: ``path`` is a folder, its folder does not exist, its name does not end in

@@ -68,15 +68,14 @@ _ROWS = (
 )
 _TRUST = Flag(
     "--trust-code",
-    "Run the code that the study or model names",
-    "Needed if this code was not trained or saved on this machine.",
+    "Run the code of the module that the study or model names",
+    "gputune does not remember this permission.",
 )
 _BY = Flag("--by <NAME>", "Metric to rank by", default="the first of --scoring")
 _CLASS = Flag(
-    "--model <FILE.py:NAME>",
-    "The model's class, if its file has moved",
-    "This runs the file.",
-    "the file used in training",
+    "--module <FILE.py:NAME>",
+    "The class of your module and its file",
+    "This runs the file. A model of gputune needs no file.",
 )
 
 
@@ -127,6 +126,7 @@ def _resuming() -> dict[str, dict[str, Rule]]:
         "For a process that joins the search of another process, such as a task of a SLURM array.",
     )
     groups[OUTPUT]["verbose"] = _QUIET
+    groups[OUTPUT]["module"] = _CLASS
     groups[OUTPUT]["trust_code"] = _TRUST
     return groups
 
@@ -315,6 +315,7 @@ _ALL = (
                 "This trains the best trial again.",
             ),
             _BY,
+            _CLASS,
             _TRUST,
         ),
     ),

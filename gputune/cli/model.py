@@ -26,12 +26,11 @@ from gputune.scoring.losses import LOSSES
 from gputune.scoring.metrics import has_positive_class, make_scoring
 from gputune.scoring.scores import PINBALL
 from gputune.scratch import write_text
+from gputune.study.code import class_from_flag
 from gputune.study.export import description
 from gputune.study.intervals import half_width
 from gputune.study.labels import refuse_unknown
-from gputune.study.loading import load_model
-from gputune.study.model import TunedModel
-from gputune.study.module_source import class_from_file
+from gputune.study.model import TunedModel, load_model
 from gputune.study.trained_rows import share_of_rows
 from gputune.text import clean, count, is_formula, measure_of, paragraph, table
 from gputune.types import Json, Task
@@ -281,14 +280,8 @@ def _trained_share(model: TunedModel, test: Source, y: np.ndarray) -> float | No
 
 
 def _load_model(arguments: Namespace) -> TunedModel:
-    """Return the saved model that the command names. ``--model`` can replace its class."""
-    module = None
-    if arguments.model is not None:
-        path, colon, name = arguments.model.rpartition(":")
-        if not colon:
-            rule = "must be FILE.py:NAME, the file and the name of the class"
-            raise InputError("--model", rule, got=arguments.model)
-        module = class_from_file(path, name)
+    """Return the saved model that the command names, with the class that ``--module`` names."""
+    module = class_from_flag(arguments.module)
     return load_model(arguments.folder, module, trust_code=arguments.trust_code)
 
 

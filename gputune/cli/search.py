@@ -20,7 +20,7 @@ from gputune.errors import InputError, SearchInterrupted
 from gputune.executors.worker import LoopObjective
 from gputune.report.facts import seconds_text, states_of, states_text
 from gputune.spaces.edges import edge_remarks
-from gputune.study.module_source import function_from_file
+from gputune.study.code import function_from_file
 from gputune.text import count, paragraph
 from gputune.tuning.interrupt import SIGNALS
 from gputune.tuning.loops import search_loop

@@ -401,6 +401,7 @@ def report(arguments: Namespace) -> str:
     """Write the HTML report to ``--out``, which may exist, and return a text with its path."""
     with without_collector():
         from gputune.report.page import page
+        from gputune.study.code import class_from_flag
         from gputune.tuning.access import Access
         from gputune.tuning.validation import check_fold_report, fold_report
 
@@ -425,7 +426,8 @@ def report(arguments: Namespace) -> str:
         finally:  # the last report does not reload itself
             write()
     if any(parts.values()):
-        access = Access(study, trust_code=bool(arguments.trust_code), called="report")
+        module = class_from_flag(arguments.module)
+        access = Access(study, trust_code=arguments.trust_code, called="report", module=module)
         write(fold_report(access, **parts))
     elif not arguments.live:
         write()

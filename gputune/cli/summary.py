@@ -108,7 +108,12 @@ def _places(ending: Ending, width: int) -> list[str]:
     folder = ending.model_folder
     if folder is not None:
         lines.append(_line("Model", folder))
-        lines.append(_line("Next", f"gputune predict {shlex.quote(clean(folder))} FILE"))
+        command = f"gputune predict {shlex.quote(clean(folder))} FILE"
+        spec = ending.study.record.spec
+        if "path" in spec:
+            module = f"{spec['path']}:{spec['class']}"
+            command = f"{command} --module {shlex.quote(clean(module))}"
+        lines.append(_line("Next", command))
     return lines
 
 

@@ -46,6 +46,7 @@ from gputune.errors import (
     Terminated,
 )
 from gputune.spaces.random import n_counted
+from gputune.study.code import class_from_flag
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
@@ -127,7 +128,10 @@ def resume(arguments: argparse.Namespace) -> str:
     stored = Study.open(study)
     record = stored.record
     with profile.clock(PREPARING), option_errors(study):
-        call = recorded_search(study, record, changes, trust_code=arguments.trust_code)
+        module = class_from_flag(arguments.module)
+        call = recorded_search(
+            study, record, changes, module=module, trust_code=arguments.trust_code
+        )
         if "n_trials" not in changes:
             # The study stores the options of its first call. A later call may have asked for more
             # trials.

@@ -49,7 +49,7 @@ from gputune.sklearn.recipe import (
     TrainingLoss,
     likelihood_loss,
 )
-from gputune.study.module_source import is_builder
+from gputune.study.code import is_builder
 from gputune.text import nearest
 from gputune.threads import is_small_pass, on_one_thread
 from gputune.tuning.trainer import Trainer

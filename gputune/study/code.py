@@ -1,81 +1,411 @@
-"""Identify a user's code by digests, and remember the code that this user trained or saved here.
+"""The code of a user's class or function, as a study or a model file describes it.
 
-A digest of code covers its source, the values that it holds, and the files that run when a module
-is imported. The files are found without running any of them.
+{"import": "package.module:Class", "sha256": ...}
+    a class of an imported module, or of the running script
+{"path": "/.../net.py", "class": "Net", "sha256": ...}
+    a class of a file that ``class_from_file`` ran
+{..., "made": "function"}
+    a function there, or a partial that has a name there
+{..., "made": "function", "keywords": {...}}
+    a partial without a name, of the class or function there
 
-Remembered code runs again without a question. The list of digests, one per line, is
-``gputune/trusted-code`` in the user's state folder ($XDG_STATE_HOME, or ~/.local/state). Without a
-state folder (a container without HOME), the list ends with the process. A list that others could
-have written or replaced is not used. To withdraw the trust, remove the file.
+The digest covers the file, or the source of the class and of its base classes. It only serves to
+warn if the code has changed. A model has "file" in addition to "import": the file of the source
+when the model was saved.
+
+A file may come from a stranger. So gputune runs and imports nothing that a file names, unless the
+caller says so for this call (``trust_code=True``). Without it, ``find_class`` returns only
+objects of the running program: what this process has trained or saved, and subclasses of
+``nn.Module`` in modules that the program has imported. Their names are followed without running
+properties or ``__getattr__``. The arguments of a stranger are plain data, see ``values.from_json``.
 """
 
-import dis
 import functools
+import importlib
 import inspect
+import json
 import os
-import stat
 import sys
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
-from importlib.machinery import ModuleSpec
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
+from weakref import WeakValueDictionary
 
 import numpy as np
 from torch import Tensor, nn
 
+from gputune.annotations import StrPath
 from gputune.data.source import bytes_of
-from gputune.errors import InputError, warn
-from gputune.input_files import read_file
-from gputune.scratch import is_users, open_to_others
+from gputune.errors import InputError, UntrustedCodeError
+from gputune.modules.adapters import adapters_of
+from gputune.modules.construction import Builder, name_of
+from gputune.modules.frozen import frozen_of
 from gputune.study.values import sha256
+from gputune.types import Json
+from gputune.wording import per_interface
+
+_MAIN = "__main__"
+_FILE_MODULE = "gputune_file_"
+"""Prefix of the names of modules that gputune made from a file.
+
+Such a module stores the digest of its file as ``__sha256__``.
+"""
+
+_DESCRIBED: "WeakValueDictionary[str, Any]" = WeakValueDictionary()
+"""The classes and functions that this process has trained or saved, by their descriptions."""
+
+
+def find_class(source: Json, *, trust_code: bool = False) -> Builder:
+    """Return the class that ``class_source`` described.
+
+    Only with ``trust_code``, this may run its file or import its package.
+
+    Raises:
+        UntrustedCodeError: the running program does not have the class, and ``trust_code`` is False.
+        InputError: the class does not exist any more.
+    """
+    keywords = source.get("keywords")
+    if keywords:
+        builder = find_class({**source, "keywords": None}, trust_code=trust_code)
+        return functools.partial(builder, **keywords)
+    if "import" in source:
+        package, _, name = str(source["import"]).partition(":")
+        file = source.get("file")
+    else:
+        package = ""
+        name = str(source["class"])
+        file = source["path"]
+    modules = list(_imported(package, file))
+    for module in modules:
+        module_class = _defined_class(module, name)
+        if module_class is not None:
+            return module_class
+    described: Builder | None = _DESCRIBED.get(_key(source))
+    if described is not None:
+        return described
+    if trust_code:
+        return _named(modules[0] if modules else _load(package, file), name)
+    place = repr(file or package)
+    if file is None and package == _MAIN:
+        place = "the script, notebook or prompt of its training"
+    raise UntrustedCodeError(
+        f"the module class {name!r} is in {place}, and loading it runs that code",
+        per_interface(
+            "Import the class into this program, pass it to load_model(folder, module=Net), or pass "
+            "trust_code=True if you trust the code.",
+            "Name the class and its file, --module FILE.py:NAME, or add --trust-code if you trust "
+            "the code.",
+        ),
+    )
+
+
+def class_source(module_class: Builder) -> Json:
+    """Return a description of the place that defines a class, for ``find_class``.
+
+    From now on, this process finds the class without a question.
+
+    Raises:
+        InputError: a partial has no name, and its arguments cannot be stored.
+    """
+    home, name = _place(module_class)
+    builder = _builder_json(module_class)
+    if home.startswith(_FILE_MODULE):
+        module = sys.modules[home]
+        digest = vars(module)["__sha256__"]
+        source = {"path": module.__file__, "class": name, "sha256": digest, **builder}
+    else:
+        source = {"import": f"{home}:{name}", **builder}
+        source_digest = _source_digest(_unwrap(module_class))
+        if source_digest is not None:
+            source["sha256"] = source_digest
+    # Functions inside of a function share their place.
+    if "<locals>" not in name:
+        _DESCRIBED[_key(source)] = _unwrap(module_class) if "keywords" in builder else module_class
+    return source
+
+
+def _key(source: Mapping[str, object]) -> str:
+    return repr([source.get(name) for name in ("import", "path", "class", "sha256")])
+
+
+def is_changed(module_class: Builder, source: Mapping[str, object]) -> bool:
+    """Return True if the source of a class is known to differ from ``source``.
+
+    ``source`` is the result of ``class_source``.
+    """
+    now = _source_digest(_unwrap(module_class))
+    if "path" in source:
+        module = sys.modules[_place(module_class)[0]]
+        now = getattr(module, "__sha256__", None)
+    return None not in (now, source.get("sha256")) and now != source["sha256"]
+
+
+# Each digest is taken once: this process has not imported later edits of a source.
+@functools.lru_cache
+def _source_digest(builder: Any) -> str | None:
+    """Return the digest of the source of a function or a class, or None without a source.
+
+    The digest of a class includes its base classes below ``nn.Module``.
+    """
+    classes = builder.__mro__[:-1] if isinstance(builder, type) else (builder,)
+    custom = [kind for kind in classes if not kind.__module__.startswith("torch.")]
+    with suppress(OSError, TypeError):
+        return sha256("\0".join(map(inspect.getsource, custom)))
+    return None
+
+
+def is_builder(value: object) -> TypeGuard[Builder]:
+    """Return True for a module class, a function, or a partial of a class or a function."""
+    if isinstance(value, functools.partial):
+        return is_builder(value.func)
+    return inspect.isfunction(value) or _is_module_class(value)
+
+
+def _is_module_class(value: object) -> TypeGuard[type[nn.Module]]:
+    # An isinstance may call a property ``__class__``.
+    return issubclass(type(value), type) and issubclass(value, nn.Module)  # type: ignore[arg-type]
+
+
+def _unwrap(builder: Builder) -> Builder:
+    """Return the class or function inside a partial. Other values are returned unchanged."""
+    return builder.func if isinstance(builder, functools.partial) else builder
+
+
+def _place(builder: Builder) -> tuple[str, str]:
+    """Return the module and the name under which the module holds a class, a function or a
+    partial."""
+    inner = _unwrap(builder)
+    for module in (inner.__module__, _MAIN) if inner is not builder else ():
+        for name, value in vars(sys.modules.get(module, object)).items():
+            if value is builder:
+                return module, name
+    return inner.__module__, inner.__qualname__
+
+
+def _builder_json(builder: Builder) -> Json:
+    """Return the entries "made" and "keywords" that describe a builder in addition to its place."""
+    settings = adapters_of(builder)
+    if settings is not None:
+        kwargs = {"targets": settings.targets, "modules_to_save": settings.modules_to_save}
+        return {"made": "function", "lora": kwargs}
+    body = frozen_of(builder)
+    if body is not None:
+        return {"made": "function", "frozen": None if body.head is None else name_of(body.head)}
+    if not isinstance(builder, functools.partial):
+        return {"made": "function"} if inspect.isfunction(builder) else {}
+    inner = builder.func
+    if _place(builder) != (inner.__module__, inner.__qualname__):
+        return {"made": "function"}
+    parameters = inspect.signature(inner).parameters.values()
+    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keywords = dict(zip(named, builder.args)) | builder.keywords
+    try:
+        if len(named) < len(builder.args):
+            raise TypeError("it has arguments without a keyword")
+        json.dumps(keywords)
+    except TypeError as error:
+        raise InputError(
+            "model",
+            f"is a partial of {inner.__name__} that cannot be stored ({error})",
+            remedy="Assign the partial to a name at the top level of its function's file, or use "
+            "only numbers and texts as its keywords.",
+        ) from error
+    return {"made": "function", "keywords": keywords}
+
+
+def source_file(module_class: Builder) -> str | None:
+    """Return the absolute path of a class's Python file, or None for a notebook or a prompt."""
+    path = _file_of(sys.modules.get(_place(module_class)[0]))
+    return path if path and Path(path).is_file() else None
+
+
+def script_of(module_class: Builder) -> str | None:
+    """Return the absolute path of the running script if the script defines a class, else None."""
+    return source_file(module_class) if _place(module_class)[0] == _MAIN else None
+
+
+def unreachable_place(module_class: Builder) -> str | None:
+    """Return the place of a class as text if other processes cannot import the class, else None."""
+    home, name = _place(module_class)
+    if home == _MAIN:
+        script = source_file(module_class)
+        return f"in the script {script!r}" if script else "in a notebook or at a prompt"
+    reached = _static_value(sys.modules.get(home), name)
+    if reached is module_class or reached is _unwrap(module_class):
+        return None
+    return f"in {home!r}, where no import reaches it"
+
+
+def _file_of(module: object) -> str | None:
+    """Return the absolute path of a module's file, or None. A lazy module stays unloaded."""
+    file = inspect.getattr_static(module, "__file__", None)
+    return os.path.realpath(file) if isinstance(file, str) else None
+
+
+def _imported(package: str, file: str | None) -> Iterator[ModuleType]:
+    """Yield the modules that the program has imported under a name or from a file.
+
+    Scripts all have the same name, so a script with a file is found only by its file.
+    """
+    if package in sys.modules and (package != _MAIN or file is None):
+        yield sys.modules[package]
+    for name, module in list(sys.modules.items()):
+        # The permission to run a file was for one call.
+        if file is not None and not name.startswith(_FILE_MODULE) and _file_of(module) == file:
+            yield module
+
+
+def _static_value(module: object, name: str) -> object:
+    """Return the object under a qualified name, or None. Nothing is run to find it."""
+    value = module
+    for part in name.split("."):
+        value = inspect.getattr_static(value, part, None)
+    return value
+
+
+def _defined_class(module: ModuleType, name: str) -> type[nn.Module] | None:
+    """Return the subclass of ``nn.Module`` that a module defines under a qualified name, or None."""
+    value = _static_value(module, name)
+    home = inspect.getattr_static(module, "__name__", None)
+    if not _is_module_class(value) or (value.__module__, value.__qualname__) != (home, name):
+        return None
+    return value
+
+
+def _load(package: str, file: str | None) -> ModuleType:
+    """Return the module that a description names. This runs its file or imports its package."""
+    if package and package != _MAIN:
+        try:
+            return importlib.import_module(package)
+        except (Exception, SystemExit) as error:
+            # The module may have been a file next to a script.
+            is_missing = isinstance(error, ImportError)
+            if not is_missing or file is None or not Path(file).is_file():
+                raise InputError(
+                    None,
+                    f"the module {package!r} cannot be imported ({type(error).__name__}: {error})",
+                    remedy="Make its package importable here.",
+                ) from error
+    return _run(str(file), "model")
+
+
+def class_from_file(path: StrPath, name: str) -> Builder:
+    """Return the ``nn.Module`` class, or the function that makes modules, from a Python file.
+
+    This runs the file, once per process.
+
+    Args:
+        path: the Python file.
+        name: the name of the class or function in it.
+
+    Raises:
+        InputError: the file does not exist or fails to run, or the name is not a class or function
+            of this kind.
+    """
+    return _named(_run(path, "model"), name)
+
+
+def class_from_flag(text: str | None) -> Builder | None:
+    """Return the class that the flag ``--module FILE.py:NAME`` names, or None without the flag."""
+    if text is None:
+        return None
+    path, colon, name = text.rpartition(":")
+    if not colon:
+        rule = "must be FILE.py:NAME, the file and the name of the class"
+        raise InputError("--module", rule, got=text)
+    return class_from_file(path, name)
+
+
+def function_from_file(path: StrPath, name: str, argument: str) -> Callable[..., object]:
+    """Return a function from a Python file. This runs the file, once per process.
+
+    Args:
+        path: the Python file.
+        name: the name of the function in it.
+        argument: the argument that names the file, for error messages.
+
+    Raises:
+        InputError: the file does not exist or fails to run, or the name is not a function.
+    """
+    module = _run(path, argument)
+    function = getattr(module, name, None)
+    if callable(function):
+        return function  # type: ignore[no-any-return]
+    functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+    rule = f"names {name!r}, but {str(path)!r} has no such function"
+    remedy = f"It has {', '.join(functions)}." if functions else "It has no function."
+    raise InputError(argument, rule, remedy=remedy)
+
+
+def _named(module: ModuleType, name: str) -> Builder:
+    """Return the class or function behind a name that the user typed or trusts."""
+    with suppress(AttributeError):
+        builder = functools.reduce(getattr, name.split("."), module)
+        if is_builder(builder):
+            return builder
+    classes = [key for key, value in vars(module).items() if _is_module_class(value)]
+    raise InputError(
+        None,
+        f"{_file_of(module) or module.__name__!r} has no torch.nn.Module class {name!r}; it has "
+        f"{', '.join(classes) or 'none'}",
+    )
+
+
+def _run(path: StrPath, argument: str) -> ModuleType:
+    """Return the module that a file defines, under a name made from its path and content."""
+    path = Path(path).resolve()
+    if not path.is_file():
+        rule = f"names the file {str(path)!r}, which does not exist"
+        raise InputError(argument, rule, remedy="Check the path.")
+    content = path.read_bytes()
+    digest = sha256(content)
+    name = f"{_FILE_MODULE}{sha256(os.fsencode(path))[:12]}_{digest[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    module.__dict__["__sha256__"] = digest
+    sys.modules[name] = module  # dataclasses and pickle look classes up here
+    sys.path.insert(0, str(path.parent))  # as when the file is run itself
+    try:
+        exec(compile(content, str(path), "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise InputError(
+            None,
+            f"the module file {str(path)!r} does not run ({type(error).__name__}: {error})",
+            remedy="Correct it.",
+        ) from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _OF_MODULES = frozenset(vars(nn.Module()))
 """The attributes that every torch module has."""
 
 
-def source_text(function: Any) -> str:
-    """Return the source text of a function or class. Without source, return a function's bytecode,
-    otherwise "".
-
-    The source of a lambda is its lines. If these lines hold several lambdas, the result includes
-    the bytecode to tell the lambdas apart. Bytecode depends on the version of Python.
-    """
-    code = getattr(function, "__code__", None)
-    try:
-        text = inspect.getsource(function)
-    except (OSError, TypeError):
-        return "" if code is None else _bytecode(code)
-    if code is not None and code.co_name == "<lambda>" and text.count("lambda") > 1:
-        text += _bytecode(code)
-    return text
-
-
-def _bytecode(value: Any) -> str:
-    """Return the text of a code object or of its constant. The text is equal in every process."""
-    if inspect.iscode(value):
-        constants = list(map(_bytecode, value.co_consts))
-        return repr((value.co_code, value.co_names, constants))
-    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
-
-
 def digest_of_code(value: object) -> str:
     """Return the SHA-256 of the behavior of a function or a callable object, equal in every
     process.
 
-    The digest of a function covers its source, its defaults, its closure, and the global values
-    that it reads. The digest of an object covers its class and its attributes. The digest of a
-    module covers its parameters and buffers too.
-
-    Torch's own code counts only by its name. The attributes of an object count only if it is
-    callable or a dataclass.
+    The digest of a function covers its source, its defaults, and the values outside of it that it
+    reads. The digest of an object covers its class and its attributes. The digest of a module covers
+    its parameters and buffers too. Torch's own code counts only by its name.
     """
     return sha256("\0".join(_parts(value, ())))
+
+
+def source_text(function: Any) -> str:
+    """Return the source text of a function or class, or "" without a source."""
+    with suppress(OSError, TypeError):
+        return inspect.getsource(function)
+    return ""
 
 
 def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
@@ -92,278 +422,48 @@ def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
         yield f"{value.dtype}{tuple(value.shape)}{sha256(bytes_of(value).tobytes())}"
     elif isinstance(value, np.ndarray | np.generic):
         yield f"{value.dtype}{value.shape}{sha256(value.tobytes())}"
+    elif str(getattr(value, "__module__", "")).startswith(("torch.", "builtins")) and _is_code(
+        value
+    ):
+        yield f"{value.__module__}:{value.__qualname__}"
     else:
-        sources, contents = _sources_and_contents(value)
-        yield from map(_source, sources)
-        for part in contents:
+        if _is_code(value):
+            yield source_text(value) or value.__qualname__
+        for part in _contents(value):
             yield from _parts(part, (*path, id(value)))
 
 
-def _sources_and_contents(value: Any) -> tuple[Iterable[Any], Iterable[object]]:
-    """Return the classes and functions behind a value, and the values inside the value."""
+def _is_code(value: object) -> bool:
+    return isinstance(value, type) or inspect.isroutine(value)
+
+
+def _contents(value: Any) -> Iterable[object]:
+    """Return the values inside of a value, and the values that the code of a function reads."""
     if isinstance(value, Mapping):
-        return (), chain.from_iterable(value.items())
+        return chain.from_iterable(value.items())
     if isinstance(value, list | tuple):
-        return (), value
+        return value
     if isinstance(value, functools.partial):
-        return (), (value.func, value.args, value.keywords)
+        return value.func, value.args, value.keywords
     if inspect.ismethod(value):
-        return (), (value.__func__, value.__self__)
-    if isinstance(value, type) or inspect.isroutine(value):
-        sources = value.__mro__[:-1] if isinstance(value, type) else [value]
-        return sources, chain(_closure(value), _module_values(value))
-    return (), (type(value), _attributes(value))
+        return value.__func__, value.__self__
+    if isinstance(value, type):
+        methods = filter(inspect.isfunction, vars(value).values())
+        return *value.__mro__[1:-1], *map(_read_values, methods)
+    if inspect.isfunction(value):
+        return value.__defaults__, value.__kwdefaults__, _read_values(value)
+    attributes: dict[str, object] = {}
+    if callable(value) or is_dataclass(value):
+        attributes = dict(getattr(value, "__dict__", {}))
+    if isinstance(value, nn.Module):
+        plain = {name: part for name, part in attributes.items() if name not in _OF_MODULES}
+        attributes = plain | value._parameters | value._buffers | value._modules
+    return type(value), attributes
 
 
-def _source(function: Any) -> str:
-    name = f"{function.__module__}:{function.__qualname__}"
-    if name.startswith(("torch.", "torch:", "builtins:")):
-        return name
-    return source_text(function) or name
-
-
-def _closure(function: Any) -> Iterator[object]:
-    """Yield the defaults of a function and the values in its closure."""
-    yield getattr(function, "__defaults__", None)
-    yield getattr(function, "__kwdefaults__", None)
-    for cell in getattr(function, "__closure__", None) or ():
-        with suppress(ValueError):  # it is empty
-            yield cell.cell_contents
-
-
-def _module_values(function: Any) -> Iterator[object]:
-    """Yield the names and values of the global numbers, strings and arrays that a function reads.
-
-    For a class these are the global values that its methods read. A global that the code also sets
-    is left out: a counter of calls is not part of the code.
-    """
-    if isinstance(function, type):
-        for method in filter(inspect.isfunction, vars(function).values()):
-            yield from _module_values(method)
-        return
-    values = getattr(function, "__globals__", {})
-    constants = [getattr(function, "__code__", None)]
-    uses: dict[str, set[str]] = {"LOAD_GLOBAL": set(), "STORE_GLOBAL": set()}
-    for code in filter(inspect.iscode, constants):  # the list grows by the nested functions
-        constants += code.co_consts
-        for step in dis.get_instructions(code):
-            if step.opname in uses:
-                uses[step.opname].add(step.argval)
-    for name in sorted((uses["LOAD_GLOBAL"] - uses["STORE_GLOBAL"]) & values.keys()):
-        if isinstance(values[name], (*_PLAIN, Tensor, np.ndarray, np.generic)):
-            yield from (name, values[name])
-
-
-def _attributes(value: Any) -> dict[str, object]:
-    if not callable(value) and not is_dataclass(value):
-        return {}
-    attributes = dict(getattr(value, "__dict__", {}))
-    if not isinstance(value, nn.Module):
-        return attributes
-    plain = {name: part for name, part in attributes.items() if name not in _OF_MODULES}
-    return plain | value._parameters | value._buffers | value._modules
-
-
-Files = tuple[tuple[str, str], ...]
-"""Path and SHA-256 of the files that an import of a module runs.
-
-The files of its packages come first, from the outermost inwards, and then its own file.
-"""
-
-FILE_MODULE = "gputune_file_"
-"""Prefix of the names of modules that gputune made from a file.
-
-Such a module stores the digest of its file as ``__sha256__``.
-"""
-
-# Each digest is taken once: this process has not imported later edits of a file.
-_FILES: "weakref.WeakKeyDictionary[ModuleType, Files]" = weakref.WeakKeyDictionary()
-
-
-_DICTIONARY = vars(ModuleType)["__dict__"].__get__
-
-
-def module_values(module: object) -> Mapping[str, Any]:
-    """Return the dictionary of a module, or an empty dictionary for another object.
-
-    The dictionary is read by Python's own descriptor. Any other access may run a lazy module.
-    """
-    if not issubclass(type(module), ModuleType):
-        return {}
-    values: Mapping[str, Any] = _DICTIONARY(module)
-    return values
-
-
-def files_of(module: ModuleType) -> Files:
-    """Return the Python files from which this process loaded a module, with their digests."""
-    values = module_values(module)
-    name = str(values.get("__name__", ""))
-    if name.startswith(FILE_MODULE):
-        return ((str(values["__file__"]), values["__sha256__"]),)
-    if not name:
-        return ()
-    if module not in _FILES:
-        paths = []
-        for package in accumulate(name.split("."), "{}.{}".format):
-            paths.append(module_values(sys.modules.get(package)).get("__file__"))
-        _FILES[module] = _hash_files(paths)
-    return _FILES[module]
-
-
-def files_to_import(package: str) -> Files:
-    """Return the files that the import of a module runs, without running any of them.
-
-    For a module that is already imported, the result has the files from which it was loaded,
-    although no file runs again.
-
-    Raises:
-        ImportError: the module does not exist.
-    """
-    module = sys.modules.get(package)
-    if module is not None:
-        return files_of(module)
-    name = ""
-    folders = None
-    files = []
-    for part in package.split("."):
-        if not part.isidentifier():  # a finder might take it for a path
-            raise ModuleNotFoundError(f"{package!r} is not the name of a module")
-        name = f"{name}.{part}" if name else part
-        loaded = module_values(sys.modules.get(name))
-        spec = loaded.get("__spec__") or _find_spec(name, folders)
-        files.append(spec.origin if spec.has_location else None)
-        folders = loaded.get("__path__", spec.submodule_search_locations) or ()
-    return _hash_files(files)
-
-
-def _find_spec(name: str, folders: Sequence[str] | None) -> ModuleSpec:
-    for finder in sys.meta_path:
-        spec = finder.find_spec(name, folders)
-        if spec is not None:
-            return spec
-    raise ModuleNotFoundError(f"No module named {name!r}")
-
-
-def _hash_files(paths: Iterable[str | None]) -> Files:
-    """Return pairs of a file and its SHA-256. The result is empty if a file cannot be read, for
-    example in an archive."""
-    # Links are not resolved: Python uses the compiled code next to the link. A package may have no
-    # file.
-    places = [Path(path).parent.resolve() / Path(path).name for path in paths if path is not None]
-    try:
-        return tuple((str(place), sha256(read_file(place))) for place in places)
-    except (OSError, InputError):
-        return ()
-
-
-LIST = "trusted-code"
-MOST = 10_000
-"""The largest number of digests in the list of trusted code. The older half of a full list is
-removed."""
-
-_LINE = 65
-_remembered: set[str] = set()
-"""The digests of code that this process remembers, even if no list can be stored."""
-
-
-def remember(text: str) -> None:
-    """Remember a text that describes code, in this process and, if possible, in later processes."""
-    digest = sha256(text)
-    _remembered.add(digest)
-    if (file := _open(os.O_RDWR | os.O_CREAT | os.O_APPEND)) is None:
-        return
-    # If the disk is full, gputune asks about the code again later.
-    with suppress(OSError), os.fdopen(file, "rb+", buffering=0) as lines:
-        known = _digests(file)
-        if digest in known:
-            return
-        if len(known) >= MOST:
-            # O_APPEND: the next write goes to the new end of the file
-            lines.truncate(0)
-            digest = "\n".join([*known[-(MOST // 2) :], digest])
-        # One write that begins with a new line: other processes may write too, and one of them may
-        # have been stopped within a line.
-        lines.write(f"\n{digest}".encode())
-
-
-def is_remembered(text: str) -> bool:
-    """Return True if this user called ``remember`` with this text, in this or an earlier
-    process."""
-    digest = sha256(text)
-    if digest in _remembered:
-        return True
-    if (file := _open(os.O_RDONLY)) is None:
-        return False
-    with os.fdopen(file, "rb"):
-        return digest in _digests(file)
-
-
-def _digests(file: int) -> list[str]:
-    os.lseek(file, 0, os.SEEK_SET)
-    return os.read(file, _LINE * (MOST + 1)).decode("ascii", "replace").split()
-
-
-def _folder() -> Path | None:
-    """Return the folder for the list of trusted code, or None if this user has no state folder. The
-    folder may not exist yet.
-    """
-    if not hasattr(os, "geteuid"):  # Windows
-        return None
-    state = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if state.is_absolute():  # XDG: relative paths are ignored
-        return state / "gputune"
-    with suppress(RuntimeError, OSError):
-        home = Path.home()
-        # With sudo, root may have the HOME of a user. Folders made there would not belong to that
-        # user.
-        if home.is_absolute() and home.stat().st_uid == os.geteuid():
-            return home / ".local" / "state" / "gputune"
-    return None
-
-
-_UNUSED = "gputune does not use the list of code that you have trained, because"
-
-
-def _open(flags: int) -> int | None:
-    """Return a file descriptor of the list of trusted code, or None without a list. Warns if other
-    users may write to the list.
-    """
-    folder = _folder()
-    if folder is None or sys.platform == "win32":
-        return None
-    with suppress(OSError), ExitStack() as opened:
-        if flags & os.O_CREAT:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        opened.callback(os.close, directory)
-        if not _is_private(directory, folder, stat.S_ISDIR):
-            return None
-        flags |= os.O_NOFOLLOW | os.O_NONBLOCK
-        file = os.open(LIST, flags, 0o600, dir_fd=directory)
-        opened.callback(os.close, file)
-        if not _is_private(file, folder / LIST, stat.S_ISREG):
-            return None
-        parent = open_to_others(folder)
-        if parent is not None:
-            warn(
-                f"{_UNUSED} {str(parent)!r}, which contains it, belongs to another user, or others "
-                "may write to it. Withdraw their permission (chmod go-w), or set XDG_STATE_HOME to "
-                "your own folder."
-            )
-            return None
-        opened.pop_all()  # the file stays open
-        os.close(directory)
-        return file
-    return None
-
-
-def _is_private(file: int, path: Path, is_kind: Callable[[int], bool]) -> bool:
-    """Return True if only this user may write to an open file. Otherwise warn."""
-    status = os.fstat(file)
-    if is_kind(status.st_mode) and is_users(status):
-        return True
-    warn(
-        f"{_UNUSED} {str(path)!r} is not yours, or others may write to it. Remove it, or withdraw "
-        "their permission (chmod go-w)."
-    )
-    return False
+def _read_values(function: Any) -> list[object]:
+    """Return the values of the closure of a function, and the plain global values that it reads."""
+    read = inspect.getclosurevars(function)
+    data = (*_PLAIN, Tensor, np.ndarray, np.generic)
+    plain = [item for item in read.globals.items() if isinstance(item[1], data)]
+    return [*read.nonlocals.values(), plain]

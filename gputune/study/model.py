@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from gputune.annotations import FloatArray, StrPath
@@ -20,14 +20,16 @@ from gputune.data.files import read_table
 from gputune.data.scaling import encode
 from gputune.data.table import Table, as_table, quoted
 from gputune.data.torch_dataset import read_inputs
+from gputune.engine.stop import entry
 from gputune.errors import InputError, InputWarning, warn
+from gputune.modules.construction import Builder
 from gputune.population.outputs import call_module, first_output, two_logits
 from gputune.seeding import prediction_draws
 from gputune.study.adapter_files import AdapterFiles
 from gputune.study.export import encoded, export
 from gputune.study.intervals import half_width
 from gputune.study.labels import checked_codes, checked_numbers, targets_of
-from gputune.study.model_files import ModelContent, save_model
+from gputune.study.model_files import ModelContent, read_fields, save_model
 from gputune.text import card, count, measure_of, short
 from gputune.types import Config
 from gputune.wording import option
@@ -497,3 +499,51 @@ class TunedModel(ModelContent, AdapterFiles):
             f"TunedModel({type(self.module).__name__}, {task}, {self.target!r} from "
             f"{self.layout.in_words()})"
         )
+
+
+@entry
+def load_model(
+    folder: StrPath,
+    module: Builder | None = None,
+    *,
+    base: nn.Module | None = None,
+    trust_code: bool = False,
+) -> TunedModel:
+    """Return the model that ``TunedModel.save`` wrote into ``folder``, on the CPU and ready to
+    predict.
+
+    Nothing is unpickled. A class or function outside of ``gputune.models`` comes from the running
+    program, which has imported or trained it, or from the argument ``module``. Otherwise gputune
+    runs the file or imports the package that the folder names, but only with ``trust_code=True``.
+
+    Warns if the source has changed and the state still fits.
+
+    Args:
+        folder: the folder of the model.
+        module: the class, given directly. Then nothing is imported. This is the safe way to open a
+            folder from someone else.
+        base: the pretrained module of a LoRA, which the folder does not contain. gputune checks
+            that its weights are those of the training, and imports nothing.
+        trust_code: True to run the code that the folder names, for this call.
+
+    Returns:
+        The model, with the predictions that it had when it was saved.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        InputError: the folder is incomplete, damaged or of a newer gputune, or the class
+            is missing or does not fit the state. The message names the file and the remedy.
+        UntrustedCodeError: the class is in code that this program has not imported. It is an InputError.
+
+    Example:
+        >>> import gputune
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> study = gputune.tune("mlp", X, y, n_trials=2, max_epochs=5, verbose=0)
+        >>> model = study.best_model()
+        >>> model.save("saved-model")
+        >>> loaded = gputune.load_model("saved-model")
+        >>> bool((loaded.predict(X) == model.predict(X)).all())
+        True
+    """
+    return TunedModel(**read_fields(Path(folder), module, base=base, trust_code=trust_code))

@@ -22,7 +22,7 @@ from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.columns import Layout
 from gputune.data.encode import Statistics
 from gputune.data.target_transform import FittedTransform
-from gputune.errors import InputError, UntrustedCodeError, warn
+from gputune.errors import InputError, warn
 from gputune.input_files import check_model_folder, read_file
 from gputune.models import MLP, LogisticRegression
 from gputune.modules.adapters import lora
@@ -39,8 +39,15 @@ from gputune.modules.frozen import frozen
 from gputune.population.outputs import in_mode
 from gputune.population.population import Ensemble, InputKind
 from gputune.scratch import naming_folder, write_files
-from gputune.study import module_source
 from gputune.study.adapter_files import check_base, digest_of, frozen_tensors
+from gputune.study.code import (
+    class_source,
+    find_class,
+    is_builder,
+    is_changed,
+    source_file,
+    unreachable_place,
+)
 from gputune.study.model_fields import read_content
 from gputune.study.module_state import (
     join_complex,
@@ -55,7 +62,6 @@ from gputune.study.module_state import (
 )
 from gputune.study.values import MALFORMED, from_json, sha256, to_json
 from gputune.types import Config, Json, Task
-from gputune.wording import per_interface
 
 DESCRIPTION = "model.json"
 TENSORS = "model.safetensors"
@@ -139,8 +145,7 @@ def save_model(model: ModelContent, folder: StrPath) -> None:
         write_files(path, files, prefix=DRAFTS)
     if is_custom and "made" not in model.spec:
         module_class = _module_type(model)
-        module_source.remember_code(module_class)
-        place = module_source.unreachable_place(module_class)
+        place = unreachable_place(module_class)
         if place is not None:
             name = module_class.__name__
             warn(
@@ -175,8 +180,8 @@ def _full_spec(model: ModelContent) -> Json:
         return model.spec
     names = ("kind", "kwargs", "ensemble", "columns", "seeds")
     spec = {name: model.spec[name] for name in names if name in model.spec}
-    spec |= module_source.class_source(_module_type(model))
-    file = module_source.source_file(_module_type(model))
+    spec |= class_source(_module_type(model))
+    file = source_file(_module_type(model))
     if file is not None and "import" in spec:
         spec["file"] = file
     return spec
@@ -217,8 +222,8 @@ def read_fields(
     name = name_of(module_class)
     change = ""
     remedy = "Pass the class as it was."
-    if kind == "module" and module is None and module_source.is_changed(module_class, spec):
-        file = module_source.source_file(module_class)
+    if kind == "module" and module is None and is_changed(module_class, spec):
+        file = source_file(module_class)
         change = f"{file or name!r} has changed since the model was saved"
         remedy = f"{change}. Restore it, or pass the class as it was."
     try:
@@ -340,13 +345,11 @@ def _classes_of_modules(fields: Json, tensors: Mapping[str, Tensor]) -> Tensor |
     return present
 
 
-def _module_class(
-    spec: Mapping[str, object], module: Builder | None, folder: Path, *, trust_code: bool
-) -> Builder:
+def _module_class(spec: Json, module: Builder | None, folder: Path, *, trust_code: bool) -> Builder:
     kind = str(spec["kind"])
     if module is not None:
         argument = "load_model(module=...)"
-        if not module_source.is_builder(module):
+        if not is_builder(module):
             raise InputError(argument, "must be a subclass of torch.nn.Module", got=module)
         if kind in BUILT_IN:
             raise InputError(
@@ -356,21 +359,10 @@ def _module_class(
         return module
     if kind in BUILT_IN:
         return BUILT_IN[kind]
-    or_pass = per_interface(
-        python=f"Or pass the class: load_model({str(folder)!r}, module=...).",
-        command="Or name the class and its current file: --model FILE.py:NAME.",
-    )
-    try:
-        with file_errors(folder / DESCRIPTION):
-            if kind != "module":
-                raise ValueError(f"it names an unknown kind of model, {kind!r}")
-            return module_source.find_class(spec, trust_code=trust_code, or_changed=True)
-    except UntrustedCodeError as error:
-        # On the command line, --trust-code is the whole remedy.
-        remedy = per_interface(python=f"{error.remedy} {or_pass}", command=error.remedy)
-        raise UntrustedCodeError(error.rule, remedy) from error
-    except InputError as error:
-        raise InputError(None, f"{error.message} {or_pass}") from error
+    with file_errors(folder / DESCRIPTION):
+        if kind != "module":
+            raise ValueError(f"it names an unknown kind of model, {kind!r}")
+        return find_class(spec, trust_code=trust_code)
 
 
 def _build(

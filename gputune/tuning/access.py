@@ -6,6 +6,7 @@ from gputune.data.source import Source, read_again
 from gputune.data.table import Table
 from gputune.data.target_transform import is_known
 from gputune.errors import InputError
+from gputune.modules.construction import Builder
 from gputune.study.record import RECORD_FIELDS, lost_option
 from gputune.study.study import Study
 from gputune.tuning.choices import ModelChoice, recorded_model
@@ -29,6 +30,7 @@ class Access:
     check: bool = True
     trust_code: bool = False
     called: str = "best_model"
+    module: Builder | None = None
 
     def __str__(self) -> str:
         return f"{self.called}({'' if self.X is None else 'X, y'})"
@@ -74,6 +76,7 @@ def read_search(access: Access) -> SearchCall:
         dict(record.spec),
         record.optimizer,
         script=record.arguments.script,
+        module=access.module,
         trust_code=access.trust_code,
     )
     return SearchCall(choice, _source_of(access, choice, options.rows), options)

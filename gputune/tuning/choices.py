@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 from gputune.data.target import Target
-from gputune.errors import InputError
+from gputune.errors import InputError, warn
 from gputune.models import CNN, GRU, RealMLP
 from gputune.modules.adapters import adapters_of
 from gputune.modules.construction import Builder, name_of, what_to_pass
@@ -19,7 +19,7 @@ from gputune.population.kinds import ModelKind
 from gputune.population.population import complete
 from gputune.scoring.objective import Objective
 from gputune.spaces.space import recipe_of
-from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
+from gputune.study.code import class_from_file, class_source, find_class, is_builder, is_changed
 from gputune.text import did_you_mean
 from gputune.types import OPTIMIZERS, Config, Goal, Json
 from gputune.wording import option, per_interface
@@ -128,6 +128,8 @@ class ModelChoice:
     @property
     def spec(self) -> Json:
         """The description of the model that studies and model folders store, as plain JSON."""
+        if self.recorded_spec is not None:
+            return self.recorded_spec
         if self.module_class is None:
             return {"kind": self.searched}
         return {"kind": "module", **class_source(self.module_class)}
@@ -160,14 +162,20 @@ def choose_model(model: object, optimizer: object) -> ModelChoice:
 
 
 def recorded_model(
-    spec: Json, optimizer: str, *, script: str | None = None, trust_code: bool
+    spec: Json,
+    optimizer: str,
+    *,
+    script: str | None = None,
+    module: Builder | None = None,
+    trust_code: bool = False,
 ) -> ModelChoice:
     """Return the model and the optimizer that a study has stored.
 
-    ``script`` is the path of the script that defined the module class, if a script did.
+    ``script`` is the path of the script that defined the module class, if a script did. ``module``
+    is the class, if the user names it.
 
-    Raises InputError if a class no longer exists, and UntrustedCodeError for code that the user has
-    not trusted.
+    Raises InputError if a class no longer exists, and UntrustedCodeError for code that neither the
+    program nor the user has named. Warns if the code has changed.
     """
     if optimizer not in (*OPTIMIZERS, *CLASSES, "exact"):
         raise InputError(
@@ -178,11 +186,16 @@ def recorded_model(
         )
     if spec["kind"] != "module":
         return ModelChoice(spec["kind"], optimizer, None)
-    place = spec if script is None else {**spec, "file": script}
-    module_class = find_class(place, trust_code=trust_code)
-    # A class of a script is found under another name if this program is not the script. Its source
-    # is the same, so the search keeps the name.
-    return ModelChoice("module", optimizer, module_class, recorded_spec=spec)
+    if module is None:
+        place = spec if script is None else {**spec, "file": script}
+        module = find_class(place, trust_code=trust_code)
+    if is_changed(module, spec):
+        warn(
+            f"The code of {name_of(module)} has changed since the search began, so the scores of "
+            "the study may belong to other code."
+        )
+    # The class may have another place in this program. The search keeps the name.
+    return ModelChoice("module", optimizer, module, recorded_spec=spec)
 
 
 def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:

@@ -227,7 +227,6 @@ def _record(
 ) -> SearchRecord:
     """Return the description of a search over a custom training loop, for the study file."""
     function, name = _function(objective)
-    # The source code, else the bytecode, else "".
     text = source_text(function if inspect.isroutine(function) else type(function))
     arguments = Arguments(
         kept={"n_trials": search.n_trials},

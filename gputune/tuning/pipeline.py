@@ -25,15 +25,12 @@ from gputune.spaces.distributions import CheckedSpace
 from gputune.spaces.edges import edge_remarks
 from gputune.spaces.random import draw, notes
 from gputune.spaces.space import choices_of
-from gputune.study.code import remember
 from gputune.study.file_system import check_one_process
 from gputune.study.ledger import Ledger, open_ledger
-from gputune.study.module_source import remember_code
 from gputune.study.record import SearchRecord
 from gputune.study.store import Candidate, Store
 from gputune.text import size_words
 from gputune.tuning.callbacks import Callbacks
-from gputune.tuning.choices import ModelChoice
 from gputune.tuning.context import Context
 from gputune.tuning.interrupt import CTRL_C
 from gputune.tuning.length import with_length
@@ -108,7 +105,6 @@ def search(
             # An empty ledger for now: a new study file is created only after all checks have passed.
             context = Context(Ledger(None), options, progress, stop, trainer, problem, profile)
             context = _checked(context, setup)
-            remember_what_runs(problem.choice, machine.cluster)
             # The search method is checked before a study file is created.
             context.method.check(context, setup.space, setup.trials)
             record = _record(setup, context)
@@ -339,15 +335,6 @@ def _record(setup: Setup, context: Context) -> SearchRecord:
         )
     remarks += problem.remarks_on_limits(data)
     return search_record(context, setup.space, setup.folds, remarks, without_model)
-
-
-def remember_what_runs(choice: ModelChoice, cluster: Cluster | None) -> None:
-    """Remember the module's class and the cluster, so that later processes of this user trust
-    both."""
-    if choice.module_class is not None:
-        remember_code(choice.module_class)
-    if cluster is not None and cluster.is_elsewhere:
-        remember(cluster.address)
 
 
 def _cluster(problem: Problem) -> AbstractContextManager[Connection | None]:

@@ -34,6 +34,7 @@ from gputune.engine.backends.selection import choose_backend
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.cluster import cluster_from_json
+from gputune.modules.construction import Builder
 from gputune.scoring.metrics import has_function
 from gputune.spaces.distributions import (
     CheckedSpace,
@@ -42,9 +43,8 @@ from gputune.spaces.distributions import (
     space_text,
     space_to_json,
 )
-from gputune.study.code import digest_of_code, is_remembered
+from gputune.study.code import digest_of_code, script_of
 from gputune.study.model_fields import DTYPES
-from gputune.study.module_source import script_of
 from gputune.study.record import RECORD_FIELDS, Arguments, SearchRecord
 from gputune.study.store import state_folder
 from gputune.study.values import sha256, to_json
@@ -110,7 +110,7 @@ def search_record(
     positives = (metric["positive"] for metric in metrics if metric["positive"] is not None)
     return SearchRecord(
         model=choice.name,
-        spec=choice.recorded_spec or choice.spec,
+        spec=choice.spec,
         optimizer=choice.optimizer,
         schedule=training.schedule,
         space=space_text(space),
@@ -359,12 +359,18 @@ class SearchCall:
 
 
 def recorded_search(
-    path: Path, record: SearchRecord, changed: Mapping[str, object], *, trust_code: bool = False
+    path: Path,
+    record: SearchRecord,
+    changed: Mapping[str, object],
+    *,
+    module: Builder | None = None,
+    trust_code: bool = False,
 ) -> SearchCall:
     """Read the model, the rows and the options of a search from its study file.
 
-    The options in ``changed`` replace stored options. Raises InputError if the search cannot be
-    resumed, and UntrustedCodeError for code or a cluster that the user has not trusted.
+    The options in ``changed`` replace stored options, and ``module`` is the class if the user names
+    it. Raises InputError if the search cannot be resumed, and UntrustedCodeError for code or a
+    cluster that only the file names.
     """
     arguments = record.arguments
     stored = {**arguments.kept, **changed}
@@ -374,6 +380,7 @@ def recorded_search(
         dict(record.spec),
         record.optimizer,
         script=record.arguments.script,
+        module=module,
         trust_code=trust_code,
     )
     source, test = _reread(record, choice)
@@ -381,11 +388,10 @@ def recorded_search(
     if isinstance(workers, dict):
         workers = cluster_from_json(workers)
         # A remote cluster gets the rows, and answers with pickles, which can run code.
-        if not trust_code and workers.is_elsewhere and not is_remembered(workers.address):
+        if not trust_code and workers.is_elsewhere and "workers" not in changed:
             raise UntrustedCodeError(
-                f"The study names the {workers.title} cluster {workers.address!r}, on which you have not "
-                "trained from this machine. The cluster would receive the rows of the study and "
-                "could run code here."
+                f"The study names the {workers.title} cluster {workers.address!r}. The cluster would "
+                "receive the rows of the study and could run code here."
             )
     space = space_from_json(arguments.space or ())
     folds = unpack_folds(arguments.folds)

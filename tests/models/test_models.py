@@ -187,12 +187,12 @@ def test_bad_arguments_are_named(model, arguments, message):
         model(n_outputs=2, **arguments)
 
 
-def test_they_are_searched_by_name_and_loaded_without_trust(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+def test_they_are_searched_by_name_and_loaded_without_trust(tmp_path, forget_code):
     study = gputune.tune("cnn", IMAGES, LABELS, **ONE)
     assert study.best_params.keys() == {"lr", "batch_size", "weight_decay", "module__channels"}
     model = study.best_model()
     model.save(tmp_path / "model")
+    forget_code()
     again = gputune.load_model(tmp_path / "model")
     assert type(again.module) is CNN
     np.testing.assert_array_equal(again.predict_proba(IMAGES), model.predict_proba(IMAGES))

@@ -19,7 +19,7 @@ from gputune.engine import choice
 from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule
 from gputune.sklearn import NeuralNetClassifier
-from gputune.study.loading import load_model
+from gputune.study.model import load_model
 from problems import data_of, fill, shape_of, variant
 
 pytestmark = pytest.mark.cpu

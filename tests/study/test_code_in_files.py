@@ -1,5 +1,5 @@
-"""A stranger's study or model runs no code under any name; code that its user has trained is found
-by name.
+"""A stranger's study or model runs no code under any name; code of the running program is found by
+name.
 """
 
 import functools
@@ -7,18 +7,14 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import pickle
 import random
 import re
 import shutil
 import sqlite3
-import subprocess
 import sys
 import types
 import warnings
-from contextlib import contextmanager
-from weakref import WeakSet
 
 import numpy as np
 import pandas
@@ -28,8 +24,8 @@ import gputune
 from command_line import run, write_table
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import MLP
-from gputune.study import code, lookup
-from gputune.study.module_source import class_from_file, class_source, find_class, remember_code
+from gputune.study import code
+from gputune.study.code import class_from_file, class_source, find_class
 from gputune.study.rows import checksum
 from study_models import make_model, rows
 from study_rows import Canary
@@ -150,7 +146,7 @@ gputune.models:mlp.MLP gputune.models:MLP.forward gputune.models:MLP.__init__ gp
 gputune.models.mlp:nn.Linear gputune.models.mlp:check_size gputune.models.layers:check_size
 gputune.models.layers:torch.load gputune.models.layers:torch.os.popen gputune.models.mlp:Dropout
 gputune.models.mlp:ACTIVATIONS gputune:load_model gputune:models.layers.torch.os.popen
-gputune.study.module_source:class_from_file gputune.study.module_source:importlib.import_module
+gputune.study.code:class_from_file gputune.study.code:importlib.import_module
 os:popen os:system os.path:os.popen builtins:exec builtins:eval builtins:__import__ builtins:open posix:system
 subprocess:getoutput subprocess:Popen subprocess:check_output pickle:loads torch:load torch:hub.load torch.hub:load
 torch.nn:Linear torch.nn.modules.linear:Linear torch.serialization:load torch.utils.cpp_extension:load
@@ -313,14 +309,13 @@ def _refused_command(*arguments):
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
-    """A separate user with a trained ``Net`` from a file, in the stranger's folder."""
+    """A process that has trained nothing, in the stranger's folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        patch.setattr(code, "_remembered", set())
         folder = tmp_path_factory.mktemp("scene")
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
         made = Scene(folder)
+        patch.setattr(code, "_DESCRIBED", {})
         main = types.ModuleType("__main__")
         exec(made.file.read_text() + "\ncleanup = sing\n", main.__dict__)
         patch.setitem(sys.modules, "__main__", main)
@@ -329,16 +324,6 @@ def scene(tmp_path_factory):
             yield made
         for name in ("trained", "evil"):
             sys.modules.pop(name, None)
-
-
-@contextmanager
-def an_older_list(scene):
-    """The list of trusted code as 3592e8d5 wrote it: the digest of the files, and no names."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(scene.folder / "older"))
-        patch.setattr(code, "_remembered", set())
-        code.remember(json.dumps([(str(scene.file), scene.spec("Net")["sha256"])]))
-        yield
 
 
 def names_and_arguments(scene, *, in_each_way=False):
@@ -438,15 +423,10 @@ def test_every_name_by_every_way_in_runs_nothing(scene):
         scene.attack(spec, kwargs, entries)
 
 
-def test_a_file_that_an_older_list_names_vouches_only_for_its_modules(scene):
-    with an_older_list(scene):
-        for turn, name in enumerate(OF_FILE):
-            if name not in ("Other", "HookedNet", "Helper.Inner"):  # modules of the user's own
-                scene.attack(scene.spec(name), scene.arguments()[turn % 3], ["load_model"])
-
-
-def test_arguments_of_a_stranger_are_plain_data(scene):
-    """An argument of a permitted class that calls its own arguments."""
+def test_arguments_of_a_stranger_are_plain_data(scene, forget_code):
+    """An argument of a class of this program that calls its own arguments."""
+    forget_code()
+    class_source(class_from_file(scene.file, "Net"))
     relu = {"act": {"torch": "torch.nn:ReLU"}}
     save_in_model(scene.evil / "model", scene.spec("Net"), relu)
     gputune.load_model(scene.evil / "model")
@@ -538,22 +518,8 @@ LEGITIMATE = {
 
 
 @pytest.fixture
-def later(monkeypatch):
-    """As in a later process."""
-
-    def begin():
-        monkeypatch.setattr(code, "_remembered", set())
-        monkeypatch.setattr(lookup, "_trained_here", WeakSet())
-        for name in [name for name in sys.modules if name.startswith((code.FILE_MODULE, "own_"))]:
-            del sys.modules[name]
-
-    return begin
-
-
-@pytest.fixture
-def modules(tmp_path, monkeypatch, another_user):
+def modules(tmp_path, monkeypatch):
     """The modules of users, by where they come from: a file, a package."""
-    another_user()
     for path in (tmp_path / "nets.py", tmp_path / "own_pack" / "nets.py"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(NETS)
@@ -567,7 +533,6 @@ def modules(tmp_path, monkeypatch, another_user):
 
 def saved(builder, folder):
     """Save a model like a search would, and return its predictions."""
-    remember_code(builder)
     kwargs = {} if "hidden" not in str(inspect.signature(builder)) else {"hidden": 2}
     frame = pandas.DataFrame(rows())
     spec = {"kind": "module", "kwargs": kwargs, **class_source(builder)}
@@ -577,125 +542,57 @@ def saved(builder, folder):
 
 
 @pytest.mark.parametrize("kind", LEGITIMATE)
-def test_what_its_user_has_trained_is_loaded_in_this_process_and_in_the_next(
-    modules, later, kind, tmp_path
+def test_it_is_loaded_in_this_process_and_later_with_permission(
+    modules, forget_code, kind, tmp_path
 ):
     made = {
         place: saved(LEGITIMATE[kind](nets), tmp_path / place) for place, nets in modules.items()
     }
-    for _ in range(2):
+    for options in ({}, {"trust_code": True}):
         for place, (frame, expected) in made.items():
-            np.testing.assert_array_equal(
-                gputune.load_model(tmp_path / place).predict_proba(frame), expected
-            )
-        later()
+            model = gputune.load_model(tmp_path / place, **options)
+            np.testing.assert_array_equal(model.predict_proba(frame), expected)
+        forget_code()
     frame.to_csv(tmp_path / "rows.csv")
-    exit_code, out, err = run("predict", tmp_path / "a file", tmp_path / "rows.csv", "--proba")
+    command = ("predict", tmp_path / "a file", tmp_path / "rows.csv", "--proba")
+    if kind != "gputune.models":
+        assert run(*command)[0] == 2
+    exit_code, out, err = run(*command, "--trust-code")
     assert exit_code == 0 and len(out.splitlines()) == 31, err
 
 
-@pytest.mark.long
-def test_it_is_loaded_in_another_process(modules, tmp_path):
-    folders = []
-    for place, nets in modules.items():
-        for kind, build in LEGITIMATE.items():
-            folders.append(str(tmp_path / f"{place} {kind}"))
-            saved(build(nets), folders[-1])
-    program = "import sys, gputune\nfor folder in sys.argv[1:]: gputune.load_model(folder)"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, "-P", "-c", program, *folders], check=True, env=environment)
-
-
-def test_only_what_was_trained_of_a_file_is_found_again(modules, later):
+def test_only_what_was_trained_of_a_file_is_found_again(modules, forget_code):
     nets = modules["a file"]
     source = class_source(nets.make)
-    remember_code(nets.make)
-    later()
-    found = find_class(source)
-    assert found.__name__ == "make"
-    for name in (
-        "Net",
-        "Net.Deep.build",
-        "clean_up",
-        "small",
-        "of_another",
-        "Relinked",
-        "make.__globals__",
-    ):
+    assert find_class(source) is nets.make
+    for name in ("Net", "Net.Deep.build", "clean_up", "small", "Relinked", "make.__globals__"):
         with pytest.raises(
             UntrustedCodeError,
-            match=f"{re.escape(name)}' is in '.*nets.py'. Loading it runs that",
+            match=f"{re.escape(name)}' is in '.*nets.py', and loading it runs that",
         ):
             find_class({**source, "class": name})
-    # of a class of torch's, without a name in this file
-    remember_code(found.__globals__["of_another"])
+    forget_code()
     with pytest.raises(UntrustedCodeError):
-        find_class({**source, "class": "of_another"})
+        find_class(source)
+    assert find_class(source, trust_code=True) is nets.make
+    with pytest.raises(UntrustedCodeError):  # the permission was for one call
+        find_class(source)
 
 
-def test_a_list_of_an_older_version_finds_modules_and_says_why_it_does_not_find_functions(
-    modules, later
-):
-    source = class_source(modules["a file"].Net)
-    code.remember(json.dumps(code.files_of(modules["a file"])))
-    later()
-    for name in ("Net", "Net.Deep.Net", "small"):
-        assert find_class({**source, "class": name}) is not None
-    words = r"loading it calls the function '{}' of '.*nets.py'. An earlier version of gputune noted that you trained"
-    for name in ("make", "made", "clean_up", "Net.Deep.build"):
-        with pytest.raises(UntrustedCodeError, match=words.format(name)):
-            find_class({**source, "class": name})
-    for name in ("of_another", "Relinked", "Net.forward.__globals__", "nn.Linear", "Net.Deep"):
-        words = rf"'{re.escape(name)}' is not the name of a class or function that is defined in '.*nets.py'"
-        with pytest.raises(UntrustedCodeError, match=words):
-            find_class({**source, "class": name})
-    made = find_class({**source, "class": "make"}, trust_code=True)
-    remember_code(made)  # as a search does
-    assert find_class({**source, "class": "make"}) is made
-
-
-def test_a_function_of_the_running_program_is_found_if_it_was_trained(
-    tmp_path, monkeypatch, another_user, later
-):
-    another_user()
-    script = tmp_path / "train.py"
-    script.write_text(NETS)
-    places = [
-        {"import": f"__main__:{name}"} for name in ("make", "small", "of_another", "Net.Deep.build")
-    ]
-
-    def begin():
-        later()
-        monkeypatch.setitem(sys.modules, "__main__", main := types.ModuleType("__main__"))
-        main.__file__ = str(script)
-        exec(NETS, main.__dict__)
-        return main
-
-    main = begin()
+def test_classes_of_an_imported_module_need_no_word_and_its_functions_do(modules, forget_code):
+    forget_code()
     for name in ("Net", "Net.Deep.Net"):
-        assert find_class({"import": f"__main__:{name}"}).__qualname__ == name
-    for source in [*places, {"import": "__main__:clean_up"}]:
-        with pytest.raises(
-            UntrustedCodeError,
-            match="is a function of the running program, .* You have not trained",
-        ):
+        assert find_class({"import": f"own_pack.nets:{name}"}).__qualname__ == name
+    for name in ("make", "small", "of_another", "Net.Deep.build", "clean_up"):
+        source = {"import": f"own_pack.nets:{name}"}
+        with pytest.raises(UntrustedCodeError, match="is in 'own_pack.nets', and loading it runs"):
             find_class(source)
         assert find_class(source, trust_code=True) is not None
-    builders = [main.make, main.small, main.of_another, main.Net.Deep.build]
-    for _ in range(2):  # in the process that has trained them, and in the next one of this script
-        for builder, source in zip(builders, places):
-            remember_code(builder)
-            assert find_class(source) is builder
-        main = begin()
-        builders = [find_class(source) for source in places]
-    with pytest.raises(
-        UntrustedCodeError, match="calls that function with arguments from the file"
-    ):
-        find_class({"import": "__main__:clean_up"})
-    script.write_text(NETS + "# another program")
-    begin()
-    with pytest.raises(UntrustedCodeError):
-        find_class(places[0])
+    # also by the file that was imported
+    file = modules["a package"].__file__
+    assert find_class({"path": file, "class": "Net"}) is modules["a package"].Net
+    script = {"import": "__main__:Net", "file": file}
+    assert find_class(script) is modules["a package"].Net
 
 
 def test_a_lazy_module_is_not_loaded_by_a_name(monkeypatch):

@@ -17,9 +17,8 @@ from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.target_transform import fit_transform
 from gputune.errors import InputError
 from gputune.models import CNN
-from gputune.study.loading import load_model
-from gputune.study.model import TunedModel
-from gputune.study.module_source import class_source
+from gputune.study.code import class_source
+from gputune.study.model import TunedModel, load_model
 from refused import refused
 from study_models import make_model, rows
 

@@ -13,7 +13,7 @@ import pytest
 import gputune
 import older_commit
 from command_line import run
-from gputune.study.module_source import class_from_file
+from gputune.study.code import class_from_file
 from gputune.study.rows import checksum
 
 ARCHIVE = Path(__file__).with_name("commit_3592e8d5.zip")

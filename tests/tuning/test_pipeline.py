@@ -565,7 +565,7 @@ def test_a_model_has_the_score_of_its_own_rows_only(tmp_path, iris):
     study.report(tmp_path / "report.html", model=replace(model, info=old))
 
 
-def test_a_study_runs_code_only_of_whom_its_user_has_trained(tmp_path, iris, another_user):
+def test_a_study_runs_code_only_with_permission(tmp_path, iris, forget_code):
     (tmp_path / "net.py").write_text(
         "from torch import nn\n\n\nclass Net(nn.Linear):\n    def __init__(self, n_features, "
         "n_outputs):\n        super().__init__(n_features, n_outputs)\n"
@@ -575,8 +575,8 @@ def test_a_study_runs_code_only_of_whom_its_user_has_trained(tmp_path, iris, ano
     expected = study.best_model().predict(iris[0])
     opened = gputune.Study.open(path)
     np.testing.assert_array_equal(opened.best_model(*iris).predict(iris[0]), expected)
-    another_user()
-    with refused(rf"{tmp_path}/net.py'. Loading it runs .*, pass trust_code=True"):
+    forget_code()
+    with refused(rf"{tmp_path}/net.py', and loading it runs .*, or pass trust_code=True"):
         opened.best_model(*iris)
     np.testing.assert_array_equal(
         opened.best_model(*iris, trust_code=True).predict(iris[0]), expected
