@@ -25,7 +25,7 @@ from gputune.check import laws
 from gputune.check.laws import Case, difference
 from gputune.engine.backend import Findings, Speed, device_name, keep_findings
 from gputune.engine.backends.base import Machine, TrialWork
-from gputune.engine.backends.selection import choose_for_search, way_of
+from gputune.engine.backends.selection import choose_backend, way_of
 from gputune.engine.backends.table import BACKENDS, backend_named
 from gputune.engine.choice import FEW, FOLDS, measure_speed
 from gputune.engine.plan import backends_text, cores
@@ -351,7 +351,7 @@ def ways_of(device: torch.device) -> list[str]:
     config = complete({}, optimizer="adamw", schedule="constant")
     kinds: dict[str, ModelKind] = {"An MLP": "mlp", "Your own module": "module"}
     for name, kind in kinds.items():
-        chosen = choose_for_search("auto", device, torch.float32, kind)
+        chosen = choose_backend("auto", device, torch.float32, kind)
         reason = chosen.reason
         way = chosen.name
         if is_module(kind):

@@ -134,7 +134,7 @@ def device_for(word: str, work: Workload) -> DeviceChoice:
         return _SOLVED
     if is_module(work.kind) or work.differentiated or work.backend != "auto":
         return DeviceChoice(gpu)
-    backend, _ = choose_backend("auto", CPU, work.dtype)
+    backend = choose_backend("auto", CPU, work.dtype).name
     compiles = all(trains_as(backend, work.kind, config) == "compiled" for config in work.configs)
     return _choice_by_speed(gpu, work) if compiles else DeviceChoice(gpu)
 
@@ -147,7 +147,7 @@ def device_for_solver(word: str) -> DeviceChoice:
 
 def _choice_by_speed(gpu: torch.device, work: Workload) -> DeviceChoice:
     """Return the device that trains the built-in MLP in less time: the CPU or a GPU."""
-    backend, _ = choose_backend("auto", gpu, work.dtype)
+    backend = choose_backend("auto", gpu, work.dtype).name
     if reason := read_findings(gpu).why_not(backend):
         return DeviceChoice(CPU, reason)
     try:

@@ -276,7 +276,7 @@ def _fit_batch(batch: RecipeBatch, training: FitOptions) -> Members:
     recipe = batch.recipes[0]
     data = batch.data
     trainer = batch.trainer(training)
-    backend = choose_backend("auto", data.device, data.dtype, trainer.kind)[0]
+    backend = choose_backend("auto", data.device, data.dtype, trainer.kind).name
     trainer = replace(trainer, backend=backend)
     members: Members = {}
     populations = []

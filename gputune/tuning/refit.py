@@ -177,9 +177,8 @@ class ReopenedSearch:
         choice = self.choice
         backend = "eager"
         if not options.search.differentiates:
-            backend, _ = choose_backend(
-                options.machine.backend, data.device, data.dtype, choice.kind
-            )
+            word = options.machine.backend
+            backend = choose_backend(word, data.device, data.dtype, choice.kind).name
         return Trainer(
             data=with_replicas(data, options.training.n_ens),
             kind=choice.kind,

@@ -20,12 +20,11 @@ from torch import nn
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import torch_threads
 from gputune.engine.backends.base import TrialWork
-from gputune.engine.backends.selection import choose_for_search, refusals, trains_as
+from gputune.engine.backends.selection import choose_backend, refusals, trains_as
 from gputune.engine.backends.table import backend_named
-from gputune.engine.batch_sizes import joined_sizes
 from gputune.engine.job import Failure, Job, Outcome, ProgressCallback, run_in_parts, train_chunk
 from gputune.engine.need import Need
-from gputune.engine.plan import Plan, Planner, cores
+from gputune.engine.plan import Plan, Planner, cores, joined_sizes
 from gputune.engine.reuse import ChunkPool
 from gputune.engine.stop import Stop
 from gputune.engine.train import BegunChunk, Trained
@@ -133,7 +132,7 @@ class Trainer:
         The function ``say`` tells the user about slow training.
         """
         device = self.data.device if self.cluster is None else torch.device(self.cluster.device)
-        chosen = choose_for_search(word, device, self.data.dtype, self.kind)
+        chosen = choose_backend(word, device, self.data.dtype, self.kind)
         backend = backend_named(chosen.name)
         if chosen.told:
             faster = backend_named(chosen.faster)
@@ -143,17 +142,11 @@ class Trainer:
                     f"note: trials train {backend.in_words}, slower than {faster.in_words}: "
                     f"{chosen.told}"
                 )
-        name = backend.admit(
-            configs,
-            self.kind,
-            self.data,
-            is_requested=chosen.is_requested,
-            cluster="" if self.cluster is None else self.cluster.cluster.name,
-            say=say,
-        )
-        if chosen.is_requested and name == backend.name:
-            self._note_refusals(name, configs, say)
-        return replace(self, backend=name, reason=chosen.reason)
+        if chosen.is_requested:
+            cluster = "" if self.cluster is None else self.cluster.cluster.name
+            backend.check_search(configs, self.kind, self.data, cluster)
+            self._note_refusals(chosen.name, configs, say)
+        return replace(self, backend=chosen.name, reason=chosen.reason)
 
     def _note_refusals(
         self, name: str, configs: Sequence[Config], say: Callable[[str], object]

@@ -8,7 +8,7 @@ import torch
 import gputune
 from engine.toy_backend import ToyChunk
 from gputune.engine.backends.base import Machine, TrialWork
-from gputune.engine.backends.selection import choose_for_search, way_of
+from gputune.engine.backends.selection import choose_backend, way_of
 from gputune.engine.backends.table import BACKENDS, backend_named, backend_words
 from gputune.engine.plan import backends_text
 from gputune.population.traits import Traits
@@ -64,7 +64,7 @@ def test_the_words_are_the_names_of_the_table():
 
 
 def test_an_earlier_name_is_the_same_backend():
-    assert choose_for_search("graph", CPU, torch.float32).name == "recorded"
+    assert choose_backend("graph", CPU, torch.float32).name == "recorded"
     curves = []
     for word in ("graph", "recorded"):
         curves.append(gputune.tune(Linear, X, Y, **SEARCH, verbose=0, backend=word).curves)

@@ -163,9 +163,10 @@ def test_a_gpu_that_failed_its_laws_is_not_taken():
 )
 def test_what_the_check_found_says_how_a_gpu_trains(found, expected):
     keep_findings(GPU, found)
-    assert choose_backend("auto", GPU, torch.float32) == expected
+    choice = choose_backend("auto", GPU, torch.float32)
+    assert (choice.name, choice.told) == expected
     for others in ((torch.float64, "mlp"), (torch.float32, "module")):  # which no kernel trains
-        assert "kernel" not in choose_backend("auto", GPU, *others)
+        assert choose_backend("auto", GPU, *others).name != "kernel"
 
 
 @pytest.mark.parametrize(

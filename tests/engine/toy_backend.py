@@ -31,4 +31,4 @@ class Toy(Backend):
         return ToyChunk(network, validation, seed=seed, horizon=horizon)
 
 
-BACKEND = Toy()
+TOY = Toy()

@@ -7,7 +7,7 @@ from torch import nn
 
 import gputune
 from gputune.callbacks import Callback
-from gputune.engine import batch_sizes
+from gputune.engine import plan
 from gputune.modules import feature_rows
 from gputune.modules.kept_features import NotKept
 
@@ -60,11 +60,11 @@ def tune(model, **more):
 @pytest.fixture(autouse=True)
 def free_updates(monkeypatch):
     """Batch sizes train together if the module allows it, however small its frozen layers are."""
-    monkeypatch.setattr(batch_sizes, "_UPDATE_SECONDS", 0.0)
+    monkeypatch.setattr(plan, "_LARGE_FROZEN", 0)
 
 
 def apart(monkeypatch):
-    monkeypatch.setattr(batch_sizes, "_why_apart", lambda *_: "this test asks for it")
+    monkeypatch.setattr(plan, "_why_apart", lambda *_: "this test asks for it")
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ import torch
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import Findings
-from gputune.engine.backends.cost import Cost, TrialSizes, stacked_cost
+from gputune.engine.backends.cost import Cost, TrialSizes, by_member_cost, stacked_cost
 from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
 from gputune.memory import free_of_gpu
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
-from gputune.population.kinds import ModelKind
+from gputune.population.kinds import ModelKind, is_module
 from gputune.population.population import Network
 from gputune.population.traits import Traits
 from gputune.scoring.validation import Validation
@@ -98,13 +98,12 @@ class Backend:
         in_words: How trials train, for messages.
         slower: The backend that trains if this one fails or does not support a trial, or "".
         is_by_member: Whether the members of a built-in model take their steps separately, so that
-            batch sizes of other members do not matter.
+            batch sizes of other members do not matter. Members of other backends train stacked, and
+            the gradients of pieces of their minibatches add up. If such a backend fails to make a
+            chunk, ``slower`` makes it.
         shares_threads: Whether the threads of a process share the members of a chunk at no cost.
         trains_built_in: Whether the backend trains the built-in models.
-        is_fallible: Whether ``slower`` makes a chunk if this backend fails to make it.
         takes_single_trials: Whether chunks of several trials gain nothing.
-        adds_pieces: Whether trials of a user's module with different batch sizes can share a chunk,
-            because the gradients of pieces of a minibatch add up.
         module_class: The class of the network of a user's module.
     """
 
@@ -114,10 +113,8 @@ class Backend:
     slower: ClassVar[str] = ""
     is_by_member: ClassVar[bool] = False
     trains_built_in: ClassVar[bool] = True
-    is_fallible: ClassVar[bool] = False
     shares_threads: ClassVar[bool] = False
     takes_single_trials: ClassVar[bool] = False
-    adds_pieces: ClassVar[bool] = False
     module_class: ClassVar[type[StackedModule] | type[LoopedModule]] = StackedModule
 
     @property
@@ -137,23 +134,13 @@ class Backend:
         """Return the reason why this backend does not train a trial, or None if it does."""
         return None
 
-    def admit(
-        self,
-        configs: Sequence[Config],
-        kind: ModelKind,
-        data: Dataset,
-        *,
-        is_requested: bool,
-        cluster: str,
-        say: Say,
-    ) -> str:
-        """Return the name of the backend of a search for which this backend was chosen.
+    def check_search(
+        self, configs: Sequence[Config], kind: ModelKind, data: Dataset, cluster: str
+    ) -> None:
+        """Raise InputError if the user requested this backend, but it cannot train the search.
 
-        The function tells the user through ``say`` about trials that train in another way. Raises
-        InputError if the user requested this backend, and it cannot train the search at all.
         ``cluster`` is the name of the cluster that trains, or "".
         """
-        return self.name
 
     def prepare(self, configs: Sequence[Config], kind: ModelKind, data: Dataset, say: Say) -> None:
         """Build programs for configurations before they train, and tell the user."""
@@ -163,11 +150,12 @@ class Backend:
 
         Trials with equal keys may share a chunk, whatever their batch sizes.
         """
-        return False
+        return self.is_by_member
 
     def cost(self, sizes: TrialSizes) -> Cost:
         """Estimate the memory and the training time of one trial, in all folds together."""
-        return stacked_cost(sizes)
+        by_member = self.is_by_member and not is_module(sizes.kind)
+        return by_member_cost(sizes) if by_member else stacked_cost(sizes)
 
     def chunk_bytes(self, kind: ModelKind, device: torch.device, free: int | None) -> int:
         """Return the useful size of a chunk in bytes.
@@ -178,17 +166,9 @@ class Backend:
             free = free_of_gpu(device)
         return _CACHE_BYTES if free is None else int(_FREE_SHARE * free)
 
-    def cuts_freely(self, kind: ModelKind) -> bool:
-        """Return whether two chunks take no longer than one chunk with the same trials."""
-        return False
-
-    def takes_turns(self, kind: ModelKind) -> bool:
-        """Return whether several chunks train at the same time in threads that take turns
-        (``turns.py``)."""
-        return False
-
     def make_chunk(
         self, network: Network, validation: Validation, pool: ChunkPool, *, seed: int, horizon: int
     ) -> Chunk:
-        """Return the trials of a network as a chunk that can train."""
-        raise NotImplementedError
+        """Return the trials of a network as a chunk that can train: by default, stacked."""
+        is_recorded = self.name == "recorded"
+        return pool.take(network, validation, seed=seed, horizon=horizon, recorded=is_recorded)

@@ -5,14 +5,12 @@ gputune generates for it, if a timing has shown that this is faster.
 """
 
 import math
-from collections.abc import Hashable
 from typing import cast
 
 import torch
 
 from gputune.engine.backends.base import Backend, Machine, Refusal, TrialWork, Unfit
-from gputune.engine.backends.cost import Cost, TrialSizes, by_member_cost, stacked_cost
-from gputune.engine.backends.eager import refusal_to_stack
+from gputune.engine.backends.stacked import refusal_to_stack
 from gputune.engine.chunk import Chunk
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.members import MemberChunk
@@ -47,7 +45,6 @@ class Compiled(Backend):
     noun = "compiled code"
     in_words = "in compiled code"
     slower = "recorded"
-    is_fallible = True
     is_by_member = True
     shares_threads = True
 
@@ -103,22 +100,8 @@ class Compiled(Backend):
             return Refusal(rule, "eager")
         return None
 
-    def separate_steps(self, work: TrialWork) -> Hashable:
-        return True
-
-    def cost(self, sizes: TrialSizes) -> Cost:
-        return stacked_cost(sizes) if is_module(sizes.kind) else by_member_cost(sizes)
-
     def chunk_bytes(self, kind: ModelKind, device: torch.device, free: int | None) -> int:
         return _CHUNK_BYTES
-
-    def cuts_freely(self, kind: ModelKind) -> bool:
-        # Each chunk of a user's module traces the step again.
-        return not is_module(kind)
-
-    def takes_turns(self, kind: ModelKind) -> bool:
-        # The code of the built-in models gives work to all cores without turns.
-        return is_module(kind)
 
     def make_chunk(
         self, network: Network, validation: Validation, pool: ChunkPool, *, seed: int, horizon: int
@@ -133,4 +116,4 @@ class Compiled(Backend):
         return chunk
 
 
-BACKEND = Compiled()
+COMPILED = Compiled()

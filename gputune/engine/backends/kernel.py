@@ -1,6 +1,5 @@
 """The backend "kernel": each thread block of a GPU trains one member after another."""
 
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from typing import cast
@@ -9,7 +8,6 @@ import torch
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backends.base import Backend, Machine, Refusal, TrialWork, Unfit
-from gputune.engine.backends.cost import Cost, TrialSizes, by_member_cost
 from gputune.engine.chunk import Chunk
 from gputune.engine.kernel import KernelChunk, compiled, kernel_of, lacks, obstacle
 from gputune.engine.mlp import StackedMLP
@@ -19,7 +17,6 @@ from gputune.native.library import NotBuiltError
 from gputune.population.kinds import ModelKind, is_module
 from gputune.population.population import Network
 from gputune.scoring.validation import Validation
-from gputune.text import count
 from gputune.types import Config, Say
 from gputune.wording import option
 
@@ -33,7 +30,6 @@ class KernelBackend(Backend):
     noun = "the kernel"
     in_words = "in a kernel"
     slower = "recorded"
-    is_fallible = True
     is_by_member = True
 
     @property
@@ -70,38 +66,22 @@ class KernelBackend(Backend):
         part = lacks(work.config, work.kind, work.data)
         return Refusal(f"the kernel does not support {part}", "recorded") if part else None
 
-    def admit(
-        self,
-        configs: Sequence[Config],
-        kind: ModelKind,
-        data: Dataset,
-        *,
-        is_requested: bool,
-        cluster: str,
-        say: Say,
-    ) -> str:
+    def check_search(
+        self, configs: Sequence[Config], kind: ModelKind, data: Dataset, cluster: str
+    ) -> None:
         if cluster:
-            rule = (
-                f"is for a GPU of this machine, but {option('workers', cluster)} trains on others"
-            )
+            workers = option("workers", cluster)
+            rule = f"is for a GPU of this machine, but {workers} trains on others"
         elif is_module(kind):
             rule = f"{_BUILT_IN}, but this is your own module"
         else:
-            unsupported = [lacks(config, kind, data) for config in configs]
-            if not all(unsupported) or not unsupported:
-                for part, n_trials in Counter(filter(None, unsupported)).items():
-                    trials = f"{n_trials} of {count(len(configs), 'trial')}"
-                    say(
-                        f"note: {trials} train in recorded steps: the kernel does not support "
-                        f"{part}"
-                    )
-                return self.name
-            rule = f"does not support {unsupported[0]}"
-        if is_requested:
-            recorded = option("backend", "recorded")
-            remedy = f"Choose {recorded}, which records steps, or {option('backend', 'auto')}."
-            raise InputError("backend='kernel'", rule, remedy=remedy)
-        return self.slower
+            parts = [lacks(config, kind, data) for config in configs]
+            if not configs or not all(parts):
+                return
+            rule = f"does not support {parts[0]}"
+        recorded = option("backend", "recorded")
+        remedy = f"Choose {recorded}, which records steps, or {option('backend', 'auto')}."
+        raise InputError("backend='kernel'", rule, remedy=remedy)
 
     def prepare(self, configs: Sequence[Config], kind: ModelKind, data: Dataset, say: Say) -> None:
         supported = [config for config in configs if not lacks(config, kind, data)]
@@ -116,13 +96,10 @@ class KernelBackend(Backend):
         assert work.data is not None
         return kernel_of([work.config], work.kind, work.data)
 
-    def cost(self, sizes: TrialSizes) -> Cost:
-        return by_member_cost(sizes)
-
     def make_chunk(
         self, network: Network, validation: Validation, pool: ChunkPool, *, seed: int, horizon: int
     ) -> Chunk:
         return KernelChunk(cast(StackedMLP, network), validation, seed=seed, horizon=horizon)
 
 
-BACKEND = KernelBackend()
+KERNEL = KernelBackend()

@@ -48,7 +48,7 @@ class BackendChoice(NamedTuple):
     is_requested: bool = False
 
 
-def choose_for_search(
+def choose_backend(
     word: BackendWord, device: torch.device, dtype: torch.dtype, kind: ModelKind = "mlp"
 ) -> BackendChoice:
     """Return the backend for the user's option ``word``.
@@ -80,19 +80,6 @@ def choose_for_search(
             told = unfit.reason
         reason = unfit.reason or reason
     raise AssertionError("eager steps fit every device")
-
-
-def choose_backend(
-    word: BackendWord, device: torch.device, dtype: torch.dtype, kind: ModelKind = "mlp"
-) -> tuple[str, str]:
-    """Return the backend for the user's option ``word``, and a reason for the user or "".
-
-    The reason says why "auto" chose a slower backend, if the user can change this.
-
-    Raises InputError if the requested backend is not available.
-    """
-    choice = choose_for_search(word, device, dtype, kind)
-    return choice.name, choice.told
 
 
 def refusals(name: str, work: TrialWork) -> Iterator[Refusal]:
@@ -161,7 +148,7 @@ def make_chunk(
         try:
             return backend.make_chunk(network, validation, pool, seed=seed, horizon=horizon)
         except Exception as error:
-            if not backend.is_fallible:
+            if not backend.is_by_member:
                 raise
             _note_failure(error, backend, network, pool)
         name = backend.slower

@@ -1,8 +1,8 @@
 """The table of backends: the programs that train trials, from the fastest to the slowest.
 
-To add a backend, write its file and add one line here. Its file has a constant ``BACKEND``, an
-instance of a subclass of ``Backend`` (``base.py``). Importing the table does not import the files,
-because the command line reads the names and must not wait for torch.
+To add a backend, write its file and add one line here. Its file has a constant with the backend's
+name in capital letters, an instance of a subclass of ``Backend`` (``base.py``). Importing the table
+does not import the files, because the command line reads the names and must not wait for torch.
 """
 
 from importlib import import_module
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 BACKENDS: dict[str, str] = {
     "kernel": "gputune.engine.backends.kernel",
     "compiled": "gputune.engine.backends.compiled",
-    "recorded": "gputune.engine.backends.recorded",
-    "eager": "gputune.engine.backends.eager",
-    "merged": "gputune.engine.backends.merged",
-    "loop": "gputune.engine.backends.loop",
+    "recorded": "gputune.engine.backends.stacked",
+    "eager": "gputune.engine.backends.stacked",
+    "merged": "gputune.engine.backends.stacked",
+    "loop": "gputune.engine.backends.stacked",
 }
 """Maps the name of each backend to the module that defines it."""
 
@@ -32,8 +32,8 @@ def current_name(name: str) -> str:
 
 def backend_named(name: str) -> "Backend":
     """Return a backend by its name, or by its name in an earlier version of gputune."""
-    module = import_module(BACKENDS[current_name(name)])
-    backend: Backend = module.BACKEND
+    name = current_name(name)
+    backend: Backend = getattr(import_module(BACKENDS[name]), name.upper())
     return backend
 
 
