@@ -109,10 +109,8 @@ def _places(ending: Ending, width: int) -> list[str]:
     if folder is not None:
         lines.append(_line("Model", folder))
         command = f"gputune predict {shlex.quote(clean(folder))} FILE"
-        spec = ending.study.record.spec
-        if "path" in spec:
-            module = f"{spec['path']}:{spec['class']}"
-            command = f"{command} --module {shlex.quote(clean(module))}"
+        if "path" in ending.study.record.spec:
+            command = f"{command} --module FILE.py:NAME"
         lines.append(_line("Next", command))
     return lines
 

@@ -1,9 +1,10 @@
 """Values of a search in a form that loggers accept."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from gputune.annotations import FloatArray
+import numpy as np
+
 from gputune.spaces.distributions import label
 from gputune.study.record import RECORD_FIELDS
 from gputune.study.study import Study, Trial
@@ -39,22 +40,32 @@ def trial_numbers(trial: Trial) -> dict[str, float]:
     for name, value in trial.params.items():
         if isinstance(value, bool | int | float):
             numbers[f"params/{name}"] = value
-    return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
+    return _finite(numbers)
 
 
-def curves_by_name(study: Study) -> dict[str, FloatArray]:
-    """Return the learning curves of all trials of a study, (C, epochs), keyed by the logged name.
+def epochs_by_trial(trials: Study) -> Iterator[tuple[Trial, list[dict[str, float]]]]:
+    """Yield each trial with the values of its epochs, for loggers.
 
-    The names are score, std_error with several folds, and ``metrics/...`` with several metrics.
-    Each value is a mean or a standard error over the folds. NaN marks an epoch without a score.
+    The values are the means over the folds: score and, with several metrics, ``metrics/...``. With
+    several folds, std_error is the standard error of the score. Values that are not finite are left
+    out.
     """
-    n_folds = study.curves.shape[2]
-    curves = {"score": study.curves.mean(2)}
+    n_folds = trials.curves.shape[2]
+    curves = {"score": trials.curves.mean(2)}
     if n_folds > 1:
-        curves["std_error"] = study.curves.std(2, ddof=1) / math.sqrt(n_folds)
-    for name in study.metrics:
-        curves[f"metrics/{name}"] = study.curves_of(name).mean(2)
-    return curves
+        curves["std_error"] = trials.curves.std(2, ddof=1) / math.sqrt(n_folds)
+    for name in trials.metrics:
+        curves[f"metrics/{name}"] = trials.curves_of(name).mean(2)
+    for row, trial in enumerate(trials.trials):
+        epochs = []
+        for epoch in range(int(np.isfinite(curves["score"][row]).sum())):
+            values = {name: float(curve[row, epoch]) for name, curve in curves.items()}
+            epochs.append(_finite(values))
+        yield trial, epochs
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if math.isfinite(value)}
 
 
 def best_score(study: Study) -> float:

@@ -32,7 +32,7 @@ from gputune.errors import ClusterError, InputError
 from gputune.executors.cluster import Cluster, Connection
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
 from gputune.executors.processes import pickle_job, to_arrays, to_device, to_tensors
-from gputune.integrations.ray_address import host_and_port
+from gputune.integrations.clusters.ray import host_and_port
 from gputune.population.population import Population
 from gputune.text import count
 from gputune.version import __version__

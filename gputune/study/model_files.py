@@ -3,14 +3,18 @@
 Tensors are stored as safetensors, everything else as JSON with both checksums. Each file appears
 complete or not at all, and the description is written last. If a file does not fit its checksum,
 the error names the file. Nothing is ever unpickled.
+
+``state_dict()`` has only a part of the state of a module. It leaves out buffers with
+``persistent=False``, and attributes that are numbers of Python or NumPy. A model file has them too.
+Random values that a constructor stores in plain attributes are not in the file. Instead, the module
+is built again from the same random stream.
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,18 +52,7 @@ from gputune.study.code import (
     source_file,
     unreachable_place,
 )
-from gputune.study.model_fields import read_content
-from gputune.study.module_state import (
-    join_complex,
-    read_numbers,
-    read_seeds,
-    read_temporary,
-    restore,
-    saved_numbers,
-    saved_tensors,
-    split_complex,
-    temporary_buffers,
-)
+from gputune.study.trained_rows import RowSample
 from gputune.study.values import MALFORMED, from_json, sha256, to_json
 from gputune.types import Config, Json, Task
 
@@ -70,8 +63,8 @@ FORMAT_VERSION = 3
 DRAFTS = ".model"
 """Prefix of files that a killed process may have left in the folder."""
 
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 BUILT_IN: dict[str, type[nn.Module]] = {"mlp": MLP, "logistic": LogisticRegression}
-_DEPTHS = {"mlp": 2, "logistic": 0}  # default number of hidden layers
 _PLAIN = ("task", "classes", "center", "scale", "target", "info", "residuals", "temperature")
 """The fields of a model that the JSON description holds unchanged."""
 
@@ -110,14 +103,14 @@ def save_model(model: ModelContent, folder: StrPath) -> None:
         "layout": model.layout.to_json(),
         "statistics": model.statistics.to_json(),
         "spec": _full_spec(model),
-        "numbers": saved_numbers(model.module) if is_custom else {},
-        "temporary": temporary_buffers(model.module),
+        "numbers": _saved_numbers(model.module) if is_custom else {},
+        "temporary": _temporary_buffers(model.module),
     }
     state = {}
     frozen = frozen_tensors(model.module)
     if frozen:
         body["base_sha256"] = digest_of(frozen)
-    for name, value in saved_tensors(model.module).items():
+    for name, value in _saved_tensors(model.module).items():
         if name in frozen:
             continue
         if not isinstance(value, Tensor):
@@ -129,7 +122,7 @@ def save_model(model: ModelContent, folder: StrPath) -> None:
             )
         # A clone: safetensors refuses tensors that share memory, such as tied weights.
         state[name] = value.cpu().clone().contiguous()
-    complex_names = split_complex(state)
+    complex_names = _split_complex(state)
     if complex_names:
         body["complex"] = complex_names
     path = Path(folder)
@@ -199,17 +192,12 @@ def read_fields(
     body = read_description(folder / DESCRIPTION)
     tensors = _read_tensors(folder / TENSORS, body)
     with file_errors(folder / DESCRIPTION):
-        fields = read_content(body)
+        fields = _read_content(body)
         spec = fields["spec"]
-        members = _members(fields)
-        seeds = read_seeds(spec, len(members))
-        numbers = read_numbers(body)
-        temporary = read_temporary(body, tensors)
-        join_complex(body, tensors)
         kind = str(spec["kind"])
-        if kind in BUILT_IN:
-            _check_size(members, kind, tensors)
-        present = _classes_of_modules(fields, tensors)
+        members = _members(fields)
+        for complex_name in body.get("complex", ()):
+            tensors[complex_name] = torch.view_as_complex(tensors[complex_name])
     if ("lora" in spec or "frozen" in spec) and module is None:
         module = _builder_of(base, spec, folder)
     elif base is not None:
@@ -227,7 +215,7 @@ def read_fields(
         change = f"{file or name!r} has changed since the model was saved"
         remedy = f"{change}. Restore it, or pass the class as it was."
     try:
-        modules = _build(module_class, members, seeds, fields)
+        modules = _build(module_class, members, fields)
     except Exception as error:  # a user's constructor may raise anything
         sizes, others = members[0]
         reason = f"{type(error).__name__}: {str(error).rstrip('.')}"
@@ -240,12 +228,12 @@ def read_fields(
     if "ensemble" in spec:
         weights = [1 / len(modules)] * len(modules)
         columns = spec.get("columns", ())
-        network = Ensemble(modules, weights, fields["task"], columns, present)
+        network = Ensemble(modules, weights, fields["task"], columns, tensors.get("present"))
     frozen = frozen_tensors(network)
     if "base_sha256" in body:
         check_base(frozen, body["base_sha256"])
     try:
-        restore(network, frozen | tensors, numbers, temporary)
+        _restore(network, frozen | tensors, body["numbers"], body["temporary"])
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split()).rstrip(".")  # torch writes a line for each tensor
         raise InputError(
@@ -254,6 +242,41 @@ def read_fields(
     if change:
         warn(f"{change}. Its parameters still fit, but its predictions may differ.")
     return {**fields, "module": in_mode(network, training=False)}
+
+
+def _read_content(body: Json) -> Json:
+    """Return the fields of a saved model (``ModelContent``) from its description, except the
+    module."""
+    info = dict(body["info"])
+    if "trained_rows" in info:
+        info["trained_rows"] = RowSample(info["trained_rows"])
+    transform = body["target_transform"]
+    layout: Layout | ArrayLayout
+    statistics: Statistics | ArrayStatistics
+    if "shapes" in body["layout"]:
+        layout = ArrayLayout.from_json(body["layout"])
+        statistics = ArrayStatistics.from_json(body["statistics"])
+        statistics.check(layout)
+    else:
+        layout = Layout.from_json(body["layout"])
+        statistics = Statistics.from_json(body["statistics"])
+    return {
+        **{name: body[name] for name in _PLAIN},
+        "layout": layout,
+        "statistics": statistics,
+        "center": _of_target(body["center"]),
+        "scale": _of_target(body["scale"]),
+        "dtype": DTYPES[body["dtype"]],
+        "spec": dict(body["spec"]),
+        "info": info,
+        "transform": None if transform is None else FittedTransform.from_json(transform),
+    }
+
+
+def _of_target(value: float | list[float] | np.ndarray) -> float | FloatArray:
+    """Return the center or scale of a model's target: a float, or an array with one value per
+    column."""
+    return np.asarray(value, np.float64) if isinstance(value, list | np.ndarray) else float(value)
 
 
 def _builder_of(base: nn.Module | None, spec: Json, folder: Path) -> Builder:
@@ -305,46 +328,6 @@ def _members(fields: Json) -> _Members:
     return pairs
 
 
-def _check_size(members: _Members, kind: str, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError for networks that are larger than their tensors, before memory is
-    allocated."""
-    numbers = 0
-    standard = {"width": 128, "depth": _DEPTHS[kind]}
-    for sizes, others in members:
-        arguments = {**standard, **sizes, **others}
-        D = int(arguments["n_features"] or 0)
-        K = int(arguments["n_outputs"] or 0)
-        width = arguments["width"]
-        if isinstance(width, tuple):  # one per layer
-            numbers += sum((a + 1) * b for a, b in pairwise((D, *map(int, width), K)))
-        elif depth := int(arguments["depth"]):  # no loop: the depth in a file may be huge
-            H = int(width)
-            # input layer, hidden layers, output layer; each with biases
-            numbers += (D + 1) * H + (depth - 1) * (H + 1) * H + (H + 1) * K
-        else:
-            numbers += (D + 1) * K
-    available = sum(tensor.numel() for tensor in tensors.values())
-    if numbers > available:
-        raise ValueError(
-            f"it describes a network of {numbers} parameters, but {TENSORS} holds {available}"
-        )
-
-
-def _classes_of_modules(fields: Json, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the classes that each module of an ensemble was trained on, (M, K) bool.
-
-    None means all classes. Raises ValueError for a tensor of another shape.
-    """
-    spec = fields["spec"]
-    if "ensemble" not in spec or "present" not in tensors:
-        return None
-    present = tensors["present"]
-    n_classes = 0 if fields["classes"] is None else len(fields["classes"])
-    if present.dtype != torch.bool or present.shape != (len(spec["ensemble"]), n_classes):
-        raise ValueError("the classes of its modules have a wrong shape or type")
-    return present
-
-
 def _module_class(spec: Json, module: Builder | None, folder: Path, *, trust_code: bool) -> Builder:
     kind = str(spec["kind"])
     if module is not None:
@@ -365,9 +348,7 @@ def _module_class(spec: Json, module: Builder | None, folder: Path, *, trust_cod
         return find_class(spec, trust_code=trust_code)
 
 
-def _build(
-    module_class: Builder, members: _Members, seeds: Sequence[int | None], fields: Json
-) -> list[nn.Module]:
+def _build(module_class: Builder, members: _Members, fields: Json) -> list[nn.Module]:
     """Build the module or modules of a saved model, on the CPU."""
     layout = fields["layout"]
     names = None
@@ -378,7 +359,8 @@ def _build(
         for shape, dtype, scaled in zip(layout.shapes, layout.dtypes, channels, strict=True):
             kinds.append((shape, torch.float32 if scaled else getattr(torch, dtype)))
     modules = []
-    for (sizes, others), seed in zip(members, seeds):
+    seeds = fields["spec"].get("seeds", [None] * len(members))
+    for (sizes, others), seed in zip(members, seeds, strict=True):
         arguments = call_arguments(module_class, sizes, others)
         inputs = kinds or [(sizes["input_shape"], torch.float32)]
         # From the random stream of the training: random values in plain attributes are not in the
@@ -462,3 +444,101 @@ def _read(path: Path, bytes_per_byte: int = 1) -> bytes:
             None, f"the model folder {str(folder)!r} has no {path.name}", remedy=remedy
         )
     return read_file(path, bytes_per_byte=bytes_per_byte)
+
+
+_Numbers = dict[str, bool | int | float]
+"""Values of numeric attributes, by the path of the submodule and the name of the attribute."""
+
+
+def _saved_tensors(module: nn.Module) -> dict[str, object]:
+    """Return the parameters and all buffers of a module by name.
+
+    This includes the buffers that ``state_dict()`` leaves out.
+    """
+    return dict(module.named_buffers()) | dict(module.state_dict())
+
+
+def _temporary_buffers(module: nn.Module) -> list[str]:
+    """Return the names of the buffers of a module that ``state_dict()`` leaves out."""
+    persistent = module.state_dict().keys()
+    return [name for name, _ in module.named_buffers() if name not in persistent]
+
+
+def _split_complex(tensors: dict[str, Tensor]) -> list[str]:
+    """Replace the complex128 tensors in a dict by their real and imaginary parts (..., 2).
+
+    A safetensors file cannot hold complex128. Returns the names of these tensors.
+    """
+    names = [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]
+    for name in names:
+        tensors[name] = torch.view_as_real(tensors[name].resolve_conj()).contiguous()
+    return names
+
+
+def _saved_numbers(module: nn.Module) -> _Numbers:
+    """Return the numeric attributes of a module's submodules, for example a count of calls."""
+    numbers: _Numbers = {}
+    for path, part in _counting_parts(module):
+        for name, value in vars(part).items():
+            if isinstance(value, np.generic):
+                value = value.item()
+            if type(value) in (bool, int, float) and name != "training":
+                numbers[f"{path}.{name}".lstrip(".")] = value
+    return numbers
+
+
+def _restore(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, object],
+    temporary: Collection[str],
+) -> None:
+    """Copy saved tensors and numeric attributes into a new module.
+
+    A numeric attribute is ignored if the class no longer has it.
+
+    Args:
+        module: the module to change, in place.
+        tensors: the result of ``_saved_tensors``.
+        numbers: the result of ``_saved_numbers``.
+        temporary: the result of ``_temporary_buffers``.
+
+    Raises:
+        RuntimeError: the tensors do not fit, as in ``load_state_dict``.
+    """
+    module.load_state_dict(
+        {name: tensor for name, tensor in tensors.items() if name not in temporary}
+    )
+    for name in temporary:
+        path, _, key = name.rpartition(".")
+        part = module.get_submodule(path) if path in dict(module.named_modules()) else None
+        if part is None or (key not in part._buffers and hasattr(part, key)):
+            raise RuntimeError(f"Unexpected key(s): {name!r}, which is not a buffer there.")
+        part.register_buffer(key, tensors[name], persistent=False)  # a forward may have added it
+    for path, part in _counting_parts(module):
+        for key, before in list(vars(part).items()):
+            value = numbers.get(f"{path}.{key}".lstrip("."))
+            if key == "training":
+                continue
+            if isinstance(before, np.generic):
+                if _is_like(value, before.item()) and value != before:
+                    setattr(part, key, type(before)(value))
+            elif _is_like(value, before) and value != before:
+                setattr(part, key, value)
+
+
+def _counting_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the submodules that may keep a counter, such as a number of steps, as an attribute.
+
+    PyTorch's own classes are left out, because their attributes are only settings.
+    """
+    for path, part in module.named_modules():
+        if type(part).__module__.partition(".")[0] != "torch":
+            yield path, part
+
+
+def _is_like(value: object, before: object) -> bool:
+    """Return True if a saved value may replace an attribute's value, because both have a numeric
+    type."""
+    kinds = (bool,) if type(before) is bool else (int, float)
+    return type(before) in (bool, int, float) and type(value) in kinds

@@ -51,7 +51,7 @@ from gputune.scoring.scoring import Scoring
 from gputune.spaces.distributions import CheckedSpace
 from gputune.spaces.portfolios import portfolio_of
 from gputune.spaces.space import choices_of
-from gputune.study.model_fields import DTYPES
+from gputune.study.model_files import DTYPES
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.module_training import own_training
 from gputune.tuning.objective_choice import check_machine, choose_objective

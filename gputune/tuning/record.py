@@ -44,7 +44,7 @@ from gputune.spaces.distributions import (
     space_to_json,
 )
 from gputune.study.code import digest_of_code, script_of
-from gputune.study.model_fields import DTYPES
+from gputune.study.model_files import DTYPES
 from gputune.study.record import RECORD_FIELDS, Arguments, SearchRecord
 from gputune.study.store import state_folder
 from gputune.study.values import sha256, to_json

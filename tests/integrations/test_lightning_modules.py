@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import gputune
-from gputune.integrations.lightning_optimizer import optimizer_of
+from gputune.integrations.modules.lightning import optimizer_of
 
 lightning = pytest.importorskip("lightning.pytorch")
 torchmetrics = pytest.importorskip("torchmetrics")

@@ -125,18 +125,6 @@ def test_a_loaded_model_is_the_saved_one_bit_for_bit(frame, folder, options):
         assert got.dtype == model.classes.dtype and set(got.tolist()) <= set(model.classes.tolist())
 
 
-def test_a_model_that_an_earlier_version_wrote_is_read(frame, saved):
-    expected = load_model(saved).predict_proba(frame)
-    edit(
-        saved,
-        lambda body: [
-            body.pop(name)
-            for name in ("target_transform", "residuals", "temperature", "numbers", "temporary")
-        ],
-    )
-    np.testing.assert_array_equal(load_model(saved).predict_proba(frame), expected)
-
-
 class Tied(nn.Module):
     def __init__(self, n_features, n_outputs):
         super().__init__()
@@ -269,9 +257,7 @@ def sized(**kwargs):
 
 
 DAMAGED = r"model\.json' is damaged: "
-LARGER = rf"{DAMAGED}.* of \d+ parameters, but model.saf.* holds 82. "
 KEYS = "layout statistics classes dtype spec center target info".split()
-NO_LABELS = f"{DAMAGED}its classes are not a list of labels but"
 
 
 @pytest.mark.parametrize(
@@ -284,23 +270,12 @@ NO_LABELS = f"{DAMAGED}its classes are not a list of labels but"
         (put("spec", {"kind": "resnet", "kwargs": {}}), DAMAGED),
         (put("spec", {"kind": "module", "kwargs": {}}), DAMAGED),
         (put("spec", {"kind": "module", "kwargs": {}, "path": 3}), DAMAGED),
-        (put("temperature", 0), DAMAGED),
-        (put("complex", "weight"), DAMAGED),
-        (put("complex", ["weight"]), DAMAGED),
-        (put("temperature", "hot"), DAMAGED),
         (put("classes", {"torch": "os:system"}), DAMAGED),
-        (put("classes", ["a", "b"]), NO_LABELS),
-        (put("classes", "ab"), NO_LABELS),
-        (put("classes", {"array": {"dtype": "<i8", "shape": [1, 2], "items": [0, 1]}}), NO_LABELS),
         (sized(width=7), r"model\.safetensors' does not fit MLP: .*size mismatch"),
         (
             sized(width=-1),
             "MLP could not be built from the saved arguments .*width must be at least 1",
         ),
-        (sized(width=40_000), LARGER),
-        (sized(depth=10**7), LARGER),  # before they take the memory
-        (sized(n_features=10**9), LARGER),
-        (sized(width={"tuple": [9, 10**9]}), LARGER),
     ],
 )
 def test_a_description_that_makes_no_sense_is_named(saved, change, words):

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import gputune
-from gputune.study.module_state import saved_numbers, saved_tensors
+from gputune.study.model_files import _saved_numbers as saved_numbers
+from gputune.study.model_files import _saved_tensors as saved_tensors
 from refused import refused
 
 ROWS = np.random.default_rng(0).normal(1, 1, size=(60, 3)).astype(np.float32)

@@ -10,7 +10,6 @@ from typing import ClassVar
 
 from gputune.errors import InputError, MissingExtraError, check_count, how_to_install
 from gputune.executors.cluster import Cluster, Connection
-from gputune.integrations.ray_address import host_and_port
 from gputune.wording import option
 
 
@@ -93,6 +92,13 @@ class Ray(Cluster):
         from gputune.integrations.ray_tasks import connection
 
         return connection(self, self.cpus, device)
+
+
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Return the host and port of a Ray address, or None if the address does not have the form
+    HOST:PORT."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    return (host, int(port)) if host and port.isdecimal() and "/" not in host else None
 
 
 CLUSTER = Ray

@@ -6,12 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from gputune.errors import import_extra
 from gputune.integrations.logged_values import (
     best_score,
-    curves_by_name,
+    epochs_by_trial,
     plain_params,
     study_options,
     trial_numbers,
@@ -90,18 +88,14 @@ class MLflow(Callback):
         client.log_batch(self.run_id, params=self._params(study_options(study)))
 
     def on_trials_end(self, trials: Study) -> None:
-        metrics = list[Any]()
-
-        def add(key: str, value: float, step: int) -> None:
-            metrics.append(self._metric(key, value, step))
-
+        metrics = []
         for trial in trials.trials:
             for key, value in trial_numbers(trial).items():
-                add(key, value, trial.number)
+                metrics.append(self._metric(key, value, trial.number))
         self.best = max(self.best, best_score(trials))
         self.done += len(trials.trials)
         if math.isfinite(self.best):
-            add("best_score", self.best, self.done)
+            metrics.append(self._metric("best_score", self.best, self.done))
         self._send(self.run_id, metrics)
         if self.per_trial:
             self._log_trials(trials)
@@ -109,8 +103,7 @@ class MLflow(Callback):
     def _log_trials(self, trials: Study) -> None:
         """Log one run for each trial, with its learning curve and its hyperparameters."""
         client = self._client()
-        curves = curves_by_name(trials)
-        for row, trial in enumerate(trials.trials):
+        for trial, epochs in epochs_by_trial(trials):
             run = client.create_run(
                 self.experiment_id,
                 run_name=f"trial-{trial.number:05d}",
@@ -118,9 +111,9 @@ class MLflow(Callback):
             )
             client.log_batch(run.info.run_id, params=self._params(plain_params(trial.params)))
             metrics = []
-            for name, values in curves.items():
-                for epoch in np.flatnonzero(np.isfinite(values[row])).tolist():
-                    metrics.append(self._metric(name, float(values[row, epoch]), epoch + 1))
+            for epoch, values in enumerate(epochs, 1):
+                for name, value in values.items():
+                    metrics.append(self._metric(name, value, epoch))
             self._send(run.info.run_id, metrics)
             status = "FAILED" if trial.state == "failed" else "FINISHED"
             client.set_terminated(run.info.run_id, status)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gputune.errors import import_extra
-from gputune.integrations.logged_values import curves_by_name, plain_params, study_options
+from gputune.integrations.logged_values import epochs_by_trial, plain_params, study_options
 from gputune.study.study import Study
 from gputune.tuning.callbacks import Callback
 
@@ -63,10 +63,9 @@ class TensorBoard(Callback):
     def on_epoch(self, curves: np.ndarray) -> None:
         means = curves.mean(2)
         self.trial_epochs += means.size
-        if np.isfinite(means).any():
-            self.best = max(
-                self.best, float(np.nanmax(np.where(np.isfinite(means), means, np.nan)))
-            )
+        finite = means[np.isfinite(means)]
+        if finite.size:
+            self.best = max(self.best, float(finite.max()))
             self.search.add_scalar("best score", self.best, self.trial_epochs)
 
     def on_trials_end(self, trials: Study) -> None:
@@ -79,12 +78,11 @@ class TensorBoard(Callback):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        by_epoch = curves_by_name(trials)
-        for row, trial in enumerate(trials.trials):
+        for trial, epochs in epochs_by_trial(trials):
             with SummaryWriter(self.folder / f"trial-{trial.number:05d}") as run:
-                for name, values in by_epoch.items():
-                    for epoch in np.flatnonzero(np.isfinite(values[row])).tolist():
-                        run.add_scalar(name, values[row, epoch], epoch + 1)
+                for epoch, values in enumerate(epochs, 1):
+                    for name, value in values.items():
+                        run.add_scalar(name, value, epoch)
                 # SummaryWriter.add_hparams would open a second file in a separate folder for every
                 # trial.
                 final = {"final score": trial.score}

@@ -6,12 +6,10 @@ import secrets
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
-
 from gputune.errors import import_extra
 from gputune.integrations.logged_values import (
     best_score,
-    curves_by_name,
+    epochs_by_trial,
     plain_params,
     study_options,
     trial_numbers,
@@ -122,18 +120,15 @@ class WandB(Callback):
 
     def _log_trials(self, trials: Study) -> None:
         """Log one run for each trial, with its learning curve and its hyperparameters."""
-        curves = curves_by_name(trials)
-        for row, trial in enumerate(trials.trials):
+        for trial, epochs in epochs_by_trial(trials):
             run = self._begin_run(
                 f"trial-{trial.number:05d}",
                 plain_params(trial.params),
                 job_type="trial",
                 reinit="create_new",  # the run of the search stays open
             )
-            n_epochs = int(np.isfinite(curves["score"][row]).sum())
-            for epoch in range(n_epochs):
-                values = {name: float(curve[row, epoch]) for name, curve in curves.items()}
-                run.log(values, step=epoch + 1)
+            for epoch, values in enumerate(epochs, 1):
+                run.log(values, step=epoch)
             run.summary.update({"trial": trial.number, "state": trial.state})
             run.summary.update({"final score": trial.score, "best_epoch": trial.best_epoch})
             run.finish()
