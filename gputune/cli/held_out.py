@@ -20,8 +20,7 @@ from gputune.scoring.metrics import make_scoring
 from gputune.scoring.objective import Objective
 from gputune.scoring.scores import PINBALL
 from gputune.scoring.scoring import Scoring
-from gputune.study.labels import class_codes
-from gputune.study.model import TunedModel
+from gputune.study.model import TunedModel, class_codes
 from gputune.text import Measure, count
 
 # Number of bootstrap samples, and of rows per sample at most. Together they take one or two

@@ -28,9 +28,7 @@ from gputune.scoring.scores import PINBALL
 from gputune.scratch import write_text
 from gputune.study.code import class_from_flag
 from gputune.study.export import description
-from gputune.study.intervals import half_width
-from gputune.study.labels import refuse_unknown
-from gputune.study.model import TunedModel, load_model
+from gputune.study.model import TunedModel, half_width, load_model, refuse_unknown
 from gputune.study.trained_rows import share_of_rows
 from gputune.text import clean, count, is_formula, measure_of, paragraph, table
 from gputune.types import Json, Task

@@ -1,5 +1,6 @@
 """A tuned model: a plain module and its preprocessing, from raw rows to predictions."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from gputune.annotations import FloatArray, StrPath
+from gputune.annotations import FloatArray, IntArray, StrPath
 from gputune.data.array_files import ARRAY_SUFFIXES, pick_inputs
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import Layout, checked_tensor
 from gputune.data.dataset import first_equal
 from gputune.data.encode import Statistics
 from gputune.data.files import read_table
+from gputune.data.kinds import text_of
 from gputune.data.scaling import encode
+from gputune.data.source import read_source
 from gputune.data.table import Table, as_table, quoted
+from gputune.data.target import check_target, refuse_missing, target_array
 from gputune.data.torch_dataset import read_inputs
 from gputune.engine.stop import entry
 from gputune.errors import InputError, InputWarning, warn
@@ -27,12 +31,10 @@ from gputune.population.outputs import call_module, first_output, two_logits
 from gputune.seeding import prediction_draws
 from gputune.study.adapter_files import AdapterFiles
 from gputune.study.export import encoded, export
-from gputune.study.intervals import half_width
-from gputune.study.labels import checked_codes, checked_numbers, targets_of
 from gputune.study.model_files import ModelContent, read_fields, save_model
 from gputune.text import card, count, measure_of, short
-from gputune.types import Config
-from gputune.wording import option
+from gputune.types import Config, Task
+from gputune.wording import Verbatim, option, per_interface
 
 ROWS = 8192
 NUMBERS = 2**23
@@ -211,7 +213,8 @@ class TunedModel(ModelContent, AdapterFiles):
         """
         from sklearn.metrics import accuracy_score, r2_score
 
-        y = targets_of(X, y, module=not isinstance(self.layout, Layout))
+        if isinstance(y, str):
+            y = read_source(X, y, module=not isinstance(self.layout, Layout)).y
         predicted = self.predict(X)
         rows = len(predicted)
         if self.classes is not None:
@@ -547,3 +550,135 @@ def load_model(
         True
     """
     return TunedModel(**read_fields(Path(folder), module, base=base, trust_code=trust_code))
+
+
+_USE_PROBA = per_interface(python="Use predict_proba.", command="Use --proba.")
+_NO_INTERVAL = {
+    "regression": ("several numbers", "Run a separate search for each column."),
+    "custom": ("custom outputs", "Use predict."),
+    "multilabel": ("labels", _USE_PROBA),
+}
+"""For errors: the predictions of each task without intervals, and the remedy."""
+
+
+def half_width(model: "TunedModel", level: float) -> float:
+    """Return the half width of prediction intervals that contain about a share ``level`` of the
+    true values.
+
+    The half width is in units of the residuals; see ``TunedModel.predict_interval``.
+
+    Raises:
+        InputError: the model has no intervals, the level is not between 0 and 1, or the residuals
+            are too few for this level.
+    """
+    interval = per_interface(python="predict_interval", command="--interval")
+    if model.task != "regression" or not isinstance(model.center, float):
+        predictions, remedy = _NO_INTERVAL.get(model.task, ("classes", _USE_PROBA))
+        raise InputError(
+            interval,
+            f"is only for regression with one target, but this model predicts {predictions}",
+            remedy=remedy,
+        )
+    is_number = isinstance(level, float | int | np.number) and not isinstance(level, bool)
+    if not is_number or not 0 < level < 1:
+        raise InputError(
+            f"predict_interval(level={level!r})",
+            "must be a share between 0 and 1, such as 0.9 for 90%",
+        )
+    if model.residuals is None:
+        resume = "gputune resume FOLDER --intervals"
+        raise InputError(
+            interval,
+            "needs the residuals of the folds, but this model does not have them",
+            remedy=per_interface(
+                python=f"Make the model with study.best_model(intervals=True), or with {resume}.",
+                command=f"Make the model with {resume}.",
+            ),
+        )
+    rows = len(model.residuals)
+    # 1e-9 absorbs the rounding of the product.
+    rank = math.ceil((rows + 1) * level - 1e-9)
+    if rank > rows:
+        raise InputError(
+            f"predict_interval(level={level})",
+            f"needs more than the {rows} rows on which the folds validated",
+            remedy=f"Pass a level of at most {rows / (rows + 1):.4g}.",
+        )
+    return float(model.residuals[rank - 1])
+
+
+def _without_column_axis(labels: np.ndarray) -> np.ndarray:
+    """Return labels (n, 1) as labels (n,), and labels of any other shape unchanged."""
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+
+
+def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], IntArray]:
+    """Return the classes of a model and y as class codes, (n,).
+
+    Classes that occur only in y follow the classes of the model.
+
+    Raises:
+        InputError: y is neither (n,) nor (n, 1).
+    """
+    array = _without_column_axis(np.asarray(y))
+    if array.ndim != 1:
+        raise InputError(
+            None,
+            f"the true labels have the shape {array.shape}, but the model predicts one class for "
+            "each row",
+            remedy="Give one class for each row.",
+        )
+    known = classes.tolist()
+    labels = array.tolist()
+    if classes.dtype.kind == "U":
+        labels = list(map(text_of, labels))
+    else:  # one text among numbers makes the whole column text
+        of_text = {text_of(label): label for label in known}
+        labels = [
+            of_text.get(label, label) if isinstance(label, str) else label for label in labels
+        ]
+    # by text, because labels of different types cannot be compared
+    known += sorted({*labels} - {*known}, key=str)
+    codes = {label: code for code, label in enumerate(known)}
+    return known, np.array([codes[label] for label in labels], dtype=np.int64)
+
+
+def refuse_unknown(classes: list[object], codes: IntArray, K: int, name: str) -> None:
+    """Raise InputError if no label is one of a model's K classes, the first K of ``classes``."""
+    if (codes >= K).all():
+        raise InputError(
+            None,
+            f"{name} has no class of the model: it holds {quoted(map(str, classes[K:]))}, but the "
+            f"model's classes are {quoted(map(str, classes[:K]))}",
+            remedy="Write them as in the training data.",
+        )
+
+
+def checked_codes(classes: np.ndarray, y: object, rows: int) -> IntArray:
+    """Return labels y as class codes, (n,), with one code per row.
+
+    Raises:
+        InputError: the labels cannot be scored.
+    """
+    labels = _without_column_axis(target_array(y, "y"))
+    if labels.shape != (rows,):
+        shape = Verbatim(f"shape {labels.shape} and {rows} rows")
+        raise InputError("y", f"must have one label per row of {option('X')}", got=shape)
+    refuse_missing(labels, "y", "Leave those rows out.")
+    known, codes = class_codes(classes, labels)
+    refuse_unknown(known, codes, len(classes), "y")
+    return codes
+
+
+def checked_numbers(y: object, task: Task, rows: int) -> np.ndarray:
+    """Return the numeric targets y, (n,) or (n, K). Text is accepted if it spells numbers.
+
+    Raises:
+        InputError: for the same reasons as in ``tune``.
+    """
+    values = target_array(y, "y")
+    is_object_column = values.ndim == 1 and values.dtype.kind in "OU"
+    if is_object_column and any(isinstance(value, str) for value in values):
+        table = as_table(values[:, None])
+        y = table.columns[0] if table.kinds[0] == "number" else y
+    return check_target(y, task=task, n_rows=rows).values
