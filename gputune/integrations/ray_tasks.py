@@ -32,7 +32,6 @@ from gputune.errors import ClusterError, InputError
 from gputune.executors.cluster import Cluster, Connection
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
 from gputune.executors.processes import pickle_job, to_arrays, to_device, to_tensors
-from gputune.integrations.clusters.ray import host_and_port
 from gputune.population.population import Population
 from gputune.text import count
 from gputune.version import __version__
@@ -69,7 +68,7 @@ def connection(cluster: Cluster, cpus: int, device: str) -> Iterator["RayCluster
             # Ray replaces this handler when it connects.
             before = signal.getsignal(signal.SIGTERM)
             try:
-                _connect(ray, cluster.address)
+                _connect(ray, cluster)
             finally:
                 if threading.current_thread() is threading.main_thread():
                     with suppress(TypeError):  # a handler that was not set from Python
@@ -80,9 +79,10 @@ def connection(cluster: Cluster, cpus: int, device: str) -> Iterator["RayCluster
             ray.shutdown()
 
 
-def _connect(ray: ModuleType, address: str) -> None:
+def _connect(ray: ModuleType, cluster: Any) -> None:
     """Connect this process to the Ray cluster at an address. Raises InputError if the cluster
     cannot be used."""
+    address = cluster.address
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         # Ray reports usage statistics to its makers by default. Off in a cluster that we start.
@@ -100,7 +100,7 @@ def _connect(ray: ModuleType, address: str) -> None:
             noted = os.environ.get("RAY_ADDRESS", "") or (
                 str(find(address, None)) if find else address
             )
-        if (place := host_and_port(noted)) is not None:
+        if (place := cluster.place(noted)) is not None:
             socket.create_connection(place, timeout=_CONNECTION_SECONDS).close()
         hint = _TOKEN  # a server answered, but Ray does not say when a token is missing
         ray.init(address=address, **quiet)

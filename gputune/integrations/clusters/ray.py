@@ -51,12 +51,19 @@ class Ray(Cluster):
 
     def __post_init__(self) -> None:
         check_count(self.cpus, "Ray(cpus=...)")
-        if self.is_elsewhere and host_and_port(self.address) is None:
+        if self.is_elsewhere and self.place(self.address) is None:
             raise InputError(
                 "Ray(address=...)",
                 "must be 'local', 'auto', 'HOST:PORT' or 'ray://HOST:PORT'",
                 got=self.address,
             )
+
+    @staticmethod
+    def place(address: str) -> tuple[str, int] | None:
+        """Return the host and port of a Ray address, or None if the address does not have the form
+        HOST:PORT."""
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        return (host, int(port)) if host and port.isdecimal() and "/" not in host else None
 
     @property
     def is_elsewhere(self) -> bool:
@@ -92,13 +99,6 @@ class Ray(Cluster):
         from gputune.integrations.ray_tasks import connection
 
         return connection(self, self.cpus, device)
-
-
-def host_and_port(address: str) -> tuple[str, int] | None:
-    """Return the host and port of a Ray address, or None if the address does not have the form
-    HOST:PORT."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    return (host, int(port)) if host and port.isdecimal() and "/" not in host else None
 
 
 CLUSTER = Ray
