@@ -55,15 +55,12 @@ class Chunk(Protocol):
     def faults(self) -> Mapping[str, None]:
         """Problems that did no harm: sentences, as an ordered set."""
 
-    def set_epochs(self, limit: int) -> int:
-        """Prepare the next ``advance`` for at most ``limit`` epochs, and return their number."""
-
     def advance(self, epoch: int) -> None:
         """Train all members. ``epoch`` is the number of epochs that they have trained."""
 
     def scores(self) -> np.ndarray:
-        """Return the scores of all members on the validation rows of their folds, (C, F), or (C,
-        epochs, F) after several epochs. With several metrics, a last axis has the metrics."""
+        """Return the scores of all members on the validation rows of their folds, (C, F). With
+        several metrics, a last axis has the metrics."""
 
     def select(self, slots: Sequence[int], configs: Sequence[Config | None] | None = None) -> None:
         """Replace the trials, in place on the device.

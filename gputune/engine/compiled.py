@@ -162,7 +162,7 @@ class CompiledChunk:
             # same time. Among equals, fold after fold: its rows are then in the cache.
             "queue": self.place(np.argsort(-self.epoch_seconds.flatten(), kind="stable")),
             "nanoseconds": self.nanoseconds,
-            **self.make_buffers(1),
+            **self.make_buffers(),
         }
         self._set_member_values()
         moments = list(self.moments)
@@ -197,9 +197,9 @@ class CompiledChunk:
         self.lag = lag
         self.arrays["lag"] = self.place(np.ascontiguousarray(lag))
 
-    def make_buffers(self, epochs: int) -> WorkArrays:
-        """Allocate the buffers into which the compiled code writes the scores and outputs of
-        ``epochs`` epochs.
+    def make_buffers(self) -> WorkArrays:
+        """Allocate the buffers into which the compiled code writes the scores and outputs of an
+        epoch.
 
         ``means`` receives the mean scores over the validation rows. ``scored`` receives the outputs
         on these rows. A buffer is None if the scoring does not need it.
@@ -208,11 +208,11 @@ class CompiledChunk:
         trials = len(self.configs)
         buffers = WorkArrays(scored=None, means=None)
         if self.row_mean is not None:
-            shape = epochs, data.n_folds, trials
+            shape = data.n_folds, trials
             buffers["means"] = torch.empty(shape, dtype=torch.float64, device=data.device)
         if self.scoring is not None and (self.row_mean is None or self.scoring.kept_bytes):
             scored = int(self.starts[-1]) * trials * data.n_outputs
-            buffers["scored"] = torch.empty((epochs, scored), dtype=data.dtype, device=data.device)
+            buffers["scored"] = torch.empty(scored, dtype=data.dtype, device=data.device)
         return buffers
 
     @property
@@ -250,11 +250,6 @@ class CompiledChunk:
     def release(self) -> None:
         """Free memory that the next training of these trials allocates again."""
         self.validation.release()
-
-    def set_epochs(self, limit: int) -> int:
-        """Return the number of epochs of the next ``advance``, which is always 1."""
-        del limit
-        return 1
 
     def advance(self, epoch: int) -> None:
         """Train all members for one epoch. If a scoring is set, also compute the outputs on the
@@ -315,36 +310,23 @@ class CompiledChunk:
         return np.array([self.sizes[last > step].max() for step in steps], dtype=np.int64)
 
     def scores(self) -> np.ndarray:
-        """Return the scores (C, epochs, F) of all members. Each member is scored on the validation
-        rows of its fold."""
+        """Return the scores (C, F) of all members. Each member is scored on the validation rows of
+        its fold."""
         row_means = self.arrays["means"]
         written = self.arrays["scored"]
         trials = len(self.configs)
-        # For each epoch, a list of the outputs (C, m, K) of each fold.
-        outputs: list[list[Tensor]] = []
+        outputs = []  # (C, m, K) of each fold
         if written is not None:
             ends = self.starts[1:-1] * trials * self.data.n_outputs
-            for epoch in written:
-                parts = torch.tensor_split(epoch, ends.tolist())
-                outputs.append(
-                    [y.view(trials, len(target), -1) for y, target in zip(parts, self.targets)]
-                )
+            parts = torch.tensor_split(written, ends.tolist())
+            outputs = [y.view(trials, len(rows), -1) for y, rows in zip(parts, self.targets)]
         if row_means is None or self.row_mean is None:
             params = self.network.blocks.views(self.scored)
-            of_epochs = []
-            means: list[list[Tensor]] = []
-            for of_folds in outputs:
-                of_epochs.append(self.validation.scores(self.network, params, trials, of_folds))
-                means += self.validation.outputs
-            scores = np.stack(of_epochs, 1)
-            outputs = means
-        else:  # (epochs, F, C)
-            pairs = zip(row_means.unbind(1), self.targets)
-            stacked = torch.stack([self.row_mean.score(*pair) for pair in pairs], -1)
-            stacked = stacked.movedim(1, 0)  # (epochs, C, F) -> (C, epochs, F)
-            scores = torch.where(stacked.isfinite(), stacked, torch.nan).cpu().numpy()
+            return self.validation.scores(self.network, params, trials, outputs)
         self.validation.outputs = outputs
-        return scores
+        pairs = zip(row_means, self.targets)
+        scores = torch.stack([self.row_mean.score(*pair) for pair in pairs], -1)  # (C, F)
+        return torch.where(scores.isfinite(), scores, torch.nan).cpu().numpy()
 
     def _move(self, places: Sequence[int]) -> None:
         """Give trial i the parameters and moments of the trial ``places[i]``."""

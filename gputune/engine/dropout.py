@@ -30,7 +30,6 @@ class MlpDraws:
     layers, B, H) on the device.
 
     ``rows`` has the minibatch size B of each step of an epoch. H is the width of the hidden layers.
-    The buffer can be filled for the steps of up to ``epochs`` epochs.
     """
 
     def __init__(
@@ -41,23 +40,19 @@ class MlpDraws:
         width: int,
         seed: int,
         device: torch.device,
-        epochs: int = 1,
     ) -> None:
-        self.steps = len(rows)
-        self.rows = [*rows] * epochs
+        self.rows = list(rows)
         self.seed = seed
         shape = (layers, max(rows), width)
         # most steps whose float32 draws fit into the buffer
-        self.max_ahead = max(1, _DRAW_BYTES // (4 * math.prod(shape)))
-        self.ahead = min(len(self.rows), self.max_ahead)
+        most = max(1, _DRAW_BYTES // (4 * math.prod(shape)))
+        self.ahead = min(len(self.rows), most)
         self.buffer = torch.zeros((self.ahead, *shape), dtype=torch.float32, device=device)
         self.kernel = uniform_kernel(device) if device.type == "cuda" else None
 
     def fill(self, epoch: int, step: int) -> None:
         """Fill the buffer with the random numbers of this step and the next steps, unless it has
         them already.
-
-        ``step`` is counted from the first step of ``epoch``.
         """
         if step % self.ahead:
             return
@@ -68,8 +63,7 @@ class MlpDraws:
         seeds = []
         counts = []
         for slot, rows in enumerate(self.rows[step : step + self.ahead]):
-            later_epochs, epoch_step = divmod(step + slot, self.steps)
-            key = (epoch + later_epochs, epoch_step)
+            key = (epoch, step + slot)
             for layer in range(layers):
                 if drawn is not None:
                     drawn[slot, layer, :rows] = dropout_draw(self.seed, key, layer, rows, width)

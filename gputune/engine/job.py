@@ -185,14 +185,13 @@ def train_chunk(
     """
     begun = BegunChunk.of(chunk)
     data = data.of(chunk.configs[0])
-    at_once = after_epoch is None and job.patience is None and not job.each_epoch
     after_epoch = after_epoch or watch or _Watch(job, begun, progress)
     if isinstance(begun.state, WaitingState) and begun.state.waiting.is_current:
         network = begun.state.waiting.chunk.network
     else:
         network = job.network(data, chunk)
     try:
-        return train(network, data, begun, job, after_epoch, at_once=at_once)
+        return train(network, data, begun, job, after_epoch)
     except StackedError as error:
         # A state of stacked members can continue only with stacked members.
         if begun.state is not None:
@@ -203,7 +202,7 @@ def train_chunk(
             raise
         else:
             _train_one_by_one(job, chunk, error)
-    return train(job.network(data, chunk), data, begun, job, after_epoch, at_once=at_once)
+    return train(job.network(data, chunk), data, begun, job, after_epoch)
 
 
 def _train_one_by_one(job: Job, chunk: Population, error: StackedError) -> None:
@@ -301,8 +300,8 @@ class RungJob(Job):
 
 
 class _Watch:
-    """Callback after one or several epochs. It reports the progress, writes a checkpoint if one is
-    due, and decides whether training ends.
+    """Callback after each epoch. It reports the progress, writes a checkpoint if one is due, and
+    decides whether training ends.
 
     The progress up to the epoch ``reported`` is known already.
     """
@@ -328,9 +327,8 @@ class _Watch:
     def __call__(self, trained: Trained) -> bool | Selection:
         epoch = trained.epochs
         curves = trained.curves
-        if self.progress is not None:
-            for done in range(self.reported, epoch):
-                self.progress(len(curves), curves[:, done : done + 1])
+        if self.progress is not None and epoch > self.reported:
+            self.progress(len(curves), curves[:, epoch - 1 : epoch])
         self.reported = max(self.reported, epoch)  # a chunk may begin again, one by one
         is_over = self.job.is_over()
         checkpointing = self.job.checkpointing

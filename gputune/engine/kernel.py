@@ -48,8 +48,6 @@ from gputune.wording import option
 # next launch is a guess.
 _SECONDS = 0.25
 _FIRST_TURNS = 16  # turns in the first launch of a chunk, when its speed is not known
-# limit for the row orders and the outputs of epochs that are launched together
-_BUFFER_BYTES = 64 << 20
 _OLDEST = (8, 0)  # oldest compute capability
 
 # Shared memory that the system reserves for each block in addition to its code's request, and the
@@ -89,12 +87,10 @@ class KernelChunk(CompiledChunk):
         ends = np.sort(self.steps, axis=None)
         active = ends.size - np.searchsorted(ends, np.arange(steps), side="right")
         self.turns = np.cumsum(-(-active // self.blocks))
-        self.epochs = 1
 
-    def make_buffers(self, epochs: int) -> WorkArrays:
-        """Allocate the buffers for the scores of ``epochs`` epochs and for the random numbers of
-        dropout."""
-        buffers = super().make_buffers(epochs)
+    def make_buffers(self) -> WorkArrays:
+        """Allocate the buffers for the scores of an epoch and for the random numbers of dropout."""
+        buffers = super().make_buffers()
         if self.network.rates is None:
             return buffers
         rows = self.draw_rows()
@@ -104,54 +100,25 @@ class KernelChunk(CompiledChunk):
             width=self.network.hidden,
             seed=self.seed,
             device=self.data.device,
-            epochs=epochs,
         )
-        # (epochs, steps): position of a step's draws in the buffer
-        starts = np.zeros((epochs, self.numbers["longest"]), dtype=np.int64)
-        slots = np.arange(epochs * len(rows)) % self.draws.ahead
-        starts[:, : len(rows)] = slots.reshape(epochs, -1) * self.draws.buffer[0].numel()
+        # (steps,): position of a step's draws in the buffer
+        starts = np.zeros(self.numbers["longest"], dtype=np.int64)
+        slots = np.arange(len(rows)) % self.draws.ahead
+        starts[: len(rows)] = slots * self.draws.buffer[0].numel()
         buffers["draws"] = self.draws.buffer
         buffers["draw_start"] = self.place(starts)
         buffers["draw_rows"] = self.place(np.full_like(rows, rows.max()))
         return buffers
 
-    def set_epochs(self, limit: int) -> int:
-        """Set the number of epochs that the next ``advance`` trains: at most ``limit``, and few
-        enough for one short kernel launch. Return the number."""
-        epochs = 1
-        # Other scorers ask the members themselves, in their state after each epoch.
-        scores_outputs = self.scoring is None or self.scoring.on_outputs
-        if scores_outputs and self.pace < math.inf:
-            epoch_bytes = 8 * self.lengths.size * int(self.lengths.max())  # row orders
-            for name in ("scored", "means", "draw_start"):
-                array = self.arrays.get(name)
-                if array is not None:
-                    epoch_bytes += array.nbytes // self.epochs
-            epochs = min(
-                limit, int(self.pace * _SECONDS / self.turns[-1]), _BUFFER_BYTES // epoch_bytes
-            )
-            if self.draws is not None:
-                epochs = min(epochs, self.draws.max_ahead // self.draws.steps)
-            epochs = max(1, epochs)
-        if epochs != self.epochs:
-            self.epochs = epochs
-            self.arrays |= self.make_buffers(epochs)
-        return epochs
-
     def advance(self, epoch: int) -> None:
-        """Train all members for ``epochs`` epochs. If a scoring is set, also compute the scores of
-        these epochs."""
-        self.epoch = epoch + self.epochs
-        epochs = range(epoch, self.epoch)
-        # (epochs, F, longest fold)
-        order = torch.stack([row_order(self.data, self.seed, number) for number in epochs])
+        """Train all members for one epoch. If a scoring is set, also compute the scores."""
+        self.epoch = epoch + 1
+        order = row_order(self.data, self.seed, epoch).contiguous()
         struct = make_work({**self.numbers, "epoch": epoch}, {**self.arrays, "order": order})
         work = torch.frombuffer(bytearray(struct), dtype=torch.int64).to(self.data.device)
         begin = 0
-        last = len(self.turns) * self.epochs
-        while begin < last:
-            # A single epoch is split into launches. Several epochs fit into one launch.
-            end = self._end(begin) if self.epochs == 1 else last
+        while begin < len(self.turns):
+            end = self._end(begin)
             if self.draws is not None:
                 self.draws.fill(epoch, begin)
             began = time.perf_counter()
@@ -160,15 +127,14 @@ class KernelChunk(CompiledChunk):
             launch(
                 self.compiled,
                 self.blocks * threads,
-                [work, self.next, self.scratch, begin, end, self.epochs],
+                [work, self.next, self.scratch, begin, end, 1],
                 block=threads,
                 shared=self.kernel.shared,
             )
             synchronize(self.data.device)
             # Later launches are quicker: the smallest minibatches make the most steps.
             if begin == 0:
-                turns = self.turns[end - 1] if self.epochs == 1 else self.turns[-1] * self.epochs
-                self.pace = turns / (time.perf_counter() - began)
+                self.pace = self.turns[end - 1] / (time.perf_counter() - began)
             begin = end
 
     def _end(self, begin: int) -> int:

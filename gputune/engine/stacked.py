@@ -307,11 +307,6 @@ class StackedChunk:
         self._lag[:, self.places] = lag
         self.update.clock.set_lag(self._lag)
 
-    def set_epochs(self, limit: int) -> int:
-        """Return the number of epochs of the next ``advance``, which is always 1."""
-        del limit
-        return 1
-
     def advance(self, epoch: int) -> None:
         """Train all members for one epoch."""
         self._begin(epoch)
@@ -363,10 +358,8 @@ class StackedChunk:
         params = self._network.blocks.views(self._scored)
         scores = self.validation.scores(self._network, params, len(self.configs), epoch=self.epoch)
         if self._places is not None:
-            self.validation.outputs = [
-                [of_fold[self._places] for of_fold in outputs]
-                for outputs in self.validation.outputs
-            ]
+            outputs = [of_fold[self._places] for of_fold in self.validation.outputs]
+            self.validation.outputs = outputs
         return scores[self.places]
 
     def select(self, slots: Sequence[int], configs: Sequence[Config | None] | None = None) -> None:

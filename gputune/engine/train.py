@@ -183,8 +183,7 @@ class Trained:
 
 
 AfterEpoch = Callable[[Trained], bool | Selection]
-"""A function to call after one or several epochs (``train(at_once=True)``) with the chunk itself,
-not a copy.
+"""A function to call after each epoch with the chunk itself, not a copy.
 
 The function returns True to end the training. Or it returns the trials of ``alive`` that continue,
 with the states and configurations from which they continue.
@@ -198,21 +197,18 @@ def train(
     chunk: BegunChunk,
     training: Training,
     after_epoch: AfterEpoch | None = None,
-    *,
-    at_once: bool = False,
 ) -> Trained:
     """Train a group of trials on all folds, and return the scores after each epoch.
 
     If the training has a scoring, and the first metric of a trial is not finite in any fold, the
     trial's training ends after that epoch. The trial's later scores are NaN, and it costs nothing
     from then on. A chunk that has begun continues up to the same ``epochs``. Its curves start with
-    the known scores of the earlier epochs, or with NaN. If ``at_once`` is True, ``after_epoch``
-    need not decide after every epoch, so a kernel launch may train several epochs.
+    the known scores of the earlier epochs, or with NaN.
     """
     # Built-in models train in code that makes no tensors.
     allocates = is_module(chunk.kind) and data.device.type == "cpu"
     with keep_freed_memory() if allocates else nullcontext():
-        return _train(network, data, chunk, training, after_epoch, at_once=at_once)
+        return _train(network, data, chunk, training, after_epoch)
 
 
 def _train(
@@ -221,8 +217,6 @@ def _train(
     chunk: BegunChunk,
     training: Training,
     after_epoch: AfterEpoch | None,
-    *,
-    at_once: bool,
 ) -> Trained:
     """Train a group of trials like ``train``, which decides how freed memory is kept."""
     alive = _begin(network, data, chunk, training)
@@ -258,12 +252,11 @@ def _train(
 
     while epoch < training.epochs and alive.trials and not is_over:
         work = float(each_epoch[list(alive.trials)].sum())
-        n_epochs = members.set_epochs(training.epochs - epoch if at_once else 1)
-        scores, spent_now = _train_epochs(members, data, epoch, scored=scoring is not None)
-        spent += replace(spent_now, operations=n_epochs * work)
+        scores, spent_now = _train_epoch(members, data, epoch, scored=scoring is not None)
+        spent += replace(spent_now, operations=work)
+        epoch += 1
         if scores is not None:
-            n_epochs = _keep_scores(alive, curves, epoch, n_epochs, scores, best)
-        epoch += n_epochs
+            _keep_scores(alive, curves, epoch, scores, best)
         decision = after_epoch is not None and after_epoch(so_far())
         if isinstance(decision, Selection):
             alive.select(decision)
@@ -340,10 +333,10 @@ def _operations_of(chunk: Population, kind: ModelKind, data: Dataset) -> np.ndar
     return np.array(counts)
 
 
-def _train_epochs(
+def _train_epoch(
     chunk: Chunk, data: Dataset, epoch: int, *, scored: bool
 ) -> tuple[np.ndarray | None, Spent]:
-    """Train one or several epochs, and return the scores after each epoch and the seconds spent.
+    """Train one epoch, and return the scores and the seconds spent.
 
     The scores are None if ``scored`` is False.
     """
@@ -399,30 +392,15 @@ def _row_errors(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
 
 
 def _keep_scores(
-    alive: _Alive,
-    curves: np.ndarray,
-    epoch: int,
-    n_epochs: int,
-    scores: np.ndarray,
-    best: BestOutputs | None,
-) -> int:
-    """Write the scores of ``n_epochs`` epochs into ``curves``, and end the training of trials that
-    diverged.
-
-    Returns ``n_epochs``, or the number of epochs up to the epoch in which the last trial diverged.
-    """
+    alive: _Alive, curves: np.ndarray, epoch: int, scores: np.ndarray, best: BestOutputs | None
+) -> None:
+    """Write the scores after ``epoch`` epochs into ``curves``, and end the training of trials that
+    diverged."""
     trials = list(alive.trials)
-    scores = scores.reshape(len(trials), n_epochs, *curves.shape[2:])
-    # (C, epochs): whether a trial is finite in all folds up to each epoch
-    is_finite = np.logical_and.accumulate(np.isfinite(first_metric(scores, axes=3)).all(2), axis=1)
-    scores[:, 1:][~is_finite[:, :-1]] = np.nan
-    curves[trials, epoch : epoch + n_epochs] = scores
+    curves[trials, epoch - 1] = scores
+    firsts = first_metric(scores, axes=2)  # (C, F)
     if best is not None:
-        means = first_metric(scores, axes=3).mean(2)
         # Only some megabytes: threads take longer to meet than to copy them.
         with torch_threads(1):
-            for e, outputs in enumerate(alive.chunk.validation.outputs):
-                best.take(epoch + e + 1, trials, means[:, e], outputs)
-    alive.select(Selection.of_mask(is_finite[:, -1]))
-    # No trial is left after the last divergence, so later epochs do not count.
-    return min(n_epochs, 1 + int(is_finite.any(0).sum()))
+            best.take(epoch, trials, firsts.mean(1), alive.chunk.validation.outputs)
+    alive.select(Selection.of_mask(np.isfinite(firsts).all(1)))

@@ -312,11 +312,6 @@ class LoopChunk:
         """Free memory that the next training of these trials allocates again."""
         self.validation.release()
 
-    def set_epochs(self, limit: int) -> int:
-        """Return the number of epochs of the next ``advance``, which is always 1."""
-        del limit
-        return 1
-
     def advance(self, epoch: int) -> None:
         """Train all members for one epoch."""
         self.epoch = epoch + 1

@@ -48,8 +48,8 @@ class Validation:
             share = max(_BLOCK_BYTES, free_of_gpu(data.device) // _GPU_SHARE)
             self.block_bytes = min(_GPU_BLOCK_BYTES, 1 << (share.bit_length() - 1))
         self.kept: dict[tuple[int, int], tuple[tuple[Tensor, ...], ...]] = {}
-        self.outputs: Sequence[list[Tensor]] = []
-        """The last scored outputs by epoch and fold, each (C, m, K). Empty lists if no outputs are
+        self.outputs: Sequence[Tensor] = []
+        """The last scored outputs by fold, each (C, m, K). An empty list if no outputs are
         stored."""
 
     def release(self) -> None:
@@ -99,7 +99,7 @@ class Validation:
                 columns.append(self.scoring.metrics(self.data, split, outputs, member))
             if self.scoring.kept_bytes:
                 kept.append(outputs)
-        self.outputs = [kept]
+        self.outputs = kept
         return torch.stack(columns, 1).cpu().numpy()  # the only device sync of an epoch
 
     def _outputs_of(

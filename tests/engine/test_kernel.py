@@ -99,7 +99,6 @@ def chunk():
     """One member with 10 steps and two members with 4, on a card with two blocks."""
     chunk = object.__new__(KernelChunk)
     chunk.turns = np.cumsum([2] * 4 + [1] * 6)
-    chunk.epochs = 1
     return chunk
 
 
@@ -120,36 +119,6 @@ def test_a_launch_is_short_and_ends_with_its_draws(pace, ahead, ends, chunk):
     while begin < 10:
         found.append(begin := chunk._end(begin))
     assert found == ends
-
-
-@pytest.mark.parametrize(
-    ("pace", "most", "buffer_bytes", "draws", "epochs"),
-    [
-        (np.inf, 9, 999, 999, 1),  # the speed is not known
-        (55.0, 9, 999, 999, 1),
-        (180.0, 9, 999, 999, 3),  # of 14 turns each, in a quarter of a second
-        (180.0, 2, 999, 999, 2),
-        (180.0, 9, 130, 999, 2),  # of 64 bytes each
-        (180.0, 9, 999, 25, 2),  # of 10 steps each
-        (180.0, 9, 999, 3, 1),
-    ],
-)
-def test_a_launch_takes_the_epochs_that_it_has_time_and_memory_for(
-    pace, most, buffer_bytes, draws, epochs, chunk, monkeypatch
-):
-    monkeypatch.setattr(kernel, "_BUFFER_BYTES", buffer_bytes)
-    chunk.draws = SimpleNamespace(max_ahead=draws, steps=10)
-    chunk.pace = pace
-    chunk.scoring = None
-    chunk.lengths = np.array([4])
-    chunk.arrays = {
-        "means": torch.empty((1, 4), dtype=torch.float64),
-        "scored": None,
-        "draw_start": None,
-    }
-    chunk.make_buffers = lambda epochs: {"means": torch.empty((epochs, 4), dtype=torch.float64)}
-    chunk.set_epochs(most)
-    assert chunk.epochs == epochs
 
 
 def test_a_card_holds_as_many_blocks_as_its_memory_and_its_threads(card):

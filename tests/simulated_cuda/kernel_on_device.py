@@ -17,7 +17,6 @@ from gputune.check.check import LAWS
 from gputune.engine import kernel
 from gputune.engine.backends.table import backend_named
 from gputune.native.library import NotBuiltError
-from gputune.scoring.best_outputs import BestOutputs
 from gputune.tuning.trainer import Trainer
 from problems import Linear, fill, largest_difference, make_data, train_together
 from refused import refused
@@ -130,61 +129,6 @@ def test_a_search_continues_where_it_ended_and_launches_change_no_bit(iris, tmp_
     study = search(iris, n_trials=2, study=path)
     assert study.curves.tobytes() == whole.curves.tobytes()
     assert cuda.counts("launch")["kernel"] >= 3 * launches
-
-
-@pytest.mark.parametrize(
-    ("options", "launches"),
-    [
-        ({"scoring": "accuracy", "dropout": 0.2}, 2 + 2),  # and their draws
-        ({"keep_predictions": False}, 2),  # of the log loss, which is scored where the outputs are
-        ({"scoring": ["neg_log_loss", "accuracy"]}, 2),
-        (
-            {"method": gputune.Halving(factor=2, min_epochs=2)},
-            2 + 1,
-        ),  # the chunk waits on the device between two rungs
-        # which may ask it for other rows
-        ({"scoring": lambda model, X, y: (model.predict(X) == y).mean()}, 4),
-        ({"patience": 3}, 4),
-        ({"callbacks": [gputune.callbacks.Callback()]}, 4),
-    ],
-)
-def test_epochs_between_which_nothing_is_decided_are_one_launch(
-    options, launches, iris, monkeypatch
-):
-    """One launch for all epochs except the first of a chunk, because its speed is not known."""
-    options = dict(options)
-    rows = [part[::4] for part in iris]
-    space = {
-        "lr": [1e-2, 1e38],
-        "width": [9],
-        "batch_size": [16],
-        "dropout": [options.pop("dropout", 0.0)],
-    }
-    # one diverges
-    options |= {"space": space, "n_trials": 2, "max_epochs": 4, "cv": 2, "include_default": False}
-    kept = [{}]
-    of_trials = BestOutputs.of_trials
-
-    def noted(best, index):
-        kept[-1] |= (found := of_trials(best, index))
-        return found
-
-    monkeypatch.setattr(BestOutputs, "of_trials", noted)
-    monkeypatch.setattr(kernel, "_FIRST_TURNS", 10**6)  # an epoch
-    monkeypatch.setattr(kernel, "_SECONDS", 0.0)
-    each = search(rows, **options | {"callbacks": [gputune.callbacks.Callback()]})
-    cuda.forget()
-    kept.append({})
-    monkeypatch.setattr(kernel, "_SECONDS", 1e6)
-    study = search(rows, **options)
-    assert cuda.counts("launch")["kernel"] == launches
-    assert np.isnan(each.curves).any() and np.isfinite(each.curves).any()
-    assert study.curves.tobytes() == each.curves.tobytes()
-    one, other = ({n: (o.epoch, o.values.tobytes()) for n, o in found.items()} for found in kept)
-    assert one == other and bool(one) == options.get("keep_predictions", True)
-    assert [trial.best_epoch for trial in study.trials] == [
-        trial.best_epoch for trial in each.trials
-    ]
 
 
 def test_the_plan_says_what_the_kernel_trains(iris, capsys):
