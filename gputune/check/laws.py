@@ -15,7 +15,6 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -33,12 +32,13 @@ from gputune.data.table import as_table
 from gputune.data.target import Target
 from gputune.data.weights import Weights
 from gputune.engine.dropout import dropout_draw
-from gputune.engine.job import Job, Outcome, ProgressCallback, run_in_parts, train_chunk
+from gputune.engine.job import Job, Outcome, run_in_parts, train_chunk
 from gputune.engine.kernel import KernelChunk
 from gputune.engine.train import Trained
 from gputune.memory import CPU
 from gputune.models import MLP
 from gputune.modules.recorder import RECORDERS, Replays
+from gputune.native.library import NotBuiltError
 from gputune.optimizers.classes import make_optimizer
 from gputune.optimizers.rules import schedule_factor
 from gputune.population.batches import row_order
@@ -57,7 +57,6 @@ _CLASSES = 3
 _FOLDS = 3
 _LIMIT = 64 << 20  # bytes that a GPU may use in addition to those in use
 _DIVERGING = 1e300  # a learning rate at which training diverges
-_SINGLE = 2  # number of trials that fit if the memory limit is simulated
 
 
 class Net(nn.Module):
@@ -146,14 +145,9 @@ class Case:
         together."""
         return populations(self.complete(), self.kind, rows=max(data.train_lengths))
 
-    def job(
-        self,
-        backend: str,
-        scoring: Scoring | None = None,
-        kind: type[Job] = Job,
-    ) -> Job:
+    def job(self, backend: str, scoring: Scoring | None = None) -> Job:
         """Return the settings of a training run (job) for this test case and a backend."""
-        return kind(
+        return Job(
             seed=0,
             epochs=self.epochs,
             horizon=self.horizon,
@@ -171,7 +165,7 @@ class Case:
         job = self.job(backend, scoring)
         results = [(chunk, train_chunk(job, data, chunk)) for chunk in self.chunks(data)]
         if backend == "kernel" and KernelChunk.failure:  # another backend has trained
-            raise RuntimeError(KernelChunk.failure)
+            raise NotBuiltError(KernelChunk.failure)
         return results
 
     @cached_property
@@ -254,19 +248,6 @@ def from_plain_loop(case: Case, device: torch.device, backend: str) -> float:
     return float(np.max(worst))
 
 
-def from_eager(case: Case, device: torch.device, backend: str) -> float:
-    """Return the largest difference between networks trained by a backend and by eager PyTorch
-    operations.
-
-    Both runs use the same device.
-    """
-    eager = case.trained(device, "eager")
-    worst = []
-    for (_, trained), (_, expected) in zip(case.trained(device, backend), eager, strict=True):
-        worst.append(difference(trained.flat, expected.flat))
-    return float(np.max(worst))
-
-
 def on_other_gpus(case: Case, device: torch.device, backend: str) -> float:
     """Return the largest difference between networks trained on the machine's other GPUs and in a
     plain loop."""
@@ -328,53 +309,30 @@ def members_that_leave(device: torch.device, backend: str) -> float:
     return difference(trained.flat, expected.flat)
 
 
-@dataclass(frozen=True)
-class _SmallMemory(Job):
-    """Training settings (a job) that simulate a CPU with memory for only a few trials.
-
-    No program can limit the memory of a real CPU.
-    """
-
-    def run(
-        self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
-    ) -> Outcome:
-        """Train a group of trials, or raise MemoryError if the group is too large for the simulated
-        memory."""
-        if len(chunk.index) > _SINGLE:
-            raise MemoryError(f"only {_SINGLE} trials fit into memory")
-        return super().run(data, chunk, progress)
-
-
 def run_out_of_memory(device: torch.device, backend: str) -> float:
-    """Return the difference in scores between a run with too little memory and a run with enough
-    memory.
+    """Return the difference in scores between a run with too little memory on a GPU and a run with
+    enough memory.
 
     With too little memory, gputune cannot train all trials at once.
     """
-    trials = 6
-    width = 8
-    kind: type[Job] = _SmallMemory
-    if device.type == "cuda":
-        # In double precision, these trials need 80 MB for parameters, gradients and moments.
-        trials = 48
-        width = 128
-        kind = Job
-    configs = tuple({"lr": 10**-power} for power in np.linspace(2, 4, trials).tolist())
-    case = Case(configs, {"width": width}, epochs=2)
+    # In double precision, these trials need 80 MB for parameters, gradients and moments.
+    rates = np.geomspace(1e-2, 1e-4, 48).tolist()
+    case = Case(tuple({"lr": lr} for lr in rates), {"width": 128}, epochs=2)
     data = case.data(device)
     (chunk,) = case.chunks(data)
     scoring = case.scoring("neg_log_loss")
     # This first run also takes the memory that libraries allocate once, at their first call.
     expected = case.job(backend, scoring).run(data, chunk).curves
-    job = case.job(backend, scoring, kind)
-    with ExitStack() as limits:
-        if device.type == "cuda":  # allow _LIMIT bytes in addition to the memory of its tensors
-            torch.cuda.empty_cache()
-            allowed = torch.cuda.memory_reserved(device) + _LIMIT
-            _, total = torch.cuda.mem_get_info(device)
-            limits.callback(torch.cuda.set_per_process_memory_fraction, 1.0, device)
-            torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+    job = case.job(backend, scoring)
+    torch.cuda.empty_cache()
+    # Allow _LIMIT bytes in addition to the memory of its tensors.
+    allowed = torch.cuda.memory_reserved(device) + _LIMIT
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+    try:
         outcomes = run_in_parts(job, data, chunk)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
     if not job.pool.trials:
         raise RuntimeError("memory did not run out")
     curves = np.full_like(expected, np.nan)

@@ -109,7 +109,6 @@ def test_what_is_read_of_another_fold_is_found(case, part, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "limit", "value", "message"),
     [
-        ("a chunk that exceeds memory is halved", "_SINGLE", 100, "memory did not run out"),
         (
             "members that leave change nothing",
             "_DIVERGING",

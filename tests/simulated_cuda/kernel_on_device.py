@@ -3,7 +3,6 @@
 """
 
 import re
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +14,6 @@ import gputune
 import problems
 from gputune.check.check import LAWS
 from gputune.engine import kernel
-from gputune.engine.backends.table import backend_named
 from gputune.native.library import NotBuiltError
 from gputune.tuning.trainer import Trainer
 from problems import Linear, fill, largest_difference, make_data, train_together
@@ -141,13 +139,7 @@ def test_the_plan_says_what_the_kernel_trains(iris, capsys):
     }
     search(iris, space=space, include_default=False, n_trials=4, max_epochs=1, verbose=1)
     said = capsys.readouterr().err
-    why = (
-        "2 of 4 trials train in recorded steps: the kernel does not support depth of 5 (at most 4)"
-    )
-    assert (
-        "2 kernel (as requested), 2 recorded (the kernel does not support" in said
-        and f"note: {why}" in said
-    )
+    assert "2 kernel (as requested), 2 recorded (the kernel does not support depth of 5" in said
     compiled = re.findall(
         "compiling the kernel for members of (.*): some seconds, once on this machine", said
     )
@@ -183,8 +175,6 @@ def test_a_cluster_has_no_kernel():
     trainer = Trainer(data=make_data(), kind="mlp", seed=0, horizon=1, cluster=CLUSTER)
     with refused("backend='kernel' is for a GPU of this machine, but workers='ray'"):
         trainer.with_backend("kernel", [], print)
-    choose = partial(backend_named("kernel").admit, [], "mlp", trainer.data, say=print)
-    assert choose(is_requested=False, cluster="ray") == "recorded"
 
 
 def test_a_kernel_that_cannot_be_compiled_leaves_recorded_steps(iris, monkeypatch, capsys):
