@@ -5,7 +5,6 @@ configuration with its trial number. A chunk is a group of candidates that train
 planned, a chunk is stored and never changes.
 """
 
-import ast
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +14,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from gputune.data.kinds import text_of
 from gputune.data.source import table_size
 from gputune.errors import InputError
 from gputune.garbage import without_collector
 from gputune.scratch import sweep
 from gputune.study.claims import Claims
 from gputune.study.database import DRAFTS, damage_error
-from gputune.study.record import DIRECTIONS, IDENTITY, LATER_WITH_DEFAULTS, Arguments, SearchRecord
+from gputune.study.record import DIRECTIONS, IDENTITY, Arguments, SearchRecord
 from gputune.study.store import Candidate, PlannedChunk, Result, Store
 from gputune.text import count
 from gputune.types import Json, Outputs, drop_beyond_limit
@@ -284,7 +282,7 @@ def differences(stored: SearchRecord, current: SearchRecord) -> list[str]:
     error."""
     changed = {}
     for name in IDENTITY:
-        pair = (_comparable(stored, name), _comparable(current, name))
+        pair = (getattr(stored, name), getattr(current, name))
         if _without_steps(pair[0]) != _without_steps(pair[1]):
             changed[name] = pair
     implied = {"code"}
@@ -300,36 +298,12 @@ def differences(stored: SearchRecord, current: SearchRecord) -> list[str]:
         is_known = None not in held_out
         of_rows = ["the held-out rows"] if is_known and held_out[0] != held_out[1] else []
     messages = [_difference(name, *pair) for name, pair in changed.items() if name not in implied]
-    # Files of an earlier version have no digests, and another objective has another name.
-    if "code" not in stored.absent and "objective" not in changed:
+    # Another objective has another name.
+    if "objective" not in changed:
         for name, digest in current.code.items():
             if stored.code.get(name) != digest:
                 messages.append(f"{option(name)} (its code or its values have changed)")
     return messages + of_rows
-
-
-def _comparable(record: SearchRecord, name: str) -> Any:
-    """Return a field of a search record, or None if the file of the record lacks the field."""
-    is_absent = name in record.absent and name not in LATER_WITH_DEFAULTS
-    if name == "class_weight":
-        return _class_weights(record)
-    return None if is_absent else getattr(record, name)
-
-
-def _class_weights(record: SearchRecord) -> Any:
-    """Return the class weights of a search as a dict by class, or the text that is not a dict.
-
-    Earlier versions stored the user's argument. It may lack classes of weight 1, and on the command
-    line its keys are the texts of the classes.
-    """
-    try:
-        weights = ast.literal_eval(record.class_weight or "None")
-    except (ValueError, SyntaxError):
-        return record.class_weight
-    if not isinstance(weights, dict):
-        return weights
-    classes = record.classes or ()
-    return {label: weights.get(label, weights.get(text_of(label), 1.0)) for label in classes}
 
 
 def _difference(name: str, stored: Any, current: Any) -> str:
@@ -454,9 +428,7 @@ def _check_same_search(store: Store, path: Path, record: SearchRecord) -> Argume
     Raises:
         InputError: the file holds a different search, or has lost its options.
     """
-    # Files without a positive class used the last class.
-    positive = None if record.positive is None or record.classes is None else record.classes[-1]
-    stored = SearchRecord.from_json({"positive": positive, "metrics": [], **store.meta})
+    stored = SearchRecord.from_json(store.meta)
     if not stored.face and stored.lost:
         labels = ", ".join(IDENTITY[name] for name in stored.lost)
         raise InputError(
@@ -482,8 +454,6 @@ def _check_same_search(store: Store, path: Path, record: SearchRecord) -> Argume
                 "of the first command.",
             ),
         )
-    if "arguments" in stored.absent:
-        return record.arguments
     arguments = stored.arguments.updated(record.arguments)
     if arguments != stored.arguments:
         options = replace(stored, arguments=arguments).to_json()

@@ -233,7 +233,7 @@ def read_fields(
     if "base_sha256" in body:
         check_base(frozen, body["base_sha256"])
     try:
-        _restore(network, frozen | tensors, body["numbers"], body["temporary"])
+        _restore(network, frozen | tensors, body.get("numbers", {}), body.get("temporary", ()))
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split()).rstrip(".")  # torch writes a line for each tensor
         raise InputError(
