@@ -260,7 +260,7 @@ def _trained_share(model: TunedModel, test: Source, y: np.ndarray) -> float | No
 
     ``y`` (n, ...) holds the class codes or the numeric targets.
     """
-    sample = model.info.get("trained_rows")
+    sample = model.info.get("row_sample")
     if sample is None:
         return None
     # the prediction of these rows has shown them already

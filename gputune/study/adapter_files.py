@@ -5,7 +5,6 @@ Source of the format: PEFT 0.21, https://huggingface.co/docs/peft/developer_guid
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +23,6 @@ from gputune.modules.adapters import (
     default_heads,
     is_transposed,
     member_parts,
-    scale_of,
     task_type,
 )
 from gputune.modules.pretrained import Adapted
@@ -152,7 +150,6 @@ def _adapter(adapted: Adapted, params: Config) -> tuple[Params, Json]:
     """
     tensors: dict[str, Tensor] = {}
     ranks = {}
-    scales = list[float]()
     transposed = []
     inside = set[str]()
     for path, part in adapted.named_modules():
@@ -163,7 +160,6 @@ def _adapter(adapted: Adapted, params: Config) -> tuple[Params, Json]:
         used = part.A.detach().any(0).nonzero()
         rank = int(used.max()) + 1
         ranks[name] = rank
-        scales.append(float(part.scale))
         transposed.append(is_transposed(part.base))
         tensors[f"base_model.model.{name}.lora_A.weight"] = part.A[:, :rank].T
         tensors[f"base_model.model.{name}.lora_B.weight"] = part.B[:rank].T
@@ -175,11 +171,13 @@ def _adapter(adapted: Adapted, params: Config) -> tuple[Params, Json]:
     for path in adapted.trained:
         saved.append(_name_in_base(path))
     base = adapted.module
+    values = ADAPTER_DEFAULTS | params
     config: Json = {
         "peft_type": "LORA",
         "task_type": _task_type(base, saved),
         "r": max(ranks.values()),
-        **_scaling(params, max(ranks.values()), scales[0]),
+        "lora_alpha": values["alpha"],
+        "use_rslora": values["rslora"],
         "lora_dropout": float(params.get("dropout", 0.0)),
         "target_modules": list(ranks),
         "modules_to_save": saved or None,
@@ -199,18 +197,3 @@ def _task_type(base: nn.Module, saved: Sequence[str]) -> str | None:
     """
     heads = default_heads(base)
     return task_type(base) if set(heads) <= set(saved) else None
-
-
-def _scaling(params: Config, rank: int, scale: float) -> Json:
-    """Return PEFT's entries for the scale of an adapter.
-
-    They are the values of the trial if these give the scale. Another scale, such as the scale of a
-    module that was changed after the search, is written as a value of ``lora_alpha``.
-    """
-    values = ADAPTER_DEFAULTS | params
-    alpha = values["alpha"]
-    rslora = values["rslora"]
-    if not math.isclose(scale_of(alpha, rank, rslora=rslora), scale, rel_tol=1e-6):
-        alpha = scale * rank
-        rslora = False
-    return {"lora_alpha": alpha, "use_rslora": rslora}

@@ -248,8 +248,8 @@ def _read_content(body: Json) -> Json:
     """Return the fields of a saved model (``ModelContent``) from its description, except the
     module."""
     info = dict(body["info"])
-    if "trained_rows" in info:
-        info["trained_rows"] = RowSample(info["trained_rows"])
+    if "row_sample" in info:
+        info["row_sample"] = RowSample(info["row_sample"])
     transform = body["target_transform"]
     layout: Layout | ArrayLayout
     statistics: Statistics | ArrayStatistics

@@ -6,6 +6,7 @@ random sample of these rows. The share of these digests that is also in the mode
 the share of rows on which the model was trained.
 """
 
+import hashlib
 from typing import TypeAlias
 
 import numpy as np
@@ -13,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gputune.annotations import FloatArray
 from gputune.data.arrays import ArrayLayout
 from gputune.data.columns import AnyRows, Layout
 from gputune.data.table import Table
@@ -24,7 +24,6 @@ SAMPLE_SIZE = 1024
 # bytes per digest: enough to tell a million rows apart from 1024, and short in the file
 _BYTES = 6
 _ROWS = 8192  # rows per batch of digests
-_KEY_SEED = 0x6770
 _AnyLayout = Layout | ArrayLayout
 _Bits: TypeAlias = NDArray[np.uint64]
 
@@ -87,11 +86,15 @@ def _digests(layout: _AnyLayout, X: AnyRows, y: np.ndarray) -> _Bits:
         rows = np.arange(start, min(start + _ROWS, len(X)))
         columns = []
         for part in _inputs(layout, X, rows):
-            numbers = part.double().reshape(len(rows), -1)
-            columns.append(numbers.numpy(force=True))
+            values = part.double().reshape(len(rows), -1)
+            columns.append(values.numpy(force=True))
         columns.append(target[rows])
-        digests.append(_digests_of(np.concatenate(columns, axis=1)))
-    return np.concatenate(digests)
+        numbers = np.concatenate(columns, axis=1) + 0.0  # -0.0 becomes 0.0
+        numbers[np.isnan(numbers)] = np.nan  # NaN has many bit patterns
+        for row in numbers:
+            digest = hashlib.blake2b(row.tobytes(), digest_size=_BYTES).digest()
+            digests.append(int.from_bytes(digest, "big"))
+    return np.array(digests, dtype=np.uint64)
 
 
 def _inputs(layout: _AnyLayout, X: AnyRows, rows: np.ndarray) -> tuple[Tensor, ...]:
@@ -102,33 +105,3 @@ def _inputs(layout: _AnyLayout, X: AnyRows, rows: np.ndarray) -> tuple[Tensor, .
         return (layout.raw(X[rows]),)
     assert isinstance(X, Table)
     return (torch.from_numpy(layout.raw(X.select(rows))),)
-
-
-def _digests_of(numbers: FloatArray) -> _Bits:
-    """Return a digest of each row of encoded values (n, d), as (n,) integers.
-
-    The digest is a sum over the columns. Each column has its own random factor, and the bits of
-    each value are mixed first.
-    """
-    numbers = numbers + 0.0  # -0.0 becomes 0.0
-    numbers[np.isnan(numbers)] = np.nan  # NaN has many bit patterns
-    generator = np.random.Generator(np.random.PCG64(_KEY_SEED))
-    factors = generator.integers(2**64, size=numbers.shape[1], dtype=np.uint64)
-    # Odd factors can be inverted modulo 2^64, so the products lose no bits.
-    factors = factors | 1
-    products = _mixed(numbers.view(np.uint64)) * factors
-    sums = products.sum(axis=1, dtype=np.uint64)  # (n, d) -> (n,)
-    # only the highest bytes are kept
-    return _mixed(sums) >> np.uint64(64 - 8 * _BYTES)
-
-
-def _mixed(bits: _Bits) -> _Bits:
-    """Return integers in which each bit depends on all bits of the given integers.
-
-    Source: MurmurHash3's 64-bit finalizer.
-    """
-    shift = np.uint64(33)
-    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        bits = bits ^ (bits >> shift)
-        bits = bits * np.uint64(factor)
-    return bits ^ (bits >> shift)

@@ -244,7 +244,7 @@ class ReopenedSearch:
         if rows is not None:
             X = X[torch.as_tensor(rows)] if isinstance(X, Tensor) else X.select(rows)
             y = y[rows]
-        info["trained_rows"] = sample_of_rows(self.problem.layout, X, y)
+        info["row_sample"] = sample_of_rows(self.problem.layout, X, y)
         return TunedModel(
             module=module,
             layout=self.problem.layout,

@@ -397,10 +397,10 @@ def test_it_is_said_that_rows_were_trained_on(folder, tmp_path):
 def test_a_model_without_a_sample_of_its_rows_or_with_a_damaged_one(folder):
     model = gputune.load_model(folder / "price" / "model")
     rows = rows_with_target(model, str(folder / "t.csv"))
-    model.info["trained_rows"] = "no hexadecimal number"
+    model.info["row_sample"] = "no hexadecimal number"
     with refused("The model's sample of its training rows is damaged: .*Save the model again"):
         evaluation(model, rows, None, None)
-    del model.info["trained_rows"]
+    del model.info["row_sample"]
     found = evaluation(model, rows, None, None)
     assert found.trained_share is None and "trained on" not in found.text(80)
     assert found.to_json()["trained_share"] is None

@@ -317,7 +317,7 @@ def test_a_trial_of_a_number_is_trained_as_the_best_is(study, model, iris):
     model = study.best_model(trial=np.int64(other.number))
     assert model.info["params"] == model.params == other.params
     # The text of info shows the digests of the training rows in a few words.
-    assert re.search(r"'trained_rows': <\d+ row digests>", str(model.info))
+    assert re.search(r"'row_sample': <\d+ row digests>", str(model.info))
     for trial in (3, -1, True, "0", 1.0):
         with refused("must be the number of a trial that has a score, for example"):
             study.best_model(trial=trial)

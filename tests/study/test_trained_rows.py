@@ -78,8 +78,8 @@ def test_a_saved_model_has_the_sample_and_a_model_without_one_loads(tmp_path):
     study = gputune.tune("logistic", ROWS[:60], Y[:60], n_trials=1, cv=2, verbose=0)
     model = study.best_model()
     model.save(tmp_path / "new")
-    sample = gputune.load_model(tmp_path / "new").info["trained_rows"]
+    sample = gputune.load_model(tmp_path / "new").info["row_sample"]
     assert share_of_rows(sample, model.layout, TABLE.select(np.arange(80)), Y[:80]) == 0.75
-    del model.info["trained_rows"]
+    del model.info["row_sample"]
     model.save(tmp_path / "old")
-    assert "trained_rows" not in gputune.load_model(tmp_path / "old").info
+    assert "row_sample" not in gputune.load_model(tmp_path / "old").info

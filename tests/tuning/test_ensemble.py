@@ -94,7 +94,7 @@ def test_an_ensemble_of_one_fold_knows_only_its_training_rows(space):
     assert abs(tuned.statistics.fill).max() < 10
     assert abs(search.ensemble(size=2, verbose=0).statistics.fill).max() > 50
     values = pd.DataFrame(X, columns=[f"x{j}" for j in range(4)])
-    share = partial(share_of_rows, tuned.info["trained_rows"], tuned.layout)
+    share = partial(share_of_rows, tuned.info["row_sample"], tuned.layout)
     table = as_table(values)
     assert share(table.select(train), y[train]) == 1 and share(table.select(valid), y[valid]) == 0
 
