@@ -140,7 +140,7 @@ def layouts(
 
 def shared_rows(
     candidate: object, X: object, y: object, fit_params: Mapping[str, object]
-) -> FoldRows | None:
+) -> CheckedRows | None:
     """Check all rows once, and return them if they are valid for all folds together.
 
     Returns None if each fold must be checked separately. This is the case in a pipeline, and if all
@@ -150,7 +150,7 @@ def shared_rows(
     if not isinstance(candidate, FusedEstimator) or set(fit_params) - {"sample_weight"}:
         return None
     part = _check(clone(candidate), X, y, fit_params.get("sample_weight"))
-    return None if isinstance(part, Exception) else part
+    return None if isinstance(part, Exception) else part.rows
 
 
 Returned = TypeVar("Returned")
@@ -179,19 +179,16 @@ class FitRecorder:
         y: object,
         splits: Splits,
         fit_params: Mapping[str, object],
-        within: FoldRows | None = None,
     ) -> list[Event]:
         """Record the fits and transformations of every candidate in every fold, and return them.
 
-        The fits and transformations have the order of scikit-learn's loop. ``within`` holds checked
-        rows that contain X and y and that other searches share. If ``within`` is None, this method
-        checks X and y.
+        The fits and transformations have the order of scikit-learn's loop.
         """
-        within = within or (shared_rows(candidates[0], X, y, fit_params) if candidates else None)
         self.events = []
         self.left = {}
-        if within is not None:
-            self._record_parts(candidates, splits, within)
+        rows = shared_rows(candidates[0], X, y, fit_params) if candidates else None
+        if rows is not None:
+            self._record_parts(candidates, splits, rows)
             return self.events
         # The order of scikit-learn's loop: candidate after candidate, and fold after fold.
         for (trial, candidate), (fold, (train, test)) in itertools.product(
@@ -213,15 +210,14 @@ class FitRecorder:
         return self.events
 
     def _record_parts(
-        self, candidates: Sequence[FusedEstimator], splits: Splits, within: FoldRows
+        self, candidates: Sequence[FusedEstimator], splits: Splits, rows: CheckedRows
     ) -> None:
         """Record the fits of candidates on folds of rows that are already checked."""
-        rows = within.rows
         folds = []
         for train, test in splits:
-            index = within.index[_as_rows(train)]
+            index = _as_rows(train)
             target = rows.y[index] if rows.classes is None else rows.classes[rows.y[index]]
-            valid = FoldRows(rows, within.index[_as_rows(test)])
+            valid = FoldRows(rows, _as_rows(test))
             folds.append((target, FoldRows(rows, index), valid if self.held_out else None))
         for (t, candidate), (f, fold) in itertools.product(enumerate(candidates), enumerate(folds)):
             target, part, valid = fold

@@ -23,7 +23,6 @@ from sklearn.utils.validation import check_memory
 
 from gputune.errors import warn
 from gputune.sklearn.base import FusedEstimator, fit_hook, fit_together, hooked, last_step
-from gputune.sklearn.dataset import FoldRows
 from gputune.sklearn.recipe import FitOptions
 from gputune.sklearn.record import (
     Event,
@@ -121,7 +120,7 @@ class SearchRun:
     """One run of a search, which passes gputune's trained results to scikit-learn's loop.
 
     Attributes:
-        trained: candidates that were already trained, together with other searches.
+        trained: candidates that a hypergradient search has trained already.
         seconds: training time of each candidate, in the order of evaluation.
         epochs: number of trained epochs of each candidate, in the order of evaluation.
         steps: the remaining steps of scikit-learn's loop.
@@ -252,23 +251,15 @@ class SearchRun:
         share = (time.monotonic() - begin) / max(1, len(candidates) * len(splits))
         return TrainedCandidates(candidates, splits, events, share)
 
-    def record(
-        self,
-        candidates: Candidates,
-        X: object,
-        y: object,
-        splits: Splits,
-        within: FoldRows | None = None,
-    ) -> list[Event]:
+    def record(self, candidates: Candidates, X: object, y: object, splits: Splits) -> list[Event]:
         """Record the fits and transformations of candidates, and return them.
 
-        X and y can be part of rows that other searches share (``within``). Raises scikit-learn's
-        ValueError for a parameter that the estimator does not have.
+        Raises scikit-learn's ValueError for a parameter that the estimator does not have.
         """
         estimators = [
             clone(self.estimator).set_params(**clone(params, safe=False)) for params in candidates
         ]
-        events = self.recorder.record(estimators, X, y, splits, self.fit_params, within)
+        events = self.recorder.record(estimators, X, y, splits, self.fit_params)
         left = self.recorder.left
         if left:
             n_left = len({trial for trial, _ in left})

@@ -25,7 +25,7 @@ from gputune.annotations import StrPath
 from gputune.errors import InputError, warn
 from gputune.sklearn.base import FusedEstimator, constructor, last_step
 from gputune.sklearn.dataset import as_sliced
-from gputune.sklearn.replay import HookedMemory, SearchRun, TrainedCandidates, with_hook
+from gputune.sklearn.replay import HookedMemory, SearchRun, with_hook
 from gputune.spaces.distributions import to_scipy
 from gputune.study.rows import ResultState
 from gputune.study.store import Candidate, Result, Store
@@ -61,9 +61,6 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
 
     _space_name: ClassVar[str]
     """The name of the parameter that holds the space."""
-    _trained: TrainedCandidates | None = None
-    """Already trained candidates to evaluate, if the search does not draw and train candidates
-    itself."""
     _run: SearchRun | None = None
     """The state of the ``fit`` call that is in progress, or None."""
 
@@ -125,7 +122,7 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
         deadline = None
         if isinstance(self.timeout, Real):
             deadline = time.monotonic() + float(self.timeout)
-        return SearchRun(self.estimator, self.cv, deadline, self._trained)
+        return SearchRun(self.estimator, self.cv, deadline)
 
     def _overrides(self, *, together: bool) -> dict[str, object]:
         """Return the parameters and attributes that gputune changes while scikit-learn's search
