@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from gputune.errors import (
+from gputune.ground.errors import (
     ClusterError,
     DivergedError,
     InputError,
@@ -19,7 +19,7 @@ from gputune.errors import (
     StudyVersionError,
     UntrustedCodeError,
 )
-from gputune.garbage import without_collector
+from gputune.ground.memory import without_collector
 from gputune.version import __version__
 
 # Installation maps the top-level folder models/ of the source to this package.

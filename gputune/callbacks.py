@@ -5,7 +5,7 @@ Each logger is an integration. It is imported when a program uses its name for t
 
 from typing import TYPE_CHECKING, Any
 
-from gputune.entry_points import integration, integrations
+from gputune.ground.entry_points import integration, integrations
 from gputune.tuning.callbacks import Callback, StopSearch
 
 if TYPE_CHECKING:

@@ -13,6 +13,13 @@ from typing import Literal
 
 from gputune.engine.backends.selection import trains_as
 from gputune.engine.kernel import OPTIMIZERS as KERNEL_OPTIMIZERS
+from gputune.ground.types import (
+    DEFAULT_LR,
+    DEFAULTS,
+    OPTIMIZERS,
+    default_momentum,
+    default_weight_decay,
+)
 from gputune.models import CNN, GRU
 from gputune.modules.adapters import ADAPTER_DEFAULTS
 from gputune.optimizers.rules import RULES
@@ -22,7 +29,6 @@ from gputune.spaces.config import FLAGS, KEYS, OPTIMIZERS_WITH, RANGES, WORDS, l
 from gputune.spaces.named import SPACES
 from gputune.spaces.portfolios import PORTFOLIOS
 from gputune.spaces.space import default_space
-from gputune.types import DEFAULT_LR, DEFAULTS, OPTIMIZERS, default_momentum, default_weight_decay
 
 REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "reference"
 _Kind = Literal["mlp", "logistic", "module"]

@@ -40,7 +40,7 @@ import gputune
 from gputune.cli.main import main as main_of_gputune
 from gputune.engine import checkpoint
 from gputune.engine.checkpoint import CheckpointFolder
-from gputune.errors import StudyCorruptError, StudyVersionError
+from gputune.ground.errors import StudyCorruptError, StudyVersionError
 from gputune.study.claims import Claims
 from gputune.study.model import TunedModel
 from gputune.study.repair import repair

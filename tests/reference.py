@@ -15,10 +15,10 @@ import math
 import torch
 from torch.nn import functional
 
+from gputune.ground.seeding import stream, stream_seed
 from gputune.models import MLP
 from gputune.optim import SGDHD, AdamHD, AdamWHD
 from gputune.population.population import padded_width
-from gputune.seeding import stream, stream_seed
 
 
 def start(module, seed):

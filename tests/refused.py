@@ -2,7 +2,7 @@
 
 import pytest
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 
 
 def refused(words):

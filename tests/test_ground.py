@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from gputune import main_memory, scratch
-from gputune.main_memory import free_memory
-from gputune.scratch import scratch_folder, sweep, write_files
+from gputune.ground import files as ground_files
+from gputune.ground import memory
+from gputune.ground.files import scratch_folder, sweep, write_files
+from gputune.ground.memory import free_memory
 
 # The collector is held back where many objects are made, and finds garbage among them later.
 FEW_AND_MANY = """
@@ -43,7 +44,7 @@ assert not gc.isenabled()
 @pytest.mark.parametrize("code", [FEW_AND_MANY, FROZEN])
 def test_many_new_objects_count_as_old_ones_and_what_a_program_has_set_stays(code):
     code = (
-        "import gc, weakref\nfrom gputune.garbage import without_collector\nclass Circle: "
+        "import gc, weakref\nfrom gputune.ground.memory import without_collector\nclass Circle: "
         f"pass\n{code}"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
@@ -56,7 +57,7 @@ of_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def groups(monkeypatch, tmp_path):
     """Let this process see other control groups: write(version, group of the process, {file:
     text})."""
-    monkeypatch.setattr(main_memory, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
     (tmp_path / "proc" / "self").mkdir(parents=True)
     (tmp_path / "proc" / "meminfo").write_text(f"MemAvailable: {1 << 40} kB\n")
     mount = tmp_path / "cgroup fs"
@@ -83,7 +84,7 @@ def groups(monkeypatch, tmp_path):
 
 @of_linux
 def test_it_is_some_of_the_machines_memory(monkeypatch):
-    monkeypatch.setattr(main_memory, "_free_of_groups", list)
+    monkeypatch.setattr(memory, "_free_of_groups", list)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
     lines = map(str.split, Path("/proc/meminfo").read_text().splitlines())
     total = next(int(words[1]) * 1024 for words in lines if words[0] == "MemTotal:")
@@ -175,7 +176,7 @@ def test_a_limit_of_the_process_counts(monkeypatch):
 
 @of_linux
 def test_a_system_that_says_nothing_sets_no_limit(monkeypatch, tmp_path):
-    monkeypatch.setattr(main_memory, "_PROC", tmp_path / "none")
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "none")
     monkeypatch.setattr(sys, "platform", "win32")
     assert free_memory() == sys.maxsize
 
@@ -185,7 +186,7 @@ def test_a_system_that_says_nothing_sets_no_limit(monkeypatch, tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from gputune.scratch import scratch_folder
+from gputune.ground.files import scratch_folder
 with scratch_folder(Path(sys.argv[1])) as folder:
     (folder / "data").write_text("much")
     print(folder, flush=True)
@@ -240,7 +241,7 @@ def test_only_own_folders_of_the_pattern_are_swept(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
-    lock = scratch.lock_descriptor
+    lock = ground_files.lock_descriptor
     swept = []
 
     def late(file, **how):
@@ -249,7 +250,7 @@ def test_a_folder_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monk
             shutil.rmtree(swept[0])
         return lock(file, **how)
 
-    monkeypatch.setattr(scratch, "lock_descriptor", late)
+    monkeypatch.setattr(ground_files, "lock_descriptor", late)
     with scratch_folder(tmp_path) as folder:
         assert folder.exists() and folder not in swept
 

@@ -11,9 +11,9 @@ import torch
 
 import problems
 from gputune.engine.mlp import StackedMLP
+from gputune.ground.types import ONLINE
 from gputune.population.kinds import hidden_widths
 from gputune.population.population import populations
-from gputune.types import ONLINE
 from problems import (
     assert_equals_plain_loop,
     fill,

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
+from gputune.ground.seeding import stream, stream_seed
 from gputune.population.outputs import first_output
-from gputune.seeding import stream, stream_seed
 from gputune.sklearn import NeuralNetClassifier, NeuralNetRegressor
 from refused import refused
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gputune import fallback
 from gputune.cli import main
 from gputune.cli.arguments import make_parser
 from gputune.cli.commands import COMMANDS
 from gputune.cli.help import flag_words
+from gputune.ground import errors
 from gputune.study import code, database, model_files
 from gputune.study.rows import STATES
 
@@ -83,7 +83,7 @@ def test_the_page_of_variables_has_every_variable_that_the_code_reads():
     for path in (ROOT / "gputune").rglob("*.py"):
         read |= set(re.findall(r"""environ\b.{0,12}["'(]([A-Z][A-Z_]+)["']""", path.read_text()))
     assert "CC" in read
-    assert read | {fallback.STRICT} <= set(words)
+    assert read | {errors.STRICT} <= set(words)
 
 
 def test_the_page_of_files_has_tables_and_versions():

@@ -76,7 +76,7 @@ def test_a_layer_imports_only_layers_below_it():
 
 
 def test_the_core_imports_no_integration():
-    """gputune/entry_points.py imports them by name. Two public tables hold their names."""
+    """gputune/ground/entry_points.py imports them by name. Two public tables hold their names."""
     public = {"__init__", "callbacks"}
     core = {name for name in FILES if layer_of(name) != "integrations"} - public
     wrong = [
@@ -86,7 +86,7 @@ def test_the_core_imports_no_integration():
     ]
     assert not wrong, "\n".join(wrong)
     named = {name for name in core if "gputune.integrations" in FILES[name].read_text()}
-    assert named == {"entry_points"}
+    assert named == {"ground.entry_points"}
     # an import of a library of theirs, or its name for import_extra()
     library = re.compile(
         r"^ *(import|from) (ray|mlflow|wandb|tensorboard|onnx|onnxscript)\b"

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import gputune
-from gputune import threads
+from gputune.ground import device
+from gputune.ground.device import is_small_pass, on_one_thread, on_threads
 from gputune.modules.inspection import inspect_module
 from gputune.modules.module_trial import ModuleTrial
 from gputune.scoring import scoring, validation
 from gputune.sklearn import GridSearchCV, LogisticRegression, MLPClassifier, NeuralNetClassifier
 from gputune.solver import solve
-from gputune.threads import is_small_pass, on_one_thread, on_threads
 from problems import data_of, fill
 
 RNG = np.random.default_rng(0)
@@ -93,11 +93,11 @@ class OneConvolution(nn.Module):
         return self.layer(x[:, None])[:, :, 0]
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(threads.SMALL_PRODUCT, {1, 2}), (10, {2})])
+@pytest.mark.parametrize(("limit", "expected"), [(device.SMALL_PRODUCT, {1, 2}), (10, {2})])
 def test_a_small_convolution_is_inspected_on_one_thread_after_its_first_call(
     monkeypatch, limit, expected
 ):
-    monkeypatch.setattr(threads, "SMALL_PRODUCT", limit)
+    monkeypatch.setattr(device, "SMALL_PRODUCT", limit)
     OneConvolution.threads.clear()
     data = data_of(torch.tensor(X), 2)
     with on_threads(2):
@@ -105,7 +105,7 @@ def test_a_small_convolution_is_inspected_on_one_thread_after_its_first_call(
     assert OneConvolution.threads == expected
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(threads.SMALL_LOSS, 1), (10, 2)])
+@pytest.mark.parametrize(("limit", "expected"), [(device.SMALL_LOSS, 1), (10, 2)])
 def test_scores_of_few_rows_are_computed_on_one_thread(monkeypatch, limit, expected):
     monkeypatch.setattr(validation, "SMALL_LOSS", limit)
     seen = set()
@@ -138,7 +138,7 @@ def test_stopping_rules_and_predictions_of_estimators_use_one_thread(monkeypatch
         Watched.threads.clear()
         net.predict(X)
         assert Watched.threads == {1}
-        monkeypatch.setattr(threads, "SMALL_PRODUCT", 10)
+        monkeypatch.setattr(device, "SMALL_PRODUCT", 10)
         Watched.threads.clear()
         net.predict(X)
         assert Watched.threads == {2}

@@ -7,9 +7,18 @@ import warnings
 import pytest
 
 from gputune.cli.flags import CommandLine
-from gputune.errors import InputError, InputWarning, SearchInterrupted, UntrustedCodeError, warn
+from gputune.ground.errors import (
+    PYTHON,
+    InputError,
+    InputWarning,
+    SearchInterrupted,
+    UntrustedCodeError,
+    Verbatim,
+    option,
+    per_interface,
+    warn,
+)
 from gputune.sklearn.networks import EstimatorNames
-from gputune.wording import PYTHON, Verbatim, option, per_interface
 
 COMMAND = CommandLine("tune", "'bugs.csv'")
 SKLEARN = EstimatorNames()

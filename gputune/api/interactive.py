@@ -8,8 +8,7 @@ from inspect import signature
 from typing import ParamSpec, TypeVar, cast
 
 from gputune.api.trainer_words import TRAINER_ADVICE, TRAINER_KEYS
-from gputune.argument_hints import with_argument_hints
-from gputune.errors import SearchInterrupted, SearchTerminated
+from gputune.ground.errors import SearchInterrupted, SearchTerminated, with_argument_hints
 from gputune.spaces.config import key_of
 from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.progress import Progress

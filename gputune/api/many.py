@@ -10,14 +10,14 @@ from torch import Tensor
 from gputune.api.interactive import public
 from gputune.data.arrays import as_arrays
 from gputune.data.target import TaskWord
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
+from gputune.ground.types import BackendWord, Precision, ScheduleWord
 from gputune.population.kinds import is_module
 from gputune.scoring.metrics import Scorings
 from gputune.tuning.choices import choose_model
 from gputune.tuning.many import TrainedModules, mean_squared_error, train_given
 from gputune.tuning.options import make_options
 from gputune.tuning.record import read_rows
-from gputune.types import BackendWord, Precision, ScheduleWord
 
 Arrays: TypeAlias = np.ndarray | Tensor
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gputune.entry_points import integration
+from gputune.ground.entry_points import integration
+from gputune.ground.text import card, count, short
 from gputune.study import study as data
-from gputune.text import card, count, short
 from gputune.views import plots
 from gputune.views.default_trial import DefaultTrial, default_trial
 from gputune.views.scores import pareto_trials, ranked_by
@@ -315,9 +315,9 @@ class Study(data.Study):
         Example:
             >>> study.report("report.html")
         """
+        from gputune.ground.files import write_text
         from gputune.report.facts import check_place
         from gputune.report.page import page
-        from gputune.scratch import write_text
 
         check_place(f"report({str(path)!r})", Path(path), self.file)
         folds = None

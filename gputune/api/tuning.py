@@ -19,6 +19,14 @@ from gputune.data.target_transform import TargetTransform
 from gputune.data.torch_dataset import read_dataset
 from gputune.data.weights import ClassWeight
 from gputune.executors.cluster import Cluster
+from gputune.ground.types import (
+    BackendWord,
+    MethodWord,
+    Numbers,
+    Precision,
+    ScheduleWord,
+    defaults_in_words,
+)
 from gputune.scoring.metrics import Scorings
 from gputune.tuning.callbacks import Callback
 from gputune.tuning.interrupt import script_signals
@@ -28,14 +36,6 @@ from gputune.tuning.pipeline import search as search_rows
 from gputune.tuning.presets import choose_before_preset, with_preset
 from gputune.tuning.progress import reading_bar
 from gputune.tuning.record import SearchCall, read_rows
-from gputune.types import (
-    BackendWord,
-    MethodWord,
-    Numbers,
-    Precision,
-    ScheduleWord,
-    defaults_in_words,
-)
 
 
 @public

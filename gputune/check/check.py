@@ -29,14 +29,14 @@ from gputune.engine.backends.selection import choose_backend, way_of
 from gputune.engine.backends.table import BACKENDS, backend_named
 from gputune.engine.choice import FEW, FOLDS, measure_speed
 from gputune.engine.plan import backends_text, cores
-from gputune.errors import InputError
+from gputune.ground.device import CPU
+from gputune.ground.errors import InputError
+from gputune.ground.text import count, size_words, table
+from gputune.ground.types import Say
 from gputune.hypergradients.hypergradient import Mode, hypergradient
-from gputune.memory import CPU
 from gputune.population.kinds import ModelKind, is_module
 from gputune.population.population import complete
 from gputune.solver.solve import solve_all, solved_module
-from gputune.text import count, size_words, table
-from gputune.types import Say
 from gputune.version import __version__
 
 _MEMBERS = 1000  # the table shows the speed of this many members next to the speed of a few

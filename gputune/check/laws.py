@@ -35,7 +35,8 @@ from gputune.engine.dropout import dropout_draw
 from gputune.engine.job import Job, Outcome, run_in_parts, train_chunk
 from gputune.engine.kernel import KernelChunk
 from gputune.engine.train import Trained
-from gputune.memory import CPU
+from gputune.ground.device import CPU
+from gputune.ground.types import Config, StepKey, Task
 from gputune.models import MLP
 from gputune.modules.recorder import RECORDERS, Replays
 from gputune.native.library import NotBuiltError
@@ -48,7 +49,6 @@ from gputune.scoring.estimators import fitted
 from gputune.scoring.metrics import make_scoring
 from gputune.scoring.scores import OF_TASK
 from gputune.scoring.scoring import Scoring
-from gputune.types import Config, StepKey, Task
 
 # Three folds with 40 or 41 training rows, so that the folds can differ in their number of steps.
 _ROWS = 61

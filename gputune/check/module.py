@@ -24,20 +24,19 @@ from gputune.engine.choice import fastest_way, seconds_of_backend
 from gputune.engine.job import Job
 from gputune.engine.plan import backends_text
 from gputune.engine.stop import entry
-from gputune.errors import InputError
-from gputune.memory import synchronize
+from gputune.ground.device import synchronize
+from gputune.ground.errors import InputError, Interface
+from gputune.ground.text import count, table
+from gputune.ground.types import Config, Say
 from gputune.modules.inspection import known_traits, note_fastest
 from gputune.modules.network import ModuleNetwork
 from gputune.population.outputs import call_module, in_mode
 from gputune.population.population import arguments_text
-from gputune.text import count, table
 from gputune.tuning.context import Context
 from gputune.tuning.pipeline import prepared
 from gputune.tuning.progress import Progress
 from gputune.tuning.record import SearchCall
-from gputune.types import Config, Say
 from gputune.version import __version__
-from gputune.wording import Interface
 
 FEATURES = 8
 CLASSES = 3

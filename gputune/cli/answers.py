@@ -10,7 +10,7 @@ from gputune.data.missing_target import MissingTarget
 from gputune.data.source import Source, read_source
 from gputune.data.table import Table
 from gputune.data.target import check_target
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.study.model import TunedModel
 
 

@@ -21,7 +21,7 @@ from gputune.cli.commands import COMMANDS, SHELLS, Command, Flag
 from gputune.cli.help import command_help, overview
 from gputune.cli.style import Style
 from gputune.cli.typed import SEVERAL, rewritten, typed_names
-from gputune.text import did_you_mean, nearest
+from gputune.ground.text import did_you_mean, nearest
 from gputune.tuning.rules import Rule, Takes
 from gputune.version import __version__
 

@@ -10,12 +10,12 @@ from gputune.check.module import MEASUREMENTS, check_module, made_table
 from gputune.cli.flags import CommandLine
 from gputune.cli.options import parse_specs
 from gputune.engine.backend import choose_device
-from gputune.errors import CheckFailedError, InputError
-from gputune.text import count
+from gputune.ground.errors import CheckFailedError, InputError
+from gputune.ground.text import count
+from gputune.ground.types import Say
 from gputune.tuning.choices import BUILT_IN, NAMED, choose_model
 from gputune.tuning.options import make_options
 from gputune.tuning.record import SearchCall, read_rows
-from gputune.types import Say
 
 
 def check(arguments: Namespace) -> str:

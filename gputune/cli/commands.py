@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from gputune.cli.flags import option_groups
+from gputune.ground.types import defaults_in_words
 from gputune.tuning.rules import COMPUTE, DATA, MODEL, OUTPUT, SEARCH, STOPPING, Rule
-from gputune.types import defaults_in_words
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 from gputune.cli.arguments import READERS
 from gputune.cli.commands import COMMANDS, Command
 from gputune.cli.typed import aliases
-from gputune.errors import InputError
-from gputune.input_files import check_file
-from gputune.text import did_you_mean
+from gputune.ground.errors import InputError
+from gputune.ground.files import check_file
+from gputune.ground.text import did_you_mean
 from gputune.tuning.rules import Rule
 
 _NO_VALUE = "config_file"  # a file cannot name another file

@@ -11,9 +11,9 @@ from gputune.cli.flags import CommandLine
 from gputune.cli.saved_model import check_extras
 from gputune.cli.summary import facts, label_lines, notes_on
 from gputune.engine.plan import Plan
+from gputune.ground.text import count, size_words
 from gputune.population.kinds import is_module
 from gputune.report.facts import seconds_text
-from gputune.text import count, size_words
 from gputune.tuning.options import Options
 from gputune.tuning.pipeline import Preview, preview
 from gputune.tuning.record import SearchCall

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from gputune.entry_points import integrations
 from gputune.executors.cluster import cluster_class
+from gputune.ground.entry_points import integrations
+from gputune.ground.errors import Interface, Reference
+from gputune.ground.types import OPTIMIZERS
 from gputune.tuning.method import method_classes
 from gputune.tuning.options import RULES
 from gputune.tuning.preset_table import PRESETS
@@ -24,8 +26,6 @@ from gputune.tuning.rules import (
     STOPPING,
     Rule,
 )
-from gputune.types import OPTIMIZERS
-from gputune.wording import Interface, Reference
 
 METHOD_CLASSES = method_classes()
 """The search methods by name. Their flags are part of the command line."""

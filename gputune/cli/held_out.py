@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gputune.data.source import Source
+from gputune.ground.text import Measure, count
 from gputune.population.outputs import one_logit
 from gputune.scoring.baseline import best_constant
 from gputune.scoring.losses import LOSS_OF_TASK, LOSSES, parse_loss
@@ -21,7 +22,6 @@ from gputune.scoring.objective import Objective
 from gputune.scoring.scores import PINBALL
 from gputune.scoring.scoring import Scoring
 from gputune.study.model import TunedModel, class_codes
-from gputune.text import Measure, count
 
 # Number of bootstrap samples, and of rows per sample at most. Together they take one or two
 # seconds.

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from gputune.cli.commands import COMMANDS, Command, Flag
 from gputune.cli.style import Style
-from gputune.text import count, paragraph
+from gputune.ground.text import count, paragraph
 from gputune.tuning.rules import Rule
 
 _DESCRIPTION = (

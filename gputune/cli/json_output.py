@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from gputune.errors import InputError
-from gputune.types import Json
-from gputune.wording import Interface, Reference, option
+from gputune.ground.errors import InputError, Interface, Reference, option
+from gputune.ground.types import Json
 
 if TYPE_CHECKING:
     # An error before these slow imports must be printed without them.

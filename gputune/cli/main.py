@@ -24,19 +24,19 @@ from gputune.cli.help import command_help, overview
 from gputune.cli.json_output import error_json, only_one_document, usage_json
 from gputune.cli.style import Style
 from gputune.cli.typed import typed_names
-from gputune.errors import (
+from gputune.ground.errors import (
     CheckFailedError,
     ClusterError,
     DivergedError,
     InputError,
+    Interface,
     SearchFailedError,
     SearchInterrupted,
     Terminated,
 )
-from gputune.garbage import without_collector
-from gputune.text import clean, did_you_mean
+from gputune.ground.memory import without_collector
+from gputune.ground.text import clean, did_you_mean
 from gputune.tuning.interrupt import end_command, end_process, take_signals
-from gputune.wording import Interface
 
 _MODULES = {
     **dict.fromkeys(("tune", "train", "resume"), "tune"),

@@ -20,18 +20,18 @@ from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.files import read_columns
 from gputune.data.missing_target import dropped_words
 from gputune.data.source import Source
-from gputune.errors import InputError, warn
+from gputune.ground.errors import InputError, warn
+from gputune.ground.files import write_text
+from gputune.ground.text import clean, count, is_formula, measure_of, paragraph, table
+from gputune.ground.types import Json, Task
 from gputune.report.facts import check_place
 from gputune.scoring.losses import LOSSES
 from gputune.scoring.metrics import has_positive_class, make_scoring
 from gputune.scoring.scores import PINBALL
-from gputune.scratch import write_text
 from gputune.study.code import class_from_flag
 from gputune.study.export import description
 from gputune.study.model import TunedModel, half_width, load_model, refuse_unknown
 from gputune.study.trained_rows import share_of_rows
-from gputune.text import clean, count, is_formula, measure_of, paragraph, table
-from gputune.types import Json, Task
 
 _SCORES: dict[Task, tuple[str, ...]] = {  # in addition to the metric of the search
     "binary": ("accuracy", "balanced_accuracy", "roc_auc", "neg_log_loss"),

@@ -10,17 +10,16 @@ from pathlib import Path
 from scipy import stats
 
 from gputune.data.time_order import parse_cv
-from gputune.entry_points import integrations
-from gputune.errors import InputError, import_extra
 from gputune.executors.cluster import Cluster, named_cluster
+from gputune.ground.entry_points import import_extra, integrations
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.types import PER_LAYER, Config
 from gputune.methods.halving import Halving
 from gputune.methods.optuna import OptunaSampler
 from gputune.spaces.config import RANGES, WORDS
 from gputune.spaces.distributions import log_int
 from gputune.tuning.method import Method, method_class, method_classes
 from gputune.tuning.options import RULES, Options, make_options
-from gputune.types import PER_LAYER, Config
-from gputune.wording import Verbatim
 
 
 def options_of(arguments: Namespace, study_file: Path) -> Options:

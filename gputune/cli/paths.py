@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from gputune.cli.arguments import MODEL, study_file
-from gputune.input_files import MISSING_TABLE, check_file, check_model_folder
+from gputune.ground.files import MISSING_TABLE, check_file, check_model_folder
 from gputune.study.database import check_study_file
 from gputune.study.file_system import check_one_process
 

@@ -12,13 +12,13 @@ from gputune.cli.held_out import HeldOut
 from gputune.data.folds import unpack_folds
 from gputune.data.source import Source
 from gputune.data.target import check_target
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
+from gputune.ground.text import Measure, count
+from gputune.ground.types import Json
 from gputune.study.model import TunedModel
 from gputune.study.model_files import DESCRIPTION, read_description
 from gputune.study.study import Study, Trial
-from gputune.text import Measure, count
 from gputune.tuning.options import Options
-from gputune.types import Json
 from gputune.views.default_trial import default_trial
 
 LEVEL = 0.9  # level of the intervals whose coverage is printed

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from gputune.cli.ending import Ending
 from gputune.cli.held_out import HeldOut
+from gputune.ground.text import Measure, clean, count, paragraph
 from gputune.spaces.edges import edge_remarks
-from gputune.text import Measure, clean, count, paragraph
 from gputune.views.default_trial import (
     NO_IMPROVEMENT,
     DefaultTrial,

@@ -16,12 +16,12 @@ from gputune.cli.json_output import search_json
 from gputune.cli.options import loop_options_of
 from gputune.cli.study import SCORE, trial_rows
 from gputune.cli.summary import label_lines
-from gputune.errors import InputError, SearchInterrupted
 from gputune.executors.worker import LoopObjective
+from gputune.ground.errors import InputError, SearchInterrupted
+from gputune.ground.text import count, paragraph
 from gputune.report.facts import seconds_text, states_of, states_text
 from gputune.spaces.edges import edge_remarks
 from gputune.study.code import function_from_file
-from gputune.text import count, paragraph
 from gputune.tuning.interrupt import SIGNALS
 from gputune.tuning.loops import search_loop
 from gputune.tuning.progress import Profile

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gputune.cli.arguments import study_file
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.text import clean
 from gputune.study.claims import Claims, Owner
 from gputune.study.database import check_study_file
 from gputune.study.store import Store
 from gputune.study.study import Study
-from gputune.text import clean
 from gputune.tuning.method import method_class
-from gputune.wording import Verbatim
 
 _WHOLE = "Leave --trial out to end the whole search."
 

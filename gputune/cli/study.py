@@ -18,7 +18,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gputune.cli.arguments import model_folder, report_page, study_file
-from gputune.garbage import without_collector
+from gputune.ground.files import write_text
+from gputune.ground.memory import without_collector
+from gputune.ground.text import (
+    GAP,
+    Measure,
+    blocks,
+    clean,
+    count,
+    is_formula,
+    paragraph,
+    short,
+    table,
+)
 from gputune.report.facts import (
     FAILED,
     check_place,
@@ -28,12 +40,10 @@ from gputune.report.facts import (
     seconds_text,
     states_text,
 )
-from gputune.scratch import write_text
 from gputune.study.claims import Claims
 from gputune.study.rows import FoldReport
 from gputune.study.store import Store, has_checkpoints
 from gputune.study.study import RESUME, Study, Trial, best_trial, how_to_continue
-from gputune.text import GAP, Measure, blocks, clean, count, is_formula, paragraph, short, table
 from gputune.views.default_trial import improvement_json, improvement_text
 from gputune.views.scores import measures, other_measures, pareto_trials, ranked_by, score_view
 

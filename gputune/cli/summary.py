@@ -16,10 +16,10 @@ from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, trial_ro
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import Layout
 from gputune.data.readings import may_be_numbers
+from gputune.ground.text import blocks, clean, count, paragraph
 from gputune.report.facts import params_text, seconds_text, states_of, states_text
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
-from gputune.text import blocks, clean, count, paragraph
 from gputune.tuning.method import method_class
 from gputune.views.scores import other_measures, score_view
 

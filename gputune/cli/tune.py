@@ -38,12 +38,13 @@ from gputune.cli.saved_model import (
 from gputune.cli.summary import ensemble_text, stopped_text, summary_text
 from gputune.data.source import split_held_out
 from gputune.data.target import check_spread, check_target, with_transform
-from gputune.errors import (
+from gputune.ground.errors import (
     DivergedError,
     InputError,
     SearchFailedError,
     SearchInterrupted,
     Terminated,
+    option,
 )
 from gputune.spaces.random import n_counted
 from gputune.study.code import class_from_flag
@@ -66,7 +67,6 @@ from gputune.tuning.session import checked_space, first_trials
 from gputune.tuning.task_choice import chosen_task
 from gputune.views.default_trial import default_trial
 from gputune.views.scores import score_view
-from gputune.wording import option
 
 
 def tune(arguments: argparse.Namespace) -> str:

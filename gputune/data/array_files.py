@@ -19,10 +19,9 @@ from torch import Tensor
 
 from gputune.data.arrays import refuse_kind
 from gputune.data.table import quoted, refuse_no_target
-from gputune.errors import InputError
-from gputune.input_files import check_file, check_room, open_file
-from gputune.text import count, size_words
-from gputune.wording import Verbatim
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.files import check_file, check_room, open_file
+from gputune.ground.text import count, size_words
 
 ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".pth")
 _WRITE = (

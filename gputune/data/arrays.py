@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from gputune.data.ragged import refuse_ragged
-from gputune.errors import InputError
-from gputune.types import TENSOR_NUMBERS, Json
-from gputune.wording import Verbatim
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.types import TENSOR_NUMBERS, Json
 
 _BLOCK = 1 << 21  # numbers per block when all values are checked or summed
 # torch has few operations for these integer types, so they become wider ones.

@@ -21,8 +21,8 @@ import numpy as np
 
 from gputune.data.kinds import Kind, convert, text_of
 from gputune.data.readings import misread_remarks
-from gputune.types import Json
-from gputune.wording import option
+from gputune.ground.errors import option
+from gputune.ground.types import Json
 
 DATE_PARTS = ("days", "month", "day", "weekday", "hour")
 

@@ -20,10 +20,9 @@ from gputune.data.column import Column, fit_category, fit_column, with_levels
 from gputune.data.kinds import Kind, text_of
 from gputune.data.readings import EXAMPLE, LOST_ZEROS
 from gputune.data.table import Table, nameless, quoted, two_axes
-from gputune.errors import InputError, warn
-from gputune.text import count, did_you_mean
-from gputune.types import Json, Numbers
-from gputune.wording import Verbatim, option
+from gputune.ground.errors import InputError, Verbatim, option, warn
+from gputune.ground.text import count, did_you_mean
+from gputune.ground.types import Json, Numbers
 
 
 def checked_tensor(X: Tensor) -> Tensor:

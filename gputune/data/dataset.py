@@ -21,8 +21,8 @@ from gputune.data.table import as_table, select_rows
 from gputune.data.target import Target, standardized
 from gputune.data.target_transform import FittedTransform
 from gputune.data.weights import Weights
-from gputune.memory import free_of_gpu
-from gputune.types import Config, Task
+from gputune.ground.device import free_of_gpu
+from gputune.ground.types import Config, Task
 
 Rows = tuple[np.ndarray, np.ndarray]
 """The training rows and the validation rows of one fold, as positions."""

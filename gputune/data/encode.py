@@ -32,9 +32,8 @@ import torch
 from torch import Tensor
 
 from gputune.data.columns import N_BINS, Layout, Raw
-from gputune.errors import InputError
-from gputune.types import NUMBERS, TENSOR_NUMBERS, Json, Numbers
-from gputune.wording import option
+from gputune.ground.errors import InputError, option
+from gputune.ground.types import NUMBERS, TENSOR_NUMBERS, Json, Numbers
 
 LIMIT = 20.0
 """The distance from the mean, in standard deviations, at which numbers are clipped.

@@ -20,11 +20,10 @@ import numpy as np
 from gputune.data.kinds import MISSING_TEXT, Kind, from_column, parse_text, texts_of
 from gputune.data.readings import file_remark
 from gputune.data.table import Table, as_table, checked_table, every_column, quoted
-from gputune.errors import InputError
-from gputune.input_files import MISSING_TABLE, check_file, check_room, open_file
-from gputune.main_memory import free_memory
-from gputune.text import count, did_you_mean, is_number
-from gputune.wording import Verbatim
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.files import MISSING_TABLE, check_file, check_room, open_file
+from gputune.ground.memory import free_memory
+from gputune.ground.text import count, did_you_mean, is_number
 
 if TYPE_CHECKING:
     import polars as pl

@@ -31,9 +31,8 @@ from gputune.data.identifiers import refuse_identifier
 from gputune.data.kinds import text_of
 from gputune.data.target import MAX_CLASSES, Target, refuse_missing
 from gputune.data.time_order import TimeSplit, rows_in_time
-from gputune.errors import InputError, warn
-from gputune.seeding import stream_seed
-from gputune.wording import Verbatim, option, per_interface
+from gputune.ground.errors import InputError, Verbatim, option, per_interface, warn
+from gputune.ground.seeding import stream_seed
 
 
 @runtime_checkable

@@ -1,8 +1,8 @@
 """Refuses a text target that has too many different values for classes."""
 
 from gputune.data.target import MAX_CLASSES, Target
-from gputune.errors import InputError
-from gputune.text import count, is_number
+from gputune.ground.errors import InputError
+from gputune.ground.text import count, is_number
 
 # A text target is numbers with wrong values if fewer of its different values are not numbers.
 _WRONG_SHARE = 0.1

@@ -20,8 +20,7 @@ from typing import Any, Literal
 import narwhals as nw
 import numpy as np
 
-from gputune.errors import InputError
-from gputune.wording import Verbatim, option
+from gputune.ground.errors import InputError, Verbatim, option
 
 Kind = Literal["number", "boolean", "category", "date"]
 

@@ -2,7 +2,7 @@
 
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 
 
 def refuse_loader(X: object) -> None:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from gputune.data.kinds import is_missing
 from gputune.data.target import refuse_missing, target_array
-from gputune.errors import InputError
-from gputune.text import count
-from gputune.wording import Verbatim, option
+from gputune.ground.errors import InputError, Verbatim, option
+from gputune.ground.text import count
 
 MissingTarget = Literal["error", "drop"]
 MISSING_TARGET: tuple[MissingTarget, ...] = get_args(MissingTarget)

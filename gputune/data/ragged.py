@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gputune.errors import InputError
-from gputune.wording import Verbatim
+from gputune.ground.errors import InputError, Verbatim
 
 _Shape = tuple[int, ...]
 _FEW_INPUTS = 8

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gputune.data.kinds import MISSING_TEXT, Kind, parse_text
-from gputune.text import is_number
-from gputune.wording import option
+from gputune.ground.errors import option
+from gputune.ground.text import is_number
 
 if TYPE_CHECKING:
     import polars as pl

@@ -44,11 +44,10 @@ from gputune.data.table import (
 from gputune.data.target import Target, TaskWord, check_target, target_array
 from gputune.data.time_order import in_time_order, parse_cv
 from gputune.data.torch_dataset import LABELS, read_dataset
-from gputune.errors import InputError
-from gputune.input_files import check_room
-from gputune.text import did_you_mean
-from gputune.types import Json
-from gputune.wording import Verbatim, option, per_interface
+from gputune.ground.errors import InputError, Verbatim, option, per_interface
+from gputune.ground.files import check_room
+from gputune.ground.text import did_you_mean
+from gputune.ground.types import Json
 
 
 def fingerprint(X: AnyRows, y: Target | Tensor | np.ndarray) -> dict[str, object]:

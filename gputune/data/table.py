@@ -26,9 +26,8 @@ from gputune.data.kinds import (
 from gputune.data.loaders import refuse_loader
 from gputune.data.ragged import refuse_ragged
 from gputune.data.readings import READ_AS_MISSING, frame_remark
-from gputune.errors import InputError
-from gputune.text import nearest
-from gputune.wording import Verbatim, option, per_interface
+from gputune.ground.errors import InputError, Verbatim, option, per_interface
+from gputune.ground.text import nearest
 
 _FLATTEN = per_interface(
     "Pass X.reshape(len(X), -1). A module can restore the shape in its forward.",

@@ -20,10 +20,9 @@ from gputune.data.target_transform import (
     check_values,
     fit_transform,
 )
-from gputune.errors import InputError
-from gputune.text import count, did_you_mean, is_number
-from gputune.types import Task
-from gputune.wording import Verbatim, option, per_interface
+from gputune.ground.errors import InputError, Verbatim, option, per_interface
+from gputune.ground.text import count, did_you_mean, is_number
+from gputune.ground.types import Task
 
 MAX_CLASSES = 20
 """The largest number of distinct whole numbers that a target of classes may have. A target with

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.errors import InputError, InputWarning, warn
-from gputune.text import did_you_mean
-from gputune.types import Json
-from gputune.wording import option, per_interface
+from gputune.ground.errors import InputError, InputWarning, option, per_interface, warn
+from gputune.ground.text import did_you_mean
+from gputune.ground.types import Json
 
 TransformWord = Literal["log", "log1p"]
 TRANSFORMS: tuple[TransformWord, ...] = get_args(TransformWord)

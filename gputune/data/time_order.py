@@ -12,9 +12,8 @@ from sklearn.model_selection import TimeSeriesSplit
 from gputune.data.kinds import parse_text
 from gputune.data.readings import text_kind
 from gputune.data.table import Table, quoted
-from gputune.errors import InputError
-from gputune.text import count
-from gputune.wording import option
+from gputune.ground.errors import InputError, option
+from gputune.ground.text import count
 
 
 class TimeSplit(TimeSeriesSplit):  # type: ignore[misc]  # scikit-learn has no types

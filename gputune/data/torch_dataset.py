@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from gputune.data.ragged import PAD_TOKENS, TOKENIZED, is_image, refuse_ragged
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 
 LABELS = "labels"
 """The entry with the target in a dataset for a model of transformers."""

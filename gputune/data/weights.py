@@ -10,8 +10,7 @@ from torch import Tensor
 from gputune.data.kinds import text_of
 from gputune.data.ragged import refuse_ragged
 from gputune.data.target import Target
-from gputune.errors import InputError
-from gputune.wording import Verbatim
+from gputune.ground.errors import InputError, Verbatim
 
 ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
 

@@ -23,14 +23,12 @@ from pathlib import Path
 
 import torch
 
-from gputune.errors import InputError
-from gputune.input_files import read_file
+from gputune.ground.device import on_threads
+from gputune.ground.errors import InputError, Verbatim, option
+from gputune.ground.files import cache_folder, read_file, write_text
+from gputune.ground.types import Precision
 from gputune.native.library import processor_name
-from gputune.scratch import cache_folder, write_text
-from gputune.threads import on_threads
-from gputune.types import Precision
 from gputune.version import __version__
-from gputune.wording import Verbatim, option
 
 _FEW = 20  # number of members for which the launches decide the time of a step
 

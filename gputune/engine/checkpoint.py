@@ -25,12 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gputune.errors import warn
+from gputune.ground.errors import warn
+from gputune.ground.files import flush, scratch_folder
+from gputune.ground.text import count
+from gputune.ground.types import Config
 from gputune.population.population import Population
 from gputune.population.state import State, WaitingPlace
-from gputune.scratch import flush, scratch_folder
-from gputune.text import count
-from gputune.types import Config
 
 _FORMAT = 1
 # Training lasts at least 20x as long as writing, so checkpoints take at most 5% of the time.

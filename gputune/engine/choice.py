@@ -39,9 +39,9 @@ from gputune.engine.job import Job, train_chunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.plan import cores, repeats_frozen_layers
 from gputune.engine.reuse import ChunkPool
-from gputune.errors import warn
-from gputune.fallback import words_unless_strict
-from gputune.memory import CPU, synchronize
+from gputune.ground.device import CPU, synchronize
+from gputune.ground.errors import warn, words_unless_strict
+from gputune.ground.types import BackendWord, Config, Say
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
 from gputune.native.library import NotBuiltError
@@ -49,7 +49,6 @@ from gputune.population.kinds import ModelKind, hidden_layers, is_module
 from gputune.population.population import Population, complete, populations
 from gputune.population.traits import FastestWay
 from gputune.scoring.validation import Validation
-from gputune.types import BackendWord, Config, Say
 
 # Seconds on the CPU. A GPU needs some of this time only to make a context and load libraries.
 _SOON = 5.0

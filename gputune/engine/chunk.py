@@ -6,10 +6,10 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from gputune.ground.types import Config
 from gputune.population.population import Network
 from gputune.population.state import State
 from gputune.scoring.validation import Validation
-from gputune.types import Config
 
 
 class Chunk(Protocol):

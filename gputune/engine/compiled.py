@@ -22,6 +22,9 @@ from torch import Tensor
 
 from gputune.engine.backends.cost import member_seconds
 from gputune.engine.mlp import StackedMLP
+from gputune.ground.seeding import stream_seed
+from gputune.ground.types import Config
+from gputune.ground.within_epoch import REPORT_SECONDS, report_steps
 from gputune.native.library import (
     ACTIVATIONS,
     NUMBER_LOSSES,
@@ -38,9 +41,6 @@ from gputune.population.kinds import dropout_rates, hidden_widths, highest_dropo
 from gputune.population.state import State, differ_only_in_rates, selected_configs
 from gputune.scoring.scores import ROW_MEANS
 from gputune.scoring.validation import Validation
-from gputune.seeding import stream_seed
-from gputune.types import Config
-from gputune.within_epoch import REPORT_SECONDS, report_steps
 
 WorkArrays: TypeAlias = dict[str, Tensor | None]
 """Arguments of the compiled code by name, with None for an array that the code does not need."""

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gputune.errors import warn
+from gputune.ground.errors import warn
+from gputune.ground.seeding import stream, stream_seed
+from gputune.ground.types import StepKey
 from gputune.native.cuda import Kernel, kernels, launch
 from gputune.native.library import fill_uniform
-from gputune.seeding import stream, stream_seed
-from gputune.types import StepKey
 
 SOURCE = Path(__file__).with_name("dropout.cu")
 

@@ -26,9 +26,9 @@ from gputune.engine.mlp import StackedMLP
 from gputune.engine.stop import Stop
 from gputune.engine.train import AfterEpoch, BegunChunk, Spent, Trained, Training, train
 from gputune.engine.waiting import WaitingChunk, WaitingState
-from gputune.errors import TOO_BIG, warn
-from gputune.fallback import is_strict, words_unless_strict
-from gputune.memory import empty_cache, free_of_gpu, is_out_of_memory
+from gputune.ground.device import empty_cache, free_of_gpu, is_out_of_memory
+from gputune.ground.errors import TOO_BIG, is_strict, warn, words_unless_strict
+from gputune.ground.types import Outputs, Precision, first_metric
 from gputune.modules.construction import Builder, name_of
 from gputune.modules.failures import StackedError
 from gputune.modules.inspection import traits_of
@@ -36,7 +36,6 @@ from gputune.population.population import Network, Population, Shape
 from gputune.population.state import Selection, State
 from gputune.population.traits import Traits
 from gputune.scoring.objective import Objective, make_objective
-from gputune.types import Outputs, Precision, first_metric
 
 ProgressCallback = Callable[[int, np.ndarray], object]
 """A function to call with the count of newly trained trial-epochs and their scores.

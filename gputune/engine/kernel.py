@@ -19,8 +19,9 @@ import torch
 from gputune.data.dataset import Dataset
 from gputune.engine.compiled import CompiledChunk, WorkArrays
 from gputune.engine.dropout import MlpDraws
-from gputune.errors import InputError
-from gputune.memory import synchronize
+from gputune.ground.device import synchronize
+from gputune.ground.errors import InputError, option
+from gputune.ground.types import Config, Say
 from gputune.native.cuda import (
     Kernel,
     MemberKernel,
@@ -41,8 +42,6 @@ from gputune.population.kinds import (
     padded_width,
 )
 from gputune.population.population import is_plain
-from gputune.types import Config, Say
-from gputune.wording import option
 
 # Intended seconds of a launch: half of the time that a display can wait, because the speed of the
 # next launch is a guess.

@@ -22,10 +22,10 @@ from gputune.engine.backend import torch_threads
 from gputune.engine.member_steps import CompiledSteps, MemberMemory, OneMember
 from gputune.engine.stacked import StackedChunk
 from gputune.engine.turns import turn_given_up
+from gputune.ground.types import Config
+from gputune.ground.within_epoch import REPORT_SECONDS, report_steps
 from gputune.modules.module import StackedModule
 from gputune.scoring.validation import Validation
-from gputune.types import Config
-from gputune.within_epoch import REPORT_SECONDS, report_steps
 
 # steps that are timed to measure the speed
 _TIMED_STEPS = 8

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gputune.engine.dropout import MlpDraws, dropout_draw
+from gputune.ground.seeding import stream
+from gputune.ground.types import Config, EvaluationKey, Params, StepKey
 from gputune.models import MLP, LogisticRegression
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches
@@ -32,8 +34,6 @@ from gputune.population.kinds import (
 from gputune.population.population import Shape
 from gputune.population.traits import Traits
 from gputune.scoring.losses import LOSSES, cross_entropy_slope_, number_slope_, row_losses
-from gputune.seeding import stream
-from gputune.types import Config, EvaluationKey, Params, StepKey
 
 _MODULES: Mapping[ModelKind, tuple[Callable[..., MLP | LogisticRegression], tuple[str, ...]]] = {
     "mlp": (MLP, ("width", "depth", "activation", "dropout")),

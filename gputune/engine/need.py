@@ -15,7 +15,7 @@ import torch
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.reuse import ChunkPool
-from gputune.memory import empty_cache, is_out_of_memory, synchronize
+from gputune.ground.device import empty_cache, is_out_of_memory, synchronize
 from gputune.population.population import Population
 
 _TRIALS = 16  # trials of the larger chunk

@@ -29,13 +29,13 @@ from gputune.engine.backends.cost import Cost, TrialSizes
 from gputune.engine.backends.selection import way_of
 from gputune.engine.backends.table import BACKENDS, backend_named
 from gputune.engine.need import Need
-from gputune.errors import InputError
-from gputune.main_memory import free_memory
+from gputune.ground.errors import InputError
+from gputune.ground.memory import free_memory
+from gputune.ground.text import count, size_words
 from gputune.modules.kept_features import KEPT
 from gputune.population.kinds import is_module
 from gputune.population.population import Population, shape_of, shape_of_tensors
 from gputune.population.traits import Traits
-from gputune.text import count, size_words
 
 _FIRST_TRIALS = 3  # trials of the first chunk, which gives an early answer
 # Share of the limit beyond which memory is measured, because an estimate is not accurate enough.

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from gputune.data.dataset import Dataset
 from gputune.engine.take_over import take_over
-from gputune.errors import warn
-from gputune.fallback import words_unless_strict
-from gputune.memory import is_out_of_memory
+from gputune.ground.device import is_out_of_memory
+from gputune.ground.errors import warn, words_unless_strict
+from gputune.ground.types import Config, StepKey
+from gputune.ground.within_epoch import report_steps
 from gputune.modules.recorder import RECORDERS, Direct, Replays, StepTaker
 from gputune.modules.trace import TraceError
 from gputune.optimizers.blocks import Blocks
@@ -34,8 +35,6 @@ from gputune.population.pieces import make_batches
 from gputune.population.population import Network
 from gputune.population.state import State, selected_configs
 from gputune.scoring.validation import Validation
-from gputune.types import Config, StepKey
-from gputune.within_epoch import report_steps
 
 # Least share of the trials in recorded tensors that must be alive. It limits the number of
 # recordings.

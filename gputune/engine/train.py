@@ -23,7 +23,8 @@ from gputune.engine.backends.selection import make_chunk
 from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
 from gputune.engine.waiting import WaitingState
-from gputune.main_memory import keep_freed_memory
+from gputune.ground.memory import keep_freed_memory
+from gputune.ground.types import Config, Outputs, first_metric
 from gputune.modules.failures import explain
 from gputune.population.kinds import ModelKind, hidden_layers, is_module
 from gputune.population.population import Network, Population
@@ -31,7 +32,6 @@ from gputune.population.state import Selection, State
 from gputune.scoring.best_outputs import BestOutputs
 from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.scoring.validation import Validation
-from gputune.types import Config, Outputs, first_metric
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gputune.engine.chunk import Chunk
+from gputune.ground.types import Config
 from gputune.population.population import Network
 from gputune.population.state import State
-from gputune.types import Config
 
 
 @dataclass(eq=False)

@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from gputune.entry_points import integration, integrations
-from gputune.errors import InputError
-from gputune.types import Json
+from gputune.ground.entry_points import integration, integrations
+from gputune.ground.errors import InputError
+from gputune.ground.types import Json
 
 if TYPE_CHECKING:
     from gputune.data.dataset import Dataset

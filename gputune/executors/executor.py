@@ -13,9 +13,9 @@ from typing import Generic, Protocol, TypeVar
 
 from gputune.engine.job import Failure, Outcome, ProgressCallback
 from gputune.engine.stop import Stop
-from gputune.errors import warn
-from gputune.text import count
-from gputune.within_epoch import report_waiting
+from gputune.ground.errors import warn
+from gputune.ground.text import count
+from gputune.ground.within_epoch import report_waiting
 
 
 class Unit(Protocol):

@@ -37,7 +37,6 @@ from gputune.data.scaling import Scaling
 from gputune.engine.backend import torch_threads
 from gputune.engine.job import Failure, Job, Outcome, run_in_parts
 from gputune.engine.plan import cores
-from gputune.errors import InputError
 from gputune.executors.executor import (
     AnyUnit,
     Ended,
@@ -60,12 +59,12 @@ from gputune.executors.worker import (
     training,
 )
 from gputune.executors.worker_progress import WorkerProgress
-from gputune.memory import CPU
+from gputune.ground.device import CPU
+from gputune.ground.errors import InputError, option
+from gputune.ground.files import naming_folder, scratch_folder
+from gputune.ground.text import count
+from gputune.ground.within_epoch import workers_read_by
 from gputune.population.population import Population
-from gputune.scratch import naming_folder, scratch_folder
-from gputune.text import count
-from gputune.within_epoch import workers_read_by
-from gputune.wording import option
 
 _LARGE = 1 << 20  # bytes; only for a tensor of at least this size is a mapped file searched
 _BFLOAT16 = np.dtype([("bits", "<i2")])  # stands for bfloat16, which NumPy lacks

@@ -12,8 +12,8 @@ from gputune.engine.job import Failure, Outcome, ProgressCallback
 from gputune.engine.turns import Cancelled, Turns
 from gputune.executors.executor import Ended, Executor, Outcomes
 from gputune.executors.worker_progress import WorkerProgress
+from gputune.ground.within_epoch import workers_read_by
 from gputune.population.population import Population
-from gputune.within_epoch import workers_read_by
 
 Training = Callable[[Population, ProgressCallback], Outcomes]
 """A function that trains a chunk, and reports each epoch to a function."""

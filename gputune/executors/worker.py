@@ -28,11 +28,11 @@ import cloudpickle
 import numpy as np
 from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
-from gputune.annotations import FloatArray
 from gputune.engine.stop import Stop
-from gputune.errors import InputError
-from gputune.seeding import seeded_generators
-from gputune.types import Config
+from gputune.ground.annotations import FloatArray
+from gputune.ground.errors import InputError
+from gputune.ground.seeding import seeded_generators
+from gputune.ground.types import Config
 
 Answer = TypeVar("Answer")
 

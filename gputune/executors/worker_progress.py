@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gputune.engine.job import ProgressCallback
-from gputune.within_epoch import Running, reported_to
+from gputune.ground.within_epoch import Running, reported_to
 
 _FIELDS = 3  # those of Running, as float64
 

@@ -23,7 +23,9 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backends.cost import Cost
 from gputune.engine.job import Job, Outcome, ProgressCallback
 from gputune.engine.plan import Plan, Planner
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim, option
+from gputune.ground.text import size_words
+from gputune.ground.types import Config, Params
 from gputune.hypergradients.first_step import (
     ExactMode,
     fastest_that_fits,
@@ -43,9 +45,6 @@ from gputune.optimizers.rules import BETA1, BETA2, schedule_factor
 from gputune.population.batches import Batch, Batches, for_members
 from gputune.population.population import Network, Population
 from gputune.scoring.scoring import Scoring, shape_of_scores
-from gputune.text import size_words
-from gputune.types import Config, Params
-from gputune.wording import Verbatim, option
 
 # Width of finite differences, in the logarithm. It is wide enough to see the trend through the
 # noise of chaotic training.

@@ -16,7 +16,11 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from gputune.errors import InputError
+from gputune.ground.device import free_of_gpu
+from gputune.ground.errors import InputError, Verbatim, option
+from gputune.ground.memory import free_memory
+from gputune.ground.seeding import stream
+from gputune.ground.types import Config
 from gputune.hypergradients.inner import (
     BETWEEN_0_AND_1,
     AnyProblem,
@@ -27,13 +31,8 @@ from gputune.hypergradients.inner import (
     slope,
     to_coordinate,
 )
-from gputune.main_memory import free_memory
-from gputune.memory import free_of_gpu
 from gputune.optimizers.classes import OPTIMIZER_PREFIX
 from gputune.population.population import beyond_adam
-from gputune.seeding import stream
-from gputune.types import Config
-from gputune.wording import Verbatim, option
 
 HYPERPARAMETERS_OF = {
     **dict.fromkeys(("sgd", "nesterov"), ("lr", "momentum", "weight_decay")),

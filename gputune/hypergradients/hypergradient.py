@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from gputune.engine.plan import parse_memory
 from gputune.engine.stop import waited_for
-from gputune.errors import InputError, check_count, warn
+from gputune.ground.errors import InputError, Verbatim, check_count, option, warn
+from gputune.ground.seeding import GLOBAL_DRAWS
+from gputune.ground.text import count, size_words
+from gputune.ground.types import DEFAULT_LR, Params, default_momentum, default_weight_decay
 from gputune.hypergradients.first_step import (
     HYPERPARAMETERS_OF,
     ExactMode,
@@ -35,10 +38,6 @@ from gputune.hypergradients.inner import (
 from gputune.hypergradients.modes import default_width, differences, forward, reverse
 from gputune.hypergradients.module_training import DataPair, Loss, ModuleTraining, check_module
 from gputune.optimizers.rules import BETA1, BETA2
-from gputune.seeding import GLOBAL_DRAWS
-from gputune.text import count, size_words
-from gputune.types import DEFAULT_LR, Params, default_momentum, default_weight_decay
-from gputune.wording import Verbatim, option
 
 Mode = Literal["auto", "reverse", "forward", "fd"]
 

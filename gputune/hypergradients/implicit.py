@@ -27,7 +27,8 @@ from torch.nn import functional
 
 from gputune.data.dataset import Dataset
 from gputune.engine.stop import entry
-from gputune.errors import DivergedError, InputError
+from gputune.ground.errors import DivergedError, InputError, Verbatim, option
+from gputune.ground.types import Config, Params
 from gputune.hypergradients.first_step import free_bytes
 from gputune.hypergradients.inner import HypergradientResult
 from gputune.models import LogisticRegression
@@ -40,8 +41,6 @@ from gputune.solver.solve import (
     solve_all,
     solved_module,
 )
-from gputune.types import Config, Params
-from gputune.wording import Verbatim, option
 
 BLOCK = 512  # training rows whose curvature is held at once
 

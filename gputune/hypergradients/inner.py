@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gputune.ground.types import HYPERPARAMETERS as HYPERPARAMETERS
+from gputune.ground.types import Params
 from gputune.optimizers.rules import MOMENTS, RULES, Rates
-from gputune.types import HYPERPARAMETERS as HYPERPARAMETERS
-from gputune.types import Params
 
 BETWEEN_0_AND_1 = ("momentum", "beta1", "beta2")
 

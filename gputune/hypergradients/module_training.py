@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.seeding import keyed_draws
+from gputune.ground.types import Params
 from gputune.hypergradients.first_step import nodes
 from gputune.hypergradients.inner import StepPosition
 from gputune.modules.calls import Stateless, named_tensors, not_trained
 from gputune.modules.construction import layers_of
 from gputune.modules.substitutes import differentiate_statistics, running_norms
-from gputune.seeding import keyed_draws
-from gputune.types import Params
-from gputune.wording import Verbatim
 
 Loss = Callable[[Any, Any], Tensor]
 DataPair = tuple[Any, Any]

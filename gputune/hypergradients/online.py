@@ -32,10 +32,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim, option
+from gputune.ground.types import DEFAULTS, ONLINE_RULES
 from gputune.hypergradients.products import parts_together, share, sums_of_products
-from gputune.types import DEFAULTS, ONLINE_RULES
-from gputune.wording import Verbatim, option
 
 __all__ = ["SGDHD", "AdamHD", "AdamWHD"]
 

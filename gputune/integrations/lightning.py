@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from gputune.errors import import_extra
+from gputune.ground.entry_points import import_extra
 from gputune.integrations.trainer_reports import TrainerReports, with_bases
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")

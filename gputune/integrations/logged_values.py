@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from gputune.ground.types import Json
 from gputune.spaces.distributions import label
 from gputune.study.record import RECORD_FIELDS
 from gputune.study.study import Study, Trial
-from gputune.types import Json
 
 
 def plain_params(params: Mapping[str, object]) -> dict[str, bool | int | float | str]:

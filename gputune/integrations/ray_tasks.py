@@ -28,14 +28,13 @@ from gputune.engine.backend import torch_threads
 from gputune.engine.job import Failure, Job, Outcome, run_in_parts
 from gputune.engine.plan import Plan, cores
 from gputune.engine.stop import Stop
-from gputune.errors import ClusterError, InputError
 from gputune.executors.cluster import Cluster, Connection
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
 from gputune.executors.processes import pickle_job, to_arrays, to_device, to_tensors
+from gputune.ground.errors import ClusterError, InputError, option, per_interface
+from gputune.ground.text import count
 from gputune.population.population import Population
-from gputune.text import count
 from gputune.version import __version__
-from gputune.wording import option, per_interface
 
 _COUNT_SECONDS = 5.0  # between two counts of the nodes
 _WAIT_SECONDS = 0.25  # between two checks for a request to stop

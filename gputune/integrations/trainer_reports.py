@@ -8,7 +8,7 @@ from functools import cache
 from typing import SupportsFloat
 
 from gputune.executors.worker import SetupError, TrialEnd
-from gputune.text import did_you_mean
+from gputune.ground.text import did_you_mean
 
 
 @cache

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from gputune.errors import import_extra
+from gputune.ground.entry_points import import_extra
 from gputune.integrations.trainer_reports import TrainerReports, with_bases
 
 # Entries of an evaluation that are no scores of the model.

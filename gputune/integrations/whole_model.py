@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gputune.data.arrays import ArrayStatistics
 from gputune.data.columns import Layout
 from gputune.data.encode import Statistics, normal_scores_of, smooth_clip
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.modules.calls import Stateless
 from gputune.population.outputs import call_module, class_logits, first_output, in_mode
 from gputune.study.export import description, takes_columns

@@ -14,9 +14,9 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 import torch
 
-from gputune.annotations import FloatArray
+from gputune.ground.annotations import FloatArray
+from gputune.ground.types import Config, Json
 from gputune.hypergradients.inner import CHAOTIC, as_table, from_coordinate, speed, to_coordinate
-from gputune.types import Config, Json
 
 _DIVIDED = 10  # divides the length of a normalized step when the loss rises
 # After this number of chaotic points, the slopes come from wide finite differences.

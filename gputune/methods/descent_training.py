@@ -14,7 +14,9 @@ from typing import ClassVar, Literal, Protocol
 import numpy as np
 
 from gputune.engine.plan import Plan
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim, option
+from gputune.ground.text import count
+from gputune.ground.types import Config, Json
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
 from gputune.hypergradients.implicit import implicit_chunk
@@ -23,11 +25,8 @@ from gputune.population.population import by_numbers
 from gputune.solver.solve import score_solution
 from gputune.spaces.distributions import CheckedSpace, range_of
 from gputune.study.store import Candidate, Result
-from gputune.text import count
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.context import Context
-from gputune.types import Config, Json
-from gputune.wording import Verbatim, option
 
 SlopeMode = Literal["exact", "differences"]
 MODES: tuple[SlopeMode, ...] = "exact", "differences"

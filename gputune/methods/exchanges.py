@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gputune.seeding import stream_seed
+from gputune.ground.seeding import stream_seed
 from gputune.spaces.perturbation import Perturbation
 
 

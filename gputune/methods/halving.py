@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
-from gputune.errors import InputError, check_count
+from gputune.ground.errors import InputError, check_count, option
+from gputune.ground.types import Json
 from gputune.methods.stopping import MIN_EPOCHS, Curves, StoppingRule, first_epoch
 from gputune.tuning.rules import STOPPING, Rule
-from gputune.types import Json
-from gputune.wording import option
 
 if TYPE_CHECKING:
     import numpy as np

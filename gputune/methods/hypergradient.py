@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from gputune.errors import InputError, check_count
-from gputune.text import count
+from gputune.ground.errors import InputError, Verbatim, check_count
+from gputune.ground.text import count
+from gputune.ground.types import HYPERPARAMETERS, Config
 from gputune.tuning.method import Method
 from gputune.tuning.rules import HYPERGRADIENTS, Rule
-from gputune.types import HYPERPARAMETERS, Config
-from gputune.wording import Verbatim
 
 if TYPE_CHECKING:
     from torch import nn

@@ -17,6 +17,7 @@ import numpy as np
 
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
 from gputune.engine.plan import Plan
+from gputune.ground.types import Config, Json, first_metric
 from gputune.methods.exchanges import Exchange, ExchangeRule, exchanges, generator
 from gputune.methods.paused import PausedTraining, RunningTrial
 from gputune.population.kinds import ModelKind, hidden_layers, highest_dropout, is_module
@@ -30,7 +31,6 @@ from gputune.study.rows import LINEAGE
 from gputune.study.store import Candidate
 from gputune.study.values import from_json, to_json
 from gputune.tuning.context import Context
-from gputune.types import Config, Json, first_metric
 
 _OF_SHAPES = ("width", "depth", "activation", "optimizer", "numbers")
 """Hyperparameters on which the tensors of a trial depend, in addition to ``module__*``."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gputune.errors import check_count
+from gputune.ground.errors import check_count
 from gputune.methods.stopping import MIN_EPOCHS, Curves, StoppingRule, first_epoch
 from gputune.tuning.rules import STOPPING, Rule
 

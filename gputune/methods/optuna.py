@@ -9,13 +9,13 @@ from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gputune.errors import InputError, check_count, import_extra
+from gputune.ground.entry_points import import_extra
+from gputune.ground.errors import InputError, check_count, option
+from gputune.ground.text import clean, count
+from gputune.ground.types import Json
 from gputune.methods.halving import Halving
 from gputune.methods.stopping import pruning_text
-from gputune.text import clean, count
 from gputune.tuning.method import Method, method_class
-from gputune.types import Json
-from gputune.wording import option
 
 if TYPE_CHECKING:
     import optuna

@@ -23,13 +23,13 @@ from gputune.engine.checkpoint import Checkpoint, Checkpointing, StateCache, pau
 from gputune.engine.job import RungJob, RungOutcome
 from gputune.engine.plan import Plan
 from gputune.engine.train import BegunChunk
+from gputune.ground.types import KEPT_BYTES, Config, Json, Outputs, drop_beyond_limit, first_metric
 from gputune.hypergradients.first_step import free_bytes
 from gputune.population.population import Population
 from gputune.population.state import State
 from gputune.study.rows import ResultState
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context
-from gputune.types import KEPT_BYTES, Config, Json, Outputs, drop_beyond_limit, first_metric
 
 
 @dataclass(eq=False)

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from gputune.errors import InputError, check_count
+from gputune.ground.errors import InputError, check_count, option
 from gputune.tuning.method import Method
 from gputune.tuning.rules import POPULATION, Rule
-from gputune.wording import option
 
 if TYPE_CHECKING:
     from gputune.spaces.distributions import CheckedSpace

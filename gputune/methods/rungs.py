@@ -21,7 +21,8 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, option
+from gputune.ground.types import Config, first_metric
 from gputune.methods.paused import PausedTraining, RunningTrial
 from gputune.methods.sampling import (
     NOT_REPEATED,
@@ -34,8 +35,6 @@ from gputune.methods.sampling import (
 from gputune.study.store import Candidate
 from gputune.tuning.context import Context
 from gputune.tuning.good_enough import batch_of
-from gputune.types import Config, first_metric
-from gputune.wording import option
 
 
 class ComparingRule(Protocol):

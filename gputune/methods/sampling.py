@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gputune.errors import InputError, import_extra
+from gputune.ground.entry_points import import_extra
+from gputune.ground.errors import InputError, Verbatim, option
+from gputune.ground.types import Config, first_metric
 from gputune.spaces.config import ConfigCheck, check_config
 from gputune.spaces.distributions import (
     CheckedSpace,
@@ -26,8 +28,6 @@ from gputune.spaces.random import n_counted
 from gputune.study.store import Candidate, Result
 from gputune.tuning.good_enough import BATCH, batch_of
 from gputune.tuning.session import Session
-from gputune.types import Config, first_metric
-from gputune.wording import Verbatim, option
 
 if TYPE_CHECKING:
     import optuna

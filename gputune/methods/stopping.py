@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gputune.errors import InputError
-from gputune.text import count
+from gputune.ground.errors import InputError, option
+from gputune.ground.text import count
 from gputune.tuning.method import Method
 from gputune.tuning.rules import STOPPING, Rule
-from gputune.wording import option
 
 if TYPE_CHECKING:
     import numpy as np

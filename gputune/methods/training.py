@@ -16,17 +16,17 @@ from gputune.engine.checkpoint import Checkpoint, pause_after
 from gputune.engine.job import Job, Outcome, RungJob, RungOutcome, stalled_epochs
 from gputune.engine.plan import Plan
 from gputune.engine.train import BegunChunk
+from gputune.ground.device import on_threads
+from gputune.ground.types import Config, first_metric
 from gputune.hypergradients.first_step import free_bytes
 from gputune.methods.rungs import ComparingRule, train_in_rungs
 from gputune.population.kinds import is_module
 from gputune.population.population import Population, by_numbers
 from gputune.solver.solve import solve_chunk
 from gputune.study.store import Candidate, PlannedChunk, Result
-from gputune.threads import on_threads
 from gputune.tuning.context import Context, RecordedPlan
 from gputune.tuning.good_enough import batch_of
 from gputune.tuning.waiting import train_waiting
-from gputune.types import Config, first_metric
 
 # Share of the time left that the estimated training time exceeds. The estimate may be several times
 # too short, because other programs use the machine.

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gputune.argument_hints import advice_on_keys, with_argument_hints
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, advice_on_keys, with_argument_hints
+from gputune.ground.text import did_you_mean
+from gputune.ground.types import Config, Params
 from gputune.models import Dropout
 from gputune.modules.pretrained import (
     Adapted,
@@ -30,8 +31,6 @@ from gputune.modules.pretrained import (
     pretrained_of,
 )
 from gputune.population.traits import Traits
-from gputune.text import did_you_mean
-from gputune.types import Config, Params
 
 ADAPTER_DEFAULTS: Config = {"rank": 8, "alpha": 8.0, "rslora": False}
 """The keys of a space that only LoRA has, with PEFT's defaults.

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gputune.ground.seeding import keyed_draws, start_stream, stream_seed
+from gputune.ground.types import Params
 from gputune.modules.trace import (
     Args,
     DispatchMode,
@@ -31,8 +33,6 @@ from gputune.modules.trace import (
 )
 from gputune.native.library import fill_uniform
 from gputune.population.batches import Batch, Batches, StepDraws
-from gputune.seeding import keyed_draws, start_stream, stream_seed
-from gputune.types import Params
 
 
 class Stateless:

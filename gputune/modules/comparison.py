@@ -9,8 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gputune.errors import InputError
-from gputune.memory import CPU
+from gputune.ground.device import CPU
+from gputune.ground.errors import InputError
+from gputune.ground.seeding import keyed_draws
+from gputune.ground.types import Params, StepKey
 from gputune.modules.calls import state_of
 from gputune.modules.draw_watch import Trail
 from gputune.modules.failures import StackedError
@@ -19,8 +21,6 @@ from gputune.modules.module_trial import ModuleTrial, is_close
 from gputune.population.batches import Batch
 from gputune.population.outputs import in_mode
 from gputune.scoring.objective import Objective
-from gputune.seeding import keyed_draws
-from gputune.types import Params, StepKey
 
 DIFFERS = "for stacked members than for single members"
 """Part of the reason why members cannot be stacked if their results differ."""

@@ -17,18 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gputune.errors import InputError, InputWarning, warn
-from gputune.memory import CPU
+from gputune.ground.device import CPU
+from gputune.ground.errors import InputError, InputWarning, Verbatim, option, per_interface, warn
+from gputune.ground.seeding import keyed_draws
+from gputune.ground.text import did_you_mean
+from gputune.ground.types import Config, Params
 from gputune.models import Dropout
 from gputune.modules.calls import named_tensors
 from gputune.modules.pretrained import pretrained_of
 from gputune.modules.transformers_class import refuse_transformers_class
 from gputune.population.outputs import call_module, in_mode
 from gputune.population.population import InputKind, Shape
-from gputune.seeding import keyed_draws
-from gputune.text import did_you_mean
-from gputune.types import Config, Params
-from gputune.wording import Verbatim, option, per_interface
 
 Builder = Callable[..., nn.Module]
 """A class of modules, or a function or a ``functools.partial`` that returns a module."""

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gputune.memory import CPU
+from gputune.ground.device import CPU
+from gputune.ground.seeding import keyed_draws
 from gputune.modules.host_draws import drawing_code
 from gputune.modules.host_generators import changed_generator, generator_states
 from gputune.modules.substitutes import counting_on_device
 from gputune.modules.trace import Args, DispatchMode, Function, Kwargs, Operator
-from gputune.seeding import keyed_draws
 
 
 class DrawWatch:

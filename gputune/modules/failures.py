@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.errors import InputError
-from gputune.memory import CPU, is_out_of_memory
+from gputune.ground.device import CPU, is_out_of_memory
+from gputune.ground.errors import InputError, option
+from gputune.ground.seeding import keyed_draws
+from gputune.ground.text import count
 from gputune.modules.construction import call_text, name_of
 from gputune.modules.network import ModuleNetwork
 from gputune.population.population import Network, module_arguments
-from gputune.seeding import keyed_draws
-from gputune.text import count
-from gputune.wording import option
 
 
 class StackedError(InputError):

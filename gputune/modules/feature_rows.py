@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset, stage_rows
-from gputune.errors import InputError
-from gputune.main_memory import free_memory
-from gputune.memory import free_of_gpu
+from gputune.ground.device import free_of_gpu
+from gputune.ground.errors import InputError
+from gputune.ground.memory import free_memory
+from gputune.ground.text import size_words
+from gputune.ground.types import Config
 from gputune.modules.calls import convert
 from gputune.modules.construction import Builder, build_module
 from gputune.modules.kept_features import INPUT, KEPT, NotKept, find_calls, kept_leaves, record
@@ -28,8 +30,6 @@ from gputune.modules.pretrained import Pretrained, pretrained_of
 from gputune.population.outputs import call_module
 from gputune.population.population import Shape, module_arguments
 from gputune.scoring.objective import Objective
-from gputune.text import size_words
-from gputune.types import Config
 
 _EXAMPLES = 6  # rows on which the layers are tried
 _SHARE = 0.25  # of the free memory that features may take

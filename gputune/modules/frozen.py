@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gputune.argument_hints import with_argument_hints
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim, with_argument_hints
+from gputune.ground.types import Config
 from gputune.modules.pretrained import (
     Adapted,
     Pretrained,
@@ -22,8 +22,6 @@ from gputune.modules.pretrained import (
 )
 from gputune.population.outputs import call_module, in_mode
 from gputune.population.population import InputKind
-from gputune.types import Config
-from gputune.wording import Verbatim
 
 Head = Callable[..., nn.Module]
 """A class of modules, or a function that returns a module."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.modules.calls import named_tensors, not_trained, put_numbers, state_of
 from gputune.modules.construction import start_from
 from gputune.modules.module_trial import ModuleTrial, is_close

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset, outermost_rows
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, option, per_interface
 from gputune.modules.module_trial import ModuleTrial
 from gputune.modules.pretrained import pretrained_of
 from gputune.modules.token_limits import too_long
 from gputune.modules.trace import clones
 from gputune.population.outputs import call_module, in_mode
-from gputune.wording import option, per_interface
 
 _UNSCALED = option("numbers", "none")
 _SCALED = " gputune scales the numeric columns of a table. " + per_interface(

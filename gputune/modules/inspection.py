@@ -13,7 +13,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from gputune.data.dataset import Dataset
-from gputune.errors import InputError
+from gputune.ground.device import is_small_pass, on_one_thread
+from gputune.ground.errors import InputError, option
+from gputune.ground.types import DECAY_FACTOR, LR_FACTOR, Config
 from gputune.modules.adapters import member_buffers
 from gputune.modules.calls import named_tensors, not_trained
 from gputune.modules.comparison import DIFFERS, backward, differences, minibatches
@@ -37,9 +39,6 @@ from gputune.modules.probabilities import are_probabilities, check_probabilities
 from gputune.population.population import arguments_text, module_arguments
 from gputune.population.traits import FastestWay, Traits
 from gputune.scoring.objective import Objective
-from gputune.threads import is_small_pass, on_one_thread
-from gputune.types import DECAY_FACTOR, LR_FACTOR, Config
-from gputune.wording import option
 
 _TRIED_STEPS = 8  # steps that show whether a module that draws uses all parameters in every step
 

@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gputune.ground.seeding import keyed_draws, start_stream
+from gputune.ground.types import DECAY_FACTOR, LR_FACTOR, Config, Params
+from gputune.ground.within_epoch import report_steps
 from gputune.modules.calls import named_tensors, not_trained, put_numbers, state_of
 from gputune.modules.construction import hidden_sides, name_of
 from gputune.modules.failures import uneven_use
@@ -32,9 +35,6 @@ from gputune.population.outputs import in_mode
 from gputune.population.population import beyond_adam
 from gputune.population.state import State, selected_configs
 from gputune.scoring.validation import Validation
-from gputune.seeding import keyed_draws, start_stream
-from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
-from gputune.within_epoch import report_steps
 
 _AHEAD_NUMBERS = 1 << 22  # of the rows of several minibatches, which are gathered at once
 

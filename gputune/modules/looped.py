@@ -13,7 +13,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, option
+from gputune.ground.seeding import keyed_draws
+from gputune.ground.types import EvaluationKey, Params
 from gputune.modules.calls import put_numbers
 from gputune.modules.construction import name_of
 from gputune.modules.network import ModuleNetwork
@@ -21,9 +23,6 @@ from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.classes import loop_reason
 from gputune.population.batches import Batches
 from gputune.population.outputs import in_mode
-from gputune.seeding import keyed_draws
-from gputune.types import EvaluationKey, Params
-from gputune.wording import option
 
 
 class LoopedModule(ModuleNetwork):

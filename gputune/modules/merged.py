@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, option
+from gputune.ground.types import Params
 from gputune.modules.adapters import member_buffers
 from gputune.modules.construction import name_of
 from gputune.modules.failures import StackedError
@@ -31,8 +32,6 @@ from gputune.modules.rounded import Rounded
 from gputune.modules.substitutes import Substitutes
 from gputune.population.outputs import in_mode
 from gputune.population.traits import Traits
-from gputune.types import Params
-from gputune.wording import option
 
 Pattern = tuple[bool, ...]
 """Whether each tensor that a layer receives has the rows of the members as its first axis."""

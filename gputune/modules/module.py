@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
+from gputune.ground.seeding import keyed_draws
+from gputune.ground.types import EvaluationKey, Params, StepKey
 from gputune.models import Dropout
 from gputune.modules.calls import ModuleDraws, Stateless, draws_of, replay_draws
 from gputune.modules.construction import hidden_sides, name_of
@@ -31,8 +33,6 @@ from gputune.modules.write_watch import Writes
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches, StepDraws, for_members
 from gputune.population.outputs import in_mode, with_columns
-from gputune.seeding import keyed_draws
-from gputune.types import EvaluationKey, Params, StepKey
 
 _REFUSED_WRITE = "written-to tensor"
 """Part of PyTorch's error for a write into rows that several members share."""

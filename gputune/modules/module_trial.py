@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.errors import InputError
-from gputune.memory import CPU
+from gputune.ground.device import CPU
+from gputune.ground.errors import InputError, Verbatim, option, per_interface
+from gputune.ground.seeding import keyed_draws
+from gputune.ground.types import Config
 from gputune.modules.broadcasts import BroadcastWatch, Shapes, in_one_shape
 from gputune.modules.calls import convert
 from gputune.modules.construction import (
@@ -40,9 +42,6 @@ from gputune.population.population import Shape, module_arguments
 from gputune.scoring.losses import refuse_one_number
 from gputune.scoring.objective import Objective, make_objective, qualified_name
 from gputune.scoring.pairs import pairs_all_rows
-from gputune.seeding import keyed_draws
-from gputune.types import Config
-from gputune.wording import Verbatim, option, per_interface
 
 # Number of rows that are tried. It is prime, so a wrong view of their columns cannot divide it.
 _EXAMPLES = 31

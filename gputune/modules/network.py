@@ -10,7 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from gputune.memory import CPU
+from gputune.ground.device import CPU
+from gputune.ground.types import Config, Params
 from gputune.modules.adapters import adapters_of, start_member
 from gputune.modules.calls import Stateless, convert, named_tensors, put_numbers, state_of
 from gputune.modules.construction import Builder, build_module, dropout_rates, layers_of, start_from
@@ -19,7 +20,6 @@ from gputune.population.outputs import in_mode
 from gputune.population.population import Shape, arguments_of, arguments_text, module_arguments
 from gputune.population.traits import Traits
 from gputune.scoring.objective import Objective
-from gputune.types import Config, Params
 
 
 class ModuleNetwork:

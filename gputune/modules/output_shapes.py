@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from gputune.data.table import quoted
-from gputune.errors import InputError
-from gputune.wording import option
+from gputune.ground.errors import InputError, option
 
 
 def check_fields(name: str, outputs: object) -> None:

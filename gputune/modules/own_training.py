@@ -10,11 +10,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from gputune.entry_points import integration, integrations
-from gputune.errors import InputError
+from gputune.ground.entry_points import integration, integrations
+from gputune.ground.errors import InputError, Verbatim, option
+from gputune.ground.types import Config
 from gputune.modules.construction import Builder
-from gputune.types import Config
-from gputune.wording import Verbatim, option
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gputune.errors import InputError
-from gputune.memory import is_out_of_memory
+from gputune.ground.device import is_out_of_memory
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.types import Config
 from gputune.models import Dropout
 from gputune.modules.kept_features import INPUT, KEPT, FeatureStore
 from gputune.population.population import InputKind
 from gputune.population.traits import Traits
-from gputune.types import Config
-from gputune.wording import Verbatim
 
 
 class Adapted(nn.Module):

@@ -4,11 +4,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from gputune.errors import InputError, InputWarning, warn
+from gputune.ground.errors import InputError, InputWarning, option, warn
 from gputune.modules.trace import Args, Function, Kwargs
 from gputune.scoring.losses import is_cross_entropy, is_divergence, takes_log_probabilities
 from gputune.scoring.objective import Objective
-from gputune.wording import option
 
 
 def check_probabilities(name: str, objective: Objective, outputs: Tensor) -> None:

@@ -17,12 +17,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gputune.errors import warn
-from gputune.fallback import words_unless_strict
-from gputune.memory import CAPTURING, is_out_of_memory
+from gputune.ground.device import CAPTURING, is_out_of_memory
+from gputune.ground.errors import warn, words_unless_strict
+from gputune.ground.types import Say
 from gputune.modules.program import compile_trace
 from gputune.modules.trace import TakeStep, TraceError, clones, trace
-from gputune.types import Say
 
 
 class RecordingError(TraceError):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 
 
 def too_long(module: nn.Module, inputs: Sequence[Tensor], name: str) -> InputError | None:

@@ -1,6 +1,6 @@
 """The error for a class of transformers that is passed in place of a function that makes a model."""
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 
 
 def refuse_transformers_class(kind: object) -> None:

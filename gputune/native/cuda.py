@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.cuda import _utils
 
-from gputune.errors import warn
+from gputune.ground.errors import warn
+from gputune.ground.types import Say
 from gputune.native.library import FOLDER, kept_binary
-from gputune.types import Say
 
 _MOST_BLOCKS = 1 << 16
 

@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from filelock import lock_descriptor
 
-from gputune.errors import warn
-from gputune.scratch import cache_folder, is_users, open_to_others, scratch_folder
+from gputune.ground.errors import warn
+from gputune.ground.files import cache_folder, is_users, open_to_others, scratch_folder
 
 FOLDER = Path(__file__).parent
 LEVELS = (4, 3, 1)

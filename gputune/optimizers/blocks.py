@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gputune.types import Params
+from gputune.ground.types import Params
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim, option, per_interface
+from gputune.ground.text import did_you_mean, nearest
+from gputune.ground.types import (
+    DEFAULT_LR,
+    OPTIMIZERS,
+    Config,
+    default_momentum,
+    default_weight_decay,
+)
 from gputune.optimizers.rules import BETA1, n_moments, schedule_factor
-from gputune.text import did_you_mean, nearest
-from gputune.types import DEFAULT_LR, OPTIMIZERS, Config, default_momentum, default_weight_decay
-from gputune.wording import Verbatim, option, per_interface
 
 OPTIMIZER_PREFIX = "optimizer__"
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gputune.ground.types import DEFAULTS, Config
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.classes import NORM_EPS
 from gputune.optimizers.rules import SCHEDULES, Schedule, n_moments, schedule_free_average
-from gputune.types import DEFAULTS, Config
 
 
 def number_of(config: Config, key: str) -> float:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune import types
-from gputune.types import Params
+from gputune.ground import types
+from gputune.ground.types import Params
 
 Moments = dict[str, Params]
 

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from gputune.ground.types import DECAY_FACTOR, LR_FACTOR, ONLINE, Config
 from gputune.native.cuda import Kernel, kernels, launch
 from gputune.optimizers.blocks import Blocks, with_axes_of
 from gputune.optimizers.classes import NORM_EPS
@@ -27,7 +28,6 @@ from gputune.optimizers.rules import (
     Rates,
     Schedule,
 )
-from gputune.types import DECAY_FACTOR, LR_FACTOR, ONLINE, Config
 
 Amount: TypeAlias = float | Tensor
 """A hyperparameter value for all members, or one value for each member, (F, C)."""

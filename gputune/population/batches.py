@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset, stage_rows
+from gputune.ground.seeding import replica_seed, stream
+from gputune.ground.types import StepKey
 from gputune.native.cuda import Kernel, kernels, launch
-from gputune.seeding import replica_seed, stream
-from gputune.types import StepKey
 
 SOURCE = Path(__file__).with_name("minibatch.cu")
 

@@ -3,8 +3,8 @@
 from bisect import bisect_left
 from typing import Literal
 
+from gputune.ground.types import Config
 from gputune.models.layers import per_layer
-from gputune.types import Config
 
 ModelKind = Literal["mlp", "linear", "module"]
 

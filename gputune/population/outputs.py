@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gputune.errors import InputError
-from gputune.types import Task
+from gputune.ground.errors import InputError
+from gputune.ground.types import Task
 
 
 def call_module(

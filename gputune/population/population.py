@@ -24,8 +24,22 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.errors import InputError
-from gputune.memory import CPU
+from gputune.ground.device import CPU
+from gputune.ground.errors import InputError
+from gputune.ground.seeding import replica_seed
+from gputune.ground.types import (
+    DECAY_FACTOR,
+    DEFAULTS,
+    LR_FACTOR,
+    ONLINE,
+    Config,
+    EvaluationKey,
+    Params,
+    Precision,
+    StepKey,
+    Task,
+    fixed_depth,
+)
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.classes import class_of, keys_with, optimizer_arguments, optimizer_defaults
 from gputune.population.batches import Batch, Batches, StepDraws
@@ -40,20 +54,6 @@ from gputune.population.kinds import (
 )
 from gputune.population.outputs import first_output, mean_outputs, only_present
 from gputune.population.traits import Traits
-from gputune.seeding import replica_seed
-from gputune.types import (
-    DECAY_FACTOR,
-    DEFAULTS,
-    LR_FACTOR,
-    ONLINE,
-    Config,
-    EvaluationKey,
-    Params,
-    Precision,
-    StepKey,
-    Task,
-    fixed_depth,
-)
 
 _OWN_GROUP = 4  # trials of one batch size that make a separate group, with shared rows
 

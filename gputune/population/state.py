@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gputune.ground.types import Config
 from gputune.population.kinds import hidden_layers
 from gputune.population.population import Network, shape_of_tensors
-from gputune.types import Config
 
 RATES = frozenset(("lr", "weight_decay"))
 """Hyperparameters that change neither a tensor shape nor a network. Population based training

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
-from gputune.annotations import FloatArray
+from gputune.ground.annotations import FloatArray
+from gputune.ground.text import count
 from gputune.report.digits import page_curves, page_front, page_scores
 from gputune.report.svg import (
     Chart,
@@ -20,7 +21,6 @@ from gputune.report.svg import (
     text,
 )
 from gputune.study.study import Study
-from gputune.text import count
 from gputune.views.parameters import (
     DescentPath,
     Parameter,

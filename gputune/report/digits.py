@@ -8,8 +8,8 @@ running the code repeats the scores.
 import math
 from dataclasses import replace
 
+from gputune.ground.text import Measure
 from gputune.study.study import Study
-from gputune.text import Measure
 from gputune.views.scores import (
     LearningCurves,
     ParetoFront,

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from gputune.errors import TOO_BIG, InputError
+from gputune.ground.errors import TOO_BIG, InputError
+from gputune.ground.files import no_folder
+from gputune.ground.text import Measure, clean, count, short, with_short_numbers
+from gputune.ground.types import Json
 from gputune.report.digits import page_scores
-from gputune.scratch import no_folder
 from gputune.study.record import has_form
 from gputune.study.rows import TrialState
 from gputune.study.store import States
 from gputune.study.study import Study, Trial, best_trial
-from gputune.text import Measure, clean, count, short, with_short_numbers
-from gputune.types import Json
 from gputune.views.default_trial import (
     NO_IMPROVEMENT,
     default_trial,

@@ -5,7 +5,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from markupsafe import Markup
 
-from gputune.annotations import FloatArray
+from gputune.ground.annotations import FloatArray
+from gputune.ground.text import clean
 from gputune.report.charts import FEW
 from gputune.report.digits import page_scores
 from gputune.report.svg import (
@@ -21,7 +22,6 @@ from gputune.report.svg import (
 )
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study
-from gputune.text import clean
 from gputune.views.parameters import Axis, Importance, parallel_axes
 from gputune.views.scores import limited, linear_scale, order_by_score
 

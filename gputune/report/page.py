@@ -20,7 +20,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from gputune.errors import InputError
+from gputune.ground.errors import PYTHON, InputError, Verbatim
+from gputune.ground.text import Measure, clean, short, with_short_numbers
+from gputune.ground.types import Config, Json
 from gputune.report.charts import (
     curves_chart,
     folds_note,
@@ -52,12 +54,9 @@ from gputune.spaces.distributions import is_real
 from gputune.spaces.edges import edge_remarks
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study, Trial, best_trial
-from gputune.text import Measure, clean, short, with_short_numbers
-from gputune.types import Config, Json
 from gputune.version import __version__
 from gputune.views.parameters import importance
 from gputune.views.scores import Scores, epochs_by, limited, order_by_score, pareto_trials
-from gputune.wording import PYTHON, Verbatim
 
 MOST_ROWS = 10_000
 BUDGET = 1_100_000

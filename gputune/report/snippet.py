@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from gputune.ground.text import clean
+from gputune.ground.types import LARGE_TABLE, Json
 from gputune.study.record import RECORD_FIELDS, SearchRecord
 from gputune.study.study import Study, Trial, best_trial
 from gputune.study.values import to_json
-from gputune.text import clean
-from gputune.types import LARGE_TABLE, Json
 from gputune.views.scores import epochs_by
 
 _LONGEST = 70

@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import ArrayLike
 
-from gputune.annotations import FloatArray
+from gputune.ground.annotations import FloatArray
 from gputune.views.scores import Scale
 
 GOLDEN = 0.6180339887498949  # steps of the golden ratio, modulo 1, spread points evenly

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
+from gputune.ground.types import Task
 from gputune.scoring import scores
 from gputune.scoring.scoring import Scoring, outputs_of
-from gputune.types import Task
 
 MOST_FREQUENT = "the most frequent class of the training rows"
 _SHARES = "the share of each class in the training rows"

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.annotations import FloatArray
-from gputune.types import Outputs
+from gputune.ground.annotations import FloatArray
+from gputune.ground.types import Outputs
 
 
 class BestOutputs:

@@ -17,8 +17,8 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from torch import Tensor
 
-from gputune.errors import InputError
-from gputune.types import Task
+from gputune.ground.errors import InputError
+from gputune.ground.types import Task
 
 
 def fitted(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gputune.seeding import keyed_draws
+from gputune.ground.seeding import keyed_draws
 
 
 def drawing_rows(widest: int) -> int:

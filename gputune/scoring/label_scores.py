@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gputune.types import Task
+from gputune.ground.types import Task
 
 Score = Callable[[Tensor, Tensor], Tensor]
 

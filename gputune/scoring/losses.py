@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim, option, per_interface
+from gputune.ground.types import Task
 from gputune.scoring.scores import neg_cross_entropy
 from gputune.scoring.torch_losses import (
     OF_CLASSES,
@@ -37,8 +38,6 @@ from gputune.scoring.torch_losses import (
     refuse_other_arguments,
     refuse_other_targets,
 )
-from gputune.types import Task
-from gputune.wording import Verbatim, option, per_interface
 
 # With fewer classes than a vector register holds, torch's softmax on a CPU computes one number at a
 # time and is 7x slower.

@@ -15,15 +15,14 @@ import numpy as np
 
 from gputune.data.dataset import Dataset
 from gputune.data.kinds import text_of
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim, option, per_interface
+from gputune.ground.text import count, did_you_mean, nearest
+from gputune.ground.types import Task
 from gputune.scoring import scores
 from gputune.scoring.label_scores import LABEL_SCORES
 from gputune.scoring.losses import is_absolute
 from gputune.scoring.objective import Objective, qualified_name
 from gputune.scoring.scoring import Scorer, Scoring
-from gputune.text import count, did_you_mean, nearest
-from gputune.types import Task
-from gputune.wording import Verbatim, option, per_interface
 
 OneScoring = str | Scorer
 Scorings = OneScoring | list[OneScoring] | tuple[OneScoring, ...] | Mapping[str, OneScoring]

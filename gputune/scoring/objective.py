@@ -17,7 +17,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim, option, per_interface
+from gputune.ground.seeding import stream_seed
+from gputune.ground.text import did_you_mean
+from gputune.ground.types import Config, StepKey, Task
 from gputune.population.outputs import call_module, first_output
 from gputune.scoring.losses import (
     LOSS_OF_TASK,
@@ -29,10 +32,6 @@ from gputune.scoring.losses import (
     parse_loss,
     refuse_parameters,
 )
-from gputune.seeding import stream_seed
-from gputune.text import did_you_mean
-from gputune.types import Config, StepKey, Task
-from gputune.wording import Verbatim, option, per_interface
 
 LOSS_PREFIX = "loss__"
 

@@ -2,12 +2,11 @@
 rates."""
 
 from gputune.data.target import Target
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, option
 from gputune.scoring.losses import only_classifies
 from gputune.scoring.metrics import OneScoring, Scorings, default_scoring, scorers_of
 from gputune.scoring.objective import Objective, loss_arguments
 from gputune.scoring.torch_losses import name_of_loss, other_units, remedy_for_units
-from gputune.wording import option
 
 
 def _scorers(scoring: Scorings | None) -> list[OneScoring | None]:

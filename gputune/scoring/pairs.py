@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gputune.seeding import keyed_draws
+from gputune.ground.seeding import keyed_draws
 
 _ORDERS = 12  # of the target, for which a score must be equal to count as one of all pairs of rows
 

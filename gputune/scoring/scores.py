@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim, option
 from gputune.scoring.label_scores import Score as Score
 from gputune.scoring.label_scores import averaged
-from gputune.wording import Verbatim, option
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
+from gputune.ground.seeding import keyed_draws
+from gputune.ground.types import Task
 from gputune.population.outputs import (
     call_module,
     class_logits,
@@ -28,8 +30,6 @@ from gputune.population.outputs import (
 from gputune.scoring import scores
 from gputune.scoring.label_scores import average_precision
 from gputune.scoring.pairs import pairs_all_rows
-from gputune.seeding import keyed_draws
-from gputune.types import Task
 
 Scorer = Callable[..., SupportsFloat]
 """A scorer: a function of (estimator, X, y) that returns a number. Greater numbers are better."""

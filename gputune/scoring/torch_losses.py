@@ -12,9 +12,8 @@ from inspect import Parameter, signature
 from torch import nn
 from torch.nn import functional
 
-from gputune.errors import InputError
-from gputune.types import Task
-from gputune.wording import Verbatim, option, per_interface
+from gputune.ground.errors import InputError, Verbatim, option, per_interface
+from gputune.ground.types import Task
 
 _CLASSES = {name.lower(): kind for name, kind in vars(nn).items() if name.endswith("Loss")}
 _KINDS: dict[Callable[..., object], type[nn.Module]] = {

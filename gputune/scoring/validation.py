@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.memory import free_of_gpu
+from gputune.ground.device import SMALL_LOSS, free_of_gpu, on_one_thread
+from gputune.ground.types import EvaluationKey, Params, Task
 from gputune.population.outputs import is_one_logit, mean_outputs
 from gputune.population.population import Ensemble, Network
 from gputune.scoring.evaluation_draws import drawing_rows
 from gputune.scoring.scoring import Scoring, TrialModel
-from gputune.threads import SMALL_LOSS, on_one_thread
-from gputune.types import EvaluationKey, Params, Task
 
 # Limits of one layer's validation outputs. On a CPU a block stays in the cache of a core. On a GPU
 # a small block would cost launches and do little work. At most 1/32 of the free memory is used,

@@ -31,12 +31,11 @@ from torch import Tensor
 from gputune.data.arrays import Arrays, as_arrays
 from gputune.data.ragged import refuse_ragged
 from gputune.data.target import check_target
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.text import did_you_mean
+from gputune.ground.types import Task
 from gputune.sklearn.dataset import CheckedRows, FoldGroup, as_dense, as_tensor
 from gputune.sklearn.recipe import DrawSeed, FitOptions, FoldTrial, MemberSlope
-from gputune.text import did_you_mean
-from gputune.types import Task
-from gputune.wording import Verbatim
 
 
 def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., None]:

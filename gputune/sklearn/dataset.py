@@ -20,16 +20,15 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from torch import Tensor
 
-from gputune.annotations import FloatArray, IntArray
 from gputune.data.arrays import ArrayLayout, Arrays, fit_channels
 from gputune.data.dataset import Dataset
 from gputune.data.dataset import make_dataset as data_of
 from gputune.data.target import Target
 from gputune.data.weights import Weights
-from gputune.errors import InputError
-from gputune.main_memory import free_memory
-from gputune.types import Task
-from gputune.wording import Verbatim
+from gputune.ground.annotations import FloatArray, IntArray
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.memory import free_memory
+from gputune.ground.types import Task
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,9 +23,10 @@ from sklearn.metrics import log_loss
 from sklearn.utils import indexable
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from gputune.annotations import FloatArray
 from gputune.engine.stop import entry
-from gputune.errors import DivergedError, InputError
+from gputune.ground.annotations import FloatArray
+from gputune.ground.errors import DivergedError, InputError, Verbatim
+from gputune.ground.types import Config
 from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
 from gputune.methods.descent import Slope, StartingPoint, slope_at
 from gputune.methods.descent_training import SlopeMode, run_descent
@@ -38,8 +39,6 @@ from gputune.sklearn.record import Event, FitRecorder, RecordedFit, Splits, fits
 from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, workers
 from gputune.sklearn.search import CONSTRAINTS, EXTRAS, FusedSearch
 from gputune.spaces.distributions import range_of
-from gputune.types import Config
-from gputune.wording import Verbatim
 
 
 class TrialSlopes(NamedTuple):

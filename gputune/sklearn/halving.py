@@ -11,13 +11,13 @@ from typing import ClassVar
 
 from sklearn.model_selection import _search_successive_halving as successive_halving
 
+from gputune.ground.types import Config
 from gputune.sklearn.base import constructor, last_step
 from gputune.sklearn.networks import TrainedEstimator
 from gputune.sklearn.recipe import FitOptions, FoldStates, TrainedMember
 from gputune.sklearn.record import RecordedFit
 from gputune.sklearn.replay import Candidates, SearchRun
 from gputune.sklearn.search import FusedSearch
-from gputune.types import Config
 
 
 @dataclass(eq=False)

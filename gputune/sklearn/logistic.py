@@ -22,9 +22,9 @@ from sklearn.linear_model import LogisticRegression as Theirs
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.class_weight import compute_class_weight
 
-from gputune.annotations import FloatArray, IntArray
 from gputune.engine.choice import device_for_solver
-from gputune.errors import InputError, warn
+from gputune.ground.annotations import FloatArray, IntArray
+from gputune.ground.errors import InputError, warn
 from gputune.hypergradients.implicit import implicit_gradients
 from gputune.sklearn.base import FusedEstimator, constructor
 from gputune.sklearn.dataset import CheckedRows, FoldGroup, as_tensor

@@ -14,7 +14,8 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import validate_data
 from torch import nn
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
+from gputune.ground.types import ACTIVATIONS, SCHEDULES
 from gputune.models import MLP
 from gputune.models.mlp import ACTIVATIONS as MLP_ACTIVATIONS
 from gputune.population.population import complete
@@ -31,7 +32,6 @@ from gputune.sklearn.recipe import (
     draw_seed,
 )
 from gputune.spaces.config import check_value
-from gputune.types import ACTIVATIONS, SCHEDULES
 
 # Solver -> the optimizer with Nesterov's momentum, and the one without it. scikit-learn's "sgd"
 # uses Nesterov's momentum by default.

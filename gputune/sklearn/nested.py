@@ -6,13 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.model_selection import cross_validate
 
-from gputune.annotations import FloatArray
-from gputune.errors import InputError
+from gputune.ground.annotations import FloatArray
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.text import count, measure_of
+from gputune.ground.types import Config
 from gputune.sklearn.dataset import as_sliced
 from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV
-from gputune.text import count, measure_of
-from gputune.types import Config
-from gputune.wording import Verbatim
 
 AnySearch = RandomizedSearchCV | GridSearchCV
 

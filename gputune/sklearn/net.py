@@ -14,8 +14,9 @@ from sklearn.utils import Tags
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from gputune.annotations import FloatArray
-from gputune.errors import InputError, InputWarning, check_count, warn
+from gputune.ground.annotations import FloatArray
+from gputune.ground.errors import InputError, InputWarning, check_count, warn
+from gputune.ground.types import Config
 from gputune.modules.own_training import step_of_class
 from gputune.optimizers.classes import (
     OPTIMIZER_PREFIX,
@@ -36,7 +37,6 @@ from gputune.sklearn.networks import (
 )
 from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Recipe, TrainedMember, draw_seed
 from gputune.spaces.config import check_value
-from gputune.types import Config
 
 _PREFIXES = ("module__", "criterion__", OPTIMIZER_PREFIX)
 """Prefixes of the parameters that are arguments of the module, the loss and the optimizer."""

@@ -24,7 +24,11 @@ from gputune.engine.job import Failure, Job
 from gputune.engine.plan import Plan
 from gputune.engine.stop import Stop, entry
 from gputune.engine.train import BegunChunk
-from gputune.errors import InputError
+from gputune.ground.device import is_small_pass, on_one_thread
+from gputune.ground.errors import InputError, Interface, Reference, Verbatim, option
+from gputune.ground.seeding import prediction_draws
+from gputune.ground.text import nearest
+from gputune.ground.types import Config
 from gputune.hypergradients.chunk import HypergradientJob
 from gputune.methods.descent_training import SlopeMode
 from gputune.modules.construction import Builder, name_of, parameters_of, what_to_pass
@@ -36,7 +40,6 @@ from gputune.population.outputs import call_module, first_output
 from gputune.population.population import Population
 from gputune.population.state import State
 from gputune.scoring.objective import Objective
-from gputune.seeding import prediction_draws
 from gputune.sklearn.base import FLOATS, FusedEstimator
 from gputune.sklearn.dataset import CheckedRows, FoldGroup, as_dense, as_tensor, make_dataset
 from gputune.sklearn.recipe import (
@@ -50,11 +53,7 @@ from gputune.sklearn.recipe import (
     likelihood_loss,
 )
 from gputune.study.code import is_builder
-from gputune.text import nearest
-from gputune.threads import is_small_pass, on_one_thread
 from gputune.tuning.trainer import Trainer
-from gputune.types import Config
-from gputune.wording import Interface, Reference, Verbatim, option
 
 Members = dict[FoldTrial, TrainedMember | Exception]
 """The result of each (fold, trial): a trained member or an error.

@@ -22,12 +22,13 @@ from sklearn.utils import check_random_state
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gputune.annotations import FloatArray, IntArray
 from gputune.data.dataset import Dataset
 from gputune.data.scaling import Scaling
 from gputune.engine.job import Job, Outcome, ProgressCallback, train_chunk
 from gputune.engine.train import Trained
-from gputune.errors import DivergedError
+from gputune.ground.annotations import FloatArray, IntArray
+from gputune.ground.errors import DivergedError
+from gputune.ground.types import Config, Task
 from gputune.modules.construction import Builder
 from gputune.population.kinds import ModelKind, is_module
 from gputune.population.population import Population
@@ -35,7 +36,6 @@ from gputune.population.state import Selection, State
 from gputune.scoring import scoring
 from gputune.scoring.losses import row_losses
 from gputune.scoring.objective import Objective, make_objective
-from gputune.types import Config, Task
 
 FoldTrial = tuple[int, int]  # (fold, trial): which member of a search
 FoldStates = Mapping[int, State]  # the state (1, 1, N) of one trial in each fold

@@ -15,8 +15,8 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, _num_samples
 
-from gputune.annotations import IntArray
 from gputune.data.arrays import ArrayLayout, Arrays
+from gputune.ground.annotations import IntArray
 from gputune.sklearn.base import FusedEstimator, check_rows, hooked, last_step
 from gputune.sklearn.dataset import CheckedRows, FoldGroup, FoldRows, lay_out
 from gputune.sklearn.recipe import content

@@ -21,7 +21,8 @@ from sklearn.model_selection import check_cv
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_memory
 
-from gputune.errors import warn
+from gputune.ground.errors import warn
+from gputune.ground.types import Config
 from gputune.sklearn.base import FusedEstimator, fit_hook, fit_together, hooked, last_step
 from gputune.sklearn.recipe import FitOptions
 from gputune.sklearn.record import (
@@ -33,7 +34,6 @@ from gputune.sklearn.record import (
     fits_of,
     layouts,
 )
-from gputune.types import Config
 
 Candidates = Sequence[Config]
 

@@ -21,8 +21,9 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import Bunch
 from sklearn.utils._param_validation import Interval
 
-from gputune.annotations import StrPath
-from gputune.errors import InputError, warn
+from gputune.ground.annotations import StrPath
+from gputune.ground.errors import InputError, warn
+from gputune.ground.types import Config
 from gputune.sklearn.base import FusedEstimator, constructor, last_step
 from gputune.sklearn.dataset import as_sliced
 from gputune.sklearn.replay import HookedMemory, SearchRun, with_hook
@@ -31,7 +32,6 @@ from gputune.study.rows import ResultState
 from gputune.study.store import Candidate, Result, Store
 from gputune.study.values import to_json
 from gputune.tuning.record import versions
-from gputune.types import Config
 
 
 def reason_to_train_separately(estimator: BaseEstimator, space: object) -> str | None:

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from gputune.data.dataset import Dataset
 from gputune.engine.job import Outcome
-from gputune.errors import warn
+from gputune.ground.device import SMALL_PRODUCT, on_one_thread
+from gputune.ground.errors import warn
+from gputune.ground.types import Config, first_metric
 from gputune.models import LogisticRegression
 from gputune.scoring.best_outputs import BestOutputs
 from gputune.scoring.scoring import Scoring
 from gputune.solver.newton import StepFunction, descend, newton_step, proximal_newton_step
 from gputune.solver.objective import SolverRows, rows_of
-from gputune.threads import SMALL_PRODUCT, on_one_thread
-from gputune.types import Config, first_metric
 
 # Numbers in one (members, outputs, rows) tensor of a chunk. On a CPU it should fit into the cache,
 # on a GPU into memory.

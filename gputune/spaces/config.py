@@ -8,11 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gputune.errors import InputError
-from gputune.optimizers.classes import CLASSES, OPTIMIZER_PREFIX, has_weight_decay, optimizer_word
-from gputune.spaces.layers import check_layers
-from gputune.text import nearest
-from gputune.types import (
+from gputune.ground.errors import InputError, Verbatim, option
+from gputune.ground.text import nearest
+from gputune.ground.types import (
     ACTIVATIONS,
     DECAY_FACTOR,
     LR_FACTOR,
@@ -24,7 +22,8 @@ from gputune.types import (
     SCHEDULES,
     Config,
 )
-from gputune.wording import Verbatim, option
+from gputune.optimizers.classes import CLASSES, OPTIMIZER_PREFIX, has_weight_decay, optimizer_word
+from gputune.spaces.layers import check_layers
 
 
 class Range(NamedTuple):

@@ -18,10 +18,10 @@ import numpy as np
 from scipy import stats
 from sklearn.utils import check_random_state
 
-from gputune.errors import InputError, import_extra
+from gputune.ground.entry_points import import_extra
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.types import Config, Json
 from gputune.study.values import to_json
-from gputune.types import Config, Json
-from gputune.wording import Verbatim
 
 
 class Distribution(Protocol):

@@ -8,10 +8,10 @@ from typing import Literal, TypeGuard
 
 import numpy as np
 
+from gputune.ground.text import short
 from gputune.spaces.config import RANGES
 from gputune.spaces.distributions import is_real
 from gputune.study.study import Study
-from gputune.text import short
 
 _TRIED = 3  # with fewer values of a hyperparameter, the best value means little
 _NEAR = 0.05  # this share of a range, on its own scale, counts as its end

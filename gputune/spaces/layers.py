@@ -2,10 +2,9 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.types import PER_LAYER, Config, fixed_depth
 from gputune.spaces.distributions import Choices
-from gputune.types import PER_LAYER, Config, fixed_depth
-from gputune.wording import Verbatim
 
 
 def check_layers(config: Config, name: str) -> None:

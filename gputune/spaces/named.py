@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping
 
 from scipy import stats
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, per_interface
+from gputune.ground.text import did_you_mean
+from gputune.ground.types import Goal
 from gputune.spaces.distributions import CheckedSpace, Choices
 from gputune.spaces.space import default_space
-from gputune.text import did_you_mean
-from gputune.types import Goal
-from gputune.wording import per_interface
 
 
 def _realmlp(goal: Goal) -> CheckedSpace:

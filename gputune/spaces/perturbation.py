@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gputune.ground.types import DECAY_FACTOR, LR_FACTOR, ONLINE, Config
 from gputune.spaces.config import RANGES, check_value
 from gputune.spaces.distributions import (
     CheckedSpace,
@@ -21,7 +22,6 @@ from gputune.spaces.distributions import (
     is_fixed,
     is_real,
 )
-from gputune.types import DECAY_FACTOR, LR_FACTOR, ONLINE, Config
 
 MOVABLE = ("lr", "weight_decay", "momentum", "dropout", "loss__label_smoothing")
 """The hyperparameters that can change during training, in addition to the rate factors.

@@ -7,7 +7,7 @@ space.
 
 from collections.abc import Collection, Mapping, Sequence
 
-from gputune.types import Config, Goal
+from gputune.ground.types import Config, Goal
 
 _KEYS = "lr batch_size weight_decay width depth dropout activation schedule ema numbers".split()
 _MLPS = (

@@ -11,7 +11,9 @@ from itertools import repeat
 
 from sklearn.model_selection import ParameterSampler
 
-from gputune.errors import InputError, check_count
+from gputune.ground.errors import InputError, Verbatim, check_count, option
+from gputune.ground.text import count
+from gputune.ground.types import DECAY_FACTOR, LR_FACTOR, Config, fixed_depth
 from gputune.optimizers.classes import optimizer_defaults
 from gputune.spaces.config import KEYS, OPTIMIZERS_WITH, ConfigCheck, check_config
 from gputune.spaces.distributions import (
@@ -25,9 +27,6 @@ from gputune.spaces.distributions import (
 from gputune.spaces.space import check_include
 from gputune.study.store import Candidate
 from gputune.study.study import Trial
-from gputune.text import count
-from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, fixed_depth
-from gputune.wording import Verbatim, option
 
 NO_DEFAULT = "gputune runs no default configuration"
 """The beginning of the note of a search without a trial of the default configuration."""

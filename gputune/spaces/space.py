@@ -12,7 +12,16 @@ import numpy as np
 from scipy import stats
 from torch import nn
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.types import (
+    LR_FACTORS,
+    ONLINE,
+    PER_LAYER,
+    PLAIN_LR_FACTORS,
+    SEARCHED,
+    Config,
+    Goal,
+)
 from gputune.models import CNN, GRU, RealMLP
 from gputune.optimizers.classes import optimizer_defaults
 from gputune.spaces.config import (
@@ -36,8 +45,6 @@ from gputune.spaces.distributions import (
     is_distribution,
 )
 from gputune.spaces.layers import check_has_layers, check_layer_choices
-from gputune.types import LR_FACTORS, ONLINE, PER_LAYER, PLAIN_LR_FACTORS, SEARCHED, Config, Goal
-from gputune.wording import Verbatim
 
 
 def check_space(space: object, *, keys: Collection[str], module: bool) -> CheckedSpace:

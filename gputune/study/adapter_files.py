@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gputune.annotations import StrPath
 from gputune.data.arrays import ArrayStatistics
 from gputune.data.encode import Statistics
 from gputune.data.source import bytes_of
-from gputune.errors import InputError, InputWarning, warn
+from gputune.ground.annotations import StrPath
+from gputune.ground.errors import InputError, InputWarning, option, warn
+from gputune.ground.files import naming_folder, write_files
+from gputune.ground.types import Config, Json, Params
 from gputune.modules.adapters import (
     ADAPTER_DEFAULTS,
     LoraLinear,
@@ -26,9 +28,6 @@ from gputune.modules.adapters import (
     task_type,
 )
 from gputune.modules.pretrained import Adapted
-from gputune.scratch import naming_folder, write_files
-from gputune.types import Config, Json, Params
-from gputune.wording import option
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

@@ -28,14 +28,13 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, option
+from gputune.ground.types import Json
 from gputune.study.database import connect, sqlite_errors, transaction
 from gputune.study.file_system import ONE_BY_ONE, network_file_system
 from gputune.study.record import has_form
 from gputune.study.rows import PlannedChunk
 from gputune.study.values import MALFORMED
-from gputune.types import Json
-from gputune.wording import option
 
 SETUP = -1
 SEARCH = -2

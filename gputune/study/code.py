@@ -38,15 +38,14 @@ from weakref import WeakValueDictionary
 import numpy as np
 from torch import Tensor, nn
 
-from gputune.annotations import StrPath
 from gputune.data.source import bytes_of
-from gputune.errors import InputError, UntrustedCodeError
+from gputune.ground.annotations import StrPath
+from gputune.ground.errors import InputError, UntrustedCodeError, per_interface
+from gputune.ground.types import Json
 from gputune.modules.adapters import adapters_of
 from gputune.modules.construction import Builder, name_of
 from gputune.modules.frozen import frozen_of
 from gputune.study.values import sha256
-from gputune.types import Json
-from gputune.wording import per_interface
 
 _MAIN = "__main__"
 _FILE_MODULE = "gputune_file_"

@@ -15,9 +15,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from gputune.errors import InputError, StudyCorruptError, StudyVersionError, warn
-from gputune.input_files import check_file, check_room, nearest_entry
-from gputune.scratch import flush, no_folder, scratch_folder
+from gputune.ground.errors import InputError, StudyCorruptError, StudyVersionError, warn
+from gputune.ground.files import (
+    check_file,
+    check_room,
+    flush,
+    nearest_entry,
+    no_folder,
+    scratch_folder,
+)
 from gputune.study.rows import StoredRow
 from gputune.study.values import MALFORMED
 

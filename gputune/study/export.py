@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from gputune.annotations import StrPath
 from gputune.data.arrays import Arrays
 from gputune.data.columns import Layout
 from gputune.data.table import Table
-from gputune.entry_points import integration, integrations
-from gputune.errors import InputError
-from gputune.scratch import no_folder, scratch_folder
+from gputune.ground.annotations import StrPath
+from gputune.ground.entry_points import integration, integrations
+from gputune.ground.errors import InputError, option
+from gputune.ground.files import no_folder, scratch_folder
+from gputune.ground.types import Json
 from gputune.study.model_files import ModelContent
-from gputune.types import Json
 from gputune.version import __version__
-from gputune.wording import option
 
 METADATA = "gputune.json"
 """Key of the model's description in an exported file: in the metadata of an ONNX file, and among

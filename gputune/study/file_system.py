@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _NETWORK = re.compile(

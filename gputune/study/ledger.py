@@ -15,16 +15,15 @@ from types import MappingProxyType
 from typing import Any
 
 from gputune.data.source import table_size
-from gputune.errors import InputError
-from gputune.garbage import without_collector
-from gputune.scratch import sweep
+from gputune.ground.errors import InputError, option, per_interface
+from gputune.ground.files import sweep
+from gputune.ground.memory import without_collector
+from gputune.ground.text import count
+from gputune.ground.types import Json, Outputs, drop_beyond_limit
 from gputune.study.claims import Claims
 from gputune.study.database import DRAFTS, damage_error
 from gputune.study.record import DIRECTIONS, IDENTITY, Arguments, SearchRecord
 from gputune.study.store import Candidate, PlannedChunk, Result, Store
-from gputune.text import count
-from gputune.types import Json, Outputs, drop_beyond_limit
-from gputune.wording import option, per_interface
 
 _LOOK = 0.2
 """Seconds between two checks for results of another process."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from gputune.annotations import FloatArray, IntArray, StrPath
 from gputune.data.array_files import ARRAY_SUFFIXES, pick_inputs
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import Layout, checked_tensor
@@ -25,16 +24,16 @@ from gputune.data.table import Table, as_table, quoted
 from gputune.data.target import check_target, refuse_missing, target_array
 from gputune.data.torch_dataset import read_inputs
 from gputune.engine.stop import entry
-from gputune.errors import InputError, InputWarning, warn
+from gputune.ground.annotations import FloatArray, IntArray, StrPath
+from gputune.ground.errors import InputError, InputWarning, Verbatim, option, per_interface, warn
+from gputune.ground.seeding import prediction_draws
+from gputune.ground.text import card, count, measure_of, short
+from gputune.ground.types import Config, Task
 from gputune.modules.construction import Builder
 from gputune.population.outputs import call_module, first_output, two_logits
-from gputune.seeding import prediction_draws
 from gputune.study.adapter_files import AdapterFiles
 from gputune.study.export import encoded, export
 from gputune.study.model_files import ModelContent, read_fields, save_model
-from gputune.text import card, count, measure_of, short
-from gputune.types import Config, Task
-from gputune.wording import Verbatim, option, per_interface
 
 ROWS = 8192
 NUMBERS = 2**23

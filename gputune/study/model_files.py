@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gputune.annotations import FloatArray, StrPath
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.columns import Layout
 from gputune.data.encode import Statistics
 from gputune.data.target_transform import FittedTransform
-from gputune.errors import InputError, warn
-from gputune.input_files import check_model_folder, read_file
+from gputune.ground.annotations import FloatArray, StrPath
+from gputune.ground.errors import InputError, warn
+from gputune.ground.files import check_model_folder, naming_folder, read_file, write_files
+from gputune.ground.types import Config, Json, Task
 from gputune.models import MLP, LogisticRegression
 from gputune.modules.adapters import lora
 from gputune.modules.calls import convert
@@ -42,7 +43,6 @@ from gputune.modules.construction import (
 from gputune.modules.frozen import frozen
 from gputune.population.outputs import in_mode
 from gputune.population.population import Ensemble, InputKind
-from gputune.scratch import naming_folder, write_files
 from gputune.study.adapter_files import check_base, digest_of, frozen_tensors
 from gputune.study.code import (
     class_source,
@@ -54,7 +54,6 @@ from gputune.study.code import (
 )
 from gputune.study.trained_rows import RowSample
 from gputune.study.values import MALFORMED, from_json, sha256, to_json
-from gputune.types import Config, Json, Task
 
 DESCRIPTION = "model.json"
 TENSORS = "model.safetensors"

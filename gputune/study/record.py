@@ -19,10 +19,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from gputune.errors import StudyCorruptError
-from gputune.text import Measure, measure_of
-from gputune.types import Json
-from gputune.wording import option
+from gputune.ground.errors import StudyCorruptError, option
+from gputune.ground.text import Measure, measure_of
+from gputune.ground.types import Json
 
 OPTION_COUNT = ""
 """The key of the option that holds the count of the other options. With this count, a repair

@@ -9,8 +9,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from gputune.annotations import StrPath
-from gputune.errors import StudyCorruptError
+from gputune.ground.annotations import StrPath
+from gputune.ground.errors import StudyCorruptError
 from gputune.study.database import TABLES, check_study_file, companion, create_file
 from gputune.study.record import OPTION_COUNT
 from gputune.study.rows import (

@@ -20,13 +20,12 @@ from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from gputune.annotations import FloatArray, IntArray
-from gputune.errors import InputError
+from gputune.ground.annotations import FloatArray, IntArray
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.text import size_words
+from gputune.ground.types import Config, Json, Outputs, first_metric
 from gputune.study.record import OPTION_FORMS, has_form
 from gputune.study.values import from_json, to_json
-from gputune.text import size_words
-from gputune.types import Config, Json, Outputs, first_metric
-from gputune.wording import Verbatim
 
 EpochRule = Literal["best", "last"]
 ResultState = Literal["complete", "failed", "stopped", "pruned"]

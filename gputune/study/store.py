@@ -23,9 +23,10 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from gputune.annotations import StrPath
-from gputune.errors import InputError
-from gputune.garbage import without_collector
+from gputune.ground.annotations import StrPath
+from gputune.ground.errors import InputError
+from gputune.ground.memory import without_collector
+from gputune.ground.types import Json, Outputs, beyond_limit
 from gputune.study import database
 from gputune.study.database import damage_error, sqlite_errors, transaction
 from gputune.study.record import OPTION_COUNT, lost_option
@@ -47,7 +48,6 @@ from gputune.study.rows import (
     read_detail,
     read_rows,
 )
-from gputune.types import Json, Outputs, beyond_limit
 
 _ROWS = {
     "meta": "option {!r}",

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from gputune.annotations import FloatArray, StrPath
-from gputune.errors import TOO_BIG, InputError, SearchFailedError
-from gputune.garbage import without_collector
+from gputune.ground.annotations import FloatArray, StrPath
+from gputune.ground.errors import PYTHON, TOO_BIG, InputError, SearchFailedError, Verbatim, option
+from gputune.ground.memory import without_collector
+from gputune.ground.text import count, did_you_mean, of_class
+from gputune.ground.types import Config, Json
 from gputune.study.record import SearchRecord
 from gputune.study.rows import Lazy, TrialState, ranked, stack_curves
 from gputune.study.store import Candidate, Curve, Result, Store, has_checkpoints
-from gputune.text import count, did_you_mean, of_class
-from gputune.types import Config, Json
-from gputune.wording import PYTHON, Verbatim, option
 
 if TYPE_CHECKING:
     # Opening a study must not import torch, and pandas and polars are imported only for a table.

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from gputune.errors import InputError
-from gputune.types import Json
+from gputune.ground.errors import InputError
+from gputune.ground.types import Json
 
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """Errors that may occur when a value is read that is damaged or comes from a stranger."""

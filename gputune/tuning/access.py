@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 from gputune.data.source import Source, read_again
 from gputune.data.table import Table
 from gputune.data.target_transform import is_known
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, per_interface
 from gputune.modules.construction import Builder
 from gputune.study.record import RECORD_FIELDS, lost_option
 from gputune.study.study import Study
 from gputune.tuning.choices import ModelChoice, recorded_model
 from gputune.tuning.options import RowOptions
 from gputune.tuning.record import SearchCall, machine_options_here, read_rows, recorded_options
-from gputune.wording import per_interface
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gputune.engine.stop import Stop
-from gputune.errors import warn
+from gputune.ground.errors import warn
 from gputune.study.study import Study
 
 

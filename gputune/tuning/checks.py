@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gputune.engine.backends.table import backend_words, is_backend_word
-from gputune.errors import InputError, check_count
-from gputune.text import did_you_mean
-from gputune.wording import Verbatim, option, per_interface
+from gputune.ground.errors import InputError, Verbatim, check_count, option, per_interface
+from gputune.ground.text import did_you_mean
 
 if TYPE_CHECKING:
     from gputune.data.kinds import Kind
@@ -232,8 +231,8 @@ def memory(name: str, value: object) -> object:
 def workers(name: str, value: object) -> object:
     """Return the checked value of the option ``workers``: a number of processes, "auto" or a
     cluster."""
-    from gputune.entry_points import integrations
     from gputune.executors.cluster import Cluster, named_cluster
+    from gputune.ground.entry_points import integrations
 
     if value == "auto" or isinstance(value, Cluster):
         return value

@@ -8,7 +8,9 @@ from typing import Literal
 from torch import nn
 
 from gputune.data.target import Target
-from gputune.errors import InputError, warn
+from gputune.ground.errors import InputError, option, per_interface, warn
+from gputune.ground.text import did_you_mean
+from gputune.ground.types import OPTIMIZERS, Config, Goal, Json
 from gputune.models import CNN, GRU, RealMLP
 from gputune.modules.adapters import adapters_of
 from gputune.modules.construction import Builder, name_of, what_to_pass
@@ -20,9 +22,6 @@ from gputune.population.population import complete
 from gputune.scoring.objective import Objective
 from gputune.spaces.space import recipe_of
 from gputune.study.code import class_from_file, class_source, find_class, is_builder, is_changed
-from gputune.text import did_you_mean
-from gputune.types import OPTIMIZERS, Config, Goal, Json
-from gputune.wording import option, per_interface
 
 SearchedModel = Literal["mlp", "logistic", "module"]
 

@@ -24,22 +24,21 @@ from gputune.engine.choice import TimedModule, fastest_way
 from gputune.engine.job import Failure, Job, Outcome
 from gputune.engine.need import Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
-from gputune.errors import InputError
 from gputune.executors.executor import Claim
+from gputune.ground.errors import InputError, option
+from gputune.ground.text import count, size_words
+from gputune.ground.types import Config, Outputs
 from gputune.modules.inspection import check_rates, known_traits, note_fastest, traits_of
 from gputune.optimizers.classes import loop_reason
 from gputune.population.population import Population, arguments_text, shape_of
 from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.study.store import Candidate, PlannedChunk, Result
-from gputune.text import count, size_words
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.good_enough import block_size
 from gputune.tuning.problem import Problem
 from gputune.tuning.progress import Profile
 from gputune.tuning.session import Session
 from gputune.tuning.trainer import Trainer
-from gputune.types import Config, Outputs
-from gputune.wording import option
 
 
 @dataclass(frozen=True)

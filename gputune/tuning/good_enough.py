@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from gputune.ground.errors import Verbatim, option
+from gputune.ground.text import count
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, PlannedChunk
-from gputune.text import count
-from gputune.wording import Verbatim, option
 
 BATCH = "batch "
 """The first part of a trial's ``origin`` if an Optuna sampler proposed the trial.

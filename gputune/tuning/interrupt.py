@@ -18,8 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from gputune.engine.stop import Stop
-from gputune.errors import Terminated
-from gputune.wording import Verbatim, option, per_interface
+from gputune.ground.errors import Terminated, Verbatim, option, per_interface
 
 if TYPE_CHECKING:
     from gputune.study.study import Study  # only for types: a command must not wait for numpy

@@ -8,12 +8,12 @@ number of rows, until a time limit ends the training.
 
 import math
 
+from gputune.ground.types import LARGE_TABLE
 from gputune.spaces.distributions import CheckedSpace
 from gputune.spaces.space import choices_of
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.method import why_no_patience
 from gputune.tuning.options import DEFAULT_EPOCHS, Options
-from gputune.types import LARGE_TABLE
 
 _FEWEST_EPOCHS = 10
 _PATIENCE_SHARE = 1 / 4  # of the epochs

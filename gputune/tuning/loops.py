@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 
 from gputune.engine.stop import entry, stop_after
-from gputune.errors import InputError, check_count
 from gputune.executors.executor import Executor, Queue
 from gputune.executors.processes import trial_processes
 from gputune.executors.worker import (
@@ -24,7 +23,8 @@ from gputune.executors.worker import (
     SetupError,
     TrialEnding,
 )
-from gputune.scratch import scratch_folder
+from gputune.ground.errors import PYTHON, InputError, Interface, Verbatim, check_count, option
+from gputune.ground.files import scratch_folder
 from gputune.spaces.config import plain_config
 from gputune.spaces.distributions import CheckedSpace, space_text, space_to_json, to_scipy
 from gputune.spaces.random import numbered
@@ -44,7 +44,6 @@ from gputune.tuning.record import distributions, versions
 from gputune.tuning.session import AnyStudy, Session, check_ending, draw_trials, with_earlier
 from gputune.tuning.trainer import unseen
 from gputune.tuning.waiting import train_waiting
-from gputune.wording import PYTHON, Interface, Verbatim, option
 
 Direction = Literal["maximize", "minimize"]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gputune.engine.backends.table import backend_words
+from gputune.ground.types import BackendWord, Precision
 from gputune.tuning import checks
 from gputune.tuning.rules import COMPUTE, OUTPUT, OptionGroup, option_field
-from gputune.types import BackendWord, Precision
 
 if TYPE_CHECKING:
     import torch

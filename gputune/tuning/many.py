@@ -18,7 +18,8 @@ from gputune.engine.backend import matrix_products, torch_threads
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.stop import entry
 from gputune.engine.train import Trained
-from gputune.errors import DivergedError, InputError
+from gputune.ground.errors import DivergedError, InputError, Verbatim
+from gputune.ground.types import Config, Params
 from gputune.modules.network import ModuleNetwork
 from gputune.population.population import Network
 from gputune.spaces.config import check_config, check_key
@@ -32,8 +33,6 @@ from gputune.tuning.problem import Problem, make_problem
 from gputune.tuning.progress import Progress
 from gputune.tuning.session import keys_of
 from gputune.tuning.setup import set_up
-from gputune.types import Config, Params
-from gputune.wording import Verbatim
 
 
 @dataclass(frozen=True, eq=False)

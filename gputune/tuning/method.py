@@ -10,11 +10,10 @@ from dataclasses import asdict
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, get_args
 
-from gputune.errors import InputError
-from gputune.text import did_you_mean
+from gputune.ground.errors import InputError, option
+from gputune.ground.text import did_you_mean
+from gputune.ground.types import Config, Json, MethodWord
 from gputune.tuning.rules import Rule
-from gputune.types import Config, Json, MethodWord
-from gputune.wording import option
 
 # The modules that define these classes import this one. The types are therefore not imported here,
 # and a method writes them out in its own signatures.

@@ -7,7 +7,8 @@ import torch
 from gputune.data.arrays import ArrayLayout
 from gputune.data.columns import Layout
 from gputune.data.target import Target
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
+from gputune.ground.types import DEFAULTS, Config, Numbers
 from gputune.modules.construction import build_module
 from gputune.modules.own_training import (
     Horizon,
@@ -23,7 +24,6 @@ from gputune.spaces.random import draw
 from gputune.tuning.choices import NAMED, ModelChoice
 from gputune.tuning.options import Options
 from gputune.tuning.session import checked_space
-from gputune.types import DEFAULTS, Config, Numbers
 
 _TRIED = 8  # configurations that show whether the module's optimizer depends on its arguments
 

@@ -4,14 +4,13 @@ from collections.abc import Callable
 
 from gputune.data.target import Target
 from gputune.engine.backends.table import BACKENDS, backend_named
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, option, per_interface
 from gputune.population.kinds import is_module
 from gputune.scoring.losses import LOSS_OF_TASK
 from gputune.scoring.objective import Objective, make_objective
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.machine_options import MachineOptions
 from gputune.tuning.options import TrainingOptions
-from gputune.wording import option, per_interface
 
 _PASS_MODULE = per_interface(
     "pass a module, for example model=gputune.models.MLP", "give a module, --model FILE.py:NAME"

@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from gputune.ground.types import NUMBERS, SCHEDULES, MethodWord, Numbers
 from gputune.tuning import checks
 from gputune.tuning.machine_options import MachineOptions
 from gputune.tuning.rules import DATA, MODEL, SEARCH, STOPPING, OptionGroup, Rule, option_field
-from gputune.types import NUMBERS, SCHEDULES, MethodWord, Numbers
 
 if TYPE_CHECKING:
     from gputune.data.columns import Columns

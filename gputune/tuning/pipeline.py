@@ -15,9 +15,18 @@ from gputune.data.replicas import with_replicas
 from gputune.engine.backend import matrix_products, other_gpus
 from gputune.engine.plan import Plan, parse_memory
 from gputune.engine.stop import Stop, entry, stop_after
-from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.executors.cluster import Cluster, Connection
-from gputune.garbage import without_collector
+from gputune.ground.errors import (
+    PYTHON,
+    InputError,
+    Interface,
+    StudyCorruptError,
+    StudyVersionError,
+    option,
+)
+from gputune.ground.memory import without_collector
+from gputune.ground.text import size_words
+from gputune.ground.types import Config
 from gputune.modules.pretrained import pretrained_of
 from gputune.scoring.baseline import baseline, remark_on_accuracy
 from gputune.scoring.metrics import has_function
@@ -29,7 +38,6 @@ from gputune.study.file_system import check_one_process
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.record import SearchRecord
 from gputune.study.store import Candidate, Store
-from gputune.text import size_words
 from gputune.tuning.callbacks import Callbacks
 from gputune.tuning.context import Context
 from gputune.tuning.interrupt import CTRL_C
@@ -50,8 +58,6 @@ from gputune.tuning.session import (
 from gputune.tuning.setup import Setup, check_networks, check_rows_of_networks, set_up
 from gputune.tuning.task_choice import chosen_task
 from gputune.tuning.trainer import Trainer
-from gputune.types import Config
-from gputune.wording import PYTHON, Interface, option
 
 
 @entry

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gputune.annotations import FloatArray
 from gputune.data.dataset import Dataset
 from gputune.data.folds import unpack_folds
-from gputune.errors import InputError
+from gputune.ground.annotations import FloatArray
+from gputune.ground.errors import InputError, option
+from gputune.ground.text import count
+from gputune.ground.types import Outputs
 from gputune.population.outputs import (
     call_module,
     class_logits,
@@ -34,12 +36,9 @@ from gputune.scoring.scoring import Scoring, outputs_of, without_absent
 from gputune.study.model import TunedModel
 from gputune.study.store import Store
 from gputune.study.study import Study, Trial
-from gputune.text import count
 from gputune.tuning.progress import Progress
 from gputune.tuning.record import lacks_scorer
 from gputune.tuning.refit import ReopenedSearch
-from gputune.types import Outputs
-from gputune.wording import option
 
 # The number of rows that are evaluated at a time, and of residuals that a model keeps.
 _BLOCK = 2**13

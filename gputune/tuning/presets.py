@@ -23,17 +23,23 @@ from gputune.data.name_like import name_like_columns
 from gputune.data.table import Table
 from gputune.data.target import check_target
 from gputune.data.time_order import TimeSplit
-from gputune.errors import InputError, StudyCorruptError, StudyVersionError
+from gputune.ground.errors import (
+    InputError,
+    StudyCorruptError,
+    StudyVersionError,
+    Verbatim,
+    option,
+    per_interface,
+)
+from gputune.ground.text import count, did_you_mean
+from gputune.ground.types import Json
 from gputune.study.record import SearchRecord
 from gputune.study.store import Store
-from gputune.text import count, did_you_mean
 from gputune.tuning.choices import ModelChoice, choose_model
 from gputune.tuning.options import RULES, make_options
 from gputune.tuning.preset_table import ALIASES, PRESETS, ModelName, Preset
 from gputune.tuning.record import SearchCall
 from gputune.tuning.task_choice import chosen_task
-from gputune.types import Json
-from gputune.wording import Verbatim, option, per_interface
 
 AUTO = "auto"
 """The model of a call whose preset chooses the model."""

@@ -39,7 +39,8 @@ from gputune.data.target import (
 from gputune.data.time_order import in_time_order, parse_cv, time_remark
 from gputune.data.weights import check_weights
 from gputune.engine.choice import DeviceChoice, Workload, device_for
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, option
+from gputune.ground.types import NUMBERS, TENSOR_NUMBERS, Config, Numbers
 from gputune.modules.inspection import returns_one_logit
 from gputune.modules.pretrained import pretrained_of
 from gputune.population.kinds import is_module
@@ -56,8 +57,6 @@ from gputune.tuning.choices import ModelChoice
 from gputune.tuning.module_training import own_training
 from gputune.tuning.objective_choice import check_machine, choose_objective
 from gputune.tuning.options import Options, SearchOptions
-from gputune.types import NUMBERS, TENSOR_NUMBERS, Config, Numbers
-from gputune.wording import option
 
 
 @dataclass(frozen=True, eq=False)

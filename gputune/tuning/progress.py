@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 
 from gputune.engine.plan import Plan
 from gputune.engine.train import Spent
-from gputune.memory import synchronize
-from gputune.text import count, measure_of
-from gputune.types import Json, first_metric
-from gputune.within_epoch import Running, reported_to, running_in_workers
-from gputune.wording import PYTHON, Interface
+from gputune.ground.device import synchronize
+from gputune.ground.errors import PYTHON, Interface
+from gputune.ground.text import count, measure_of
+from gputune.ground.types import Json, first_metric
+from gputune.ground.within_epoch import Running, reported_to, running_in_workers
 
 _LINE_SECONDS = 30  # between plain lines, if no bar is shown
 

@@ -32,8 +32,9 @@ from gputune.data.weights import class_weight_text
 from gputune.engine.backend import choose_device
 from gputune.engine.backends.selection import choose_backend
 from gputune.engine.checkpoint import CheckpointFolder
-from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.cluster import cluster_from_json
+from gputune.ground.errors import InputError, UntrustedCodeError, option, per_interface
+from gputune.ground.types import Config, Json, Outputs
 from gputune.modules.construction import Builder
 from gputune.scoring.metrics import has_function
 from gputune.spaces.distributions import (
@@ -53,9 +54,7 @@ from gputune.tuning.context import Context
 from gputune.tuning.method import method_from_json
 from gputune.tuning.options import RULES, STORED, Options, RowOptions, make_options
 from gputune.tuning.problem import Problem
-from gputune.types import Config, Json, Outputs
 from gputune.version import __version__
-from gputune.wording import option, per_interface
 
 
 def _cv_text(cv: object) -> str:

@@ -22,7 +22,8 @@ from gputune.data.target import TaskWord
 from gputune.engine.backend import matrix_products
 from gputune.engine.backends.selection import choose_backend
 from gputune.engine.job import ProgressCallback
-from gputune.errors import DivergedError, InputError
+from gputune.ground.errors import DivergedError, InputError
+from gputune.ground.types import Config
 from gputune.modules.inspection import known_traits
 from gputune.modules.pretrained import pretrained_of
 from gputune.population.kinds import is_module
@@ -41,7 +42,6 @@ from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem, make_problem
 from gputune.tuning.trainer import Trainer, unseen
-from gputune.types import Config
 from gputune.version import __version__
 
 

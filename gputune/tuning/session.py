@@ -14,14 +14,18 @@ from functools import cached_property
 from typing import TypeVar
 
 from gputune.engine.stop import Stop
-from gputune.errors import (
+from gputune.ground.errors import (
     InputError,
     SearchFailedError,
     SearchInterrupted,
     SearchTerminated,
     StudyCorruptError,
+    Verbatim,
+    option,
 )
-from gputune.garbage import without_collector
+from gputune.ground.memory import without_collector
+from gputune.ground.text import count
+from gputune.ground.types import DEFAULTS, Config
 from gputune.modules.adapters import ADAPTER_DEFAULTS, adapters_of
 from gputune.modules.construction import parameters_of
 from gputune.optimizers.classes import argument_defaults
@@ -35,7 +39,6 @@ from gputune.spaces.space import check_include, check_space, choices_of, default
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result, Store
 from gputune.study.study import Study
-from gputune.text import count
 from gputune.tuning.callbacks import Callbacks
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.good_enough import GoodEnough
@@ -43,8 +46,6 @@ from gputune.tuning.interrupt import CTRL_C, ended_by_requests, ended_by_signals
 from gputune.tuning.method import Method
 from gputune.tuning.options import Options, SearchOptions
 from gputune.tuning.progress import Progress
-from gputune.types import DEFAULTS, Config
-from gputune.wording import Verbatim, option
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 

@@ -7,7 +7,9 @@ import torch
 
 from gputune.data.dataset import Dataset, Rows
 from gputune.engine.choice import DeviceChoice
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, option
+from gputune.ground.text import count
+from gputune.ground.types import KEPT_BYTES, Config
 from gputune.models import RealMLP
 from gputune.optimizers.classes import check_optimizer
 from gputune.scoring.metrics import check_folds
@@ -16,13 +18,10 @@ from gputune.scoring.scoring import Scoring
 from gputune.spaces.distributions import CheckedSpace
 from gputune.spaces.random import draw
 from gputune.study.store import Candidate, Store
-from gputune.text import count
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem
 from gputune.tuning.progress import Progress
-from gputune.types import KEPT_BYTES, Config
-from gputune.wording import option
 
 
 def check_networks(choice: ModelChoice, options: Options) -> None:

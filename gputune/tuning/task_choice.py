@@ -10,14 +10,13 @@ import torch
 
 from gputune.data.source import Source
 from gputune.data.target import TaskWord, are_many_whole_numbers, check_target, whole_numbers_words
-from gputune.errors import InputError, InputWarning, warn
+from gputune.ground.errors import InputError, InputWarning, option, warn
 from gputune.modules.module_trial import ModuleTrial
 from gputune.scoring.losses import only_classifies
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
 from gputune.tuning.problem import make_problem
 from gputune.tuning.session import checked_space, first_trials
-from gputune.wording import option
 
 _ROWS_PER_NUMBER = 10  # numbers that repeat this often on average are probably classes
 _ROWS_PER_CODE = 2  # the same for consecutive codes 0, 1, 2, ...

@@ -29,11 +29,13 @@ from gputune.engine.reuse import ChunkPool
 from gputune.engine.stop import Stop
 from gputune.engine.train import BegunChunk, Trained
 from gputune.engine.turns import run_together
-from gputune.errors import InputError
 from gputune.executors.cluster import Connection
 from gputune.executors.executor import Claim, Executor, Outcomes, Queue
 from gputune.executors.processes import chunk_processes
 from gputune.executors.threads import chunk_threads
+from gputune.ground.errors import InputError, option
+from gputune.ground.text import count
+from gputune.ground.types import BackendWord, Config, Precision
 from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_scheduled
 from gputune.hypergradients.first_step import free_bytes
 from gputune.modules.construction import Builder
@@ -45,9 +47,6 @@ from gputune.population.state import State
 from gputune.population.traits import FastestWay
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring
-from gputune.text import count
-from gputune.types import BackendWord, Config, Precision
-from gputune.wording import option
 
 AnyJob = TypeVar("AnyJob", bound=Job)
 

@@ -16,18 +16,19 @@ import torch
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
-from gputune.annotations import FloatArray
 from gputune.data.columns import Layout
 from gputune.data.dataset import Dataset, Fold, Rows
 from gputune.data.encode import Statistics
 from gputune.data.folds import check_groups, unpack_folds
 from gputune.data.scaling import joined_statistics
 from gputune.engine.stop import entry
-from gputune.errors import InputError, check_count, warn
+from gputune.ground.annotations import FloatArray
+from gputune.ground.errors import InputError, check_count, per_interface, warn
+from gputune.ground.seeding import replica_seed, stream
+from gputune.ground.types import Config
 from gputune.population.population import Ensemble
 from gputune.scoring.evaluation_draws import EvaluationDraws
 from gputune.scoring.scoring import Scoring
-from gputune.seeding import replica_seed, stream
 from gputune.study.model import TunedModel
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study, Trial
@@ -42,8 +43,6 @@ from gputune.tuning.predictions import (
 from gputune.tuning.progress import Progress
 from gputune.tuning.record import had_groups
 from gputune.tuning.refit import ReopenedSearch, refit_trial, refit_trials, search_of
-from gputune.types import Config
-from gputune.wording import per_interface
 
 Item = TypeVar("Item")
 Refit: TypeAlias = int | Literal["all", "folds"]

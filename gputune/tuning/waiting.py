@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from gputune.ground.text import count
 from gputune.study.store import Candidate, PlannedChunk
-from gputune.text import count
 from gputune.tuning.session import Session
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from gputune.ground.text import count
+from gputune.ground.types import Json
 from gputune.study.study import Study, Trial, best_trial
-from gputune.text import count
-from gputune.types import Json
 from gputune.views.scores import score_view
 
 NO_IMPROVEMENT = "The search did not improve on the default."

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gputune.annotations import FloatArray, IntArray
-from gputune.errors import InputError
+from gputune.ground.annotations import FloatArray, IntArray
+from gputune.ground.errors import InputError, Verbatim
+from gputune.ground.text import clean, count, short
 from gputune.study.study import Study
-from gputune.text import clean, count, short
 from gputune.views.scores import Scale, Scores, linear_scale, log_scale, number_text, score_view
-from gputune.wording import Verbatim
 
 # Positive values have a logarithmic axis if the largest is at least this many times the smallest.
 _DECADES = 100.0

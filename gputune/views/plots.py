@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gputune.errors import InputError, check_count, import_extra
+from gputune.ground.entry_points import import_extra
+from gputune.ground.errors import InputError, Verbatim, check_count
+from gputune.ground.text import clean, short
 from gputune.study.study import Study, check_metric
-from gputune.text import clean, short
 from gputune.views.parameters import (
     Parameter,
     descended,
@@ -29,7 +30,6 @@ from gputune.views.scores import (
     score_range,
     score_view,
 )
-from gputune.wording import Verbatim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,10 +13,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gputune.annotations import FloatArray, IntArray
+from gputune.ground.annotations import FloatArray, IntArray
+from gputune.ground.text import Measure, count
 from gputune.study.rows import Curve
 from gputune.study.study import Study, Trial, check_metric, curves_of_all
-from gputune.text import Measure, count
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.models import MLP, LogisticRegression
 from gputune.optim import SGDHD, AdamHD
 

@@ -14,13 +14,12 @@ from gputune.api.tuning import tune
 from gputune.cli.arguments import make_parser
 from gputune.cli.flags import CommandLine, flags
 from gputune.cli.options import parse_spec, parse_specs
-from gputune.errors import InputError
+from gputune.ground.errors import PYTHON, InputError, option
+from gputune.ground.types import defaults_in_words
 from gputune.spaces.config import legal_keys
 from gputune.spaces.distributions import distribution_text, log_int
 from gputune.spaces.space import check_space
 from gputune.study.record import IDENTITY
-from gputune.types import defaults_in_words
-from gputune.wording import PYTHON, option
 from refused import refused
 
 PYTHON_ALONE = {"X", "y", "sample_weight", "epoch", "callbacks", "training_step", "augment"}

@@ -15,7 +15,7 @@ import gputune
 from command_line import kinds, run, write_table
 from gputune.cli.held_out import held_out_baseline, held_out_score, wilson_interval
 from gputune.data.source import read_source
-from gputune.text import measure_of
+from gputune.ground.text import measure_of
 from study_models import make_model
 
 RNG = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import pytest
 
 import gputune
 from command_line import FAST, kinds, output, refusal, run, searched, write_table
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.study.rows import checksum
 
 VALUES = [
@@ -203,7 +203,7 @@ def test_a_page_is_written_whole_or_not_at_all(whole, study, monkeypatch):
     def full(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gputune.scratch.os.fsync", full)
+    monkeypatch.setattr("gputune.ground.files.os.fsync", full)
     assert run("report", study, "--out", page)[0] == 1
     assert page.read_bytes() == whole_page and sorted(p.name for p in page.parent.glob(".*")) == []
 

@@ -105,10 +105,11 @@ def test_import_and_status_wait_for_no_library(tmp_path):
     own = [name for name in modules_of("import gputune") if name.startswith("gputune")]
     assert sorted(own) == [
         "gputune",
-        "gputune.errors",
-        "gputune.garbage",
+        "gputune.ground",
+        "gputune.ground.errors",
+        "gputune.ground.memory",
+        "gputune.ground.text",
         "gputune.version",
-        "gputune.wording",
     ]
     with Store.create(
         tmp_path / "study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}

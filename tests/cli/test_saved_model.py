@@ -19,9 +19,9 @@ from gputune.cli.saved_model import (
     same_model_text,
 )
 from gputune.data.source import read_source
-from gputune.errors import DivergedError
+from gputune.ground.errors import DivergedError
+from gputune.ground.text import measure_of
 from gputune.report.facts import score_facts
-from gputune.text import measure_of
 from made_studies import made_study
 from study_models import make_model
 

@@ -21,7 +21,7 @@ import gputune
 from command_line import output, refusal, run, searched
 from forked import Fork
 from gputune.cli import study as commands
-from gputune.errors import StudyCorruptError
+from gputune.ground.errors import StudyCorruptError
 from gputune.report.page import page
 from gputune.study.claims import Claims
 from gputune.study.store import Candidate, Result, Store

@@ -21,7 +21,7 @@ from gputune.data.columns import N_BINS, Layout, fit_layout
 from gputune.data.encode import Statistics, bin_edges, bins_between, fit_statistics, transform
 from gputune.data.scaling import joined_statistics
 from gputune.data.table import Table, as_table
-from gputune.types import NUMBERS
+from gputune.ground.types import NUMBERS
 from refused import refused
 
 N = 200

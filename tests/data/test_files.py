@@ -11,13 +11,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from gputune import input_files
 from gputune.cli.answers import rows_with_target
 from gputune.data import files
 from gputune.data.files import BUNDLED, read_table
 from gputune.data.kinds import parse_text
 from gputune.data.source import fingerprint, read_source
 from gputune.data.table import as_table, split_target
+from gputune.ground import files as ground_files
 from refused import refused
 from study_models import make_model
 
@@ -212,7 +212,7 @@ def test_a_file_that_memory_does_not_hold_is_refused_before_it_is_read(monkeypat
     if text is None:
         pl.DataFrame({"a": np.zeros(200_000)}).write_parquet(path)  # packed to a few hundred bytes
     monkeypatch.setattr(files, "free_memory", lambda: 1 << 20)
-    monkeypatch.setattr(input_files, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(ground_files, "free_memory", lambda: 1 << 20)
     monkeypatch.setattr(pl, "read_csv", lambda *a, **k: pytest.fail("was read"))
     monkeypatch.setattr(pl, "read_parquet", lambda *a, **k: pytest.fail("was read"))
     with refused("needs about .* of memory or more, but only 1.0 MiB are free. Leave out"):

@@ -19,15 +19,15 @@ import pytest
 import torch
 
 import gputune
-from gputune import input_files, main_memory
 from gputune.data.array_files import read_array_file
 from gputune.data.files import read_columns, read_table
 from gputune.data.source import read_source
+from gputune.ground import files, memory
 from gputune.study.repair import repair
 from refused import refused
 
 TABLE = "a,b,y\n" + "1,2,3\n4,5,6\n" * 20 + "7,8,9"
-FREE = main_memory.free_memory()
+FREE = memory.free_memory()
 ROWS = np.arange(120.0).reshape(40, 3)
 
 
@@ -136,7 +136,7 @@ def message_of(read, path):
     """The message of the error that a reader ends with: one to three sentences about that file."""
     with (
         no_hang(),
-        pytest.raises((gputune.errors.InputError, FileNotFoundError, PermissionError)) as raised,
+        pytest.raises((gputune.InputError, FileNotFoundError, PermissionError)) as raised,
     ):
         read(path)
     error = raised.value
@@ -421,7 +421,7 @@ def test_nested_columns_and_texts_that_memory_does_not_hold(monkeypatch, tmp_pat
     # A dictionary has each text once; the table has an object of Python's for each row.
     pl.DataFrame({"a": ["x" * 1000] * 10_000, "y": [1] * 10_000}).write_parquet(path)
     assert path.stat().st_size < 10_000
-    monkeypatch.setattr(input_files, "free_memory", lambda: 8 << 20)
+    monkeypatch.setattr(files, "free_memory", lambda: 8 << 20)
     with refused("t.parquet' needs about 10.1 MiB of memory or more, but only 8.0 MiB are free"):
         read_source(path, "y")
 
@@ -436,7 +436,7 @@ def test_rows_of_a_file_that_become_a_table_need_memory(monkeypatch, tmp_path):
         {"X": torch.zeros(20_000, 10, dtype=torch.uint8), "y": torch.zeros(20_000)},
         tmp_path / "t.pt",
     )
-    monkeypatch.setattr(input_files, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(files, "free_memory", lambda: 1 << 20)
     for name, y in (
         ("X.npy", tmp_path / "y.npy"),
         ("t.npz", "y"),
@@ -452,7 +452,7 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from gputune.data.source import read_source
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + (64 << 20), -1))

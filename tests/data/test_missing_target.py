@@ -13,7 +13,7 @@ import gputune
 from command_line import output, refusal
 from gputune.data.source import read_source
 from gputune.data.target import check_target
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(48, 3))

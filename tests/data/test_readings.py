@@ -11,7 +11,7 @@ from gputune.data.columns import fit_layout
 from gputune.data.files import read_table
 from gputune.data.source import read_source
 from gputune.data.table import as_table
-from gputune.wording import PYTHON
+from gputune.ground.errors import PYTHON
 from refused import refused
 
 FRAME = pd.DataFrame({

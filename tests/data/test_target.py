@@ -12,7 +12,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 
 from gputune.data.target import are_many_whole_numbers, check_target
 from gputune.data.weights import check_weights
-from gputune.wording import PYTHON
+from gputune.ground.errors import PYTHON
 from refused import refused
 
 

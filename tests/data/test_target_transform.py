@@ -23,7 +23,7 @@ from gputune.data.target_transform import (
     transform_from_json,
     transform_to_json,
 )
-from gputune.errors import InputWarning
+from gputune.ground.errors import InputWarning
 from gputune.models import MLP
 from gputune.population.population import complete
 from problems import needs_compiled_code

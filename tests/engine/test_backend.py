@@ -5,7 +5,7 @@ import torch
 
 import gputune
 from gputune.engine.backends.selection import choose_backend, trains_as
-from gputune.types import OPTIMIZERS
+from gputune.ground.types import OPTIMIZERS
 from problems import fill, needs_compiled_code
 from refused import refused
 

@@ -11,8 +11,8 @@ from gputune.engine.backends.base import Machine, TrialWork
 from gputune.engine.backends.selection import choose_backend, way_of
 from gputune.engine.backends.table import BACKENDS, backend_named, backend_words
 from gputune.engine.plan import backends_text
+from gputune.ground.types import BackendWord
 from gputune.population.traits import Traits
-from gputune.types import BackendWord
 from problems import Linear, fill
 from refused import refused
 

@@ -17,8 +17,8 @@ import problems
 from gputune.data.scaling import Scaling
 from gputune.engine import compiled
 from gputune.engine.mlp import StackedMLP
-from gputune.threads import on_threads
-from gputune.types import SCHEDULES
+from gputune.ground.device import on_threads
+from gputune.ground.types import SCHEDULES
 from problems import (
     assert_equals_plain_loop,
     fill,

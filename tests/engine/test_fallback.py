@@ -12,7 +12,7 @@ from torch.nn import functional
 import gputune
 from gputune.engine import choice
 from gputune.engine.backends import compiled
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.modules import recorder
 from problems import make_data
 

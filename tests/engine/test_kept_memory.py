@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import gputune
-from gputune import main_memory
 from gputune.engine import train
+from gputune.ground import memory
 
-GNU = main_memory._gnu_allocator() is not None
+GNU = memory._gnu_allocator() is not None
 
 
 def resident():
@@ -35,16 +35,16 @@ def faults_of_a_large_tensor():
 @pytest.fixture(autouse=True)
 def usual_allocator(monkeypatch):
     """The allocator as in a new process, whatever earlier tests have left."""
-    monkeypatch.setattr(main_memory, "_users", 0)
+    monkeypatch.setattr(memory, "_users", 0)
     if GNU:
-        usual = main_memory._USUAL_OWN_MEMORY, main_memory._USUAL_TRIM
-        main_memory._set_thresholds(main_memory._gnu_allocator(), *usual)
+        usual = memory._USUAL_OWN_MEMORY, memory._USUAL_TRIM
+        memory._set_thresholds(memory._gnu_allocator(), *usual)
 
 
 @pytest.mark.skipif(not GNU, reason="only the GNU C library is set")
 def test_freed_memory_is_kept_for_the_next_tensor_and_returned_at_the_end():
-    with main_memory.keep_freed_memory():
-        with main_memory.keep_freed_memory():
+    with memory.keep_freed_memory():
+        with memory.keep_freed_memory():
             assert faults_of_a_large_tensor() < 100
         assert faults_of_a_large_tensor() < 100
         inside = resident()
@@ -53,11 +53,11 @@ def test_freed_memory_is_kept_for_the_next_tensor_and_returned_at_the_end():
 
 
 @pytest.mark.skipif(not GNU, reason="only the GNU C library is set")
-@pytest.mark.parametrize("setting", main_memory._SETTINGS)
+@pytest.mark.parametrize("setting", memory._SETTINGS)
 def test_an_allocator_that_the_user_has_set_is_left_unchanged(monkeypatch, setting):
     monkeypatch.setenv(setting, "glibc.malloc.trim_threshold=1000000")
-    monkeypatch.setattr(main_memory, "_gnu_allocator", main_memory._gnu_allocator.__wrapped__)
-    with main_memory.keep_freed_memory():
+    monkeypatch.setattr(memory, "_gnu_allocator", memory._gnu_allocator.__wrapped__)
+    with memory.keep_freed_memory():
         assert faults_of_a_large_tensor() > 100
 
 
@@ -68,7 +68,7 @@ class Net(nn.Linear):
 
 def test_a_module_trains_with_kept_memory(monkeypatch):
     begun = []
-    keep = main_memory.keep_freed_memory
+    keep = memory.keep_freed_memory
     monkeypatch.setattr(train, "keep_freed_memory", lambda: begun.append(1) or keep())
     X, y = torch.randn(40, 3), torch.arange(40) % 2
     options = {"cv": 2, "n_trials": 1, "max_epochs": 1, "workers": 1, "verbose": 0}
@@ -76,4 +76,4 @@ def test_a_module_trains_with_kept_memory(monkeypatch):
     assert not begun
     gputune.tune(Net, X, y, **options)
     assert begun
-    assert main_memory._users == 0
+    assert memory._users == 0

@@ -13,6 +13,7 @@ from gputune.engine import member_steps
 from gputune.engine.member_steps import MemberMemory
 from gputune.engine.members import MemberChunk
 from gputune.engine.stacked import StackedChunk
+from gputune.ground.device import on_threads
 from gputune.models import RealMLP
 from gputune.modules import calls
 from gputune.modules.inspection import traits_of
@@ -21,7 +22,6 @@ from gputune.native import library as built
 from gputune.population.traits import Traits
 from gputune.scoring.objective import Objective
 from gputune.scoring.validation import Validation
-from gputune.threads import on_threads
 from problems import Linear, fill, make_data, scoring_of, shape_of, train
 
 pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler")

@@ -17,8 +17,8 @@ from gputune.engine.backends.selection import choose_backend
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.need import Need, measure_need
 from gputune.engine.plan import Planner, parse_memory, trial_cost
+from gputune.ground.types import OPTIMIZERS
 from gputune.population.population import Population, is_plain, populations
-from gputune.types import OPTIMIZERS
 from problems import fill, make_data, scoring_of
 from problems import peak_bytes as peak
 from refused import refused

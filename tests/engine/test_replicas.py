@@ -12,12 +12,12 @@ from sklearn.metrics import log_loss, r2_score
 import problems
 import reference
 from gputune.data.replicas import with_replicas
+from gputune.ground.seeding import replica_seed, stream_seed
 from gputune.models import RealMLP
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.population.population import module_arguments
 from gputune.population.state import Selection
-from gputune.seeding import replica_seed, stream_seed
 from problems import (
     TOLERANCE,
     fill,

@@ -12,6 +12,7 @@ import reference
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.mlp import StackedMLP
+from gputune.ground.seeding import stream, stream_seed
 from gputune.models import MLP
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
@@ -20,7 +21,6 @@ from gputune.native import library
 from gputune.population.state import Selection, State
 from gputune.scoring.objective import Objective
 from gputune.scoring.validation import Validation
-from gputune.seeding import stream, stream_seed
 from problems import (
     Net,
     fill,

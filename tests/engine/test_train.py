@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from gputune.engine.mlp import StackedMLP
+from gputune.ground.types import OPTIMIZERS
 from gputune.population.state import State
-from gputune.types import OPTIMIZERS
 from problems import (
     fill,
     largest_difference,

@@ -13,8 +13,8 @@ from gputune.engine.stop import Stop
 from gputune.engine.turns import Cancelled, Turns, run_together, turn_given_up
 from gputune.executors.executor import Queue
 from gputune.executors.threads import chunk_threads
+from gputune.ground.within_epoch import running_in_workers
 from gputune.population.population import Population
-from gputune.within_epoch import running_in_workers
 
 
 class Chunks:

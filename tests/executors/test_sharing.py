@@ -16,9 +16,9 @@ import gputune
 from forked import Fork
 from gputune.data.arrays import as_arrays
 from gputune.data.dataset import ScorerRows
-from gputune.errors import InputError
 from gputune.executors import processes
 from gputune.executors.processes import MappedFile, mapped_file, to_arrays, to_device, to_tensors
+from gputune.ground.errors import InputError
 from problems import make_data
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

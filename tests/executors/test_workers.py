@@ -23,12 +23,12 @@ from gputune.engine.job import Failure, Job
 from gputune.executors import executor, processes
 from gputune.executors.processes import to_arrays
 from gputune.executors.worker_progress import WorkerProgress
+from gputune.ground.files import scratch_folder
+from gputune.ground.within_epoch import Running
 from gputune.modules.recorder import CpuRecorder
 from gputune.population.population import Population
 from gputune.report.facts import states_of, states_text
 from gputune.scoring.metrics import make_scoring
-from gputune.scratch import scratch_folder
-from gputune.within_epoch import Running
 from problems import fill, make_data
 
 HERE = os.getpid()

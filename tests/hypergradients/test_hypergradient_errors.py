@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import inner_problems
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.hypergradients import hypergradient as hypergradient_file
 from gputune.hypergradients.first_step import MemoryNeed
 from gputune.hypergradients.hypergradient import hypergradient

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import gputune
 from gputune import models
-from gputune.errors import DivergedError
+from gputune.ground.errors import DivergedError
 from gputune.hypergradients.implicit import implicit_chunk, implicit_gradients
 from gputune.solver.solve import LogisticProblem, Solution, solve
 from problems import grid, make_data

@@ -16,7 +16,7 @@ from torch import nn
 
 import gputune
 from command_line import run
-from gputune.errors import MissingExtraError
+from gputune.ground.errors import MissingExtraError
 from gputune.models import MLP
 from refused import refused
 from study_models import make_model, rows

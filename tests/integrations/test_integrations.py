@@ -10,10 +10,10 @@ from scipy.stats import loguniform
 
 import gputune
 from gputune.cli.flags import CommandLine, option_groups
-from gputune.entry_points import integrations
+from gputune.ground.entry_points import integrations
+from gputune.ground.errors import Reference
 from gputune.tuning.record import recorded_search
 from gputune.tuning.rules import COMPUTE
-from gputune.wording import Reference
 
 TOYS = Path(__file__).parent / "toys"
 X = np.random.default_rng(0).normal(size=(60, 2))

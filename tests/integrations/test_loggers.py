@@ -12,7 +12,7 @@ from torch import nn
 
 import gputune
 from gputune.callbacks import MLflow, TensorBoard, WandB
-from gputune.errors import MissingExtraError
+from gputune.ground.errors import MissingExtraError
 from gputune.integrations.logged_values import plain_params, trial_numbers
 from study_rows import candidates, result
 

@@ -11,9 +11,9 @@ from torch.nn import functional
 
 import gputune
 from gputune.data.dataset import Fold
+from gputune.ground.seeding import keyed_draws, stream
 from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule
-from gputune.seeding import keyed_draws, stream
 from problems import fill, make_data, shape_of, train_modules
 
 transformers = pytest.importorskip("transformers")

@@ -21,7 +21,7 @@ import pytest
 
 import gputune
 from command_line import FAST, run
-from gputune.errors import MissingExtraError
+from gputune.ground.errors import MissingExtraError
 from gputune.integrations.clusters import ray as ray_cluster
 from gputune.tuning.record import recorded_search
 from moments import at_finish, environment

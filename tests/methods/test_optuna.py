@@ -15,7 +15,7 @@ from torch import nn
 
 import gputune
 from gputune.api.study import Study
-from gputune.errors import MissingExtraError
+from gputune.ground.errors import MissingExtraError
 from gputune.integrations.studies.optuna import widened_description
 from gputune.methods.sampling import check_askable
 from gputune.spaces.config import legal_keys

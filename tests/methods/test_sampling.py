@@ -14,7 +14,7 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 import gputune
-from gputune.errors import InputError, MissingExtraError
+from gputune.ground.errors import InputError, MissingExtraError
 from gputune.methods import training as sampler
 from gputune.study.claims import Claims
 from gputune.study.store import Store

@@ -15,7 +15,7 @@ from sklearn.datasets import load_iris
 import gputune
 from command_line import output, run
 from gputune.engine.stop import Stop
-from gputune.errors import MissingExtraError
+from gputune.ground.errors import MissingExtraError
 from gputune.methods.paused import PausedTraining
 from gputune.methods.rungs import fill_slots
 from gputune.methods.sampling import tpe_sampler

@@ -10,9 +10,9 @@ import pytest
 from sklearn.datasets import load_iris
 
 import gputune
+from gputune.ground.errors import option
 from gputune.methods.halving import Halving, survivors
 from gputune.tuning.method import method_from_json
-from gputune.wording import option
 from refused import refused
 
 

@@ -17,12 +17,12 @@ from torch import nn
 import gputune
 from gputune.data.columns import fit_layout
 from gputune.data.table import as_table
+from gputune.ground.seeding import stream_seed
 from gputune.models import CNN, GRU, MLP, LogisticRegression, RealMLP
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.population.population import module_arguments
-from gputune.seeding import stream_seed
 from gputune.spaces.config import legal_keys
 from gputune.spaces.named import named_space
 from gputune.spaces.random import draw

@@ -100,7 +100,7 @@ def test_a_member_equals_a_loop_in_plain_pytorch(kind):
                 weights, lr=config["lr"], weight_decay=config["weight_decay"]
             )
             for epoch in range(epochs):
-                generator = gputune.seeding.stream(0, "rows", len(x), epoch)
+                generator = gputune.ground.seeding.stream(0, "rows", len(x), epoch)
                 order = torch.randperm(len(x), generator=generator)
                 for rows in order.split(8):
                     optimizer.zero_grad()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
-from gputune.errors import InputWarning
+from gputune.ground.errors import InputWarning
 from gputune.sklearn import NeuralNetClassifier, NeuralNetRegressor
 from refused import refused
 

@@ -14,11 +14,11 @@ from torch.nn import functional
 
 import gputune
 import problems
+from gputune.ground.seeding import keyed_draws
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.population.population import Shape
-from gputune.seeding import keyed_draws
 from problems import fill, grid, make_data, scoring_of
 
 

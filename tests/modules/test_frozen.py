@@ -105,7 +105,7 @@ def test_a_head_equals_a_loop_in_plain_pytorch(kind):
                 head.parameters(), lr=config["lr"], weight_decay=config["weight_decay"]
             )
             for epoch in range(4):
-                generator = gputune.seeding.stream(0, "rows", len(x), epoch)
+                generator = gputune.ground.seeding.stream(0, "rows", len(x), epoch)
                 for rows in torch.randperm(len(x), generator=generator).split(8):
                     optimizer.zero_grad()
                     with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import gputune
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.modules.construction import call_arguments, hint
 from gputune.modules.failures import explain
 from gputune.modules.module import StackedModule

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.modules.inspection import inspect_module, traits_of
 from gputune.modules.loop_chunk import LoopChunk
 from gputune.modules.looped import LoopedModule

@@ -10,7 +10,7 @@ from torch import nn
 import gputune
 from gputune.engine.backends.base import TrialWork
 from gputune.engine.backends.selection import way_of
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.merged import MergedModule

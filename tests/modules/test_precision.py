@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gputune
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.tuning.machine_options import MachineOptions
 from gputune.tuning.options import make_options
 from reference import train_module

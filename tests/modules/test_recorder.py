@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gputune.memory import is_out_of_memory, synchronize
+from gputune.ground.device import is_out_of_memory, synchronize
 from gputune.modules import recorder
 from gputune.modules.recorder import RECORDERS, CudaRecorder, Replays
 

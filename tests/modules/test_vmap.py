@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import gputune
-from gputune import seeding
 from gputune.data.dataset import Fold
-from gputune.errors import InputError
+from gputune.ground import seeding
+from gputune.ground.errors import InputError
 from gputune.modules.construction import build_module
 from gputune.modules.inspection import inspect_module, traits_of
 from gputune.modules.module import StackedModule

@@ -12,13 +12,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import problems
 import reference
+from gputune.ground.seeding import stream, stream_seed
 from gputune.modules.construction import hidden_sides
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.optimizers.classes import CLASSES
 from gputune.population.population import is_plain, populations
-from gputune.seeding import stream, stream_seed
 from problems import (
     fill,
     largest_difference,

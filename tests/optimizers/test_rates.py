@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import gputune
+from gputune.ground.seeding import stream, stream_seed
 from gputune.models import Dropout
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.optimizers.update import factor_of
-from gputune.seeding import stream, stream_seed
 from problems import Net, fill, largest_difference, make_data, rows_of, shape_of, train
 from refused import refused
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import reference
+from gputune.ground.types import ONLINE
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.rules import MOMENTS, RULES, SCHEDULES, Rates, schedule_factor
 from gputune.optimizers.update import IN_PLACE, OnlineUpdate, Update
-from gputune.types import ONLINE
 
 F = 2
 C = 3

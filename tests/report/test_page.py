@@ -12,10 +12,10 @@ import pytest
 
 import gputune
 from gputune.api.study import Study
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
+from gputune.ground.text import short
 from gputune.report.page import BUDGET, as_json, page, plain_number, table_columns
 from gputune.report.svg import Frame, band_path, cut, dots_path, element, line_path, spread_over
-from gputune.text import short
 from gputune.views.parameters import importance
 from gputune.views.scores import Scale, linear_scale, score_view
 from made_studies import HOSTILE, hostile_study, made_batches, made_descent, made_study, study_of

@@ -5,7 +5,7 @@ import math
 import pytest
 from torch import nn
 
-from gputune.text import clean, did_you_mean, measure_of, paragraph, short, table
+from gputune.ground.text import clean, did_you_mean, measure_of, paragraph, short, table
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import problems
 import reference
 from command_line import output, refusal, write_table
 from gputune.engine.mlp import StackedMLP
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.scoring.losses import LOSSES, number_slope_, parse_loss
 from problems import fill, largest_difference, make_data, shape_of
 

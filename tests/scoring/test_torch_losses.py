@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
-from gputune.errors import InputWarning
+from gputune.ground.errors import InputWarning
 from gputune.scoring.objective import make_objective
 from gputune.scoring.torch_losses import _WITH_WEIGHTS, kind_of, name_of_loss
 from gputune.sklearn import NeuralNetClassifier, NeuralNetRegressor

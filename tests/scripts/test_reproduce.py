@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import gputune
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 
 BAYDIN = Path(__file__).parents[2] / "scripts" / "reproduce" / "baydin2018.py"
 # 1,437 rows in batches of 128

@@ -25,7 +25,7 @@ from gputune.engine.backend import Findings, Speed, keep_findings, read_findings
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
 from gputune.executors import worker
-from gputune.memory import free_of_gpu
+from gputune.ground.device import free_of_gpu
 from gputune.modules.module import StackedModule
 from gputune.modules.recorder import CudaRecorder
 from gputune.native.cuda import kernels

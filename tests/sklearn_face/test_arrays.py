@@ -23,7 +23,7 @@ from face_modules import (
     make_conv,
     weighed_squares,
 )
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.sklearn import (
     GridSearchCV,
     HalvingRandomSearchCV,

@@ -22,7 +22,7 @@ from torch import nn
 
 import reference
 from face_modules import Net
-from gputune.errors import DivergedError, InputError
+from gputune.ground.errors import DivergedError, InputError
 from gputune.population.population import complete
 from gputune.sklearn import (
     GridSearchCV,

@@ -15,7 +15,7 @@ from sklearn.svm import SVC
 from face_modules import Net
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.stacked import StackedChunk
-from gputune.errors import DivergedError
+from gputune.ground.errors import DivergedError
 from gputune.sklearn import (
     HalvingRandomSearchCV,
     LogisticRegression,

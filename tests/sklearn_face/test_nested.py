@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.sklearn import (
     GridSearchCV,
     HalvingRandomSearchCV,

@@ -28,7 +28,7 @@ from sklearn.svm import SVC
 import gputune
 from command_line import run
 from face_modules import Net
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.sklearn import (
     GridSearchCV,
     HypergradientSearchCV,

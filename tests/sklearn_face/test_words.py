@@ -19,7 +19,7 @@ from torch import nn
 
 import gputune.sklearn
 from face_modules import Net, OneNumber, PlainNet, Probabilities
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.sklearn import (
     GridSearchCV,
     LogisticRegression,

@@ -7,9 +7,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from gputune.ground.errors import shown_value
+from gputune.ground.types import ACTIVATIONS, NUMBERS, OPTIMIZERS, SCHEDULES
 from gputune.spaces.config import KEYS, WORDS, check_config, check_key, legal_keys
-from gputune.types import ACTIVATIONS, NUMBERS, OPTIMIZERS, SCHEDULES
-from gputune.wording import shown_value
 from refused import refused
 
 MLP = legal_keys("mlp", "adamw")

@@ -10,12 +10,12 @@ from scipy import stats
 from sklearn.base import BaseEstimator
 from sklearn.model_selection import RandomizedSearchCV
 
+from gputune.ground.types import DEFAULTS
 from gputune.spaces.config import legal_keys
 from gputune.spaces.distributions import EvenSteps, LogIntegers, log_int
 from gputune.spaces.random import draw, first_candidates, notes, numbered, remarks, top_up
 from gputune.spaces.space import check_space, default_space
 from gputune.study.store import Candidate
-from gputune.types import DEFAULTS
 from refused import refused
 
 MLP = legal_keys("mlp", "adamw")

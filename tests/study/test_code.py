@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
+from gputune.ground.errors import option
 from gputune.study.code import digest_of_code
 from gputune.study.ledger import differences
 from gputune.study.record import SearchRecord
-from gputune.wording import option
 from refused import refused
 
 

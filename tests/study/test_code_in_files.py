@@ -22,7 +22,7 @@ import pytest
 
 import gputune
 from command_line import run, write_table
-from gputune.errors import InputError, UntrustedCodeError
+from gputune.ground.errors import InputError, UntrustedCodeError
 from gputune.models import MLP
 from gputune.study import code
 from gputune.study.code import class_from_file, class_source, find_class

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from command_line import run
-from gputune.errors import StudyCorruptError, StudyVersionError
+from gputune.ground.errors import StudyCorruptError, StudyVersionError
 from gputune.study import database
 from gputune.study.claims import Claims
 from gputune.study.ledger import open_ledger

@@ -21,7 +21,7 @@ from torch import nn
 import gputune
 from gputune.data.encode import transform
 from gputune.data.table import as_table
-from gputune.errors import InputWarning
+from gputune.ground.errors import InputWarning
 from gputune.study import model as model_file
 from refused import refused
 from study_models import make_model, rows

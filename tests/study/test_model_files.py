@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import nn
 
-from gputune.errors import UntrustedCodeError
+from gputune.ground.errors import UntrustedCodeError
+from gputune.ground.files import scratch_folder
 from gputune.models import LogisticRegression
-from gputune.scratch import scratch_folder
 from gputune.study.code import class_from_file, class_source
 from gputune.study.model import load_model
 from refused import refused

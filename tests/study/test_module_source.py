@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import gputune
-from gputune.errors import UntrustedCodeError
+from gputune.ground.errors import UntrustedCodeError
 from gputune.models import MLP
 from gputune.modules.construction import build_module
 from gputune.population.population import Shape

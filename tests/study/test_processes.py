@@ -16,6 +16,7 @@ from sklearn.datasets import load_iris
 
 import gputune
 from gputune.engine.stop import Stop
+from gputune.ground.types import Outputs
 from gputune.study import claims as claims_file
 from gputune.study.claims import Claims
 from gputune.study.ledger import Ledger, open_ledger
@@ -24,7 +25,6 @@ from gputune.tuning.options import make_options
 from gputune.tuning.progress import Progress
 from gputune.tuning.session import Session
 from gputune.tuning.waiting import wait_for_others
-from gputune.types import Outputs
 from moments import at_call, at_finish
 from refused import refused
 from study_processes import done, finish, start, table

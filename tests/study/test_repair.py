@@ -14,7 +14,7 @@ import pytest
 
 import gputune
 from command_line import FAST, kinds, run, write_table
-from gputune.errors import StudyCorruptError
+from gputune.ground.errors import StudyCorruptError
 from gputune.study.repair import RepairResult, _connect, repair
 from gputune.study.store import PlannedChunk, Store
 from refused import refused

@@ -16,13 +16,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from gputune.errors import StudyCorruptError, StudyVersionError
+from gputune.ground.errors import StudyCorruptError, StudyVersionError
+from gputune.ground.types import Outputs
 from gputune.study import database
 from gputune.study.repair import repair
 from gputune.study.rows import read_rows
 from gputune.study.store import Candidate, PlannedChunk, Store
 from gputune.study.study import Study
-from gputune.types import Outputs
 from refused import refused
 from study_rows import bits, candidates, change, make_study, result
 
@@ -96,7 +96,7 @@ def test_a_result_is_never_replaced_and_a_chunk_is_written_whole_or_not_at_all(s
 
 
 def test_outputs_are_kept_of_the_best_trials_and_not_by_a_repair(store, path, monkeypatch):
-    monkeypatch.setattr("gputune.types.KEPT_BYTES", 3 * 4 * 6)
+    monkeypatch.setattr("gputune.ground.types.KEPT_BYTES", 3 * 4 * 6)
     outputs = {n: Outputs(n + 1, np.full((3, 2), n, dtype=np.float32)) for n in range(5)}
     assert store.outputs(range(5)) == {}
     for part in ([0, 1], [2, 3, 4]):

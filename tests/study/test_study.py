@@ -14,7 +14,7 @@ import pytest
 
 import gputune
 from gputune.api.study import Study
-from gputune.errors import SearchFailedError, StudyCorruptError
+from gputune.ground.errors import SearchFailedError, StudyCorruptError
 from gputune.study import rows
 from gputune.study import study as study_file
 from gputune.study.record import IDENTITY, RECORD_FIELDS, SearchRecord, has_form, lost_option
@@ -298,7 +298,7 @@ def test_no_text_adds_an_element_to_a_card(text):
     assert re.findall(r"<(/?\w+)", html) == re.findall(
         r"<(/?\w+)", hostile_study("plain")._repr_html_()
     )
-    assert gputune.text.clean(text) in unescape(html)
+    assert gputune.ground.text.clean(text) in unescape(html)
 
 
 LATER = (

@@ -7,7 +7,7 @@ from sklearn.datasets import load_iris
 
 import gputune
 from gputune.callbacks import Callback, StopSearch
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.study.ledger import Ledger
 from gputune.study.store import Store
 from study_rows import candidates, result

@@ -17,7 +17,7 @@ import gputune
 from command_line import run
 from forked import Fork
 from gputune.engine import job, stop
-from gputune.errors import SearchInterrupted
+from gputune.ground.errors import SearchInterrupted
 from gputune.tuning import interrupt
 from moments import at_call, at_finish
 

@@ -12,9 +12,9 @@ from sklearn.metrics import log_loss, r2_score
 import gputune
 import reference
 from command_line import run, write_table
+from gputune.ground.seeding import replica_seed
 from gputune.population.population import Ensemble, complete
 from gputune.report.snippet import snippet
-from gputune.seeding import replica_seed
 from problems import Linear, largest_difference
 from refused import refused
 

@@ -16,9 +16,9 @@ import gputune
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.job import Job
 from gputune.engine.stacked import StackedChunk
-from gputune.errors import SearchFailedError
 from gputune.executors.processes import pickle_job
-from gputune.memory import is_out_of_memory
+from gputune.ground.device import is_out_of_memory
+from gputune.ground.errors import SearchFailedError
 from gputune.population.population import Population
 from gputune.sklearn import MLPClassifier, RandomizedSearchCV
 from gputune.study.store import Store

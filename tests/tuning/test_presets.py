@@ -15,13 +15,13 @@ import gputune
 from command_line import run
 from gputune.cli.flags import CommandLine
 from gputune.data.time_order import parse_cv
+from gputune.ground.errors import PYTHON
 from gputune.study.store import Store
 from gputune.tuning.choices import choose_model
 from gputune.tuning.options import make_options
 from gputune.tuning.preset_table import PRESETS
 from gputune.tuning.presets import with_preset
 from gputune.tuning.record import SearchCall, read_rows
-from gputune.wording import PYTHON
 from problems import Linear
 from refused import refused
 

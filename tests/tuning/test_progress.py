@@ -23,11 +23,11 @@ from gputune.engine.job import run_in_parts
 from gputune.engine.train import Spent, operations
 from gputune.executors.executor import Executor
 from gputune.executors.worker_progress import WorkerProgress
+from gputune.ground.within_epoch import Running, report_steps, report_waiting, workers_read_by
 from gputune.methods import training
 from gputune.modules import calls
 from gputune.tuning import progress, trainer
 from gputune.tuning.progress import Profile, Progress, product_speed, reading_bar
-from gputune.within_epoch import Running, report_steps, report_waiting, workers_read_by
 from problems import fill, make_data, rows_of
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import gputune
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 
 RNG = np.random.default_rng(0)
 X = torch.from_numpy(RNG.normal(size=(60, 3)).astype("float32"))

@@ -12,7 +12,7 @@ import gputune
 from command_line import run
 from gputune.data.folds import hold_out, make_folds
 from gputune.data.target import check_target
-from gputune.errors import InputError, InputWarning
+from gputune.ground.errors import InputError, InputWarning
 
 RNG = np.random.default_rng(0)
 HOW = {"n_trials": 1, "max_epochs": 1, "cv": 2, "verbose": 0}

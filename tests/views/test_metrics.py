@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gputune.cli.study import best_json, best_text, trials_json, trials_table
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
 from gputune.report.charts import pareto_charts
 from gputune.report.page import page
 from gputune.views.scores import epochs_by

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from gputune.api.study import Study
-from gputune.errors import InputError, MissingExtraError
+from gputune.ground.errors import InputError, MissingExtraError
 from gputune.views.parameters import importance, parallel_axes
 from gputune.views.scores import score_view
 from made_studies import made_descent, made_study, study_of

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError
+from gputune.ground.text import measure_of
 from gputune.report.charts import curves_chart
-from gputune.text import measure_of
 from gputune.views.parameters import (
     MOST,
     Parameter,

@@ -16,14 +16,14 @@ from gputune.engine.backend import Findings
 from gputune.engine.backends.cost import Cost, TrialSizes, by_member_cost, stacked_cost
 from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
-from gputune.memory import free_of_gpu
+from gputune.ground.device import free_of_gpu
+from gputune.ground.types import Config, Say
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.population.kinds import ModelKind, is_module
 from gputune.population.population import Network
 from gputune.population.traits import Traits
 from gputune.scoring.validation import Validation
-from gputune.types import Config, Say
 
 # Bytes of a chunk's state on the CPU. 8 to 32 MiB were equally fast, more was slower.
 _CACHE_BYTES = 16 << 20

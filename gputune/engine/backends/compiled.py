@@ -16,14 +16,13 @@ from gputune.engine.compiled import CompiledChunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.reuse import ChunkPool
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, option
 from gputune.modules.module import StackedModule
 from gputune.native.library import OPTIMIZERS, NotBuiltError, library
 from gputune.optimizers.rules import RULES
 from gputune.population.kinds import ModelKind, is_module
 from gputune.population.population import Network, beyond_adam
 from gputune.scoring.validation import Validation
-from gputune.wording import option
 
 _DEEPEST = 63  # most hidden layers that the compiled code can hold
 # An epoch of compiled members is long compared with the work between two epochs. Large chunks also

@@ -9,11 +9,11 @@ from itertools import pairwise
 import numpy as np
 
 from gputune.data.dataset import Dataset
+from gputune.ground.types import ONLINE
 from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import n_moments
 from gputune.population.kinds import hidden_layers, highest_dropout, is_module, padded_width
 from gputune.population.population import Population
-from gputune.types import ONLINE
 
 # Buffers of the size of the parameters: parameters, gradient, two moments, scratch. If trials
 # differ: also the expanded rate, decay, activity, corrections.

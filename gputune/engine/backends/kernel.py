@@ -12,13 +12,12 @@ from gputune.engine.chunk import Chunk
 from gputune.engine.kernel import KernelChunk, compiled, kernel_of, lacks, obstacle
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.reuse import ChunkPool
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, option
+from gputune.ground.types import Config, Say
 from gputune.native.library import NotBuiltError
 from gputune.population.kinds import ModelKind, is_module
 from gputune.population.population import Network
 from gputune.scoring.validation import Validation
-from gputune.types import Config, Say
-from gputune.wording import option
 
 _BUILT_IN = "supports only the built-in MLP and linear models"
 

@@ -15,16 +15,15 @@ from gputune.engine.backends.base import Backend, Machine, Refusal, TrialWork
 from gputune.engine.backends.table import BACKENDS, backend_named, current_name
 from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
-from gputune.errors import warn
-from gputune.fallback import words_unless_strict
-from gputune.memory import is_out_of_memory
+from gputune.ground.device import is_out_of_memory
+from gputune.ground.errors import warn, words_unless_strict
+from gputune.ground.types import BackendWord, Config
 from gputune.modules.trace import TraceError
 from gputune.native.library import NotBuiltError
 from gputune.population.kinds import ModelKind, is_module
 from gputune.population.population import Network
 from gputune.population.traits import Traits
 from gputune.scoring.validation import Validation
-from gputune.types import BackendWord, Config
 
 
 class Way(NamedTuple):

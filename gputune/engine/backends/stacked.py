@@ -6,7 +6,7 @@ from gputune.engine.backends.base import Backend, Machine, Refusal, TrialWork, U
 from gputune.engine.backends.cost import Cost, TrialSizes, one_by_one_cost
 from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, option
 from gputune.modules.loop_chunk import LoopChunk
 from gputune.modules.looped import LoopedModule
 from gputune.modules.merged import MergedModule
@@ -16,7 +16,6 @@ from gputune.optimizers.rules import RULES
 from gputune.population.kinds import is_module
 from gputune.population.population import Network
 from gputune.scoring.validation import Validation
-from gputune.wording import option
 
 
 class Recorded(Backend):

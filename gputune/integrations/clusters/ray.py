@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar
 
-from gputune.errors import InputError, MissingExtraError, check_count, how_to_install
 from gputune.executors.cluster import Cluster, Connection
-from gputune.wording import option
+from gputune.ground.entry_points import how_to_install
+from gputune.ground.errors import InputError, MissingExtraError, check_count, option
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gputune.errors import import_extra
+from gputune.ground.entry_points import import_extra
+from gputune.ground.types import Json
 from gputune.integrations.whole_model import (
     WholeModel,
     example_inputs,
@@ -17,7 +18,6 @@ from gputune.integrations.whole_model import (
 )
 from gputune.study.export import METADATA
 from gputune.study.model_files import ModelContent
-from gputune.types import Json
 
 
 def write_model(model: ModelContent, description: Json, path: Path) -> None:

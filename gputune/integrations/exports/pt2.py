@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from gputune.ground.types import Json
 from gputune.integrations.whole_model import WholeModel, example_inputs, export_errors, trace
 from gputune.study.export import METADATA
 from gputune.study.model_files import ModelContent
-from gputune.types import Json
 
 
 def write_model(model: ModelContent, description: Json, path: Path) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gputune.errors import import_extra
+from gputune.ground.entry_points import import_extra
 from gputune.integrations.logged_values import (
     best_score,
     epochs_by_trial,

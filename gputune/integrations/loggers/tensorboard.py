@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gputune.errors import import_extra
+from gputune.ground.entry_points import import_extra
 from gputune.integrations.logged_values import epochs_by_trial, plain_params, study_options
 from gputune.study.study import Study
 from gputune.tuning.callbacks import Callback

@@ -6,7 +6,8 @@ import secrets
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from gputune.errors import import_extra
+from gputune.ground.entry_points import import_extra
+from gputune.ground.types import Json
 from gputune.integrations.logged_values import (
     best_score,
     epochs_by_trial,
@@ -16,7 +17,6 @@ from gputune.integrations.logged_values import (
 )
 from gputune.study.study import Study
 from gputune.tuning.callbacks import Callback
-from gputune.types import Json
 
 
 class WandB(Callback):

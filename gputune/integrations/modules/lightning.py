@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from gputune.errors import InputError
+from gputune.ground.errors import InputError, Verbatim, option
+from gputune.ground.types import DEFAULTS, OPTIMIZERS, Config
 from gputune.modules.own_training import Horizon, OwnTraining
 from gputune.optimizers.classes import has_weight_decay, optimizer_word
 from gputune.spaces.config import OPTIMIZERS_WITH
-from gputune.types import DEFAULTS, OPTIMIZERS, Config
-from gputune.wording import Verbatim, option
 
 _TO_SEARCH = (
     "Or keep the Lightning Trainer: gputune.search with "

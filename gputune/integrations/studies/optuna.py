@@ -7,11 +7,12 @@ from datetime import datetime, timedelta
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from gputune.errors import InputError, import_extra
+from gputune.ground.entry_points import import_extra
+from gputune.ground.errors import InputError
+from gputune.ground.types import Json
 from gputune.methods.sampling import fold_means, state_of
 from gputune.spaces.distributions import as_optuna, is_real, label, labels
 from gputune.study.study import Study, Trial
-from gputune.types import Json
 
 if TYPE_CHECKING:
     import optuna

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gputune.engine.job import run_in_parts
-from gputune.errors import InputError
 from gputune.executors.cluster import Cluster, Connection
 from gputune.executors.executor import Executor
+from gputune.ground.errors import InputError
 
 TRAINED = []  # the numbers of the trials of each chunk
 

@@ -10,6 +10,8 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Literal
 
+from gputune.ground.errors import MissingExtraError
+
 IntegrationKind = Literal["clusters", "exports", "loggers", "modules", "studies"]
 """The folder of an integration. A module must define:
 
@@ -40,3 +42,31 @@ def integration(kind: IntegrationKind, name: str) -> ModuleType:
     Callers check a user's name against ``integrations(kind)`` first.
     """
     return import_module(f"gputune.integrations.{kind}.{name}")
+
+
+def how_to_install(extra: str) -> str:
+    """Return a sentence for error messages that says how to install an optional part of gputune."""
+    # gputune is in no package index, so that pip finds the extra only in a clone.
+    return f'Run pip install ".[{extra}]" in your clone of gputune.'
+
+
+def import_extra(module: str, *, extra: str, used_by: str) -> ModuleType:
+    """Import and return the module of an optional library.
+
+    Args:
+        module: name of the module.
+        extra: the extra of gputune that installs it.
+        used_by: name of the feature that needs it, for the error message.
+
+    Raises:
+        MissingExtraError: the module cannot be imported. The message says how to install it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        library = module.partition(".")[0]
+        raise MissingExtraError(
+            used_by,
+            f"needs {library}, which cannot be imported ({error})",
+            remedy=how_to_install(extra),
+        ) from error

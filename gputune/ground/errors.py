@@ -1,23 +1,162 @@
-"""The exceptions and the warning that gputune raises for its users."""
+"""Messages that name arguments, and the exceptions and the warning that show them to users.
 
+A message is written once for all interfaces. To name an argument, a message contains a reference:
+``option("cv", 5)`` marks the argument ``cv`` with the value 5. Each interface shows references in
+its own form: Python shows ``cv=5``, the command line shows ``--cv 5``.
+"""
+
+import os
+import re
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from copy import copy
-from importlib import import_module
+from dataclasses import dataclass
+from enum import Enum
+from functools import wraps
+from inspect import signature
 from numbers import Integral
-from types import ModuleType
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
-from gputune.wording import (
-    MISSING,
-    PYTHON,
-    Interface,
-    Reference,
-    Verbatim,
-    option,
-    per_interface,
-    shown_value,
+from gputune.ground.text import did_you_mean
+
+
+class _Missing(Enum):
+    MISSING = 0
+
+
+MISSING = _Missing.MISSING
+"""Marks an argument that was not passed, because None can be a passed value."""
+
+_BEGIN = "⟦"
+_END = "⟧"
+_OR = "‖"
+_MARK = re.compile(f"{_BEGIN}([^{_BEGIN}{_END}]*){_END}")
+_REFERENCE = re.compile(
+    r"(?:(?P<call>\w+)\()?(?P<name>\w+)(?P<keys>(?:\[[^\]]*\])*)(?:=(?P<value>.*?))?(?(call)\))",
+    re.DOTALL,
 )
+_INTERFACES = ("python", "command", "sklearn")
+_LONGEST_VALUE = 200  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference to an argument in a message, such as ``cv=5``.
+
+    Args:
+        name: Name of the argument in Python, such as "cv".
+        keys: Keys and positions in the argument, as Python code: ("'lr'",) for ``space['lr']``.
+        value: Value as Python code, "..." for any value, None to show no value.
+        call: Function or class that takes the argument; "" for a search.
+    """
+
+    name: str
+    keys: tuple[str, ...] = ()
+    value: str | None = None
+    call: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "Reference | None":
+        """Return the reference for a text such as "cv=5", or None if the text is no reference."""
+        match = _REFERENCE.fullmatch(text)
+        if match is None:
+            return None
+        keys = tuple(re.findall(r"\[([^\]]*)\]", match["keys"]))
+        return cls(match["name"], keys, match["value"], match["call"] or "")
+
+    def __str__(self) -> str:
+        keys = "".join(f"[{key}]" for key in self.keys)
+        value = "" if self.value is None else f"={self.value}"
+        argument = f"{self.name}{keys}{value}"
+        return f"{self.call}({argument})" if self.call else argument
+
+
+class Interface:
+    """The names of arguments as messages show them to users of the Python functions. Other
+    interfaces override these names.
+
+    Attributes:
+        name: "python", "command" or "sklearn".
+    """
+
+    name = "python"
+
+    def argument(self, reference: Reference) -> str:
+        """Return the name of an argument as users of this interface write it."""
+        return str(reference)
+
+    def render(self, message: str) -> str:
+        """Replace the marked names in a message by the names that users of this interface know.
+
+        Args:
+            message: Text with the marks of ``option`` and ``per_interface``. Marks can be nested.
+        """
+        rendered = _MARK.sub(self._replacement, message)
+        # Inner marks are replaced first. A user's text may hold brackets that mark nothing.
+        while rendered != message:
+            message = rendered
+            rendered = _MARK.sub(self._replacement, message)
+        return rendered
+
+    def _replacement(self, mark: re.Match[str]) -> str:
+        variants = mark[1].split(_OR)
+        if len(variants) == len(_INTERFACES):
+            return variants[_INTERFACES.index(self.name)]
+        reference = Reference.parse(mark[1])
+        return mark[0] if reference is None else self.argument(reference)
+
+
+PYTHON = Interface()
+
+
+class Verbatim(str):
+    """A text that a message shows without quotation marks, such as "3 columns"."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def option(reference: str, value: object = MISSING) -> str:
+    """Return a marked name of an argument for use in a message, which each interface shows in its
+    own form.
+
+    Args:
+        reference: The argument as Python writes it: "cv", "space['lr']", "Halving(factor=...)".
+        value: A value to show after the argument.
+
+    Example:
+        >>> message = f"Pass {option('cv', 5)}."
+        >>> PYTHON.render(message)
+        'Pass cv=5.'
+    """
+    shown = "" if value is MISSING else f"={value!r}"
+    return f"{_BEGIN}{reference}{shown}{_END}"
+
+
+def per_interface(python: str, command: str, sklearn: str | None = None) -> str:
+    """Return a part of a message that has a different text for each interface.
+
+    Args:
+        python: The text for functions of Python.
+        command: The text for the command line.
+        sklearn: The text for scikit-learn estimators; None for the text of ``python``.
+    """
+    variants = (python, command, python if sklearn is None else sklearn)
+    return f"{_BEGIN}{_OR.join(variants)}{_END}"
+
+
+def shown_value(value: object) -> str:
+    """Return the text of a value for a message, on one line and with at most 200 characters."""
+    text = repr(value)
+    if not isinstance(value, Verbatim):
+        text = " ".join(text.split())
+    if len(text) > _LONGEST_VALUE:
+        text = f"{text[: _LONGEST_VALUE - 3]}..."
+    return text
+
 
 TOO_BIG = "out of memory"
 """The first words of the failure reason if a trial does not fit into memory.
@@ -38,7 +177,7 @@ class InputError(ValueError):
     command line prints the message and ends with exit code 2.
 
     The message is "ARGUMENT RULE, got GOT. REMEDY". Its parts may hold the references of
-    ``gputune.wording``, which each interface renders in its own names.
+    this module, which each interface renders in its own names.
 
     Args:
         argument: The argument that is wrong, as Python writes it: "cv", "space['lr']",
@@ -281,29 +420,80 @@ def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
     warnings.warn(warning, stacklevel=level)
 
 
-def how_to_install(extra: str) -> str:
-    """Return a sentence for error messages that says how to install an optional part of gputune."""
-    # gputune is in no package index, so that pip finds the extra only in a clone.
-    return f'Run pip install ".[{extra}]" in your clone of gputune.'
+Given = ParamSpec("Given")
+Value = TypeVar("Value")
 
 
-def import_extra(module: str, *, extra: str, used_by: str) -> ModuleType:
-    """Import and return the module of an optional library.
+def with_argument_hints(
+    others: Mapping[str, str], advice: Callable[[str], str | None] | None = None
+) -> Callable[[Callable[Given, Value]], Callable[Given, Value]]:
+    """Return a decorator of a function, which raises a TypeError for an unknown keyword argument.
+
+    The message gives advice for this argument, or suggests the right name, as Python 3.13 does.
 
     Args:
-        module: name of the module.
-        extra: the extra of gputune that installs it.
-        used_by: name of the feature that needs it, for the error message.
-
-    Raises:
-        MissingExtraError: the module cannot be imported. The message says how to install it.
+        others: Argument names of other libraries, and the function's names for them. A search for
+            similar spellings would not find these pairs.
+        advice: A function that returns a sentence on an argument that the function lacks. The
+            result is None or "" for a name without advice.
     """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        library = module.partition(".")[0]
-        raise MissingExtraError(
-            used_by,
-            f"needs {library}, which cannot be imported ({error})",
-            remedy=how_to_install(extra),
-        ) from error
+
+    def decorate(function: Callable[Given, Value]) -> Callable[Given, Value]:
+        known = signature(function).parameters
+
+        @wraps(function)
+        def called(*args: Given.args, **kwargs: Given.kwargs) -> Value:
+            for name in kwargs:
+                if name in known:
+                    continue
+                sentence = None if advice is None else advice(name)
+                hint = f" {sentence}" if sentence else did_you_mean(name, known, others=others)
+                raise TypeError(
+                    f"{function.__name__}() got an unexpected keyword argument {name!r}.{hint}"
+                )
+            return function(*args, **kwargs)
+
+        return called
+
+    return decorate
+
+
+def advice_on_keys(keys: Mapping[str, str]) -> Callable[[str], str]:
+    """Return a function that says of an argument name which key of the space it is.
+
+    ``keys`` maps names of hyperparameters to keys of the space. For other names, the function
+    returns "".
+    """
+
+    def advice(name: str) -> str:
+        if name not in keys:
+            return ""
+        return f'It is a key of the space: gputune.tune(..., space={{"{keys[name]}": [...]}}).'
+
+    return advice
+
+
+STRICT = "GPUTUNE_STRICT_BACKENDS"
+"""The environment variable that makes an error of a faster backend end the search, with its
+traceback.
+
+This variable is for tests and bug reports.
+"""
+
+
+def is_strict() -> bool:
+    """Return True if an error of a faster backend must end the search, for tests and bug
+    reports."""
+    return os.environ.get(STRICT, "") not in ("", "0")
+
+
+def words_unless_strict(error: Exception) -> str:
+    """Return the type and the first line of an error that a faster backend raised.
+
+    If ``is_strict()``, raises the error again instead.
+    """
+    if is_strict():
+        raise error
+    lines = str(error).strip().splitlines()
+    name = type(error).__name__
+    return f"{name}: {lines[0].rstrip('.')}" if lines else name
