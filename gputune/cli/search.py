@@ -19,7 +19,7 @@ from gputune.cli.summary import label_lines
 from gputune.executors.worker import LoopObjective
 from gputune.ground.errors import InputError, SearchInterrupted
 from gputune.ground.text import count, paragraph
-from gputune.report.facts import seconds_text, states_of, states_text
+from gputune.report.facts import seconds_text, states_text
 from gputune.spaces.edges import edge_remarks
 from gputune.study.code import function_from_file
 from gputune.tuning.interrupt import SIGNALS
@@ -101,7 +101,7 @@ def _summary(ending: Ending, *, direction: str) -> str:
     if remarks:
         parts.append(label_lines(remarks, width))
     facts = [("Ended", ending.ended)] if ending.ended else []
-    states = states_text(states_of(study))
+    states = states_text(study)
     facts.append(("Trials", f"{states}; this command took {seconds_text(ending.seconds)}"))
     facts.append(("Study", str(ending.study_file)))
     if any(trial.state in ("waiting", "stopped") for trial in study.trials):

@@ -42,7 +42,7 @@ from gputune.report.facts import (
 )
 from gputune.study.claims import Claims
 from gputune.study.rows import FoldReport
-from gputune.study.store import Store, has_checkpoints
+from gputune.study.store import has_checkpoints
 from gputune.study.study import RESUME, Study, Trial, best_trial, how_to_continue
 from gputune.views.default_trial import improvement_json, improvement_text
 from gputune.views.scores import measures, other_measures, pareto_trials, ranked_by, score_view
@@ -326,21 +326,16 @@ def status(arguments: Namespace) -> str:
 def _look(file: Path, *, most: int) -> tuple[str, bool]:
     """Return the progress of the search in a file as text, and whether all trials have ended.
 
-    Up to ``most`` curves of the best trials are shown below. All trials are counted, but only the
-    best trials are read. This is much faster for a large study.
+    Up to ``most`` curves of the best trials are shown below.
     """
     # Read before the file is opened, because opening may change the file.
     written = last_written(file) if file.is_file() else 0.0
-    with Store.open(file) as store:
-        states = store.states()
-        study = Study.from_rows(store.meta, store.trials(store.best(max(1, most))))
-    trials: Counter[str] = Counter()
-    for state, _, number in states:
-        trials[state] += number
+    study = Study.open(file)
+    trials = Counter(trial.state for trial in study.trials)
     left = trials["waiting"] + trials["stopped"]
     progress = f"{trials.total() - left} of {count(trials.total(), 'trial')} finished"
-    if states:
-        progress = f"{progress}: {states_text(states)}"
+    if study.trials:
+        progress = f"{progress}: {states_text(study)}"
     running = [f"Running  {line}" for line in _running_lines(file, study)]
     best_text = _best(study, trains_on=trials["waiting"] > 0)
     if not running and trials["waiting"] == trials.total() and has_checkpoints(file):

@@ -17,7 +17,7 @@ from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import Layout
 from gputune.data.readings import may_be_numbers
 from gputune.ground.text import blocks, clean, count, paragraph
-from gputune.report.facts import params_text, seconds_text, states_of, states_text
+from gputune.report.facts import params_text, seconds_text, states_text
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
 from gputune.tuning.method import method_class
@@ -101,7 +101,7 @@ def _line(name: str, text: object) -> str:
 def _places(ending: Ending, width: int) -> list[str]:
     """Return the lines with the count of trials by state, the paths of study and model, and the
     next command."""
-    states = states_text(states_of(ending.study))
+    states = states_text(ending.study)
     facts = [("Ended", ending.ended)] if ending.ended else []
     facts.append(("Trials", f"{states}; this command took {seconds_text(ending.seconds)}"))
     lines = [label_lines(facts, width), _line("Study", ending.study_file)]

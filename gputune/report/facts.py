@@ -15,7 +15,6 @@ from gputune.ground.types import Json
 from gputune.report.digits import page_scores
 from gputune.study.record import has_form
 from gputune.study.rows import TrialState
-from gputune.study.store import States
 from gputune.study.study import Study, Trial, best_trial
 from gputune.views.default_trial import (
     NO_IMPROVEMENT,
@@ -81,7 +80,7 @@ def search_facts(study: Study) -> list[Fact]:
     if baseline is not None and best_trial(study) is not None:
         score = page_scores(study).measure.text(baseline["score"])
         facts.append(("without a model", score, clean(baseline["answer"])))
-    facts.append(("trials", str(len(study.trials)), states_text(states_of(study))))
+    facts.append(("trials", str(len(study.trials)), states_text(study)))
     facts.append(_time_fact(study))
     if record.device:
         facts.append(("device", clean(record.device), clean(record.dtype)))
@@ -196,11 +195,6 @@ def read_model_info(study: Study, folder: Path) -> Json | None:
     return info if is_its_model(study, info) else None
 
 
-def states_of(study: Study) -> States:
-    """Return (state, detail, 1) for each trial, as input for ``states_text``."""
-    return [(trial.state, trial.detail, 1) for trial in study.trials]
-
-
 def seconds_text(seconds: float) -> str:
     """Return a duration in seconds as text, such as "12.3 s" or "2 h 5 min"."""
     if seconds < 60:
@@ -272,19 +266,20 @@ def _options(options: Json) -> str:
     return ", ".join(texts)
 
 
-def states_text(states: States) -> str:
+def states_text(study: Study) -> str:
     """Return the number of trials in each state as text, such as "8 complete, 2 pruned".
 
     Failed trials are counted by their reason.
     """
     counts: Counter[str] = Counter(dict.fromkeys([*STATES.values(), _RAISED, _TOO_BIG, _LOST], 0))
-    for state, detail, number in states:
-        if "error" in detail:
-            counts[_RAISED] += number
-        elif "reason" in detail:
-            counts[_TOO_BIG if str(detail["reason"]).startswith(TOO_BIG) else _LOST] += number
+    for trial in study.trials:
+        if "error" in trial.detail:
+            state = _RAISED
+        elif "reason" in trial.detail:
+            state = _TOO_BIG if str(trial.detail["reason"]).startswith(TOO_BIG) else _LOST
         else:
-            counts[STATES.get(state, state)] += number
+            state = STATES.get(trial.state, trial.state)
+        counts[state] += 1
     return ", ".join(f"{number} {state}" for state, number in counts.items() if number) or "none"
 
 

@@ -227,18 +227,6 @@ def script_of(module_class: Builder) -> str | None:
     return source_file(module_class) if _place(module_class)[0] == _MAIN else None
 
 
-def unreachable_place(module_class: Builder) -> str | None:
-    """Return the place of a class as text if other processes cannot import the class, else None."""
-    home, name = _place(module_class)
-    if home == _MAIN:
-        script = source_file(module_class)
-        return f"in the script {script!r}" if script else "in a notebook or at a prompt"
-    reached = _static_value(sys.modules.get(home), name)
-    if reached is module_class or reached is _unwrap(module_class):
-        return None
-    return f"in {home!r}, where no import reaches it"
-
-
 def _file_of(module: object) -> str | None:
     """Return the absolute path of a module's file, or None. A lazy module stays unloaded."""
     file = inspect.getattr_static(module, "__file__", None)

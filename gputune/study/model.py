@@ -275,8 +275,7 @@ class TunedModel(ModelContent, AdapterFiles):
     def save(self, folder: StrPath) -> None:
         """Write ``model.safetensors`` and ``model.json`` into ``folder``.
 
-        Each file appears complete or not at all. A model in the folder is replaced. Warns if
-        ``load_model`` cannot find the class later: a class from a script, a notebook or a function.
+        Each file appears complete or not at all. A model in the folder is replaced.
 
         Args:
             folder: the folder, which is created if it does not exist.

@@ -5,7 +5,7 @@ complete or not at all, and the description is written last. If a file does not 
 the error names the file. Nothing is ever unpickled.
 
 ``state_dict()`` has only a part of the state of a module. It leaves out buffers with
-``persistent=False``, and attributes that are numbers of Python or NumPy. A model file has them too.
+``persistent=False``, and attributes that are numbers of Python. A model file has them too.
 Random values that a constructor stores in plain attributes are not in the file. Instead, the module
 is built again from the same random stream.
 """
@@ -26,7 +26,7 @@ from gputune.data.columns import Layout
 from gputune.data.encode import Statistics
 from gputune.data.target_transform import FittedTransform
 from gputune.ground.annotations import FloatArray, StrPath
-from gputune.ground.errors import InputError, warn
+from gputune.ground.errors import InputError, option, warn
 from gputune.ground.files import check_model_folder, naming_folder, read_file, write_files
 from gputune.ground.types import Config, Json, Task
 from gputune.models import MLP, LogisticRegression
@@ -44,14 +44,7 @@ from gputune.modules.frozen import frozen
 from gputune.population.outputs import in_mode
 from gputune.population.population import Ensemble, InputKind
 from gputune.study.adapter_files import check_base, digest_of, frozen_tensors
-from gputune.study.code import (
-    class_source,
-    find_class,
-    is_builder,
-    is_changed,
-    source_file,
-    unreachable_place,
-)
+from gputune.study.code import class_source, find_class, is_builder, is_changed, source_file
 from gputune.study.trained_rows import RowSample
 from gputune.study.values import MALFORMED, from_json, sha256, to_json
 
@@ -95,14 +88,13 @@ def save_model(model: ModelContent, folder: StrPath) -> None:
     """Write the model into ``folder``; see ``TunedModel.save``."""
     import safetensors.torch
 
-    is_custom = model.spec["kind"] == "module"
     body = {name: getattr(model, name) for name in _PLAIN} | {
         "dtype": str(model.dtype).removeprefix("torch."),
         "target_transform": None if model.transform is None else model.transform.to_json(),
         "layout": model.layout.to_json(),
         "statistics": model.statistics.to_json(),
         "spec": _full_spec(model),
-        "numbers": _saved_numbers(model.module) if is_custom else {},
+        "numbers": _saved_numbers(model.module),
         "temporary": _temporary_buffers(model.module),
     }
     state = {}
@@ -112,18 +104,16 @@ def save_model(model: ModelContent, folder: StrPath) -> None:
     for name, value in _saved_tensors(model.module).items():
         if name in frozen:
             continue
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.dtype == torch.complex128:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise InputError(
                 None,
-                f"{type(model.module).__name__} keeps {name!r}, a {type(value).__name__}, in its "
-                "state",
-                remedy="Only tensors can be saved. Make this attribute a buffer.",
+                f"{type(model.module).__name__} keeps {name!r}, a {kind}, in its state",
+                remedy="Only tensors can be saved. Make the attribute a buffer. Instead of complex128, "
+                f"use complex64, with {option('dtype', 'float32')}.",
             )
         # A clone: safetensors refuses tensors that share memory, such as tied weights.
         state[name] = value.cpu().clone().contiguous()
-    complex_names = _split_complex(state)
-    if complex_names:
-        body["complex"] = complex_names
     path = Path(folder)
     _check_folder(path)
     tensors = safetensors.torch.save(state)
@@ -135,17 +125,6 @@ def save_model(model: ModelContent, folder: StrPath) -> None:
     with naming_folder(path, "the model cannot be saved", remedy):
         path.mkdir(parents=True, exist_ok=True)
         write_files(path, files, prefix=DRAFTS)
-    if is_custom and "made" not in model.spec:
-        module_class = _module_type(model)
-        place = unreachable_place(module_class)
-        if place is not None:
-            name = module_class.__name__
-            warn(
-                f"save({str(folder)!r}): the class {name} was defined {place}, so load_model "
-                "cannot find it from elsewhere. Pass it there, "
-                f"load_model({str(folder)!r}, module={name}), or define it in its own file and "
-                "import it from that file."
-            )
 
 
 def _check_folder(folder: Path) -> None:
@@ -195,8 +174,6 @@ def read_fields(
         spec = fields["spec"]
         kind = str(spec["kind"])
         members = _members(fields)
-        for complex_name in body.get("complex", ()):
-            tensors[complex_name] = torch.view_as_complex(tensors[complex_name])
     if ("lora" in spec or "frozen" in spec) and module is None:
         module = _builder_of(base, spec, folder)
     elif base is not None:
@@ -463,24 +440,11 @@ def _temporary_buffers(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_buffers() if name not in persistent]
 
 
-def _split_complex(tensors: dict[str, Tensor]) -> list[str]:
-    """Replace the complex128 tensors in a dict by their real and imaginary parts (..., 2).
-
-    A safetensors file cannot hold complex128. Returns the names of these tensors.
-    """
-    names = [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]
-    for name in names:
-        tensors[name] = torch.view_as_real(tensors[name].resolve_conj()).contiguous()
-    return names
-
-
 def _saved_numbers(module: nn.Module) -> _Numbers:
     """Return the numeric attributes of a module's submodules, for example a count of calls."""
     numbers: _Numbers = {}
     for path, part in _counting_parts(module):
         for name, value in vars(part).items():
-            if isinstance(value, np.generic):
-                value = value.item()
             if type(value) in (bool, int, float) and name != "training":
                 numbers[f"{path}.{name}".lstrip(".")] = value
     return numbers
@@ -517,12 +481,7 @@ def _restore(
     for path, part in _counting_parts(module):
         for key, before in list(vars(part).items()):
             value = numbers.get(f"{path}.{key}".lstrip("."))
-            if key == "training":
-                continue
-            if isinstance(before, np.generic):
-                if _is_like(value, before.item()) and value != before:
-                    setattr(part, key, type(before)(value))
-            elif _is_like(value, before) and value != before:
+            if key != "training" and _is_like(value, before) and value != before:
                 setattr(part, key, value)
 
 

@@ -26,26 +26,22 @@ import numpy as np
 from gputune.ground.annotations import StrPath
 from gputune.ground.errors import InputError
 from gputune.ground.memory import without_collector
-from gputune.ground.types import Json, Outputs, beyond_limit
+from gputune.ground.types import Outputs, beyond_limit
 from gputune.study import database
 from gputune.study.database import damage_error, sqlite_errors, transaction
 from gputune.study.record import OPTION_COUNT, lost_option
 from gputune.study.rows import (
-    STATES,
     Candidate,
     Curve,
     PlannedChunk,
     Result,
     StoredRow,
     StoredValue,
-    TrialState,
     checksum,
     option_from_row,
     option_to_row,
     outputs_from_row,
     outputs_to_row,
-    ranked,
-    read_detail,
     read_rows,
 )
 
@@ -66,9 +62,6 @@ more time to allocate this memory."""
 __all__ = ["Candidate", "Curve", "PlannedChunk", "Result", "Store"]
 
 CachedRow = TypeVar("CachedRow", Candidate, PlannedChunk, Result)
-
-States = list[tuple[TrialState, Json, int]]
-"""(state, detail, count of trials) for each combination of state and detail that occurs."""
 
 
 class Meta(dict[str, Any]):
@@ -234,18 +227,6 @@ class Store(AbstractContextManager["Store"]):
             results = _by_number(self._rows("results", Result.from_rows, numbers))
         return [(candidate, results.get(candidate.number)) for candidate in candidates]
 
-    def check(self, numbers: Collection[int] | None = None) -> set[int]:
-        """Check trials and results against their checksums, and return the trial numbers of the
-        results.
-
-        ``numbers`` selects trials by trial number; None means all trials.
-
-        Raises:
-            StudyCorruptError: a row is damaged.
-        """
-        self._rows("trials", zip, numbers)
-        return {number for number, *_ in self._rows("results", zip, numbers)}
-
     def candidates(self) -> list[Candidate]:
         """Return every candidate in order of its number.
 
@@ -265,47 +246,12 @@ class Store(AbstractContextManager["Store"]):
         self._results = _by_number(final)
         return _by_number(self._all("results", Result.from_rows, self._results))
 
-    def states(self) -> States:
-        """Return the number of trials for each pair of state and detail. Checksums are not
-        verified."""
-        groups = self._read("SELECT state, detail, count(*) FROM results GROUP BY state, detail")
-        states: States = []
-        waiting = self._count("trials")
-        try:
-            for state, detail, n_trials in groups:
-                if state not in STATES:
-                    raise ValueError(f"state {state!r}")
-                states.append((state, read_detail(detail), n_trials))
-                waiting -= n_trials
-        except (ValueError, TypeError) as error:
-            raise damage_error(self.path, f"a result cannot be read ({error})") from error
-        if waiting:
-            states.append(("waiting", {}, waiting))
-        return states
-
-    def best(self, most: int) -> list[int]:
-        """Return the trial numbers of at most ``most`` trials with a finite score, best first."""
-        # The first 8 bytes are the score by the metric that ranks.
-        rows = self._read(
-            "SELECT number, state = 'pruned', substr(score, 1, 8) FROM results ORDER BY number"
-        )
-        raw = [score for *_, score in rows]
-        try:
-            scores = np.frombuffer(b"".join(raw), dtype="<f8", count=len(rows))
-        except (ValueError, TypeError) as error:
-            reason = f"the score of a result cannot be read ({error})"
-            raise damage_error(self.path, reason) from error
-        pruned = np.array([is_pruned for _, is_pruned, _ in rows], dtype=bool)
-        best = ranked(scores, pruned)[:most]
-        return [rows[position][0] for position in best if np.isfinite(scores[position])]
-
     def n_finished(self) -> int:
         """Return the number of trials with a final result."""
         return self._count("results WHERE state != 'stopped'")
 
     def n_waiting(self) -> int:
-        """Return the number of trials without a final result. Unlike "waiting" in ``states``, the
-        number includes stopped trials."""
+        """Return the number of trials without a final result, which includes stopped trials."""
         return self._count("trials") - self.n_finished()
 
     def plan(self) -> list[PlannedChunk]:

@@ -27,7 +27,7 @@ from gputune.ground.files import scratch_folder
 from gputune.ground.within_epoch import Running
 from gputune.modules.recorder import CpuRecorder
 from gputune.population.population import Population
-from gputune.report.facts import states_of, states_text
+from gputune.report.facts import states_text
 from gputune.scoring.metrics import make_scoring
 from problems import fill, make_data
 
@@ -189,7 +189,7 @@ def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
         in reason
     )
     assert sorted(t.state for t in study.trials) == ["complete", "failed"]
-    assert states_text(states_of(study)) == "1 complete, 1 that lost their workers"
+    assert states_text(study) == "1 complete, 1 that lost their workers"
     alone = replace(study, trials=[failed], curves=study.curves[:1])
     assert alone.failure_message().endswith(f"gputune gave up some of 1 trial: {reason}")
 

@@ -113,10 +113,10 @@ def test_a_flipped_bit_is_found_or_harmless(path, seed):
     assert any(isinstance(one, type) for one in got)
 
 
-def test_a_state_that_is_none_is_damage_also_where_states_are_only_counted(path):
+def test_a_state_that_is_none_is_damage(path):
     path.write_bytes(filled(path, 1).replace(b"complete", b"Complete"))
-    with Store.open(path) as store, pytest.raises(StudyCorruptError, match="state 'Complete'"):
-        store.states()
+    with Store.open(path) as store, pytest.raises(StudyCorruptError, match="the result of trial 0"):
+        store.results()
 
 
 def test_a_journal_next_to_a_study_that_names_another_file_is_refused(path):

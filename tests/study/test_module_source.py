@@ -84,9 +84,6 @@ def test_a_class_of_a_package_is_found_by_import():
     assert class_source(type("Net", (nn.Module,), {"__module__": "__main__"})) == {
         "import": "__main__:Net"
     }
-    assert sources.unreachable_place(MLP) is None
-    here = type("Net", (nn.Module,), {})
-    assert sources.unreachable_place(here) == f"in {__name__!r}, where no import reaches it"
 
 
 def test_an_imported_class_that_has_changed_is_another_model(tmp_path, monkeypatch, forget_code):
@@ -204,7 +201,6 @@ def test_a_class_of_the_running_program_needs_no_word(monkeypatch):
     monkeypatch.setitem(sys.modules, "__main__", main := types.ModuleType("__main__"))
     exec("from torch import nn\nclass Net(nn.Module): pass\nLinear = nn.Linear", main.__dict__)
     assert find_class({"import": "__main__:Net"}) is main.Net
-    assert sources.unreachable_place(main.Net) == "in a notebook or at a prompt"
     for name in ("Other", "Linear", "nn.Linear"):  # which are not the program's own
         with refused(f"'{name}' is in the script, notebook or prompt of its training, and"):
             find_class({"import": f"__main__:{name}"})

@@ -202,13 +202,7 @@ class DoubleComplex(Complex):
         return super().forward(x * (self.turn * self.scale).real)
 
 
-def test_complex_numbers_of_double_precision_are_saved(tmp_path):
+def test_complex_numbers_of_double_precision_are_refused(tmp_path):
     model = tuned(DoubleComplex, dtype="float64").best_model()
-    assert model.module.turn.dtype == torch.complex128
-    model.save(tmp_path / "model")
-    loaded = gputune.load_model(tmp_path / "model", module=DoubleComplex)
-    np.testing.assert_array_equal(loaded.predict_proba(ROWS), model.predict_proba(ROWS))
-    tensors = saved_tensors(loaded.module)
-    for name, tensor in saved_tensors(model.module).items():
-        assert tensors[name].dtype == tensor.dtype
-        assert torch.equal(tensors[name], tensor)
+    with refused("keeps '.*', a torch.complex128, in its state.* Instead of complex128, use"):
+        model.save(tmp_path / "model")

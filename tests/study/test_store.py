@@ -8,7 +8,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
@@ -22,7 +21,6 @@ from gputune.study import database
 from gputune.study.repair import repair
 from gputune.study.rows import read_rows
 from gputune.study.store import Candidate, PlannedChunk, Store
-from gputune.study.study import Study
 from refused import refused
 from study_rows import bits, candidates, change, make_study, result
 
@@ -393,7 +391,7 @@ def test_what_is_no_study_of_this_version_is_refused(path, spoil, error, message
         ("UPDATE results SET number = 1", "the result of trial 1"),
     ],
 )
-@pytest.mark.parametrize("read", [Store.check, Store.trials])
+@pytest.mark.parametrize("read", [Store.trials])
 def test_a_changed_value_is_never_returned(path, statement, what, read):
     make_study(path, 2, [result(0)], META)
     change(path, statement)
@@ -403,27 +401,6 @@ def test_a_changed_value_is_never_returned(path, statement, what, read):
     ):
         assert store.meta
         read(store)
-
-
-SCORES = [0.5, float("nan"), 0.9, 0.7, 0.7, float("inf"), -1.0]
-
-
-@pytest.mark.parametrize("pruned", [(), (2,), (2, 3), range(7)])
-@pytest.mark.parametrize("scores", [SCORES, SCORES[:2], SCORES[1:2], []])
-def test_what_is_counted_is_what_the_whole_study_has(path, scores, pruned):
-    states = ["pruned" if number in pruned else "complete" for number in range(len(scores))]
-    results = [result(n, score=s, state=states[n]) for n, s in enumerate(scores)]
-    study = Study.open(make_study(path, 8, results, META))
-    with Store.open(path) as store:
-        assert sorted(store.states()) == sorted(
-            (s, {}, n) for s, n in Counter(t.state for t in study.trials).items()
-        )
-        finite = [trial.number for trial in study.ranking() if np.isfinite(trial.score)]
-        assert [store.best(most) for most in (1, 3)] == [finite[:1], finite[:3]]
-        assert [c.number for c in store.candidates()] == list(range(8)) and store.check() == set(
-            range(len(scores))
-        )
-        assert [row[0] for row in store.trials([3, 1])] == [store.candidates()[n] for n in (1, 3)]
 
 
 def test_what_was_read_once_is_not_read_again(path, monkeypatch):
