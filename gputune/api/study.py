@@ -96,7 +96,7 @@ class Study(data.Study):
             >>> model.predict(X[:3])
             array([0, 0, 0])
         """
-        from gputune.tuning.access import Access
+        from gputune.tuning.refit import Access
         from gputune.tuning.validation import refit_with_folds
 
         access = Access(self, X, y, check, trust_code)
@@ -135,7 +135,7 @@ class Study(data.Study):
             >>> [model.info["params"] == trial.params for model, trial in zip(models, study.ranking())]
             [True, True, True]
         """
-        from gputune.tuning.access import Access
+        from gputune.tuning.refit import Access
         from gputune.tuning.validation import refit_several
 
         return refit_several(Access(self, X, y, check, trust_code, "best_models"), trials)
@@ -195,7 +195,7 @@ class Study(data.Study):
             >>> ensemble.predict(X[:3])
             array([0, 0, 0])
         """
-        from gputune.tuning.access import Access
+        from gputune.tuning.refit import Access
         from gputune.tuning.validation import ensemble
 
         return ensemble(
@@ -241,7 +241,7 @@ class Study(data.Study):
             >>> study.oof_predictions().shape  # 150 rows, the probabilities of 3 classes
             (150, 3)
         """
-        from gputune.tuning.access import Access
+        from gputune.tuning.refit import Access
         from gputune.tuning.validation import oof_predictions
 
         return oof_predictions(Access(self, X, y, True, trust_code, "oof_predictions"), trial)
@@ -322,7 +322,7 @@ class Study(data.Study):
         check_place(f"report({str(path)!r})", Path(path), self.file)
         folds = None
         if confusion or importance:
-            from gputune.tuning.access import Access
+            from gputune.tuning.refit import Access
             from gputune.tuning.validation import fold_report
 
             access = Access(self, X, y, True, trust_code, "report")

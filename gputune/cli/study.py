@@ -407,7 +407,7 @@ def report(arguments: Namespace) -> str:
     with without_collector():
         from gputune.report.page import page
         from gputune.study.code import class_from_flag
-        from gputune.tuning.access import Access
+        from gputune.tuning.refit import Access
         from gputune.tuning.validation import check_fold_report, fold_report
 
     file = study_file(arguments.study)

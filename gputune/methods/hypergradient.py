@@ -173,13 +173,13 @@ class Hypergradient(Method):
         self, context: "Context", space: "CheckedSpace", trials: "Sequence[Candidate]"
     ) -> None:
         """Raise InputError if the search cannot move the starting points."""
-        from gputune.methods.descent_training import check_descent
+        from gputune.methods.descent import check_descent
 
         check_descent(self, trials, context)
 
     def run(self, context: "Context", space: "CheckedSpace") -> None:
         """Move all starting points of the study at the same time, step by step."""
-        from gputune.methods.descent_training import descend
+        from gputune.methods.descent import descend
 
         descend(context, space, self)
 
@@ -193,7 +193,7 @@ class Hypergradient(Method):
 
     def plan(self, context: "Context", configs: Sequence[Config]) -> "Plan":
         """Return the plan of the first points of the search."""
-        from gputune.methods.descent_training import plan_points
+        from gputune.methods.descent import plan_points
 
         plan, _ = plan_points(self, configs, "exact", context)
         return plan
@@ -206,13 +206,17 @@ class Hypergradient(Method):
 
     def retrain(self, trainer: "Trainer", config: Config, epochs: int) -> "nn.Module":
         """Train one point of the search again, with a value for each segment and layer."""
-        return trainer.train_scheduled(
-            config,
+        from gputune.hypergradients.chunk import HypergradientJob, train_scheduled
+
+        (chunk,) = trainer.groups([config])
+        job = trainer.job(
+            HypergradientJob,
             epochs=epochs,
             hyperparameters=tuple(self.hyperparameters),
             segments=self.segments,
             per_layer=self.per_layer,
         )
+        return train_scheduled(job, trainer.data, chunk)
 
     @classmethod
     def summary(cls, study: "Study") -> list[tuple[str, str]]:

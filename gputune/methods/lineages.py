@@ -9,34 +9,70 @@ A resumed search continues from the latest comparison that has all of its checkp
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
 from gputune.engine.plan import Plan
+from gputune.ground.seeding import stream_seed
+from gputune.ground.text import count
 from gputune.ground.types import Config, Json, first_metric
-from gputune.methods.exchanges import Exchange, ExchangeRule, exchanges, generator
 from gputune.methods.paused import PausedTraining, RunningTrial
 from gputune.population.kinds import ModelKind, hidden_layers, highest_dropout, is_module
 from gputune.population.population import shape_of_tensors
 from gputune.population.state import State
-from gputune.spaces.config import MODULE_PREFIX
 from gputune.spaces.distributions import CheckedSpace
-from gputune.spaces.perturbation import movable_keys
+from gputune.spaces.perturbation import Perturbation, movable_keys
 from gputune.study.record import has_form
 from gputune.study.rows import LINEAGE
 from gputune.study.store import Candidate
 from gputune.study.values import from_json, to_json
 from gputune.tuning.context import Context
 
-_OF_SHAPES = ("width", "depth", "activation", "optimizer", "numbers")
-"""Hyperparameters on which the tensors of a trial depend, in addition to ``module__*``."""
-
 _NOTE = {"epoch": int, "lineages": [LINEAGE]}
 """The form of the note in a checkpoint: the epoch of the latest comparison, and each lineage."""
+
+
+class ExchangeRule(Protocol):
+    """The options of population based training. See ``PopulationBased``."""
+
+    @property
+    def explore(self) -> bool: ...
+
+    @property
+    def intervals(self) -> tuple[int, ...]: ...
+
+    @property
+    def perturbation(self) -> Perturbation: ...
+
+    def is_compared(self, subpopulation: int, epoch: int) -> bool: ...
+
+    def stops(self, max_epochs: int) -> list[int]: ...
+
+    def n_exchanged(self, n_trials: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A change of one trial at a comparison.
+
+    Attributes:
+        number: the trial number.
+        weights: the trial number from which the weights and the optimizer's state come. It is equal
+            to ``number`` if the trial keeps its own.
+        values: the trial number from which the movable hyperparameters come.
+        is_perturbed: True if these hyperparameters are then perturbed.
+    """
+
+    number: int
+    weights: int
+    values: int
+    is_perturbed: bool
 
 
 def train_population(
@@ -105,7 +141,6 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         self.perturbation = method.perturbation
         if not is_module(context.choice.kind):
             self.perturbation = replace(self.perturbation, batch_size=True)
-        self.bits = np.random.PCG64(0)
         # the latest plan, and the values on which it depends
         self.latest_plan: tuple[object, Plan] | None = None
         super().__init__(context, trials)
@@ -124,24 +159,16 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         )
 
     def explain(self) -> None:
-        """Tell the user if no trial can copy another trial, or if some trials cannot."""
+        """Tell the user how many trials cannot copy another trial."""
         n_by_shape = Counter(trial.architecture for trial in self.running)
         n_running = len(self.running)
         n_alone = list(n_by_shape.values()).count(1)
         # Without a fraction, no trial would copy one of many trials either.
-        is_control = not self.method.n_exchanged(n_running + 2)
-        if not n_alone or is_control:
-            return
-        if n_alone < n_running:
-            trials = "1 trial has" if n_alone == 1 else f"{n_alone} trials have"
+        if n_alone and self.method.n_exchanged(n_running + 2):
             self.context.progress.say(
-                f"note: {trials} an architecture that no other trial has, and can neither copy nor "
-                "be copied"
+                f"note: {n_alone} of {count(n_running, 'trial')} cannot copy or be copied, because "
+                "no other trial has the same architecture"
             )
-            return
-        reason = no_copy_reason([trial.first_config for trial in self.running])
-        reason = reason or "each trial has a different architecture"
-        self.context.progress.say(f"note: no trial copies another trial, because {reason}")
 
     def trainable(self) -> list[_Lineage]:
         """Return the running trials that have not diverged."""
@@ -280,7 +307,7 @@ class _PopulationTraining(PausedTraining[_Lineage]):
         if not change.is_perturbed:
             return params
         seed = self.context.options.search.random_state
-        rng = generator(seed, "values", epoch, change.number, self.bits)
+        rng = generator(seed, "values", epoch, change.number)
         return self.perturbation.move(params, self.space, rng)
 
     def write(self, checkpointing: Checkpointing) -> None:
@@ -343,31 +370,150 @@ def architecture(config: Config, kind: ModelKind) -> tuple[object, ...]:
     return (*shape, hidden_layers(config, kind))
 
 
-def no_copy_reason(configs: Sequence[Config]) -> str:
-    """Return the reason why none of some trials can copy another trial, as a clause, or ""."""
-    if len(configs) == 1:
-        return "the search has only one trial"
-    shapes = set()
-    values = defaultdict(set)
-    for config in configs:
-        parts = _parts_of_shape(config)
-        for key, value in parts.items():
-            values[key].add(value)
-        shapes.add(tuple(parts.items()))
-    if len(shapes) < len(configs):
-        return ""
-    names = ", ".join(key for key in sorted(values) if len(values[key]) > 1)
-    return f"each trial has a different architecture ({names})"
+def exchanges(
+    method: ExchangeRule,
+    epoch: int,
+    means: Mapping[int, float],
+    shapes: Mapping[int, Hashable],
+    seed: int,
+    protected: int | None = None,
+) -> list[Exchange]:
+    """Return the changes of trials after an epoch, in order of trial number.
+
+    All sources are the trials before the comparison. The random numbers depend only on the seed,
+    the epoch and the trial number.
+
+    Args:
+        method: The options.
+        epoch: The number of finished epochs.
+        means: The mean validation score after this epoch, by trial number. NaN is the worst score.
+        shapes: A key for the architecture of each trial, by trial number. Trials with equal keys
+            can copy each other.
+        seed: The random seed of the search.
+        protected: The number of a trial that does not change, or None. If it is among the worst
+            trials, the next worse trial changes instead.
+    """
+    comparison = _Comparison(method, epoch, means, shapes, seed, protected, method.intervals)
+    changes = []
+    for subpopulation in range(len(comparison.intervals)):
+        if method.is_compared(subpopulation, epoch):
+            changes += comparison.copies(subpopulation)
+            changes += comparison.migrations(subpopulation)
+    return sorted(changes, key=lambda change: change.number)
 
 
-def _parts_of_shape(config: Config) -> dict[str, str]:
-    """Return the hyperparameters on which the tensors of a trial depend, as text, by key."""
-    parts = {}
-    for key, value in sorted(config.items()):
-        if key in _OF_SHAPES or key.startswith(MODULE_PREFIX):
-            parts[key] = repr(value)
-        elif key in ("momentum", "ema"):
-            parts[key] = "0" if value == 0 else "above 0"
-        elif key == "clip_norm":
-            parts[key] = "none" if value == math.inf else "some"
-    return parts
+@dataclass(frozen=True)
+class _Comparison:
+    """The scores and architectures of all trials after an epoch. See ``exchanges``."""
+
+    method: ExchangeRule
+    epoch: int
+    means: Mapping[int, float]
+    shapes: Mapping[int, Hashable]
+    seed: int
+    protected: int | None
+    intervals: tuple[int, ...]
+
+    def copies(self, subpopulation: int) -> list[Exchange]:
+        """Return the changes of the worst trials of a subpopulation, which copy its best trials."""
+        ranking = self._ranking(subpopulation)
+        n_copies = self.method.n_exchanged(len(ranking))
+        explore = self.method.explore
+        sources_by_shape = defaultdict(list)
+        for number in ranking[:n_copies]:
+            if math.isfinite(self.means[number]):
+                sources_by_shape[self.shapes[number]].append(number)
+        changes = []
+        for number in self._replaceable(ranking, n_copies)[:n_copies]:
+            sources = sources_by_shape[self.shapes[number]]
+            if sources:
+                draw = stream_seed(self.seed, "population", "source", self.epoch, number)
+                source = sources[draw % len(sources)]
+                changes.append(Exchange(number, source, source, explore))
+            elif explore and math.isfinite(self.means[number]):
+                changes.append(Exchange(number, number, number, True))
+        return changes
+
+    def migrations(self, subpopulation: int) -> list[Exchange]:
+        """Return the changes of the trials just above the worst trials of a subpopulation.
+
+        Each copies the best trial of the other subpopulations, if that trial is better. No two
+        copy the same trial.
+        """
+        changes: list[Exchange] = []
+        if len(self.intervals) == 1:
+            return changes
+        ranking = self._ranking(subpopulation)
+        n_copies = self.method.n_exchanged(len(ranking))
+        candidates = []
+        for number in self._whole_ranking:
+            if self._subpopulation(number) != subpopulation:
+                candidates.append(number)
+        # best first, so that the best trial of the group copies the best source
+        for number in reversed(self._replaceable(ranking, n_copies)[n_copies : 2 * n_copies]):
+            sources = [other for other in candidates if self._can_copy(number, other)]
+            if not sources or not self._is_better(sources[0], number):
+                continue
+            source = sources[0]
+            candidates.remove(source)
+            values = source
+            if self.intervals[self._subpopulation(source)] < self.intervals[subpopulation]:
+                values = next(own for own in ranking if self._can_copy(number, own, itself=True))
+            changes.append(Exchange(number, source, values, self.method.explore))
+        return changes
+
+    def _replaceable(self, ranking: Sequence[int], n_copies: int) -> list[int]:
+        """Return the trials of a subpopulation that may be replaced, worst first.
+
+        The best ``n_copies`` trials stay, because others copy them.
+        """
+        worst_first = list(reversed(ranking[n_copies:]))
+        return [number for number in worst_first if number != self.protected]
+
+    def _subpopulation(self, number: int) -> int:
+        return number % len(self.intervals)
+
+    @cached_property
+    def _whole_ranking(self) -> list[int]:
+        """The trials of all subpopulations, best first.
+
+        In a tie, the trial with the lower number comes first.
+        """
+        return sorted(sorted(self.means), key=self._loss)
+
+    def _ranking(self, subpopulation: int) -> list[int]:
+        """Return the trials of a subpopulation, best first."""
+        if len(self.intervals) == 1:
+            return self._whole_ranking
+        ranking = []
+        for number in self._whole_ranking:
+            if self._subpopulation(number) == subpopulation:
+                ranking.append(number)
+        return ranking
+
+    def _loss(self, number: int) -> float:
+        mean = self.means[number]
+        return -mean if math.isfinite(mean) else math.inf
+
+    def _is_better(self, number: int, other: int) -> bool:
+        return self._loss(number) < self._loss(other)
+
+    def _can_copy(self, number: int, source: int, *, itself: bool = False) -> bool:
+        """Return whether a trial can copy another trial, or with ``itself`` also its own values."""
+        if source == number:
+            return itself
+        return self.shapes[number] == self.shapes[source] and math.isfinite(self.means[source])
+
+
+def generator(seed: int, purpose: str, epoch: int, number: int) -> np.random.RandomState:
+    """Return the random generator of one trial at one comparison."""
+    key = stream_seed(seed, "population", purpose, epoch, number)
+    bits = np.random.PCG64(0)
+    bits.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": key << 64 | key, "inc": key << 1 | 1},  # an increment is odd
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    # The default generator of RandomState takes ten times as long to make.
+    return np.random.RandomState(bits)

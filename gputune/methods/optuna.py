@@ -248,3 +248,16 @@ class OptunaSampler(Method):
         if method["halving"]:
             lines.append(("Halving", pruning_text(study)))
         return lines
+
+
+@dataclass(frozen=True)
+class TPE(OptunaSampler):
+    """Search with Optuna's TPE sampler, the method of ``tune(method="tpe")``.
+
+    Use ``gputune.OptunaSampler("tpe", ...)`` to set its options.
+    """
+
+    name = "tpe"
+    help = "Optuna's TPE learns from earlier trials and proposes batches of new ones"
+
+    sampler: str = "tpe"

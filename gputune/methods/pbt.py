@@ -272,7 +272,6 @@ class PopulationBased(Method):
     @classmethod
     def summary(cls, study: "Study") -> list[tuple[str, str]]:
         """Return one line about the copies, and one about the schedule of the best trial."""
-        from gputune.methods.lineages import no_copy_reason
         from gputune.study.study import best_trial
 
         n_copies = 0
@@ -282,9 +281,6 @@ class PopulationBased(Method):
         copies = f"a trial has copied a better trial {times}"
         if not n_copies:
             copies = "no trial has copied another trial"
-            reason = no_copy_reason([trial.params for trial in study.trials])
-            reason = reason or cls._no_comparison_reason(study)
-            copies += f", because {reason}" if reason else ""
         lines = [("Copies", copies)]
         best = best_trial(study)
         schedule = {} if best is None else best.schedule_to_best
@@ -298,17 +294,3 @@ class PopulationBased(Method):
             epochs = ", ".join(map(str, later))
             lines.append(("Schedule", f"the best trial changes {names} after epoch {epochs}"))
         return lines
-
-    @classmethod
-    def _no_comparison_reason(cls, study: "Study") -> str:
-        """Return the reason why trials of a study were never compared, as a clause, or ""."""
-        if not isinstance(study.record.method, Mapping):
-            return ""
-        options = dict(study.record.method)
-        del options["name"]
-        method = cls(**options)
-        if method.fraction == 0:
-            return "fraction is 0"
-        first = min(map(method._first_comparison, method.intervals))
-        is_compared = study.curves.shape[1] > first
-        return "" if is_compared else f"no trial has trained beyond epoch {first}"

@@ -34,7 +34,7 @@ from gputune.methods.sampling import (
 )
 from gputune.study.store import Candidate
 from gputune.tuning.context import Context
-from gputune.tuning.good_enough import batch_of
+from gputune.tuning.session import batch_of
 
 
 class ComparingRule(Protocol):

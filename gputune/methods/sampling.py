@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +26,7 @@ from gputune.spaces.distributions import (
 )
 from gputune.spaces.random import n_counted
 from gputune.study.store import Candidate, Result
-from gputune.tuning.good_enough import BATCH, batch_of
-from gputune.tuning.session import Session
+from gputune.tuning.session import BATCH, Session, batch_of
 
 if TYPE_CHECKING:
     import optuna
@@ -103,20 +102,39 @@ class OptunaStudy:
 
         Returns False if the trial's configuration is not in the space.
         """
+        score = None if result.state == "failed" else result.score
+        state = state_of(self.optuna, result.state)
+        trial = self.frozen(params, state, score, fold_means(result.curve))
+        if trial is not None:
+            self.study.add_trial(trial)
+        return trial is not None
+
+    def frozen(
+        self,
+        params: Config,
+        state: object,
+        value: float | None,
+        means: Mapping[int, float],
+        attributes: Mapping[str, object] = MappingProxyType({}),
+    ) -> "optuna.trial.FrozenTrial | None":
+        """Return a trial for an Optuna study, or None if the space does not contain the trial.
+
+        ``means`` are the mean scores by epoch, and ``attributes`` the notes of the sampler.
+        """
         if params.keys() != self.distributions.keys():
-            return False
+            return None
         try:
-            trial = self.optuna.trial.create_trial(
-                state=state_of(self.optuna, result.state),
-                value=None if result.state == "failed" else result.score,
+            trial: optuna.trial.FrozenTrial = self.optuna.trial.create_trial(
+                state=state,
+                value=value,
                 params=self.label_choices(params),
                 distributions=self.distributions,
-                intermediate_values=fold_means(result.curve),
+                system_attrs=dict(attributes),
+                intermediate_values=dict(means),
             )
         except ValueError:  # Optuna checks each value against its distribution
-            return False
-        self.study.add_trial(trial)
-        return True
+            return None
+        return trial
 
     def label_choices(self, params: Config) -> Config:
         """Return a configuration in which Optuna's labels replace the choices of lists."""
@@ -295,11 +313,13 @@ class SlotStudy(OptunaStudy):
             if number in self.outside:
                 continue
             seen = self.ended.get(number)
-            if seen is None and trial.state == "running" and trial.rung_means:
-                last_rung = max(trial.rung_means)
-                seen = self._frozen(number, trial, states.COMPLETE, trial.rung_means[last_rung])
-            elif seen is None:
-                seen = self._frozen(number, trial, states.RUNNING)
+            if seen is None:
+                means = trial.rung_means
+                survived = trial.state == "running" and bool(means)
+                state = states.COMPLETE if survived else states.RUNNING
+                value = means[max(means)] if survived else None
+                attributes = self.attributes.get(number, {})
+                seen = self.frozen(trial.params, state, value, means, attributes)
             if seen is None:
                 self.outside.add(number)
                 continue
@@ -314,25 +334,6 @@ class SlotStudy(OptunaStudy):
             else:
                 self.study.tell(position, state=state_of(self.optuna, trial.state))
             self.ended[number] = self.study.get_trials(deepcopy=False)[position]
-
-    def _frozen(
-        self, number: int, trial: AskedTrial, state: object, value: float | None = None
-    ) -> "optuna.trial.FrozenTrial | None":
-        """Return a trial for an Optuna study, or None if the space does not contain the trial."""
-        if trial.params.keys() != self.distributions.keys():
-            return None
-        try:
-            frozen: optuna.trial.FrozenTrial = self.optuna.trial.create_trial(
-                state=state,
-                value=value,
-                params=self.label_choices(trial.params),
-                distributions=self.distributions,
-                system_attrs=dict(self.attributes.get(number, {})),
-                intermediate_values=dict(trial.rung_means),
-            )
-        except ValueError:  # Optuna checks each value against its distribution
-            return None
-        return frozen
 
 
 NOT_REPEATED = (

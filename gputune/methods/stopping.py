@@ -1,4 +1,4 @@
-"""Rules that stop trials early, and their use in a search.
+"""Random search, and rules that stop trials early.
 
 All trials (of a bracket) train together. After some epochs, a rule compares the mean validation
 scores and decides which trials continue.
@@ -37,6 +37,24 @@ MIN_EPOCHS = Rule(
 Curves = Mapping[int, "np.ndarray"]
 """The scores of each trial so far, (epochs, F) with F folds, keyed by trial number. Ended trials
 are included."""
+
+
+@dataclass(frozen=True)
+class RandomSearch(Method):
+    """Random search, the method of ``tune(method="random")``. It has no options."""
+
+    name = "random"
+    shares_trials = True
+
+    def run(self, context: "Context", space: "CheckedSpace") -> None:
+        """Train all trials of the study to their end."""
+        from gputune.methods.training import train_batches
+
+        train_batches(context)
+
+    def to_json(self) -> str:
+        """Return the name of the method."""
+        return self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,19 +162,8 @@ def pruning_text(study: "Study") -> str:
     """Return the rungs at which trials were pruned, and the saved share of training."""
     pruned = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
     if not pruned:
-        return f"no trial was pruned: {_why_none_was_pruned(study)}"
+        return "no trial was pruned"
     rungs = ", ".join(f"{number} after epoch {rung}" for rung, number in sorted(pruned.items()))
     spent, full = study.spent
     share = f"{spent} of {full} trial-epochs were trained ({spent / max(1, full):.0%})"
     return f"of {count(len(study.trials), 'trial')} these were pruned: {rungs}; {share}"
-
-
-def _why_none_was_pruned(study: "Study") -> str:
-    """Return the reason why no trial of a study was pruned."""
-    options = study.record.method
-    if isinstance(options, dict):
-        options = options.get("halving") or options
-        keep = options.get("keep")
-        if keep is not None and keep >= len(study.trials):
-            return f"{option('keep', keep)} is at least the number of trials"
-    return "there was no rung before the last epoch, or only one trial"

@@ -25,8 +25,7 @@ from gputune.population.population import Population, by_numbers
 from gputune.solver.solve import solve_chunk
 from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.tuning.context import Context, RecordedPlan
-from gputune.tuning.good_enough import batch_of
-from gputune.tuning.waiting import train_waiting
+from gputune.tuning.session import batch_of, train_waiting
 
 # Share of the time left that the estimated training time exceeds. The estimate may be several times
 # too short, because other programs use the machine.

@@ -28,8 +28,7 @@ from gputune.ground.annotations import FloatArray
 from gputune.ground.errors import DivergedError, InputError, Verbatim
 from gputune.ground.types import Config
 from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
-from gputune.methods.descent import Slope, StartingPoint, slope_at
-from gputune.methods.descent_training import SlopeMode, run_descent
+from gputune.methods.descent import Slope, SlopeMode, StartingPoint, run_descent, slope_at
 from gputune.methods.hypergradient import Hypergradient
 from gputune.sklearn.base import constructor, last_step
 from gputune.sklearn.dataset import FoldRows

@@ -30,7 +30,7 @@ from gputune.ground.seeding import prediction_draws
 from gputune.ground.text import nearest
 from gputune.ground.types import Config
 from gputune.hypergradients.chunk import HypergradientJob
-from gputune.methods.descent_training import SlopeMode
+from gputune.methods.descent import SlopeMode
 from gputune.modules.construction import Builder, name_of, parameters_of, what_to_pass
 from gputune.modules.inspection import returns_one_logit, traits_of
 from gputune.modules.module_trial import ModuleTrial

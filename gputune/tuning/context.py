@@ -23,7 +23,7 @@ from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointin
 from gputune.engine.choice import TimedModule, fastest_way
 from gputune.engine.job import Failure, Job, Outcome
 from gputune.engine.need import Need, cuda_peak, measure_need
-from gputune.engine.plan import Plan
+from gputune.engine.plan import Plan, joined_sizes
 from gputune.executors.executor import Claim
 from gputune.ground.errors import InputError, option
 from gputune.ground.text import count, size_words
@@ -34,10 +34,9 @@ from gputune.population.population import Population, arguments_text, shape_of
 from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.tuning.choices import ModelChoice
-from gputune.tuning.good_enough import block_size
 from gputune.tuning.problem import Problem
 from gputune.tuning.progress import Profile
-from gputune.tuning.session import Session
+from gputune.tuning.session import Session, block_size
 from gputune.tuning.trainer import Trainer
 
 
@@ -126,7 +125,9 @@ class Context(Session):
         Raises InputError for a module that cannot be trained.
         """
         with self.profile.clock("planning"):
-            self.trainer.compile(configs, self.progress.say)
+            # A failed build is not an error here, because later plans use another backend instead.
+            backend = backend_named(self.trainer.backend)
+            backend.prepare(configs, self.trainer.kind, self.data, self.progress.say)
         groups = self.trainer.groups(configs)
         parameters = 0
         if self.choice.module_class is not None:
@@ -143,7 +144,8 @@ class Context(Session):
             plan = make(groups)
             # The timing may have found a faster way for some chunks.
             is_faster = self._time(plan, groups, epochs)
-            joined, clause = self.trainer.join_sizes(groups)
+            known = known_traits(self.choice.module_class, self.data)
+            joined, clause = joined_sizes(groups, self.data, self.trainer.backend, known)
             if is_faster or len(joined) < len(groups):
                 plan = make(joined)
             failures = tuple(self.trainer.pool.failures)
@@ -234,51 +236,31 @@ class Context(Session):
             return parts
 
         chunks = self.ledger.chunks(waiting, stage, split)
-        chunks_by_threads: dict[int, list[PlannedChunk]] = {}
-        for chunk in chunks:
-            chunks_by_threads.setdefault(chunk.threads, []).append(chunk)
-        trials = self._trials_of(chunks)
+        candidates = {trial.number: trial for trial in self.ledger.candidates}
+        configs = {}
+        for number in sorted(number for chunk in chunks for number in chunk.trials):
+            configs[number] = self.complete(candidates[number].params)
         # This plan decides the number of processes.
-        plan = plan_of.get(len(trials)) or make(self._configs_of(trials))
+        whole = plan_of.get(len(configs)) or make(list(configs.values()))
         plans = []
-        for threads, group in chunks_by_threads.items():
-            trials = self._trials_of(group)
-            place = {trial.number: position for position, trial in enumerate(trials)}
+        for threads in dict.fromkeys(chunk.threads for chunk in chunks):
+            group = [chunk for chunk in chunks if chunk.threads == threads]
+            numbers = sorted(number for chunk in group for number in chunk.trials)
+            place = {number: position for position, number in enumerate(numbers)}
             recorded = {}
+            parts = []
             for chunk in group:
-                recorded[tuple(place[number] for number in chunk.trials)] = chunk
-            configs = self._configs_of(trials)
-            part = self._with_threads(plan, threads, recorded, configs)
-            plans.append(RecordedPlan(part, trials, configs, recorded))
+                index = tuple(place[number] for number in chunk.trials)
+                recorded[index] = chunk
+                members = tuple(configs[number] for number in chunk.trials)
+                parts.append(Population(self.choice.kind, index, members))
+            one_process = threads > 1 and not whole.cluster
+            n_workers = 1 if one_process else min(whole.workers, len(parts))
+            plan = replace(whole, chunks=tuple(parts), workers=n_workers, threads=threads)
+            trials = tuple(candidates[number] for number in numbers)
+            group_configs = tuple(configs[number] for number in numbers)
+            plans.append(RecordedPlan(plan, trials, group_configs, recorded))
         return plans
-
-    def _trials_of(self, chunks: Sequence[PlannedChunk]) -> tuple[Candidate, ...]:
-        """Return the trials of chunks, in order of trial number."""
-        numbers = {number for chunk in chunks for number in chunk.trials}
-        return tuple(trial for trial in self.ledger.candidates if trial.number in numbers)
-
-    def _configs_of(self, trials: Sequence[Candidate]) -> tuple[Config, ...]:
-        """Return the complete hyperparameters of trials."""
-        return tuple(self.complete(trial.params) for trial in trials)
-
-    def _with_threads(
-        self,
-        plan: Plan,
-        threads: int,
-        indices: Iterable[tuple[int, ...]],
-        configs: Sequence[Config],
-    ) -> Plan:
-        """Return a plan in which the given groups of trials train with a number of threads.
-
-        Each entry of ``indices`` holds the positions of a group's trials in ``configs``.
-        """
-        chunks = []
-        for index in indices:
-            members = tuple(configs[place] for place in index)
-            chunks.append(Population(self.choice.kind, index, members))
-        one_process = threads > 1 and not plan.cluster
-        n_workers = 1 if one_process else min(plan.workers, len(chunks))
-        return replace(plan, chunks=tuple(chunks), workers=n_workers, threads=threads)
 
     def train(
         self,

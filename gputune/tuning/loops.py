@@ -41,9 +41,15 @@ from gputune.tuning.interrupt import CTRL_C
 from gputune.tuning.options import Options, SearchOptions
 from gputune.tuning.progress import Profile, Progress
 from gputune.tuning.record import distributions, versions
-from gputune.tuning.session import AnyStudy, Session, check_ending, draw_trials, with_earlier
+from gputune.tuning.session import (
+    AnyStudy,
+    Session,
+    check_ending,
+    draw_trials,
+    train_waiting,
+    with_earlier,
+)
 from gputune.tuning.trainer import unseen
-from gputune.tuning.waiting import train_waiting
 
 Direction = Literal["maximize", "minimize"]
 
@@ -131,7 +137,7 @@ def search_loop(
             train = partial(
                 train_waiting,
                 session,
-                partial(_train, session, task, workers, _ReportCount(max_epochs)),
+                partial(_train, session, task, workers, max_epochs),
                 epochs=1,
             )
             run = partial(session.method.run_loop, session, space, train, plain_config)
@@ -251,38 +257,11 @@ def _record(
     )
 
 
-class _ReportCount:
-    """Compares the reports of trials with the number that the user gave.
-
-    Args:
-        max_epochs: The number of reports of a full training. None: the user did not set it.
-    """
-
-    def __init__(self, max_epochs: int | None) -> None:
-        self.max_epochs = max_epochs
-
-    def note(self, ending: TrialEnding) -> str:
-        """Return a note about a trial that made more reports than ``max_epochs``, or "".
-
-        Only the first such trial has a note.
-        """
-        n_reports = len(ending.values)
-        if self.max_epochs is None or n_reports <= self.max_epochs:
-            return ""
-        note = (
-            f"note: trial {ending.number} called report {n_reports} times, but "
-            f"{option('max_epochs', self.max_epochs)}. No trial is pruned after report "
-            f"{self.max_epochs}. Pass the number of reports of a full training."
-        )
-        self.max_epochs = None
-        return note
-
-
 def _train(
     session: Session,
     task: LoopTask,
     workers: Executor[LoopTrial, TrialEnding],
-    report_count: "_ReportCount",
+    max_epochs: int | None,
     waiting: Sequence[Candidate],
 ) -> Sequence[PlannedChunk]:
     """Train the waiting trials that no other process has claimed.
@@ -325,8 +304,13 @@ def _train(
             progress.say(f"note: trial {ending.number} failed: {ending.error}")
             # Marked as ended here, because its worker may have been lost.
             task.reports.write(ending.number, ending.values, ended=True)
-        if note := report_count.note(ending):
-            progress.say(note)
+        if max_epochs is not None and len(ending.values) > max_epochs:
+            progress.say(
+                "note: a trial called report more often than "
+                f"{option('max_epochs', max_epochs)}. No trial is pruned after report {max_epochs}. "
+                "Pass the number of reports of a full training.",
+                once=True,
+            )
         curve = np.array(ending.values or [ending.score], dtype=np.float64)[:, None]
         progress.advance(1, curve[None])
         progress.finished(1, pruned=int(ending.state == "pruned"))

@@ -28,11 +28,10 @@ from gputune.spaces.layers import check_has_layers
 from gputune.study.store import Candidate
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
-from gputune.tuning.pipeline import context_without_study
+from gputune.tuning.pipeline import context_of, set_up
 from gputune.tuning.problem import Problem, make_problem
 from gputune.tuning.progress import Progress
 from gputune.tuning.session import keys_of
-from gputune.tuning.setup import set_up
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,15 +196,14 @@ def train_given(
     progress = Progress(options.machine.verbose)
     cv = options.rows.cv
     problem = make_problem(source, options.rows.task, choice, options, params)
-    choice = problem.choice
     _check_classes(problem)
     everything = np.arange(len(source.X))
     folds: list[Rows] = [(everything, everything)] if cv is None else problem.folds()
     trials = [Candidate(number, config, "include") for number, config in enumerate(params)]
-    configs = [choice.complete(config, options.training.schedule) for config in params]
     space: CheckedSpace = [{key: [value] for key, value in config.items()} for config in params]
-    setup = set_up(problem, space, folds, trials, configs, progress)
-    context = context_without_study(setup, progress)
+    setup = set_up(problem, space, folds, trials, progress)
+    context = context_of(setup, progress)
+    configs = setup.configs
     epochs = options.training.epochs
     plan = context.plan(configs, epochs=epochs)
     job = context.trainer.job(Job, epochs=epochs)

@@ -1,7 +1,7 @@
 """The interface of a search method, and the table of all methods.
 
-A search method is a subclass of ``Method`` in a file of ``gputune/methods/``. The file has the name
-by which users choose the method. Other code asks a method for its properties and never for its
+A search method is a subclass of ``Method`` in a file of ``gputune/methods/``. The file usually has
+the name by which users choose the method. Other code asks a method for its properties and never for its
 class.
 """
 
@@ -158,12 +158,14 @@ class Method:
 
 
 _CLASSES: dict[str, type[Method]] = {}
+_FILES = {"random": "stopping", "tpe": "optuna"}
+"""The files of methods without a file of their name."""
 
 
 def method_class(name: str) -> type[Method]:
     """Return the class of a search method by its name in a study file or an argument."""
     if name not in _CLASSES:
-        import_module(f"gputune.methods.{name}")
+        import_module(f"gputune.methods.{_FILES.get(name, name)}")
     return _CLASSES[name]
 
 

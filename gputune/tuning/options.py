@@ -252,7 +252,7 @@ class RowOptions(OptionGroup):
 
 
 DEFAULT_EPOCHS = 50
-"""The default of ``max_epochs``, except for large tables (``length.py``)."""
+"""The default of ``max_epochs``, except for large tables (``pipeline.py``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

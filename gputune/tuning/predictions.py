@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from sklearn.model_selection import GroupKFold
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
@@ -279,15 +280,13 @@ class Predictions:
         (values,) = self.values
         (only_fold,) = self.data.folds
         valid = only_fold.valid
-        half_of_row = _halves(len(valid), None if groups is None else groups[valid.cpu().numpy()])
         halves = []
-        for number in (0, 1):
-            places = torch.as_tensor(np.flatnonzero(half_of_row == number), device=valid.device)
+        for places in _halves(len(valid), None if groups is None else groups[valid.cpu().numpy()]):
             if len(places) == 0:
                 return [math.nan, math.nan]
-            half = replace(only_fold, valid=valid[places])
-            data = replace(self.data, folds=(half,))
-            halves.append(replace(self, values=[values[:, places]], data=data))
+            rows = torch.as_tensor(places, device=valid.device)
+            data = replace(self.data, folds=(replace(only_fold, valid=valid[rows]),))
+            halves.append(replace(self, values=[values[:, rows]], data=data))
         first, second = halves
         return [
             first._score_of(second.choose(size), 0),
@@ -318,25 +317,19 @@ class Predictions:
         return torch.stack([score, second.to(score)]).cpu().numpy()
 
 
-def _halves(n_rows: int, groups: np.ndarray | None) -> np.ndarray:
-    """Return the half, 0 or 1, of each row, (n,).
+def _halves(n_rows: int, groups: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of the rows of two halves. All rows of a group are in the same half.
 
-    Without groups, every second row is in the second half. Otherwise each group, the largest first,
-    is put into the half that has fewer rows so far.
+    Without groups, every second row is in the second half.
     """
+    places = np.arange(n_rows)
     if groups is None:
-        return np.arange(n_rows) % 2
-    code_of: dict[object, int] = {}
-    codes = np.array([code_of.setdefault(group, len(code_of)) for group in groups.tolist()])
-    group_sizes = np.bincount(codes)
-    half_of_group = np.zeros(len(group_sizes), int)
-    sizes = [0, 0]
-    for group in np.argsort(-group_sizes, kind="stable"):
-        half = int(sizes[1] < sizes[0])
-        half_of_group[group] = half
-        sizes[half] += int(group_sizes[group])
-    halves: np.ndarray = half_of_group[codes]
-    return halves
+        return places[::2], places[1::2]
+    if len(set(groups.tolist())) < 2:
+        return places, places[:0]
+    codes = np.unique([str(group) for group in groups.tolist()], return_inverse=True)[1]
+    second, first = next(GroupKFold(2).split(places, groups=codes))
+    return first, second
 
 
 def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> FloatArray:

@@ -197,9 +197,6 @@ def with_preset(call: SearchCall, name: str, model: object, optimizer: object) -
 def _stored_choices(path: Path | None, name: str, X: AnyRows) -> Json:
     """Return the choices of a preset in a study file, by argument name.
 
-    Category copies that the rows X cannot have are left out, because a later step reports that the
-    study has other rows.
-
     The result is empty if the file has no choices of this preset. It is also empty for a faulty
     file, because a later step reports the fault. A file may come from a stranger, so only the
     models and the arguments of presets are read from it.
@@ -210,22 +207,16 @@ def _stored_choices(path: Path | None, name: str, X: AnyRows) -> Json:
         preset = SearchRecord.from_json(store.meta).arguments.preset
         choices = preset.get("choices", {})
         if preset.get("name") == name and choices.get("model", "mlp") in _SECONDS:
-            # Presets of earlier versions chose no category copies.
-            earlier: Json = {"category_copies": []} if choices else {}
-            stored = {**earlier, **{key: choices[key] for key in _STORED if key in choices}}
+            stored = {key: choices[key] for key in _STORED if key in choices}
             if stored:
-                numbers = _number_columns(X)
-                copies = [name for name in stored["category_copies"] if name in numbers]
-                stored["category_copies"] = copies
+                # A later step reports that the study has other rows.
+                numbers = set[str]()
+                if isinstance(X, Table):
+                    numbers = {column for column in X.names if X.kind(column) == "number"}
+                copies = stored.get("category_copies", ())
+                stored["category_copies"] = [column for column in copies if column in numbers]
             return stored
     return {}
-
-
-def _number_columns(X: AnyRows) -> set[str]:
-    """Return the names of the columns of numbers of a table. Other rows have no such names."""
-    if not isinstance(X, Table):
-        return set()
-    return {name for name in X.names if X.kind(name) == "number"}
 
 
 def _case(call: SearchCall, model: object, *, find_names: bool) -> _Case:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from gputune.data.dataset import (
 from gputune.data.encode import LIMIT, Statistics, check_numbers, fit_statistics
 from gputune.data.folds import Splitter, make_folds
 from gputune.data.missing_target import dropped_words
+from gputune.data.replicas import with_replicas
 from gputune.data.scaling import limited_features
 from gputune.data.source import Source
 from gputune.data.table import quoted
@@ -40,10 +42,20 @@ from gputune.data.time_order import in_time_order, parse_cv, time_remark
 from gputune.data.weights import check_weights
 from gputune.engine.choice import DeviceChoice, Workload, device_for
 from gputune.ground.errors import InputError, option
-from gputune.ground.types import NUMBERS, TENSOR_NUMBERS, Config, Numbers
+from gputune.ground.types import DEFAULTS, NUMBERS, TENSOR_NUMBERS, Config, Numbers
+from gputune.modules.construction import build_module
 from gputune.modules.inspection import returns_one_logit
+from gputune.modules.own_training import (
+    Horizon,
+    LossOfLabels,
+    OwnTraining,
+    may_train_itself,
+    takes_labels,
+    training_of_module,
+)
 from gputune.modules.pretrained import pretrained_of
 from gputune.population.kinds import is_module
+from gputune.population.population import InputKind, Shape, module_arguments
 from gputune.scoring.losses import takes_probabilities
 from gputune.scoring.metrics import has_function, loss_scoring, make_scoring
 from gputune.scoring.objective import Objective
@@ -51,12 +63,16 @@ from gputune.scoring.output_units import output_units, refuse_other_units, soft_
 from gputune.scoring.scoring import Scoring
 from gputune.spaces.distributions import CheckedSpace
 from gputune.spaces.portfolios import portfolio_of
+from gputune.spaces.random import draw
 from gputune.spaces.space import choices_of
 from gputune.study.model_files import DTYPES
-from gputune.tuning.choices import ModelChoice
-from gputune.tuning.module_training import own_training
+from gputune.tuning.choices import NAMED, ModelChoice
 from gputune.tuning.objective_choice import check_machine, choose_objective
 from gputune.tuning.options import Options, SearchOptions
+from gputune.tuning.session import checked_space
+from gputune.tuning.trainer import Trainer
+
+_TRIED = 8  # configurations that show whether the module's optimizer depends on its arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +152,24 @@ class Problem:
                 preparations=Preparations(partial(self._inputs, trains, like)),
             )
         return data.with_one_logit() if objective is not None and objective.one_logit else data
+
+    def trainer(self, data: Dataset, **fields: Any) -> Trainer:
+        """Return the trainer of the model on the rows, without a scoring unless it is passed."""
+        options = self.options
+        choice = self.choice
+        values = {
+            "seed": options.search.random_state,
+            "horizon": 1 if choice.solved else options.training.epochs,
+            "precision": options.machine.precision,
+            **fields,
+        }
+        return Trainer(
+            data=with_replicas(data, options.training.n_ens),
+            kind=choice.kind,
+            module_class=choice.module_class,
+            objective=self.objective,
+            **values,
+        )
 
     def with_scorer_rows(self, data: Dataset) -> Dataset:
         """Return the dataset with the original rows, if a custom scoring function receives them."""
@@ -228,26 +262,19 @@ class Problem:
             return False
         return takes_probabilities(objective.loss) and are_soft_labels(self.target)
 
-    def scoring(self, earlier: str | None = None, *, is_resumed: bool = False) -> Scoring:
+    def scoring(self) -> Scoring:
         """Return the scores by which a search ranks its trials.
 
-        Args:
-            earlier: Name of the default score that an older version of gputune stored in the
-                resumed study. It is used if the user names no score.
-            is_resumed: Whether a study is resumed. It then keeps its score, even if the loss
-                changes the units of the outputs.
-
-        Raises:
-            InputError: The score is a function that a later process cannot import by its name.
+        Raises InputError if the score is a function that a later process cannot import by its name.
         """
         target = self.target
         search = self.options.search
         if search.scoring is None and search.differentiates and target.task != "custom":
             return loss_scoring(target.task, target.classes, search.positive)
-        scorers = search.scoring if search.scoring is not None else earlier
-        if self.has_soft_labels and earlier is None:
+        scorers = search.scoring
+        if self.has_soft_labels:
             scorers = soft_label_scoring(scorers)
-        elif self.output_units and self.objective and not is_resumed:
+        elif self.output_units and self.objective:
             refuse_other_units(scorers, self.objective, target)
         scoring = make_scoring(
             scorers,
@@ -495,4 +522,98 @@ def _check_has_name(argument: str, name: str, study: Path) -> None:
             f"has no name by which {option('study', str(study))} could find it again",
             remedy="Define it with def at the top level of a module, or leave "
             f"{option('study')} out.",
+        )
+
+
+def own_training(
+    choice: ModelChoice,
+    options: Options,
+    target: Target,
+    layout: Layout | ArrayLayout,
+    numbers: Numbers,
+    given: Sequence[Config],
+) -> OwnTraining | None:
+    """Return the training that the user's module defines itself, or None.
+
+    ``given`` are configurations that train without a search. Otherwise the configurations of a few
+    trials are drawn from the space.
+
+    Raises InputError if gputune cannot train the module as it defines.
+    """
+    builder = choice.module_class
+    if builder is None or builder in NAMED.values() or pretrained_of(builder) is not None:
+        return None
+    training = options.training
+    needs_loss = target.task == "custom" and training.loss is None and not training.training_step
+    if not needs_loss and not may_train_itself(builder):
+        return None
+    configs = list(given[:_TRIED])
+    if not configs:
+        search = options.search
+        configs = draw(checked_space(choice, options), _TRIED, search.random_state)
+    shape = _shape(target, layout, numbers)
+    rows = len(target.values)
+    horizon = Horizon(training.epochs, training.epochs * -(-rows // DEFAULTS["batch_size"]))
+    found: list[tuple[Config, OwnTraining]] = []
+    for config in configs:
+        arguments = module_arguments(config)
+        if any(arguments == tried for tried, _ in found):
+            continue
+        try:
+            module = build_module(builder, arguments, shape, seed=0)
+        except InputError:  # a later check of the module gives a better message
+            continue
+        own = training_of_module(module, horizon)
+        if own is None:
+            return _of_labels(choice.name) if needs_loss and takes_labels(module) else None
+        found.append((arguments, own))
+    _check_defaults(choice.name, found)
+    return found[0][1] if found else None
+
+
+def _of_labels(name: str) -> OwnTraining:
+    """Return the training on the loss that a module computes from ``labels``."""
+    return OwnTraining(
+        LossOfLabels(),
+        remark=f"{name} trains on the loss that it computes from its argument labels",
+    )
+
+
+def _shape(target: Target, layout: Layout | ArrayLayout, numbers: Numbers) -> Shape:
+    """Return the sizes for which the module is built."""
+    if isinstance(layout, ArrayLayout):
+        inputs: list[InputKind] = []
+        for row, dtype in zip(layout.shapes, layout.dtypes, strict=True):
+            # Bytes are scaled to floats.
+            kind = torch.float32 if dtype == "uint8" else getattr(torch, dtype)
+            inputs.append((row, kind))
+        first = layout.shapes[0]
+        return Shape(
+            n_features=first[-1] if first else 1,
+            n_outputs=target.n_outputs,
+            input_shape=first,
+            inputs=tuple(inputs),
+            names=layout.names,
+        )
+    n_features = sum(layout.widths(numbers))
+    groups = layout.groups(layout.places(numbers))
+    return Shape(n_features=n_features, n_outputs=target.n_outputs, feature_groups=groups)
+
+
+def _check_defaults(name: str, found: Sequence[tuple[Config, OwnTraining]]) -> None:
+    """Raise InputError if arguments of the module in the space change its optimizer.
+
+    gputune reads the optimizer once. A trial would train with the learning rate of another trial.
+    """
+    for arguments, own in found[1:]:
+        first_arguments, first = found[0]
+        training = (own.optimizer, own.schedule, own.defaults)
+        if training == (first.optimizer, first.schedule, first.defaults):
+            continue
+        keys = [f"module__{key}" for key in arguments if arguments[key] != first_arguments.get(key)]
+        raise InputError(
+            "space",
+            f"has {', '.join(keys)}, which changes the optimizer in configure_optimizers of {name}. "
+            "gputune takes the optimizer of all trials from one call",
+            remedy="Search lr or another key of the optimizer instead.",
         )

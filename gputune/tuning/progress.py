@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from gputune.engine.backend import torch_threads
 from gputune.engine.plan import Plan
 from gputune.engine.train import Spent
 from gputune.ground.device import synchronize
@@ -116,8 +116,6 @@ class Progress:
         self.resumed: set[int] = set()  # numbers of the trials that continue from a checkpoint
         self.epochs = 0
         self.unit = "trial-epochs"
-        self.members = 0
-        self.processes = 1
         self.batches = 0
 
     def say(self, text: str, *, once: bool = False) -> None:
@@ -130,11 +128,10 @@ class Progress:
             tqdm.write(self.interface.render(text), file=self.screen)
 
     def plan(self, plan: Plan, *, show: bool = True) -> None:
-        """Print the plan of the next training, and store its number of processes.
+        """Print the plan of the next training.
 
         If the search trains batch by batch, only the first plan is printed.
         """
-        self.processes = plan.workers
         self.is_planned = True
         self.next_share = time.monotonic() + _LONG_EPOCH
         if show and not self.batches:
@@ -204,8 +201,6 @@ class Progress:
         self.is_long_epoch = False
         self.next_share = time.monotonic() + _LONG_EPOCH
         self.epochs_done += trial_epochs
-        # Diverged members no longer train, so they are not counted.
-        self.members = int(np.isfinite(curves[:, -1:]).sum())
         # (C, epochs, F) -> (C, epochs)
         mean = curves.mean(-1)
         if np.isfinite(mean).any():
@@ -253,10 +248,6 @@ class Progress:
         measure = measure_of(self.scoring, self.best)
         best = f"{measure.name} {measure.text(self.best)}" if self.best > -math.inf else "-"
         status = f"trials {self.trials_done}/{self.trials}, best {best}"
-        if self.members > 1:
-            status += f", {self.members} members"
-            if self.processes > 1:
-                status += f" in each of {self.processes} processes"
         if self.pruned:
             status += f", {self.pruned} pruned"
         running = self.here + self.in_workers
@@ -377,26 +368,17 @@ class Profile:
 def product_speed(cores: int, dtype: torch.dtype, device: torch.device) -> float:
     """Return the floating-point operations per second that products of large matrices reach.
 
-    On a CPU, each of ``cores`` cores computes products at the same time.
+    On a CPU, ``cores`` cores compute each product.
     """
     a = torch.rand(_SIZE, _SIZE, dtype=dtype, device=device)
     b = torch.rand(_SIZE, _SIZE, dtype=dtype, device=device)
-
-    def multiply(_: int) -> None:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)  # only for this thread
-        try:
-            for _ in range(_REPEATS):
-                a @ b
-        finally:
-            torch.set_num_threads(before)
+    with torch_threads(cores if device.type == "cpu" else 1):
+        a @ b  # warm-up: allocates memory and starts threads
         synchronize(device)
-
-    n_threads = cores if device.type == "cpu" else 1
-    with ThreadPoolExecutor(n_threads) as pool:
-        list(pool.map(multiply, range(n_threads)))  # warm-up: allocates memory and starts threads
         begin = time.perf_counter()
-        list(pool.map(multiply, range(n_threads)))
-        seconds = time.perf_counter() - begin
+        for _ in range(_REPEATS):
+            a @ b
+        synchronize(device)
+    seconds = time.perf_counter() - begin
     # The product of two n x n matrices takes 2 * n**3 operations.
-    return 2.0 * _SIZE**3 * _REPEATS * n_threads / seconds
+    return 2.0 * _SIZE**3 * _REPEATS / seconds

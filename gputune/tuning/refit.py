@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset, Rows
 from gputune.data.encode import Statistics
 from gputune.data.folds import all_rows
-from gputune.data.replicas import with_replicas
-from gputune.data.source import fingerprint, rows_difference
+from gputune.data.source import Source, fingerprint, read_again, rows_difference
+from gputune.data.table import Table
 from gputune.data.target import TaskWord
+from gputune.data.target_transform import is_known
 from gputune.engine.backend import matrix_products
 from gputune.engine.backends.selection import choose_backend
 from gputune.engine.job import ProgressCallback
-from gputune.ground.errors import DivergedError, InputError
+from gputune.ground.errors import DivergedError, InputError, per_interface
 from gputune.ground.types import Config
+from gputune.modules.construction import Builder
 from gputune.modules.inspection import known_traits
 from gputune.modules.pretrained import pretrained_of
 from gputune.population.kinds import is_module
@@ -35,14 +37,36 @@ from gputune.solver.solve import solve_all, solved_module
 from gputune.spaces.distributions import space_from_json
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
+from gputune.study.record import RECORD_FIELDS, lost_option
 from gputune.study.study import Study, Trial
 from gputune.study.trained_rows import sample_of_rows
-from gputune.tuning.access import Access, read_search
-from gputune.tuning.choices import ModelChoice
-from gputune.tuning.options import Options
+from gputune.tuning.choices import ModelChoice, recorded_model
+from gputune.tuning.options import Options, RowOptions
 from gputune.tuning.problem import Problem, make_problem
+from gputune.tuning.record import SearchCall, machine_options_here, read_rows, recorded_options
 from gputune.tuning.trainer import Trainer, unseen
 from gputune.version import __version__
+
+
+@dataclass(frozen=True)
+class Access:
+    """The rows and permissions that the user passes to a method which trains a study's trials
+    again.
+
+    The rows are X and y, or the study's own rows if X is None. With ``check=True``, rows that
+    differ from the rows of the search raise InputError.
+    """
+
+    study: Study
+    X: object = None
+    y: object = None
+    check: bool = True
+    trust_code: bool = False
+    called: str = "best_model"
+    module: Builder | None = None
+
+    def __str__(self) -> str:
+        return f"{self.called}({'' if self.X is None else 'X, y'})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,22 +197,12 @@ class ReopenedSearch:
 
     def _trainer(self, data: Dataset, seed: int) -> Trainer:
         """Return a trainer for the data, with the options and the model of the search."""
-        options = self.options
-        choice = self.choice
+        machine = self.options.machine
         backend = "eager"
-        if not options.search.differentiates:
-            word = options.machine.backend
-            backend = choose_backend(word, data.device, data.dtype, choice.kind).name
-        return Trainer(
-            data=with_replicas(data, options.training.n_ens),
-            kind=choice.kind,
-            module_class=choice.module_class,
-            objective=self.problem.objective,
-            seed=seed,
-            horizon=options.training.epochs,
-            backend=backend,
-            precision=options.machine.precision,
-        )
+        if not self.options.search.differentiates:
+            word = machine.backend
+            backend = choose_backend(word, data.device, data.dtype, self.choice.kind).name
+        return self.problem.trainer(data, seed=seed, backend=backend)
 
     def dataset(self, folds: Sequence[Rows] | None, trials: Sequence[Trial]) -> Dataset:
         """Return the data of some folds, prepared as the first trial needs it, on the chosen
@@ -334,6 +348,98 @@ def search_of(access: Access) -> ReopenedSearch:
     return search
 
 
+def read_search(access: Access) -> SearchCall:
+    """Read the model, the rows and the options of a study's search from memory or from its file."""
+    study = access.study
+    record = access.study.record
+    if study.data is not None:
+        call: SearchCall = study.data
+        if access.X is None:
+            return call
+        if call.options.training.sample_weight is not None:
+            raise InputError(
+                None,
+                f"{access} cannot weight other rows, because the study used sample_weight",
+                remedy="Leave X and y out.",
+            )
+        return replace(call, source=_source_of(access, call.choice, call.options.rows))
+    _check_refittable(access)
+    for name in record.lost:
+        if RECORD_FIELDS[name].training or name == "method":
+            raise lost_option(study.file, name)
+    # The record stores class weights as text. Its arguments store the value itself.
+    value = record.arguments.kept.get("class_weight")
+    class_weight = {None: None, "'balanced'": "balanced"}.get(record.class_weight, value)
+    missing = ""
+    if record.sample_weight is not None:
+        missing = "sample_weight, which this study used,"
+    elif not is_known(record.target_transform):
+        missing = "target_transform, which is your own object,"
+    elif record.class_weight is not None and class_weight is None:
+        missing = f"class_weight={record.class_weight}"
+    if missing:
+        raise InputError(
+            None,
+            f"{access.called}() cannot read {missing} from the study file",
+            remedy="Call this method on the study that tune() returned, in the same process.",
+        )
+    options = recorded_options(record, **machine_options_here(record), class_weight=class_weight)
+    choice = recorded_model(
+        dict(record.spec),
+        record.optimizer,
+        script=record.arguments.script,
+        module=access.module,
+        trust_code=access.trust_code,
+    )
+    return SearchCall(choice, _source_of(access, choice, options.rows), options)
+
+
+def _check_refittable(access: Access) -> None:
+    """Raise InputError if a study holds scikit-learn estimators or a custom training loop, which
+    gputune cannot train again."""
+    record = access.study.record
+    if record.face == "sklearn":
+        kind = f"{record.method}, which searched scikit-learn estimators"
+        remedy = "Its best_estimator_ is the model."
+    elif record.face == "loop":
+        kind = "search(), because its training loop is your own"
+        remedy = "Call your objective with study.best_params."
+    else:
+        return
+    raise InputError(None, f"{access.called}() cannot refit a study of {kind}", remedy=remedy)
+
+
+def _source_of(access: Access, choice: ModelChoice, rows: RowOptions) -> Source:
+    """Return the rows that the user passed, or read the study's own rows again.
+
+    Raises InputError if the study's rows are not available.
+    """
+    if access.X is not None:
+        source = read_rows(choice, rows, access.X, access.y)
+        # The search did not read the groups as a feature either.
+        groups = access.study.record.group_column
+        if groups is not None and isinstance(source.X, Table) and groups in source.X.names:
+            values = source.X.column(groups)
+            source = replace(source, X=source.X.drop(groups), groups=values)
+        return source
+    origin = access.study.record.source
+    if origin is None:
+        raise InputError(
+            None,
+            f"{access} needs X and y, because the search had its data in memory, and the study "
+            "file does not hold them",
+        )
+    try:
+        return read_again(origin, module=choice.takes_arrays)
+    except FileNotFoundError as error:
+        raise InputError(
+            None,
+            f"{per_interface(str(access), access.called)} cannot read {origin['path']!r} again, "
+            "because the file is gone",
+            remedy=per_interface("Pass X and y.", "Put the file back."),
+        ) from error
+
+
 def refit_trial(search: ReopenedSearch, trial: Trial) -> TunedModel:
     """Train one trial on all rows, and return the result as a tuned model."""
     (model,) = refit_trials(search, [trial])
@@ -382,17 +488,8 @@ def _other_rows(search: ReopenedSearch, access: Access) -> InputError:
     The message says how they differ and what to do. Only best_model offers to train on other rows.
     """
     record = search.study.record
-    classes = search.problem.target.classes
     origin = record.source
-    labels = None if classes is None else classes.tolist()
     difference = rows_difference(record.fingerprint, search.rows)
-    if record.classes != labels:
-        n_before = len(record.classes or ())
-        n_now = len(labels or ())
-        if n_before == n_now:
-            difference += "; different classes"
-        else:
-            difference += f"; {n_before} classes then, {n_now} now"
     if origin is not None and access.X is None:
         fault = f"The rows of {origin['path']!r} have changed since the search ({difference})"
         remedy = "Restore the file."

@@ -7,10 +7,12 @@ list of trials and results) lacks.
 
 import errno
 import math
+import threading
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from typing import TypeVar
 
 from gputune.engine.stop import Stop
@@ -19,7 +21,6 @@ from gputune.ground.errors import (
     SearchFailedError,
     SearchInterrupted,
     SearchTerminated,
-    StudyCorruptError,
     Verbatim,
     option,
 )
@@ -31,17 +32,16 @@ from gputune.modules.construction import parameters_of
 from gputune.optimizers.classes import argument_defaults
 from gputune.scoring.objective import loss_defaults
 from gputune.spaces.config import ConfigCheck, check_config, legal_keys
-from gputune.spaces.distributions import CheckedSpace, is_inside, space_text, to_scipy
+from gputune.spaces.distributions import CheckedSpace, is_inside, to_scipy
 from gputune.spaces.named import MODELS_OF_SPACES, SPACES, named_space
 from gputune.spaces.portfolios import PORTFOLIOS
-from gputune.spaces.random import NO_DEFAULT, first_candidates, n_counted, numbered, remarks, top_up
+from gputune.spaces.random import first_candidates, n_counted, remarks, top_up
 from gputune.spaces.space import check_include, check_space, choices_of, default_space
 from gputune.study.ledger import Ledger
-from gputune.study.store import Candidate, Result, Store
+from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.study.study import Study
 from gputune.tuning.callbacks import Callbacks
 from gputune.tuning.choices import ModelChoice
-from gputune.tuning.good_enough import GoodEnough
 from gputune.tuning.interrupt import CTRL_C, ended_by_requests, ended_by_signals, interruption
 from gputune.tuning.method import Method
 from gputune.tuning.options import Options, SearchOptions
@@ -153,46 +153,22 @@ def first_trials(
     space: CheckedSpace,
     choice: ModelChoice,
     options: Options,
-    store: Store | None = None,
     portfolio: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Return the first trials of a search: default, portfolio, included and random configurations.
-
-    Random configurations that the study file has stored come before new ones.
-    """
+    """Return the first trials of a search: default, portfolio, included and random
+    configurations."""
     search = options.search
     first = first_candidates(
         space,
         n_trials=search.n_trials,
         include=search.include,
-        include_default=search.include_default and not _lacks_default(store),
+        include_default=search.include_default,
         defaults=default_params(choice, options),
         portfolio=portfolio,
     )
     if not search.samples_first:
         return first
-    stored: tuple[Candidate, ...] = ()  # drawing many trials again would take long
-    with suppress(OSError, StudyCorruptError):  # reported when the study is opened
-        if (
-            store is not None
-            and store.meta.get("seed") == search.random_state
-            and store.meta.get("space") == space_text(space)
-        ):
-            stored = tuple(trial for trial in store.candidates() if trial.origin == "random")
-    known = first + stored[: max(0, search.n_trials - n_counted(first))]
-    return known + draw_trials(known, space, search, check_config)
-
-
-def _lacks_default(store: Store | None) -> bool:
-    """Return whether a study says in its notes that it runs no default configuration.
-
-    Factors on learning rates had no default value in earlier versions.
-    """
-    if store is None:
-        return False
-    with suppress(OSError, StudyCorruptError):  # reported when the study is opened
-        return any(str(note).startswith(NO_DEFAULT) for note in store.meta.get("notes") or ())
-    return False
+    return first + draw_trials(first, space, search, check_config)
 
 
 def draw_trials(
@@ -200,21 +176,14 @@ def draw_trials(
     space: CheckedSpace,
     search: SearchOptions,
     check: ConfigCheck,
-    drawn: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
     """Sample random configurations until the search has ``n_trials`` trials.
 
-    Configurations of earlier studies are not sampled again. ``drawn`` are configurations that were
-    sampled before, and are used if there are enough of them.
+    Configurations of earlier studies are not sampled again.
     """
     earlier = [
         t.params for study in search.warm_start for t in study.trials if t.state != "waiting"
     ]
-    n_missing = search.n_trials - n_counted(known)
-    if drawn and n_missing > 0:
-        trials = numbered([(config, "random") for config in drawn], known, earlier)[:n_missing]
-        if len(trials) == n_missing:
-            return trials
     seconds = None
     if search.timeout is not None:
         seconds = max(_DRAWING_SECONDS, search.timeout * _DRAWING_SHARE)
@@ -259,6 +228,167 @@ def with_earlier(search: SearchOptions, space: CheckedSpace) -> SearchOptions:
             )
         configs += usable[:_BEST]
     return replace(search, include=[*search.include, *configs])
+
+
+BATCH = "batch "
+"""The first part of a trial's ``origin`` if an Optuna sampler proposed the trial.
+
+The batch number follows.
+"""
+
+_BLOCK = 16
+"""The smallest number of consecutive trials that are planned together.
+
+With fewer trials, the stacked backends would have too little work.
+"""
+
+
+def batch_of(candidate: Candidate) -> int:
+    """Return the batch number of a trial that an Optuna sampler proposed.
+
+    The batch number of any other trial is 0.
+    """
+    origin = candidate.origin
+    if not isinstance(origin, str) or not origin.startswith(BATCH):
+        return 0
+    return int(origin.removeprefix(BATCH))
+
+
+def block_size(target_score: float | None, patience_trials: int | None) -> int | None:
+    """Return the number of consecutive trials that gputune plans together.
+
+    Returns None if the search cannot end early, because then gputune plans all trials at once. A
+    search that can end early judges its trials in order. Small groups of consecutive trials let it
+    decide sooner.
+    """
+    if target_score is None and patience_trials is None:
+        return None
+    return max(_BLOCK, patience_trials or 0)
+
+
+# Trials are judged in order of their trial numbers, never in the order in which they end. A trial
+# counts when all trials of its chunk, of all earlier chunks, and all trials with lower numbers have
+# ended. The first trial that ends the search is therefore the same with any number of workers, after
+# a kill, and in a repeated call.
+#
+# A chunk begins only if the chunks before it, except the last few, do not end the search. "The last
+# few" is the number of chunks that may train at once, which the study stores. These chunks train to
+# their end, also after the decision. So the set of trained trials is the same each time.
+@dataclass(eq=False)
+class GoodEnough:
+    """The decision to end a search early because a score is good enough or no longer improves.
+
+    Attributes:
+        in_rungs: If True, trials train together from rung to rung, and all trials together count as
+            one chunk. With an Optuna sampler, each batch counts as one chunk.
+        reason: The reason why the search ends, as text. "" while the search continues.
+    """
+
+    ledger: Ledger
+    target_score: float | None
+    patience_trials: int | None
+    in_rungs: bool
+    reason: str = ""
+    _ended: int = 0  # number of chunks, counted from the first one, that are known to have ended
+    _trials: set[int] = field(default_factory=set)  # in these chunks
+    _counted: int = 0  # number of candidates, counted from the first one, that count
+    _best: float = -math.inf
+    _since_best: int = 0
+    # Threads of an executor call the methods too.
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def is_possible(self) -> bool:
+        """True if the user set ``target_score`` or ``patience_trials``, so that the search can end
+        early."""
+        return self.target_score is not None or self.patience_trials is not None
+
+    def allows(self, chunk: PlannedChunk) -> bool:
+        """Return True if a chunk (a group of trials that train together) may begin to train now."""
+        if not self.is_possible:
+            return True
+        with self._lock:
+            chunks = self._chunks()
+            self._look(chunks)
+            place = bisect_left(chunks, chunk.number, key=lambda other: other.number)
+            return self._allows(place, chunk)
+
+    def is_reached(self) -> bool:
+        """Return True if ``target_score`` or ``patience_trials`` ends the search now.
+
+        The result is False while trials that were allowed to begin have not ended.
+        """
+        if not self.is_possible:
+            return False
+        with self._lock:
+            chunks = self._chunks()
+            self._look(chunks)
+            if not self.reason:
+                return False
+            for place, chunk in enumerate(chunks[self._ended :], start=self._ended):
+                if self._allows(place, chunk) and not self._has_ended(chunk):
+                    return False
+            return True
+
+    def _allows(self, place: int, chunk: PlannedChunk) -> bool:
+        """Return True if the chunk at position ``place`` of the plan may begin to train."""
+        if self.reason:
+            # After the decision, only chunks that were allowed to begin just before it may train.
+            return place < self._ended - 1 + chunk.at_once
+        return place - chunk.at_once < self._ended
+
+    def _chunks(self) -> Sequence[PlannedChunk]:
+        """Return the groups of trials that train together, in the order of the plan.
+
+        With halving or the median rule, each batch of trials is one group.
+        """
+        if not self.in_rungs:
+            return self.ledger.plan
+        batches = groupby(self.ledger.candidates, batch_of)
+        return [
+            PlannedChunk(number, 0, tuple(c.number for c in batch), 1) for number, batch in batches
+        ]
+
+    def _has_ended(self, chunk: PlannedChunk) -> bool:
+        return all(number in self.ledger.results for number in chunk.trials)
+
+    def _look(self, chunks: Sequence[PlannedChunk]) -> None:
+        """Judge the trials that have ended since the last call, until one trial ends the search."""
+        while (
+            not self.reason and self._ended < len(chunks) and self._has_ended(chunks[self._ended])
+        ):
+            self._trials.update(chunks[self._ended].trials)
+            self._ended += 1
+            self._count_trials()
+
+    def _count_trials(self) -> None:
+        """Judge trials in the order of their trial numbers, and stop at the first unfinished
+        trial."""
+        candidates = self.ledger.candidates
+        while not self.reason and self._counted < len(candidates):
+            number = candidates[self._counted].number
+            if number not in self._trials:
+                return
+            self._counted += 1
+            self._count(number)
+
+    def _count(self, number: int) -> None:
+        """Compare a trial with the best trial so far, and set ``reason`` if the trial ends the
+        search."""
+        result = self.ledger.results[number]
+        if result.state == "complete" and result.score > self._best:
+            self._best = result.score
+            self._since_best = 0
+        elif result.state != "pruned" or math.isfinite(self._best):
+            # A pruned trial is no worse than a best trial that does not exist yet.
+            self._since_best += 1
+        if self.target_score is not None and self._best >= self.target_score:
+            target = option("target_score", Verbatim(f"{self.target_score:g}"))
+            self.reason = f"trial {number} has reached the target score ({target})"
+        elif self.patience_trials is not None and self._since_best >= self.patience_trials:
+            trials = count(self._since_best, "trial")
+            patience = option("patience_trials", self.patience_trials)
+            self.reason = f"{trials} in a row were no better than the best before ({patience})"
 
 
 @dataclass(frozen=True)
@@ -335,17 +465,12 @@ class Session:
         if not candidates:
             return trials
         params = [candidate.params for candidate in candidates]
-        # In older studies the default configuration was not moved into the space. It still runs
-        # only once.
-        known_origins = {"random"}
-        if any(candidate.origin == "default" for candidate in candidates):
-            known_origins.add("default")
         # ``n_trials`` limits the portfolio, but not the included trials.
         n_portfolio = max(0, search.n_trials - n_counted(candidates))
         number = 1 + max(candidate.number for candidate in candidates)
         added = list[Candidate]()
         for trial in trials:
-            if trial.origin in known_origins or trial.params in params:
+            if trial.origin == "random" or trial.params in params:
                 continue
             if trial.origin == "portfolio":
                 n_portfolio -= 1
@@ -354,9 +479,7 @@ class Session:
             added.append(replace(trial, number=number + len(added)))
         if not search.samples_first:
             return added
-        stored = {candidate.number: candidate for candidate in candidates}
-        drawn = [t.params for t in trials if t.origin == "random" and stored.get(t.number) != t]
-        return [*added, *draw_trials([*candidates, *added], space, search, check, drawn)]
+        return [*added, *draw_trials([*candidates, *added], space, search, check)]
 
     def _wait(self, reason: str) -> None:
         """Tell the user why this process waits for another process, or end the wait.
@@ -424,6 +547,36 @@ class Session:
             self.stop.ask()
             self.stop.reason = reason
             self.progress.say(f"note: the search ends: {reason}")
+
+
+def train_waiting(
+    session: Session, train: Callable[[Sequence[Candidate]], Sequence[PlannedChunk]], *, epochs: int
+) -> bool:
+    """Train the trials of a study that have no result yet, and return True if time is left.
+
+    The function ``train`` returns the groups of trials that other processes are training.
+    """
+    ledger = session.ledger
+    if not ledger.waiting():
+        return not session.is_over()
+    with session.progress.bar_over(len(ledger.waiting()), epochs):
+        while waiting := ledger.waiting():
+            foreign = train(waiting)
+            ledger.refresh()
+            session.stop_where_enough()  # results of other processes count too
+            if session.is_over():
+                break
+            if foreign:  # trained here if the other processes end without results
+                wait_for_others(session, foreign)
+    return not session.is_over()
+
+
+def wait_for_others(session: Session, chunks: Sequence[PlannedChunk]) -> None:
+    """Wait until other processes have trained their trials, and tell the user once."""
+    owners, remedy = session.ledger.owners_of(chunks)
+    trials = count(sum(len(chunk.trials) for chunk in chunks), "trial")
+    session.progress.say(f"waiting for {trials} of {owners}. {remedy}".rstrip(), once=True)
+    session.ledger.wait(chunks, session.is_over)
 
 
 def check_ending(study: AnyStudy, numbers: Sequence[int]) -> AnyStudy:

@@ -20,11 +20,11 @@ from torch import nn
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import torch_threads
 from gputune.engine.backends.base import TrialWork
-from gputune.engine.backends.selection import choose_backend, refusals, trains_as
+from gputune.engine.backends.selection import choose_backend, trains_as
 from gputune.engine.backends.table import backend_named
 from gputune.engine.job import Failure, Job, Outcome, ProgressCallback, run_in_parts, train_chunk
 from gputune.engine.need import Need
-from gputune.engine.plan import Plan, Planner, cores, joined_sizes
+from gputune.engine.plan import Plan, Planner, cores
 from gputune.engine.reuse import ChunkPool
 from gputune.engine.stop import Stop
 from gputune.engine.train import BegunChunk, Trained
@@ -36,7 +36,7 @@ from gputune.executors.threads import chunk_threads
 from gputune.ground.errors import InputError, option
 from gputune.ground.text import count
 from gputune.ground.types import BackendWord, Config, Precision
-from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_scheduled
+from gputune.hypergradients.chunk import HypergradientJob, plan_chunks
 from gputune.hypergradients.first_step import free_bytes
 from gputune.modules.construction import Builder
 from gputune.modules.feature_rows import with_kept_features
@@ -144,34 +144,7 @@ class Trainer:
         if chosen.is_requested:
             cluster = "" if self.cluster is None else self.cluster.cluster.name
             backend.check_search(configs, self.kind, self.data, cluster)
-            self._note_refusals(chosen.name, configs, say)
         return replace(self, backend=chosen.name, reason=chosen.reason)
-
-    def _note_refusals(
-        self, name: str, configs: Sequence[Config], say: Callable[[str], object]
-    ) -> None:
-        """Tell the user if the requested backend trains none of the trials.
-
-        Other messages tell about members that train one by one.
-        """
-        reasons = []
-        slower = ""
-        for config in configs:
-            path = list(refusals(name, TrialWork(self.kind, config, data=self.data)))
-            if not path:
-                return
-            reasons.append(path[0].reason)
-            slower = slower or path[-1].instead
-        if reasons and slower != "loop":
-            in_words = backend_named(slower).in_words
-            say(f"note: all trials train {in_words}: {reasons[0]}")
-
-    def compile(self, configs: Sequence[Config], say: Callable[[str], object]) -> None:
-        """Compile the GPU kernels for configurations, and tell the user.
-
-        A failed build is not an error here, because later plans use another backend instead.
-        """
-        backend_named(self.backend).prepare(configs, self.kind, self.data, say)
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:
         """Split configurations into populations: trials that have tensors of the same shapes."""
@@ -183,14 +156,6 @@ class Trainer:
         rows = max(self.data.train_lengths)
         own_loss = self.objective is not None and not self.objective.is_named
         return populations(configs, self.kind, rows=rows, own_steps=own_steps, own_loss=own_loss)
-
-    def join_sizes(self, groups: Sequence[Population]) -> tuple[list[Population], str]:
-        """Join populations that differ only in the batch size, if their trials can train together.
-
-        Returns the populations, and a clause for the plan.
-        """
-        known = known_traits(self.module_class, self.data)
-        return joined_sizes(groups, self.data, self.backend, known)
 
     def plan(
         self,
@@ -372,85 +337,44 @@ class Trainer:
                 configs.append(schedules[trial][epoch])
             job = self.job(Job, epochs=stop)
             plan = self.plan(self.groups(configs), epochs=stop - begin)
-            tasks = []
-            for chunk in plan.chunks:
+
+            def train_chunk_of(
+                chunk: Population, trials: Sequence[int] = trials, job: Job = job
+            ) -> None:
                 numbers = [trials[place] for place in chunk.index]
-                arguments = job, chunk, numbers, epochs, states, members, progress
-                tasks.append(partial(self._train_part, *arguments))
+                begun = BegunChunk.of(chunk)
+                if numbers[0] in states:
+                    state = State.stack([states.pop(number) for number in numbers])
+                    begun = replace(begun, state=state)
+
+                def store(trained: Trained) -> bool:
+                    for place, number in enumerate(numbers):
+                        if epochs[number] == trained.epochs:
+                            members[number] = self._modules(trained, place)
+                    progress(len(numbers), trained.curves[:, trained.epochs - 1 : trained.epochs])
+                    # True ends the chunk: all its trials have reached their last epoch.
+                    return all(epochs[number] <= trained.epochs for number in numbers)
+
+                trained = train_chunk(job, self.data, begun, after_epoch=store)
+                if any(epochs[number] > job.epochs for number in numbers):
+                    for place, number in enumerate(numbers):
+                        states[number] = trained.state.select([place])
+
             with torch_threads(plan.threads):
+                tasks = [partial(train_chunk_of, chunk) for chunk in plan.chunks]
                 at_once = plan.with_turns(self.memory)
                 run_together(tasks, at_once=at_once, threads=plan.threads)
         return [members[trial] for trial in range(len(schedules))]
 
-    def _train_part(
-        self,
-        job: Job,
-        chunk: Population,
-        trials: Sequence[int],
-        epochs: Sequence[int],
-        states: dict[int, State],
-        members: dict[int, list[nn.Module]],
-        progress: ProgressCallback,
-    ) -> None:
-        """Train a chunk up to the last epoch of a job, and store its modules and states.
-
-        Args:
-            job: The job, with the epoch at which the chunk ends.
-            chunk: The chunk.
-            trials: The numbers of the chunk's trials, for ``epochs``, ``states`` and ``members``.
-            epochs: The number of epochs of each trial.
-            states: The states of trials that have begun. Receives the states after the chunk.
-            members: Receives the modules of each trial after its last epoch.
-            progress: Receives the number of trained trial-epochs.
-        """
-        begun = BegunChunk.of(chunk)
-        if trials[0] in states:
-            begun = replace(begun, state=State.stack([states.pop(trial) for trial in trials]))
-
-        def store(trained: Trained) -> bool:
-            splits = range(self.data.n_splits)
-            for place, trial in enumerate(trials):
-                if epochs[trial] == trained.epochs:
-                    members[trial] = [self._module(trained, split, place) for split in splits]
-            progress(len(trials), trained.curves[:, trained.epochs - 1 : trained.epochs])
-            # True ends the chunk: all its trials have reached their last epoch.
-            return all(epochs[trial] <= trained.epochs for trial in trials)
-
-        trained = train_chunk(job, self.data, begun, after_epoch=store)
-        if any(epochs[trial] > job.epochs for trial in trials):
-            state = trained.state
-            for place, trial in enumerate(trials):
-                states[trial] = state.select([place])
-
-    def _module(self, trained: Trained, split: int, place: int) -> nn.Module:
-        """Return the module of the trial at a place in a chunk: its network on a split, or the mean
-        of its replicas there."""
+    def _modules(self, trained: Trained, place: int) -> list[nn.Module]:
+        """Return the modules of the trial at a place in a chunk: its network on each split, or the
+        mean of its replicas there."""
         data = self.data
-        folds = range(split, data.n_folds, data.n_splits)
-        modules = [trained.member(fold, place) for fold in folds]
-        if len(modules) == 1:
-            return modules[0]
-        return Ensemble(modules, [1 / len(modules)] * len(modules), data.task)
-
-    def train_scheduled(
-        self,
-        config: Config,
-        *,
-        epochs: int,
-        hyperparameters: tuple[str, ...],
-        segments: int,
-        per_layer: bool,
-    ) -> nn.Module:
-        """Train one configuration of a hypergradient search again, on data with one fold.
-
-        Returns the trained module. The other arguments are options of the hypergradient search.
-        """
-        (chunk,) = self.groups([config])
-        job = self.job(
-            HypergradientJob,
-            epochs=epochs,
-            hyperparameters=hyperparameters,
-            segments=segments,
-            per_layer=per_layer,
-        )
-        return train_scheduled(job, self.data, chunk)
+        modules: list[nn.Module] = []
+        for split in range(data.n_splits):
+            folds = range(split, data.n_folds, data.n_splits)
+            networks = [trained.member(fold, place) for fold in folds]
+            shares = [1 / len(networks)] * len(networks)
+            is_single = len(networks) == 1
+            modules.append(networks[0] if is_single else Ensemble(networks, shares, data.task))
+        return modules

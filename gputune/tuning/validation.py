@@ -9,10 +9,12 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+from sklearn.dummy import DummyClassifier
+from sklearn.inspection import permutation_importance
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ from gputune.data.scaling import joined_statistics
 from gputune.engine.stop import entry
 from gputune.ground.annotations import FloatArray
 from gputune.ground.errors import InputError, check_count, per_interface, warn
-from gputune.ground.seeding import replica_seed, stream
+from gputune.ground.seeding import replica_seed
 from gputune.ground.types import Config
 from gputune.population.population import Ensemble
 from gputune.scoring.evaluation_draws import EvaluationDraws
@@ -32,7 +34,6 @@ from gputune.scoring.scoring import Scoring
 from gputune.study.model import TunedModel
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study, Trial
-from gputune.tuning.access import Access
 from gputune.tuning.predictions import (
     Predictions,
     means_of_rows,
@@ -42,9 +43,8 @@ from gputune.tuning.predictions import (
 )
 from gputune.tuning.progress import Progress
 from gputune.tuning.record import had_groups
-from gputune.tuning.refit import ReopenedSearch, refit_trial, refit_trials, search_of
+from gputune.tuning.refit import Access, ReopenedSearch, refit_trial, refit_trials, search_of
 
-Item = TypeVar("Item")
 Refit: TypeAlias = int | Literal["all", "folds"]
 
 # The number of shuffles of a column, and the largest number of rows of a fold that are used.
@@ -309,34 +309,30 @@ def _mean_model(
     rows = folds[0][0] if len(folds) == 1 else None
     all_data = search.dataset(None if rows is None else folds, trials)
     runs = _ensemble_runs(search, all_data, n_seeds, folds, present)
+    columns, statistics = _columns([all_data.of(search.config(trial)) for trial in trials])
+    arguments = [search.arguments(trial, all_data) for trial in trials]
     modules: list[nn.Module] = []
+    places: list[int] = []  # of the trial of each module
+    weights: list[float] = []
     seeds: list[int] = []
     for data, seed in runs:
-        for (module,) in search.train(data, trials, seed=seed):
+        for place, (module,) in enumerate(search.train(data, trials, seed=seed)):
+            # Each trial trains ``n_ens`` networks in each run, and its weight is split over them.
             networks = module.members if isinstance(module, Ensemble) else [module]
             modules.extend(networks)
+            places += [place] * len(networks)
+            weights += [shares[place][1] / (len(networks) * len(runs))] * len(networks)
             seeds += [seed] * len(networks)
     info = info | search.note_on_draws(runs[0][0], trials)
-    columns, statistics = _columns([all_data.of(search.config(trial)) for trial in trials])
-    # Each trial trains ``n_ens`` networks in each run, and its weight is split over them.
-    n_ens = search.options.training.n_ens
-    columns = _each(columns, n_ens) * len(runs)
-    weights = _each([weight / (n_ens * len(runs)) for _, weight in shares], n_ens) * len(runs)
-    if present is not None:
-        present = present.cpu().repeat_interleave(len(trials) * n_ens, dim=0)  # (F, K) -> (M, K)
-    network = Ensemble(modules, weights, search.problem.target.task, columns, present)
-    arguments = [search.arguments(trial, all_data) for trial in trials]
-    arguments = _each(arguments, n_ens) * len(runs)
-    spec: Config = {"kwargs": arguments[0], "ensemble": arguments}
+    spec: Config = {"kwargs": arguments[0], "ensemble": [arguments[place] for place in places]}
+    columns = [columns[place] for place in places] if columns else []
     if columns:
         spec["columns"] = columns
+    if present is not None:  # (F, K) -> (M, K)
+        present = present.cpu().repeat_interleave(len(modules) // len(runs), dim=0)
+    network = Ensemble(modules, weights, search.problem.target.task, columns, present)
     spec |= search.seeds(seeds)
     return search.model(network.eval(), all_data, spec, info, statistics, rows=rows)
-
-
-def _each(values: Sequence[Item], times: int) -> list[Item]:
-    """Return a list in which each value is repeated ``times`` times in a row."""
-    return [value for value in values for _ in range(times)]
 
 
 def _ensemble_runs(
@@ -449,8 +445,7 @@ def _drops(
     """Return the decrease of the score when each column is shuffled, (columns, shuffles * folds).
 
     The decrease shows how important a column is. ``sizes`` holds the number of features of each
-    column. Source: Breiman (2001), Random forests; computed as in
-    sklearn.inspection.permutation_importance, on the rows of each fold.
+    column. Source: Breiman (2001), Random forests.
     """
     folds = []
     for fold in data.folds:
@@ -459,25 +454,31 @@ def _drops(
         folds.append(Fold(fold.train, fold.valid[::step]))
     data = replace(data, folds=tuple(folds))
     scored = Predictions((), data, scoring)
-    drops = []
     ends = np.cumsum(sizes).tolist()
+    drops = []
     for f, (module, fold) in enumerate(zip(members, folds)):
         x = data.rows(f, fold.valid)[0].cpu()
 
-        def score(inputs: Tensor, f: int = f, module: nn.Module = module) -> float:
+        def score(
+            _model: object,
+            rows: np.ndarray,
+            _y: object,
+            f: int = f,
+            module: nn.Module = module,
+            x: Tensor = x,
+        ) -> float:
+            """Score the table whose column c has the values of the rows ``rows[:, c]``."""
+            parts = []
+            for column, (end, size) in enumerate(zip(ends, sizes)):
+                # All features of a column are shuffled together.
+                parts.append(x[rows[:, column], end - size : end])
             with nullcontext() if draws is None else draws.seeded(f, 0):
-                values = values_of(module, [inputs], data, f)
+                values = values_of(module, [torch.cat(parts, 1)], data, f)
             return float(scored.scores(f, values[None])[0, 0])
 
-        unshuffled = score(x)
-        for shuffle in range(_SHUFFLES):
-            order = torch.randperm(len(x), generator=stream(0, "importance", f, shuffle))
-            decreases = []
-            for end, size in zip(ends, sizes):
-                table = x.clone()
-                # All features of a column are shuffled together.
-                table[:, end - size : end] = x[order, end - size : end]
-                decreases.append(unshuffled - score(table))
-            drops.append(decreases)
-    # shuffles * folds lists of one decrease per column -> (columns, shuffles * folds)
-    return np.stack(drops, 1)
+        rows = np.tile(np.arange(len(x))[:, None], len(sizes))
+        result = permutation_importance(
+            DummyClassifier(), rows, None, scoring=score, n_repeats=_SHUFFLES, random_state=f
+        )
+        drops.append(result.importances)
+    return np.concatenate(drops, 1)

@@ -490,8 +490,8 @@ class LayersInHook(Small):
         (
             OwnRate,
             {"module__rate": [0.1, 0.2]},
-            r"space\['module__rate'\] changes the lr in configure_optimizers of OwnRate, .* "
-            r"Search 'lr' instead, and leave 'module__rate' out.",
+            r"space has module__rate, which changes the optimizer in configure_optimizers of "
+            r"OwnRate. .* Search lr or another key of the optimizer instead.",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from torch import nn
 
 import gputune
 import reference
-from gputune.methods import descent_training as descent
+from gputune.methods import descent
 from gputune.models import MLP
 from gputune.tuning.trainer import Trainer
 from moments import time_is_over

@@ -8,10 +8,9 @@ from scipy import stats
 from scipy.stats import loguniform
 
 import gputune
-from gputune.methods.exchanges import Exchange, exchanges, generator
+from gputune.methods.lineages import Exchange, exchanges, generator
 from gputune.methods.pbt import PopulationBased
 from gputune.spaces.perturbation import Perturbation, movable_keys
-from made_studies import study_of
 
 
 def decide(means, *, epoch=5, shapes=None, seed=0, protected=None, **options):
@@ -213,27 +212,6 @@ def test_values_stay_within_their_part_of_the_space():
     assert moved["lr"] == 1e-2
     adapted = {"optimizer": "adamwhd", "lr": 5e-3}
     assert move(adapted, space, np.random.RandomState(0)) == adapted
-
-
-def test_the_closing_text_has_the_reason_without_copies():
-    def copies(*params):
-        return dict(PopulationBased.summary(study_of(params)))["Copies"]
-
-    none = "no trial has copied another trial"
-    assert copies({"lr": 1}) == f"{none}, because the search has only one trial"
-    differing = {"lr": 1, "width": 8, "depth": 1}, {"lr": 1, "width": 9, "depth": 1}
-    reason = "each trial has a different architecture (width)"
-    assert copies(*differing) == f"{none}, because {reason}"
-    equal = {"lr": 1, "width": 8}, {"lr": 2, "width": 8}
-    assert copies(*equal) == none
-    for options, epochs, reason in (
-        ({"fraction": 0}, 6, "fraction is 0"),
-        ({"interval": 4, "burn_in": 5}, 8, "no trial has trained beyond epoch 8"),
-        ({"interval": [4, 8], "burn_in": 5}, 9, ""),
-    ):
-        study = study_of(equal, method=PopulationBased(**options).to_json(), epochs=epochs)
-        text = dict(PopulationBased.summary(study))["Copies"]
-        assert text == (f"{none}, because {reason}" if reason else none)
 
 
 def test_the_quadratic_of_the_paper():

@@ -240,15 +240,6 @@ def test_other_outputs_are_not_compared_with_numbers(loss, message):
     assert tune(Linear, SIGNS, loss=loss, task="regression", scoring="neg_loss").trials
 
 
-def test_a_study_of_log_rates_that_is_ranked_already_continues(tmp_path, monkeypatch):
-    arguments = {"loss": nn.PoissonNLLLoss(), "task": "regression", "study": tmp_path / "study.db"}
-    with monkeypatch.context() as earlier:
-        earlier.setattr("gputune.tuning.problem.refuse_other_units", lambda *_: None)
-        first = tune(Linear, COUNTS, scoring="neg_mean_absolute_error", **arguments)
-    again = tune(Linear, COUNTS, scoring="neg_mean_absolute_error", **arguments)
-    np.testing.assert_array_equal(first.curves, again.curves)
-
-
 def test_estimators_name_their_own_words():
     with pytest.warns(InputWarning, match="criterion=.*PoissonNLLLoss makes the outputs log rates"):
         NeuralNetRegressor(Linear, criterion=nn.PoissonNLLLoss, max_epochs=1).fit(ROWS, RATES)

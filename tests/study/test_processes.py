@@ -23,8 +23,7 @@ from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.store import PlannedChunk, Store
 from gputune.tuning.options import make_options
 from gputune.tuning.progress import Progress
-from gputune.tuning.session import Session
-from gputune.tuning.waiting import wait_for_others
+from gputune.tuning.session import Session, wait_for_others
 from moments import at_call, at_finish
 from refused import refused
 from study_processes import done, finish, start, table

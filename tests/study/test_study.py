@@ -19,7 +19,7 @@ from gputune.study import rows
 from gputune.study import study as study_file
 from gputune.study.record import IDENTITY, RECORD_FIELDS, SearchRecord, has_form, lost_option
 from gputune.study.study import Trial
-from gputune.tuning.access import Access
+from gputune.tuning.refit import Access
 from made_studies import HOSTILE, META, hostile_study, made_study
 from refused import refused
 from study_rows import candidates, make_study, result

@@ -10,7 +10,7 @@ import gputune
 from face_modules import Conv
 from gputune.data.table import as_table
 from gputune.report.snippet import snippet
-from gputune.tuning.access import Access
+from gputune.tuning.refit import Access
 from gputune.tuning.validation import fold_report
 from refused import refused
 

@@ -24,10 +24,9 @@ from gputune.data.table import as_table
 from gputune.integrations.whole_model import WholeModel
 from gputune.population.population import Ensemble
 from gputune.study.trained_rows import share_of_rows
-from gputune.tuning.access import Access
 from gputune.tuning.predictions import Predictions, predictions_of
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import search_of
+from gputune.tuning.refit import Access, search_of
 from refused import refused
 
 tune = partial(gputune.tune, n_trials=6, max_epochs=4, cv=3, verbose=0, workers=1)
@@ -276,7 +275,7 @@ def test_a_file_keeps_them_and_what_continues_adds_its_own(tmp_path, capsys):
 )
 def test_what_was_not_kept_trains_again(keep, words, monkeypatch, capsys):
     limit = 4 * 3 * 150 * 3  # three trials
-    for place in ("types", "tuning.setup"):
+    for place in ("types", "tuning.pipeline"):
         monkeypatch.setattr(f"gputune.{place}.KEPT_BYTES", limit)
     study = tune("mlp", *IRIS, keep_predictions=keep, verbose=1)
     said = (

@@ -19,7 +19,7 @@ from gputune.methods.median import Median
 from gputune.methods.stopping import ends_in_order
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, PlannedChunk, Result
-from gputune.tuning.good_enough import GoodEnough
+from gputune.tuning.session import GoodEnough
 from study_processes import table
 
 X, Y = (part[::3] for part in load_iris(return_X_y=True))

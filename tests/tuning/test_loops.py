@@ -216,7 +216,7 @@ def test_more_reports_than_max_epochs_are_noted_once(capsys):
         options = {"direction": "maximize", "max_epochs": max_epochs, "n_trials": 2}
         gputune.search(objective, {"lr": [0.1, 0.2]}, workers=1, **options)
         notes = capsys.readouterr().err.count(
-            "called report 3 times, but max_epochs=1. No trial is pruned after report 1. Pass the "
+            "called report more often than max_epochs=1. No trial is pruned after report 1. Pass the "
             "number of reports of a full training."
         )
         assert notes == (max_epochs == 1)

@@ -8,10 +8,10 @@ import pytest
 import gputune
 from forked import Fork
 from gputune.cli.main import main
-from gputune.tuning import length
+from gputune.tuning import pipeline as setup
 from gputune.tuning.choices import choose_model
-from gputune.tuning.length import with_length
 from gputune.tuning.options import make_options
+from gputune.tuning.pipeline import with_length
 from gputune.tuning.session import checked_space
 from problems import Linear
 
@@ -59,7 +59,7 @@ Y = np.where(X[:, 0] + 0.1 * RNG.normal(size=200) > 0, "yes", "no")
 
 
 def test_a_study_says_how_long_its_trials_train_and_why(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(length, "LARGE_TABLE", 50)
+    monkeypatch.setattr(setup, "LARGE_TABLE", 50)
     options = {"n_trials": 2, "cv": 2, "study": tmp_path / "study.db"}
     study = gputune.tune("mlp", X, Y, **options)
     assert (study.record.max_epochs, study.record.patience) == (12, 3)
@@ -79,7 +79,7 @@ def test_a_study_says_how_long_its_trials_train_and_why(monkeypatch, tmp_path, c
 
 
 def test_a_dry_run_shows_the_epochs_of_a_large_table(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(length, "LARGE_TABLE", 50)
+    monkeypatch.setattr(setup, "LARGE_TABLE", 50)
     table = tmp_path / "table.csv"
     rows = [f"{a},{b},{y}" for (a, b, _), y in zip(X, Y)]
     table.write_text("\n".join(["a,b,y", *rows]))

@@ -23,8 +23,8 @@ from gputune.study.record import Arguments, SearchRecord
 from gputune.study.rows import FoldReport
 from gputune.tuning import record as records
 from gputune.tuning import refit
-from gputune.tuning.access import Access
 from gputune.tuning.choices import recorded_model
+from gputune.tuning.refit import Access
 from gputune.tuning.validation import fold_report
 from refused import refused
 
