@@ -1,4 +1,4 @@
-"""Optuna studies in memory, whose samplers propose the trials of a search."""
+"""Optuna studies in memory. Their samplers propose the trials of a search."""
 
 import copy
 import math

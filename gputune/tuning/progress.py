@@ -258,7 +258,7 @@ class Progress:
 
     @property
     def epochs_shown(self) -> int:
-        """The number of finished trial-epochs, also of chunks whose workers still train."""
+        """The number of finished trial-epochs, including chunks that workers still train."""
         return self.epochs_done + int(self.in_workers.epochs)
 
     @property

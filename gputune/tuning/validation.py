@@ -467,7 +467,7 @@ def _drops(
             module: nn.Module = module,
             x: Tensor = x,
         ) -> float:
-            """Score the table whose column c has the values of the rows ``rows[:, c]``."""
+            """Return the score of the table, with the rows ``rows[:, c]`` in column c."""
             parts = []
             for column, (end, size) in enumerate(zip(ends, sizes)):
                 # All features of a column are shuffled together.
