@@ -23,8 +23,7 @@ from gputune.ground.types import (
 from gputune.models import CNN, GRU
 from gputune.modules.adapters import ADAPTER_DEFAULTS
 from gputune.optimizers.rules import RULES
-from gputune.scoring.label_scores import LABEL_SCORES
-from gputune.scoring.scores import OF_TASK
+from gputune.scoring.scores import LABEL_SCORES, OF_TASK
 from gputune.spaces.config import FLAGS, KEYS, OPTIMIZERS_WITH, RANGES, WORDS, legal_keys
 from gputune.spaces.named import SPACES
 from gputune.spaces.portfolios import PORTFOLIOS
@@ -228,8 +227,9 @@ _BACKENDS = {
 def _metrics() -> str:
     on_device: dict[str, list[str]] = {}
     for task, scores in OF_TASK.items():
-        names = [*scores, *LABEL_SCORES.get(task, {})]  # type: ignore[call-overload]
-        on_device[task] = sorted(set(names))
+        of_labels = LABEL_SCORES if task in ("binary", "multiclass") else ()
+        one_class = {"f1", "precision", "recall", "jaccard"} if task == "multiclass" else set()
+        on_device[task] = sorted({*scores, *of_labels} - one_class)
     rows = []
     for name in sorted(set().union(*on_device.values())):
         tasks = [task for task, names in on_device.items() if name in names]

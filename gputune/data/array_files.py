@@ -8,7 +8,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,23 +21,18 @@ from gputune.data.arrays import refuse_kind
 from gputune.data.table import quoted, refuse_no_target
 from gputune.ground.errors import InputError, Verbatim
 from gputune.ground.files import check_file, check_room, open_file
-from gputune.ground.text import count, size_words
+from gputune.ground.text import count
 
 ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".pth")
 _WRITE = (
     "Write the file with numpy.savez(path, image=X, label=y), or save a dict of tensors with "
     "torch.save."
 )
-_TEXT_BYTES = 64  # an estimate: the str that Python makes of one short text
-_READERS = {1: npy_format.read_array_header_1_0, 2: npy_format.read_array_header_2_0}
-"""The NumPy functions that read the header of a .npy file, by the major version of the format.
+_READERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
+"""The NumPy functions that read the header of a .npy file, by the version of the format.
 
 Only arrays with named fields have version 3. gputune refuses such arrays.
 """
-
-
-class _Malformed(ValueError):
-    """Error raised if a file cannot be read as arrays. The text of the error is the reason."""
 
 
 def read_array_file(path: Path) -> dict[str, Any]:
@@ -67,30 +62,22 @@ def read_array_file(path: Path) -> dict[str, Any]:
         )
     read = {".npy": _read_npy, ".npz": _read_npz}.get(suffix, _read_torch)
     try:
-        if size == 0:
-            raise _Malformed("the file is empty")
         return read(path)
     except (InputError, PermissionError):
         raise
-    except MemoryError as error:
-        raise InputError(
-            None,
-            f"{str(path)!r} needs more memory than is free",
-            remedy="Read the file on a machine with more memory.",
-        ) from error
     except Exception as error:  # a damaged file can raise anything in NumPy's and torch's readers
         writer = "torch.save" if read is _read_torch else "NumPy"
-        reason = f"the file is damaged, or was not written by {writer}"
-        if isinstance(error, _Malformed):
-            reason = str(error)
-        raise InputError(
-            None, f"{str(path)!r} cannot be read as arrays: {reason}", remedy=_WRITE
-        ) from error
+        reason = "is empty" if size == 0 else f"is damaged, or was not written by {writer}"
+        raise _unreadable(path, f"the file {reason}") from error
+
+
+def _unreadable(path: Path, reason: str) -> InputError:
+    return InputError(None, f"{str(path)!r} cannot be read as arrays: {reason}", remedy=_WRITE)
 
 
 def _read_npy(path: Path) -> dict[str, Any]:
     with open_file(path) as file:
-        _check_array(file, os.fstat(file.fileno()).st_size)
+        _check_array(path, file, os.fstat(file.fileno()).st_size)
     return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
 
 
@@ -99,56 +86,38 @@ def _read_npz(path: Path) -> dict[str, Any]:
         needed = 0
         for member in archive.infolist():
             with archive.open(member) as content:
-                name = f"the array {member.filename!r}"
-                needed += _check_array(content, member.file_size, name)
+                needed += _check_array(path, content, member.file_size, member.filename)
         check_room(path, needed)
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
-def _check_array(file: IO[bytes], size: int, name: str = "the array") -> int:
-    """Check an array in a .npy or .npz file, and return the bytes of memory that it needs.
-
-    The shape and the dtype come from the array's header. The values are not read.
-
-    Args:
-        file: the open file, at the start of the array.
-        size: the size of the file in bytes.
-        name: the name of the array in error messages.
+def _check_array(path: Path, file: IO[bytes], size: int, name: str = "") -> int:
+    """Check the header of an array in a .npy or .npz file, and return the bytes that it needs.
 
     Raises:
-        _Malformed: the array does not fit into the file, or does not hold numbers, booleans, dates
-            or text.
+        InputError: the array does not fit into ``size``, the bytes of the file, or does not hold
+            numbers, booleans, dates or text.
     """
-    version, _ = npy_format.read_magic(file)
-    if version not in _READERS:
-        raise _Malformed(f"{name} has named fields, which gputune reads only from DataFrames")
-    shape, _, dtype = _READERS[version](file)
-    if dtype.hasobject:
-        raise _Malformed(
-            f"{name} holds Python objects, which may run code when they are read. Pad rows of "
-            "different lengths to one length"
-        )
-    if dtype.kind == "V":
-        raise _Malformed(f"{name} has named fields, which gputune reads only from DataFrames")
-    shown_shape = f"{shape!s:.60}"  # a damaged header may hold a very long shape
-    if any(length < 0 for length in shape):
-        raise _Malformed(f"{name} has the shape {shown_shape}, but a length cannot be negative")
-    n_values = math.prod(shape)
+    shape, _, dtype = _READERS[npy_format.read_magic(file)](file)
+    array = f"the array {name!r}" if name else "the array"
+    if dtype.hasobject or dtype.kind == "V":
+        values = "Python objects, which may run code" if dtype.hasobject else "named fields"
+        raise _unreadable(path, f"{array} holds {values}")
     # A text type may have 0 bytes per value, and each value still becomes a Python object.
-    declared = n_values * max(1, dtype.itemsize)
-    available = size - file.tell()
-    if declared > available:
-        raise _Malformed(
-            f"{name} has the shape {shown_shape} and needs {size_words(declared)}, but only "
-            f"{size_words(max(0, available))} remain in the file. The file may be truncated"
+    needed = math.prod(shape) * max(1, dtype.itemsize)
+    if min(shape, default=0) < 0 or needed > size - file.tell():
+        raise _unreadable(
+            path, f"{array} has the shape {shape!s:.60}, which does not fit into the file"
         )
-    # Text (kinds "S" and "U") needs the array and one Python string per value.
-    return declared + n_values * _TEXT_BYTES * (dtype.kind in "SU")
+    return needed
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
-    sizes = _record_sizes(path)
+    with open_file(path) as file, zipfile.ZipFile(file) as archive:
+        if any(member.compress_type for member in archive.infolist()):
+            # torch maps the file into memory, so it would read compressed bytes as numbers.
+            raise _unreadable(path, "the records are compressed, but torch.save never does that")
     try:
         arrays = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -170,33 +139,11 @@ def _read_torch(path: Path) -> dict[str, Any]:
     needed = 0
     for name, value in tensors.items():
         refuse_kind(value, f"{name!r:.100} in {str(path)!r}")
-        stored = value.untyped_storage().nbytes()
-        if stored not in sizes and value.numel() > 0:
-            raise _Malformed(f"the tensor {name!r:.100} does not match any record in the file")
         # A tensor of stride 0 stores each number once. Gathering rows writes all of them out.
-        full = value.numel() * value.itemsize
-        if full > stored:
-            needed += full
+        if value.nbytes > value.untyped_storage().nbytes():
+            needed += value.nbytes
     check_room(path, needed)
     return tensors
-
-
-def _record_sizes(path: Path) -> set[int]:
-    """Return the sizes in bytes of the records in a file written by torch.save, to check its
-    tensors.
-
-    Raises:
-        _Malformed: the records are compressed. torch maps the file into memory, so it would read
-            compressed bytes as numbers.
-    """
-    with open_file(path) as file, zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-    sizes = set()
-    for member in members:
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise _Malformed("the records are compressed, but torch.save never compresses them")
-        sizes.add(member.file_size)
-    return sizes
 
 
 def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object]:
@@ -214,41 +161,23 @@ def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object
         InputError: a name is not in the file, the names are equal, or no array is left for X.
     """
     arrays = read_array_file(path)
-    if path.suffix.lower() == ".npy":
-        target = _read_partner(path, "y", y)
-        if groups is not None:
-            groups = _read_partner(path, "groups", groups)
-        return arrays[""], target, groups
-    if y is None and arrays:
+    if y is None and arrays and path.suffix.lower() != ".npy":
         refuse_no_target(str(path), "array", list(arrays))
-    _check_name("target", y, arrays, path)
+    target = _named(path, arrays, "target", y)
+    group_values = None
     if groups is not None:
-        _check_name("groups", groups, arrays, path)
         if groups == y:
             raise InputError("groups", "must not be the array of the target", got=groups)
-    target = arrays.pop(y)
-    if groups is not None:
-        groups = np.asarray(arrays.pop(groups))
-    if not arrays:
+        group_values = np.asarray(_named(path, arrays, "groups", groups))
+    inputs = {name: array for name, array in arrays.items() if name not in (y, groups)}
+    if not inputs:
         raise InputError(
             None,
             f"{str(path)!r} holds no array to predict from, only the target {y!r}",
             remedy="Write the inputs to the file too.",
         )
-    X = arrays if len(arrays) > 1 else next(iter(arrays.values()))
-    return X, target, groups
-
-
-def _check_name(argument: str, name: object, arrays: Collection[str], path: Path) -> None:
-    """Raise InputError unless a file holds an array called ``name``."""
-    if isinstance(name, str) and name in arrays:
-        return
-    holds = f"which holds {quoted(arrays)}" if arrays else "which holds no array"
-    raise InputError(
-        argument,
-        f"must be the name of an array in {str(path)!r}, {holds}",
-        got=name if isinstance(name, str | None) else Verbatim(f"a {type(name).__name__}"),
-    )
+    X = inputs if len(inputs) > 1 else next(iter(inputs.values()))
+    return X, target, group_values
 
 
 def pick_inputs(
@@ -279,12 +208,11 @@ def pick_inputs(
     if len(inputs) > len(shapes):
         inputs = tuple(array for array in inputs if tuple(array.shape[1:]) in shapes)
     if len(inputs) != len(shapes):
-        holds = f"holds {quoted(arrays)}" if arrays else "holds no array"
         expected = " and ".join(str(("rows", *shape)).replace("'", "") for shape in shapes)
         raise InputError(
             None,
-            f"{str(path)!r} {holds}, but the model takes {count(len(shapes), 'array')} of shape "
-            f"{expected}",
+            f"{str(path)!r} holds {quoted(arrays) or 'no array'}, but the model takes "
+            f"{count(len(shapes), 'array')} of shape {expected}",
             remedy="Write a file with the same inputs as in training. The file may also hold the target.",
         )
     return inputs if len(shapes) > 1 else inputs[0]
@@ -296,21 +224,28 @@ def pick_target(path: Path, name: str) -> np.ndarray:
     For a .npy file, which holds only one array, ``name`` is the path of a second .npy file with the
     target.
     """
-    if path.suffix.lower() == ".npy":
-        return _read_partner(path, "target", name)
-    arrays = read_array_file(path)
-    _check_name("target", name, arrays, path)
-    value = arrays[name]
+    arrays = {} if path.suffix.lower() == ".npy" else read_array_file(path)
+    value = _named(path, arrays, "target", name)
     if isinstance(value, Tensor):  # NumPy has no bfloat16
         return (value.double() if value.is_floating_point() else value).numpy()
     return np.asarray(value)
 
 
-def _read_partner(path: Path, argument: str, name: object) -> np.ndarray:
-    """Return the target or the groups for the rows of the .npy file ``path``.
+def _named(path: Path, arrays: Mapping[str, Any], argument: str, name: Any) -> Any:
+    """Return the target or the groups for the rows of a file, by their name in ``arrays``.
 
-    The function reads the values from a second .npy file, ``name``.
+    For a .npy file, the values are in a second .npy file, ``name``.
     """
+    if path.suffix.lower() != ".npy":
+        if isinstance(name, str) and name in arrays:
+            return arrays[name]
+        raise InputError(
+            argument,
+            f"must be the name of an array in {str(path)!r}, which holds "
+            f"{quoted(arrays) or 'no array'}",
+            got=name if isinstance(name, str | None) else Verbatim(f"a {type(name).__name__}"),
+        )
+    argument = "y" if argument == "target" else argument
     if not isinstance(name, str | Path) or Path(name).suffix.lower() != ".npy":
         raise InputError(
             argument,

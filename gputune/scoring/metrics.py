@@ -19,7 +19,6 @@ from gputune.ground.errors import InputError, Verbatim, option, per_interface
 from gputune.ground.text import count, did_you_mean, nearest
 from gputune.ground.types import Task
 from gputune.scoring import scores
-from gputune.scoring.label_scores import LABEL_SCORES
 from gputune.scoring.losses import is_absolute
 from gputune.scoring.objective import Objective, qualified_name
 from gputune.scoring.scoring import Scorer, Scoring
@@ -101,8 +100,8 @@ def make_scoring(
     codes = classes if classes is None or task == "multilabel" else np.arange(len(classes))
     scorer = get_scorer(scoring)
     code = positive_code(positive, scoring, scorer, task, classes)
-    if (score := LABEL_SCORES.get(task, {}).get(scoring)) is not None:
-        return Scoring(scoring, score, None, codes, code)
+    if task != "multilabel" and scoring in scores.LABEL_SCORES:
+        return Scoring(scoring, scores.LABEL_SCORES[scoring], None, codes, code)
     return Scoring(scoring, None, scorer, codes, code)
 
 

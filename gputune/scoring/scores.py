@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from gputune.ground.errors import InputError, Verbatim, option
-from gputune.scoring.label_scores import Score as Score
-from gputune.scoring.label_scores import averaged
+
+Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
@@ -86,9 +86,44 @@ def roc_auc_ovr(logits: Tensor, y: Tensor) -> Tensor:
     return torch.stack(areas).mean(0)
 
 
-def f1_macro(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the mean F1 over the classes that occur in the labels or predictions, in [0, 1]."""
-    return averaged(logits, y, measure="f1", average="macro")
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Return the ratio part / whole, or 0 if the denominator is 0, as scikit-learn does."""
+    return torch.where(whole > 0, part / whole.clamp_min(1), torch.zeros_like(part))
+
+
+_MEASURES: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "precision": lambda hits, guessed, true: _share(hits, guessed),
+    "recall": lambda hits, guessed, true: _share(hits, true),
+    "f1": lambda hits, guessed, true: _share(2 * hits, guessed + true),
+    "jaccard": lambda hits, guessed, true: _share(hits, guessed + true - hits),
+}
+"""The scores of predicted classes, from three counts of rows for each class: correct predictions,
+all predictions, and rows of the class."""
+
+
+def of_labels(logits: Tensor, y: Tensor, *, measure: str, average: str) -> Tensor:
+    """Return the precision, recall, F1 or Jaccard score of the predicted classes, (C,).
+
+    ``average`` is "binary" (the score of class 1), "micro", "macro" or "weighted", as in
+    scikit-learn. A class that occurs neither in y nor in the predictions of a model is left out of
+    that model's "macro" average.
+    """
+    models, _, classes = logits.shape
+    guess = logits.argmax(-1)  # (C, m)
+    # Model c counts class k at place c * K + k, so that one bincount counts for all models.
+    place = guess + classes * torch.arange(models, device=y.device)[:, None]
+    count = partial(torch.bincount, minlength=models * classes)
+    guessed = count(place.flatten()).view(models, classes).double()
+    hits = count(place[guess == y]).view(models, classes).double()
+    true = torch.bincount(y, minlength=classes).expand(models, classes).double()
+    of = _MEASURES[measure]
+    if average == "micro":
+        return of(hits.sum(-1), guessed.sum(-1), true.sum(-1))
+    values = of(hits, guessed, true)
+    if average == "binary":
+        return values[:, 1]
+    weights = true if average == "weighted" else (guessed + true > 0).double()
+    return _share((values * weights).sum(-1), weights.sum(-1))
 
 
 def r2(outputs: Tensor, y: Tensor) -> Tensor:
@@ -167,12 +202,21 @@ def _by_target(score: Score) -> Score:
 
 
 CLASSIFICATION: Mapping[str, Score] = {
-    score.__name__: score
-    for score in (accuracy, balanced_accuracy, neg_log_loss, roc_auc_ovr, f1_macro)
+    **{score.__name__: score for score in (accuracy, balanced_accuracy, neg_log_loss, roc_auc_ovr)},
+    "f1_macro": partial(of_labels, measure="f1", average="macro"),
 }
 # For two classes, "roc_auc_ovr" is left to scikit-learn's scorer.
 _BINARY = {name.removesuffix("_ovr"): score for name, score in CLASSIFICATION.items()}
 _BINARY["roc_auc"] = roc_auc
+LABEL_SCORES: Mapping[str, Score] = {
+    f"{measure}_{average}".removesuffix("_binary"): partial(
+        of_labels, measure=measure, average=average
+    )
+    for measure in _MEASURES
+    for average in ("binary", "micro", "macro", "weighted")
+}
+"""The scores of predicted classes by scikit-learn's name. Scores of one class, such as "f1", are for
+class 1."""
 REGRESSION: Mapping[str, Score] = {
     score.__name__: _by_target(score)
     for score in (r2, neg_mean_squared_error, neg_root_mean_squared_error, neg_mean_absolute_error)

@@ -28,7 +28,6 @@ from gputune.population.outputs import (
     only_present,
 )
 from gputune.scoring import scores
-from gputune.scoring.label_scores import average_precision
 from gputune.scoring.pairs import pairs_all_rows
 
 Scorer = Callable[..., SupportsFloat]
@@ -124,11 +123,7 @@ class Scoring:
             outputs = _in_target_units(data, fold, outputs)
             if data.transforms:  # an inverse may overflow
                 finite &= outputs.isfinite().flatten(1).all(-1)
-            ranks = (
-                self.score is None
-                or self.score in scores.RANKING
-                or self.score is average_precision
-            )
+            ranks = self.score is None or self.score in scores.RANKING
             # Equal rows may get outputs with different last bits, which would break their ties. So
             # all equal rows use the outputs of the first one.
             if ranks and (first := data.first_equal[fold]) is not None:

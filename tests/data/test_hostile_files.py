@@ -260,16 +260,16 @@ def header(shape, descr="<f8"):
 
 
 ARRAYS = {
-    "huge": (header((10**11, 10)), "needs 7450.6 GiB, but only 0.0 KiB remain"),
-    "overflow": (header((2**62, 2**62)), "remain in the file"),
-    "negative": (header((-1, 3)) + bytes(24), "a length cannot be negative"),
-    "negative twice": (header((-3, -1)) + bytes(24), "a length cannot be negative"),
-    "text of no letters": (header((10**12,), "<U0"), "remain in the file"),
+    "huge": (header((10**11, 10)), "does not fit into the file"),
+    "overflow": (header((2**62, 2**62)), "does not fit into the file"),
+    "negative": (header((-1, 3)) + bytes(24), "does not fit into the file"),
+    "negative twice": (header((-3, -1)) + bytes(24), "does not fit into the file"),
+    "text of no letters": (header((10**12,), "<U0"), "does not fit into the file"),
     "objects": (
         header((3,), "|O") + bytes(24),
         "holds Python objects, which may run code",
     ),
-    "fields": (header((1,), [("a", "<f8"), ("b", "<f8")]) + bytes(16), "has named fields"),
+    "fields": (header((1,), [("a", "<f8"), ("b", "<f8")]) + bytes(16), "holds named fields"),
     "wide fields": (header((1,), [("a", "<f8", (10**12,))]) + bytes(16), "damaged"),
     "no type": (
         header((1,), "hello") + bytes(16),
@@ -298,20 +298,13 @@ def test_a_hostile_array(kind, tmp_path):
         )
 
 
-def packed(path, deflate=True):
+def packed(path):
     """Write the archive of torch's at a path again, with packed records."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(
-        path, "w", zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED
-    ) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
-            archive.writestr(
-                name,
-                content
-                if deflate
-                else content.replace(b"cpuq\x06K\x07", b"cpuq\x06J\xff\xff\xff\x7f"),
-            )
+            archive.writestr(name, content)
 
 
 def nested():
@@ -345,7 +338,6 @@ def test_a_hostile_tensor(kind, tmp_path):
     ("change", "words"),
     [
         (packed, "the records are compressed"),
-        (lambda path: packed(path, deflate=False), "'X' does not match any record in the file"),
         (
             lambda path: torch.save(
                 {"X": torch.zeros(3)}, path, _use_new_zipfile_serialization=False
