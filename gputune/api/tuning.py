@@ -12,11 +12,11 @@ from torch.utils.data import Dataset
 from gputune.api.interactive import passed_arguments, public
 from gputune.api.study import Study
 from gputune.data.columns import Columns
+from gputune.data.containers import read_dataset
 from gputune.data.kinds import Kind
 from gputune.data.missing_target import MissingTarget, check_row_options, select_values
 from gputune.data.target import TaskWord
 from gputune.data.target_transform import TargetTransform
-from gputune.data.torch_dataset import read_dataset
 from gputune.data.weights import ClassWeight
 from gputune.executors.cluster import Cluster
 from gputune.ground.types import (

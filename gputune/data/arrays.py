@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.ragged import refuse_ragged
+from gputune.data.containers import refuse_ragged
 from gputune.ground.errors import InputError, Verbatim
 from gputune.ground.types import TENSOR_NUMBERS, Json
 

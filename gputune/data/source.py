@@ -21,17 +21,16 @@ from torch.utils.data import Dataset
 from gputune.data.array_files import ARRAY_SUFFIXES, pick_arrays
 from gputune.data.arrays import Arrays, as_arrays
 from gputune.data.columns import AnyRows, checked_tensor
+from gputune.data.containers import LABELS, read_dataset, refuse_lists, refuse_loader, refuse_ragged
 from gputune.data.files import line_of, read_table
 from gputune.data.folds import check_groups, hold_out
 from gputune.data.kinds import Kind, checked_labels
-from gputune.data.loaders import refuse_loader
 from gputune.data.missing_target import (
     MissingTarget,
     rows_with_target,
     select_targets,
     select_values,
 )
-from gputune.data.ragged import refuse_lists, refuse_ragged
 from gputune.data.table import (
     Table,
     as_rows,
@@ -43,7 +42,6 @@ from gputune.data.table import (
 )
 from gputune.data.target import Target, TaskWord, check_target, target_array
 from gputune.data.time_order import in_time_order, parse_cv
-from gputune.data.torch_dataset import LABELS, read_dataset
 from gputune.ground.errors import InputError, Verbatim, option, per_interface
 from gputune.ground.files import check_room
 from gputune.ground.text import did_you_mean

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import narwhals as nw
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
 
+from gputune.data.containers import refuse_containers, refuse_ragged
 from gputune.data.kinds import (
     Kind,
     from_column,
@@ -23,8 +23,6 @@ from gputune.data.kinds import (
     read_as,
     refuse_infinite,
 )
-from gputune.data.loaders import refuse_loader
-from gputune.data.ragged import refuse_ragged
 from gputune.data.readings import READ_AS_MISSING, frame_remark
 from gputune.ground.errors import InputError, Verbatim, option, per_interface
 from gputune.ground.text import nearest
@@ -185,7 +183,7 @@ def as_table(X: object, is_used: Callable[[str], bool] = every_column) -> Table:
     from scipy.sparse import issparse
 
     refuse_ragged(X, "X")
-    _refuse_containers(X)
+    refuse_containers(X)
     if issparse(X):
         raise InputError(
             "X",
@@ -412,37 +410,3 @@ def checked_table(
         kinds.append(kind)
         read_columns.append(values)
     return Table(tuple(names), tuple(kinds), tuple(read_columns), amounts, thousands=thousands)
-
-
-def _refuse_containers(X: object) -> None:
-    """Raise InputError if X is a dict, a torch Dataset or another container that is not a table."""
-    refuse_loader(X)
-    name = type(X).__name__
-    if isinstance(X, TensorDataset):
-        raise InputError("X", f"is a {name}", remedy="Pass its tensors: X, y = dataset.tensors.")
-    if isinstance(X, Dataset):
-        raise InputError(
-            "X",
-            f"is a {name}, a torch Dataset",
-            remedy="Pass all its rows as arrays or tensors X and y.",
-        )
-    if isinstance(X, Mapping):
-        raise InputError(
-            "X",
-            per_interface(f"is a {name}", "holds several inputs"),
-            remedy=per_interface(
-                "Pass one table made from its columns, pandas.DataFrame(X), or from its inputs, "
-                "numpy.hstack(list(X.values())). A module can split the table in its forward.",
-                f"Only a module takes several inputs. Add {option('model', 'FILE.py:NAME')}.",
-            ),
-        )
-    if not isinstance(X, list | tuple):
-        return
-    shapes = [tuple(getattr(part, "shape", ())) for part in X]
-    if max(map(len, shapes), default=0) > 1:
-        inputs = f"{len(shapes)} inputs with the shapes {', '.join(map(str, shapes[:4]))}"
-        raise InputError(
-            "X",
-            f"is a {name} of {inputs}",
-            remedy="Pass one table, numpy.hstack(X). A module can split the table in its forward.",
-        )

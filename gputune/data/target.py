@@ -11,8 +11,8 @@ import narwhals as nw
 import numpy as np
 from torch import Tensor
 
+from gputune.data.containers import pad_remedy, refuse_ragged
 from gputune.data.kinds import checked_labels, from_values, is_missing
-from gputune.data.ragged import pad_remedy, refuse_ragged
 from gputune.data.readings import may_be_numbers
 from gputune.data.target_transform import (
     FittedTransform,

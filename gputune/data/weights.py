@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from gputune.data.containers import refuse_ragged
 from gputune.data.kinds import text_of
-from gputune.data.ragged import refuse_ragged
 from gputune.data.target import Target
 from gputune.ground.errors import InputError, Verbatim
 

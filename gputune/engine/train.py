@@ -29,9 +29,8 @@ from gputune.modules.failures import explain
 from gputune.population.kinds import ModelKind, hidden_layers, is_module
 from gputune.population.population import Network, Population
 from gputune.population.state import Selection, State
-from gputune.scoring.best_outputs import BestOutputs
 from gputune.scoring.scoring import Scoring, shape_of_scores
-from gputune.scoring.validation import Validation
+from gputune.scoring.validation import BestOutputs, Validation
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,8 @@ from gputune.modules.token_limits import too_long
 from gputune.modules.write_watch import WriteWatch
 from gputune.population.outputs import in_mode
 from gputune.population.population import Shape, module_arguments
-from gputune.scoring.losses import refuse_one_number
+from gputune.scoring.losses import pairs_all_rows, refuse_one_number
 from gputune.scoring.objective import Objective, make_objective, qualified_name
-from gputune.scoring.pairs import pairs_all_rows
 
 # Number of rows that are tried. It is prime, so a wrong view of their columns cannot divide it.
 _EXAMPLES = 31

@@ -15,10 +15,14 @@ The temperature is found with the method of scikit-learn's
 CalibratedClassifierCV(method="temperature").
 """
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from inspect import Parameter, signature
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -27,17 +31,244 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gputune.ground.errors import InputError, Verbatim, option, per_interface
+from gputune.ground.seeding import keyed_draws
 from gputune.ground.types import Task
 from gputune.scoring.scores import neg_cross_entropy
-from gputune.scoring.torch_losses import (
-    OF_CLASSES,
-    OF_NUMBERS,
-    base_of,
-    kind_of,
-    name_of_loss,
-    refuse_other_arguments,
-    refuse_other_targets,
+
+_CLASS_OF_NAME = {name.lower(): kind for name, kind in vars(nn).items() if name.endswith("Loss")}
+_KINDS: dict[Callable[..., object], type[nn.Module]] = {
+    functional.binary_cross_entropy: nn.BCELoss,
+    functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    functional.cross_entropy: nn.CrossEntropyLoss,
+    functional.kl_div: nn.KLDivLoss,
+}
+for _name, _function in vars(functional).items():
+    # The other functions are named like their class: smooth_l1_loss and SmoothL1Loss.
+    _class_name = _name.replace("_", "")
+    if _class_name in _CLASS_OF_NAME:
+        _KINDS[_function] = _CLASS_OF_NAME[_class_name]
+
+OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
+OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss)
+
+_TASK = f"with {option('task', 'custom')} and"
+_CUSTOM = per_interface(
+    f"{_TASK} scoring=callable(outputs, y)",
+    f"{_TASK} scoring=callable(outputs, y)",
+    "in gputune.sklearn.NeuralNet",
 )
+_CUSTOM_BY_LOSS = per_interface(
+    f"{_TASK} {option('scoring', 'neg_loss')}",
+    f"{_TASK} {option('scoring', 'neg_loss')}",
+    "in gputune.sklearn.NeuralNet",
+)
+_FUNCTION = (
+    f"Call this loss in your own function loss(outputs, y), {_CUSTOM}, or in a training_step"
+)
+# The second one is new in PyTorch 2.13.
+_WITH_WEIGHTS: list[type[nn.Module]] = [
+    getattr(nn, name)
+    for name in ("AdaptiveLogSoftmaxWithLoss", "LinearCrossEntropyLoss")
+    if hasattr(nn, name)
+]
+_MORE_ARGUMENTS: Mapping[type[nn.Module], tuple[str, str]] = {
+    nn.GaussianNLLLoss: (
+        "means, y and variances",
+        "Return the mean and the log variance as two columns of the module's outputs. Then pass a "
+        "function loss(outputs, y) that calls this loss with outputs[:, 0], y and "
+        "outputs[:, 1].exp(), "
+        f"{_CUSTOM_BY_LOSS}",
+    ),
+    nn.CosineEmbeddingLoss: ("two embeddings and y", _FUNCTION),
+    nn.MarginRankingLoss: ("the scores of two rows and y", _FUNCTION),
+    nn.TripletMarginLoss: ("an anchor, a positive and a negative row", _FUNCTION),
+    nn.TripletMarginWithDistanceLoss: ("an anchor, a positive and a negative row", _FUNCTION),
+    nn.CTCLoss: ("outputs, y and their lengths", _FUNCTION),
+    **dict.fromkeys(
+        _WITH_WEIGHTS,
+        (
+            "hidden features and has weights to train",
+            "Make this loss a submodule of your module, and return its value from a training_step",
+        ),
+    ),
+}
+"""Losses that need more than outputs and y, each with its arguments and the remedy in the error."""
+
+
+def kind_of(loss: object) -> type:
+    """Return the class of a loss, which may be given as a class, an instance, or a function.
+
+    The class of ``functional.mse_loss``, and of a ``functools.partial`` of it, is ``nn.MSELoss``.
+    """
+    if isinstance(loss, partial):
+        loss = loss.func
+    if isinstance(loss, type):
+        return loss
+    if isinstance(loss, Hashable) and callable(loss):
+        return _KINDS.get(loss, type(loss))
+    return type(loss)
+
+
+def name_of_loss(loss: object) -> str:
+    """Return the full name of a PyTorch loss, such as "torch.nn.MSELoss"."""
+    if isinstance(loss, partial):
+        loss = loss.func
+    if isinstance(loss, Hashable) and loss in _KINDS:
+        return f"torch.nn.functional.{getattr(loss, '__name__', '')}"
+    return f"torch.nn.{kind_of(loss).__name__}"
+
+
+def refuse_other_arguments(loss: object) -> None:
+    """Raise InputError for a PyTorch loss that needs more arguments than outputs and y."""
+    kind = kind_of(loss)
+    base = base_of(kind, tuple(_MORE_ARGUMENTS))
+    if base is None or (isinstance(loss, partial) and _n_required(loss) == 2):
+        return
+    takes, remedy = _MORE_ARGUMENTS[base]
+    raise InputError(
+        f"loss={name_of_loss(loss)}",
+        f"takes {takes}, but gputune calls loss(outputs, y)",
+        remedy=f"{remedy}.",
+    )
+
+
+def base_of(kind: type, bases: tuple[type[nn.Module], ...]) -> type[nn.Module] | None:
+    """Return the PyTorch loss class with the same ``forward`` as a class, or None for a custom
+    forward."""
+    for base in bases:
+        if issubclass(kind, base) and getattr(kind, "forward", None) is base.forward:
+            return base
+    return None
+
+
+def _n_required(function: Callable[..., object]) -> int:
+    """Count the arguments of a function that have no default."""
+    return sum(p.default is Parameter.empty for p in signature(function).parameters.values())
+
+
+def refuse_other_targets(loss: object, task: Task) -> None:
+    """Raise InputError for a PyTorch loss that expects the target in another form, such as -1 and
+    1."""
+    base = base_of(
+        kind_of(loss), (nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MultiLabelMarginLoss)
+    )
+    if base is None or task == "custom":
+        return
+    positions = base is nn.MultiLabelMarginLoss
+    if task == "regression" and not positions:
+        return
+    gets = {
+        "regression": "floats",
+        "multilabel": "a 0 or a 1 for each label",
+    }.get(task, "the positions of the classes, from 0")
+    takes = "the positions of each row's labels" if positions else "-1 and 1"
+    as_given = f"pass y in that form {_CUSTOM}"
+    bce = option("loss", "bce")
+    if base is nn.SoftMarginLoss and task != "multiclass":
+        remedy = f"Give {bce}, which is the same loss for 0 and 1."
+    elif task == "multilabel":
+        remedy = f"Give {bce}, or {as_given}."
+    elif task in ("binary", "multiclass"):
+        remedy = f"Give {option('loss', 'cross_entropy')}, or {as_given}."
+    else:
+        remedy = f"Instead, {as_given}."
+    raise InputError(
+        f"loss={name_of_loss(loss)}",
+        f"takes {takes} as y, but gputune passes {gets}",
+        remedy=remedy,
+    )
+
+
+_SIGMOID = (
+    f"End the module with sigmoid() and pass {option('loss', Verbatim('torch.nn.BCELoss()'))}"
+)
+_UNITS: Mapping[type[nn.Module], tuple[str, str]] = {
+    nn.PoissonNLLLoss: ("log rates", "End the module with exp() and pass {} with log_input=False"),
+    nn.BCEWithLogitsLoss: ("logits", _SIGMOID),
+    nn.MultiLabelSoftMarginLoss: ("logits", _SIGMOID),
+    nn.CrossEntropyLoss: ("logits", ""),
+    nn.KLDivLoss: ("log-probabilities", ""),
+    nn.SoftMarginLoss: ("margins", ""),
+    nn.HingeEmbeddingLoss: ("distances", ""),
+}
+"""Losses whose outputs have another unit than a numeric y, each with this unit and the remedy."""
+
+
+def other_units(loss: object, arguments: Mapping[str, object]) -> str:
+    """Return the unit of the outputs of a PyTorch loss, if it is not the unit of a numeric y.
+
+    Args:
+        loss: any loss.
+        arguments: the values of its ``loss__*`` in all trials.
+
+    Returns:
+        A text such as "log rates", or "" for outputs in the units of y, and for any other loss.
+    """
+    base = base_of(kind_of(loss), tuple(_UNITS))
+    if base is None:
+        return ""
+    if base is nn.PoissonNLLLoss:
+        given = loss.keywords if isinstance(loss, partial) else arguments
+        if not getattr(loss, "log_input", given.get("log_input", True)):
+            return ""
+    return _UNITS[base][0]
+
+
+def remedy_for_units(loss: object) -> str:
+    """Return advice for an error: how to get outputs in the units of y, or "" if that is
+    impossible."""
+    base = base_of(kind_of(loss), tuple(_UNITS))
+    return "" if base is None else _UNITS[base][1].format(name_of_loss(loss))
+
+
+_ORDERS = 12  # of the target, for which a score must be equal to count as one of all pairs of rows
+
+
+def pairs_all_rows(
+    function: Callable[[Tensor, Tensor], object], outputs: Tensor, y: Tensor
+) -> bool:
+    """Return True if a custom loss or score compares each output with all targets by mistake.
+
+    The cause is that torch broadcasts (B, 1) and (B,) for B rows to (B, B). The result then does
+    not change with the order of y. It also differs from the result for outputs and y of the same
+    shape.
+    """
+    rows = len(y)
+    shapes = {tuple(outputs.shape), tuple(y.shape)}
+    if shapes != {(rows,), (rows, 1)} or rows < 2:
+        return False
+    # Rows that are all equal would pass for any order, so they are made different.
+    steps = torch.arange(rows, device=y.device) % 2
+    outputs = outputs.double()
+    if bool((outputs == outputs[:1]).all()):
+        outputs = outputs + 0.01 * steps.view(outputs.shape)
+    if bool((y == y[:1]).all()):
+        y = steps.view(y.shape).to(y.dtype)
+    if y.is_floating_point():
+        y = y.double()
+
+    def mean(outputs: Tensor, y: Tensor) -> Tensor | None:
+        with (
+            contextlib.suppress(Exception),
+            torch.no_grad(),
+            warnings.catch_warnings(action="ignore"),
+            keyed_draws(torch.device("cpu"), 0, "check"),
+        ):
+            return torch.as_tensor(function(outputs.clone(), y.clone())).double().mean()
+        return None  # the function does not accept these shapes
+
+    def same(other: Tensor | None) -> bool:
+        if paired is None or other is None:
+            return False
+        return torch.allclose(paired, other, rtol=1e-12, atol=1e-14)
+
+    # Paired with all rows, the mean ignores the order of y and differs from both aligned shapes.
+    paired = mean(outputs, y)
+    aligned = [mean(outputs.view(shape), y.view(shape)) for shape in ((rows,), (rows, 1))]
+    # An accuracy may be equal for one other order by chance.
+    orders = (y.roll(shift, 0) for shift in range(1, min(rows, _ORDERS)))
+    return all(same(mean(outputs, order)) for order in orders) and not any(map(same, aligned))
+
 
 # With fewer classes than a vector register holds, torch's softmax on a CPU computes one number at a
 # time and is 7x slower.

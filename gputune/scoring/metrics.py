@@ -15,12 +15,19 @@ import numpy as np
 
 from gputune.data.dataset import Dataset
 from gputune.data.kinds import text_of
+from gputune.data.target import Target
 from gputune.ground.errors import InputError, Verbatim, option, per_interface
 from gputune.ground.text import count, did_you_mean, nearest
 from gputune.ground.types import Task
 from gputune.scoring import scores
-from gputune.scoring.losses import is_absolute
-from gputune.scoring.objective import Objective, qualified_name
+from gputune.scoring.losses import (
+    is_absolute,
+    name_of_loss,
+    only_classifies,
+    other_units,
+    remedy_for_units,
+)
+from gputune.scoring.objective import Objective, loss_arguments, qualified_name
 from gputune.scoring.scoring import Scorer, Scoring
 
 OneScoring = str | Scorer
@@ -309,9 +316,6 @@ _OTHER_NAMES: Mapping[str, str] = {
 would not find these pairs."""
 
 
-_TRAINER_PREFIXES = ("val_", "valid_", "eval_", "test_", "train_")
-"""The first parts of the names under which trainers log metrics, such as "val_loss"."""
-
 _LOSS_SCORES: Mapping[Task, str] = {
     "binary": "neg_log_loss",
     "multiclass": "neg_log_loss",
@@ -327,13 +331,12 @@ def _name_remedy(scoring: str, task: Task) -> str:
     trainer, such as "val_loss"."""
     from sklearn.metrics import get_scorer_names
 
-    prefix = next((start for start in _TRAINER_PREFIXES if scoring.startswith(start)), "")
-    metric = scoring.removeprefix(prefix)
-    similar = nearest(metric, get_scorer_names(), others=_OTHER_NAMES)
-    if not prefix:
+    prefix, _, metric = scoring.rpartition("_")
+    is_of_trainer = prefix in ("val", "valid", "eval", "test", "train")
+    names = {**_OTHER_NAMES, "loss": _LOSS_SCORES[task], "acc": "accuracy"}
+    similar = nearest(metric if is_of_trainer else scoring, get_scorer_names(), others=names)
+    if not is_of_trainer:
         return "" if similar is None else f"Did you mean {similar!r}?"
-    if metric == "loss":
-        similar = _LOSS_SCORES[task]
     example = option("scoring", similar or default_scoring(task, None))
     return (
         f"A trainer logs metrics such as {scoring!r}, but gputune computes the score from the "
@@ -442,3 +445,60 @@ def has_positive_class(scorer: Scorer) -> bool:
             # The scorer is for another kind of target. Its error on the user's rows is clearer.
             return False
     return not math.isclose(score, swapped, rel_tol=1e-6, abs_tol=1e-6)
+
+
+def _scorers(scoring: Scorings | None) -> list[OneScoring | None]:
+    """Return the scorers of a ``scoring`` argument as a list. None stands for the default score."""
+    if scoring is None:
+        return [None]
+    several = scorers_of(scoring)
+    return [scoring] if several is None else list(several.values())  # type: ignore[list-item]
+
+
+def soft_label_scoring(scoring: Scorings | None) -> Scorings:
+    """Return the ``scoring`` for a target of class probabilities (soft labels). The default is
+    "neg_loss".
+
+    Raises InputError for scores that would compare the probabilities with logits.
+    """
+    for scorer in _scorers(scoring):
+        if isinstance(scorer, str) and scorer != "neg_loss":
+            raise InputError(
+                f"scoring={scorer!r}",
+                "would compare the module's logits with the probabilities in y",
+                remedy=f"Leave {option('scoring')} out to rank by the loss, or give "
+                "scoring=callable(outputs, y).",
+            )
+    return "neg_loss" if scoring is None else scoring
+
+
+def output_units(objective: Objective, n_outputs: int) -> str:
+    """Return the unit of a module's outputs if its loss fixes a unit other than y's, such as "log
+    rates".
+
+    The result is "" if the outputs have the unit of y.
+    """
+    if objective.step is not None:
+        return ""
+    if n_outputs == 1 and only_classifies(objective.loss):
+        return ""  # it is refused together with its target
+    return other_units(objective.loss, loss_arguments(objective.fixed))
+
+
+def refuse_other_units(scoring: Scorings | None, objective: Objective, target: Target) -> None:
+    """Raise InputError if a score would compare the target with outputs in another unit, such as
+    logits."""
+    named = [one for one in _scorers(scoring) if not callable(one) and one != "neg_loss"]
+    if not named:
+        return
+    units = output_units(objective, target.n_outputs)
+    score = named[0] or default_scoring("regression", objective)
+    other = remedy_for_units(objective.loss)
+    by_loss = option("scoring", "neg_loss")
+    remedy = f"{other}, or say {by_loss}" if other else f"Say {by_loss}"
+    raise InputError(
+        f"loss={name_of_loss(objective.loss)}",
+        f"makes the outputs {units}, and {option('scoring', score)} would compare these with "
+        f"{target.name}",
+        remedy=f"{remedy}: then the loss ranks the trials, and predict returns {units}.",
+    )

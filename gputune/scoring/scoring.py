@@ -28,7 +28,7 @@ from gputune.population.outputs import (
     only_present,
 )
 from gputune.scoring import scores
-from gputune.scoring.pairs import pairs_all_rows
+from gputune.scoring.losses import pairs_all_rows
 
 Scorer = Callable[..., SupportsFloat]
 """A scorer: a function of (estimator, X, y) that returns a number. Greater numbers are better."""

@@ -5,6 +5,8 @@ of a fold, and K outputs per row.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
+from gputune.ground.annotations import FloatArray
 from gputune.ground.device import SMALL_LOSS, free_of_gpu, on_one_thread
-from gputune.ground.types import EvaluationKey, Params, Task
+from gputune.ground.seeding import keyed_draws
+from gputune.ground.types import EvaluationKey, Outputs, Params, Task
 from gputune.population.outputs import is_one_logit, mean_outputs
 from gputune.population.population import Ensemble, Network
-from gputune.scoring.evaluation_draws import drawing_rows
 from gputune.scoring.scoring import Scoring, TrialModel
 
 # Limits of one layer's validation outputs. On a CPU a block stays in the cache of a core. On a GPU
@@ -186,3 +189,93 @@ def _mean_member(
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
     """Return the version counters of tensors (0 without a counter), which reveal writes to them."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+class BestOutputs:
+    """The validation outputs of each trial's best epoch so far, for trials that train together.
+
+    The outputs cover the validation rows of all folds.
+
+    If the outputs need more than ``limit`` bytes, only the outputs of the best trials are stored.
+    ``means`` (C,) are the best mean validation scores of earlier epochs whose outputs are unknown,
+    or -inf without such epochs.
+    """
+
+    def __init__(self, limit: int, means: FloatArray) -> None:
+        self.limit = limit
+        self.means = means
+        self.kept: dict[int, tuple[int, Tensor]] = {}  # of each trial: epoch and outputs
+
+    def take(
+        self,
+        epoch: int,
+        trials: Sequence[int],
+        means: FloatArray,
+        outputs: Sequence[Tensor],
+    ) -> None:
+        """Store the outputs of trials that have reached their best mean validation score so far.
+
+        Args:
+            epoch: The epoch in which the outputs were scored.
+            trials: The indexes of T trials among the trials that train together.
+            means: Their mean validation scores, (T,).
+            outputs: Their outputs for each fold, (T, m, K).
+        """
+        rows = np.flatnonzero(means > self.means[list(trials)]).tolist()
+        for row in rows:
+            self.means[trials[row]] = means[row]
+        row_bytes = sum(part[0].numel() for part in outputs) * 4  # as float32
+        best = set(np.argsort(-self.means, kind="stable")[: self.limit // max(1, row_bytes)])
+        self.kept = {trial: kept for trial, kept in self.kept.items() if trial in best}
+        for row in rows:
+            if trials[row] in best:
+                # F parts (m, K) -> (rows of all folds, K)
+                parts = [part[row].reshape(part.shape[1], -1) for part in outputs]
+                self.kept[trials[row]] = epoch, torch.cat(parts).float()
+
+    def of_trials(self, index: Sequence[int]) -> dict[int, Outputs]:
+        """Return the stored outputs by trial number. ``index`` (C,) holds the trial numbers."""
+        return {
+            index[trial]: Outputs(epoch, values.cpu().numpy())
+            for trial, (epoch, values) in self.kept.items()
+        }
+
+
+def drawing_rows(widest: int) -> int:
+    """Return the number of rows to evaluate at a time if a forward pass draws random numbers.
+
+    Each block of rows has its own random numbers. Therefore the size of a block must not depend on
+    the device, or on the number of trials that train together. ``widest`` is the largest number of
+    values that a layer has for one row.
+    """
+    return max(64, min(256, (1 << 18) // widest))
+
+
+@dataclass(frozen=True)
+class EvaluationDraws:
+    """Seeds for evaluating plain modules on the CPU with the same random numbers as during their
+    search.
+
+    So an evaluation repeats the scores that the search computed for its members (one trial on one
+    fold each).
+
+    Attributes:
+        seed: The seed of the search.
+        epoch: The number of epochs that the members have trained.
+        rows: The number of rows that are evaluated at a time.
+        host: If True, the modules also draw from the generators of Python and NumPy.
+    """
+
+    seed: int
+    epoch: int
+    rows: int
+    host: bool
+
+    def seeded(self, fold: int, start: int) -> AbstractContextManager[None]:
+        """Seed the random number generators for one block of rows, inside a ``with`` block.
+
+        ``start`` is the position of the first row of the block among the validation rows of the
+        fold.
+        """
+        key = self.epoch, fold, start
+        return keyed_draws(torch.device("cpu"), self.seed, "evaluation", *key, host=self.host)

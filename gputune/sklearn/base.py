@@ -29,7 +29,7 @@ from sklearn.utils.validation import (
 from torch import Tensor
 
 from gputune.data.arrays import Arrays, as_arrays
-from gputune.data.ragged import refuse_ragged
+from gputune.data.containers import refuse_ragged
 from gputune.data.target import check_target
 from gputune.ground.errors import InputError, Verbatim
 from gputune.ground.text import did_you_mean

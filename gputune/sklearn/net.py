@@ -26,8 +26,8 @@ from gputune.optimizers.classes import (
 )
 from gputune.population.outputs import two_logits
 from gputune.population.population import complete
+from gputune.scoring.losses import name_of_loss, other_units, remedy_for_units
 from gputune.scoring.objective import LOSS_PREFIX
-from gputune.scoring.torch_losses import name_of_loss, other_units, remedy_for_units
 from gputune.sklearn.dataset import CheckedRows
 from gputune.sklearn.networks import (
     EstimatorNames,

@@ -24,8 +24,8 @@ from gputune.ground.device import SMALL_PRODUCT, on_one_thread
 from gputune.ground.errors import warn
 from gputune.ground.types import Config, first_metric
 from gputune.models import LogisticRegression
-from gputune.scoring.best_outputs import BestOutputs
 from gputune.scoring.scoring import Scoring
+from gputune.scoring.validation import BestOutputs
 from gputune.solver.newton import StepFunction, descend, newton_step, proximal_newton_step
 from gputune.solver.objective import SolverRows, rows_of
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from gputune.data.array_files import ARRAY_SUFFIXES, pick_inputs
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import Layout, checked_tensor
+from gputune.data.containers import read_inputs
 from gputune.data.dataset import first_equal
 from gputune.data.encode import Statistics
 from gputune.data.files import read_table
@@ -22,7 +23,6 @@ from gputune.data.scaling import encode
 from gputune.data.source import read_source
 from gputune.data.table import Table, as_table, quoted
 from gputune.data.target import check_target, refuse_missing, target_array
-from gputune.data.torch_dataset import read_inputs
 from gputune.engine.stop import entry
 from gputune.ground.annotations import FloatArray, IntArray, StrPath
 from gputune.ground.errors import InputError, InputWarning, Verbatim, option, per_interface, warn

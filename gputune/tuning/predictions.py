@@ -29,11 +29,11 @@ from gputune.population.outputs import (
     mean_outputs,
 )
 from gputune.population.population import Ensemble
-from gputune.scoring.evaluation_draws import EvaluationDraws
 from gputune.scoring.losses import best_temperature
 from gputune.scoring.metrics import make_scoring, scorers_of
 from gputune.scoring.scores import neg_cross_entropy
 from gputune.scoring.scoring import Scoring, outputs_of, without_absent
+from gputune.scoring.validation import EvaluationDraws
 from gputune.study.model import TunedModel
 from gputune.study.store import Store
 from gputune.study.study import Study, Trial

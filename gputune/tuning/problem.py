@@ -57,9 +57,15 @@ from gputune.modules.pretrained import pretrained_of
 from gputune.population.kinds import is_module
 from gputune.population.population import InputKind, Shape, module_arguments
 from gputune.scoring.losses import takes_probabilities
-from gputune.scoring.metrics import has_function, loss_scoring, make_scoring
+from gputune.scoring.metrics import (
+    has_function,
+    loss_scoring,
+    make_scoring,
+    output_units,
+    refuse_other_units,
+    soft_label_scoring,
+)
 from gputune.scoring.objective import Objective
-from gputune.scoring.output_units import output_units, refuse_other_units, soft_label_scoring
 from gputune.scoring.scoring import Scoring
 from gputune.spaces.distributions import CheckedSpace
 from gputune.spaces.portfolios import portfolio_of

@@ -31,8 +31,8 @@ from gputune.modules.pretrained import pretrained_of
 from gputune.population.kinds import is_module
 from gputune.population.outputs import in_mode
 from gputune.population.population import Shape, arguments_text, by_numbers, module_arguments
-from gputune.scoring.evaluation_draws import EvaluationDraws, drawing_rows
 from gputune.scoring.objective import Objective
+from gputune.scoring.validation import EvaluationDraws, drawing_rows
 from gputune.solver.solve import solve_all, solved_module
 from gputune.spaces.distributions import space_from_json
 from gputune.study.database import option_errors

@@ -29,8 +29,8 @@ from gputune.ground.errors import InputError, check_count, per_interface, warn
 from gputune.ground.seeding import replica_seed
 from gputune.ground.types import Config
 from gputune.population.population import Ensemble
-from gputune.scoring.evaluation_draws import EvaluationDraws
 from gputune.scoring.scoring import Scoring
+from gputune.scoring.validation import EvaluationDraws
 from gputune.study.model import TunedModel
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study, Trial

@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from gputune.data.array_files import read_array_file
 from gputune.data.arrays import ArrayLayout, ArrayStatistics, as_arrays, fit_channels
+from gputune.data.containers import read_dataset, read_inputs
 from gputune.data.dataset import encode
 from gputune.data.files import read_table
 from gputune.data.source import fingerprint, read_again, read_source, split_held_out
 from gputune.data.table import as_table
 from gputune.data.target import check_target
-from gputune.data.torch_dataset import read_dataset, read_inputs
 from refused import refused
 
 IMAGES = torch.rand(6, 2, 3, 3, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import gputune
-from gputune.data.ragged import refuse_ragged
+from gputune.data.containers import refuse_ragged
 from gputune.sklearn import NeuralNetClassifier
 from refused import refused
 

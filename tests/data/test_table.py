@@ -134,7 +134,7 @@ def test_arrays_and_lists():
         ),
         (
             TensorDataset(torch.zeros(3, 2)),
-            "X is a TensorDataset. Pass its tensors: X, y = dataset.tensors",
+            "X is a TensorDataset, a torch Dataset. Pass its tensors: X, y = dataset.tensors",
         ),
         (
             DataLoader(TensorDataset(torch.zeros(3, 2))),

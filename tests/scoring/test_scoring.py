@@ -13,7 +13,7 @@ import torch
 from sklearn.inspection import permutation_importance
 
 import gputune
-from gputune.scoring.best_outputs import BestOutputs
+from gputune.scoring.validation import BestOutputs
 from problems import Linear
 from refused import refused
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 import gputune
 from gputune.ground.errors import InputWarning
+from gputune.scoring.losses import _WITH_WEIGHTS, kind_of, name_of_loss
 from gputune.scoring.objective import make_objective
-from gputune.scoring.torch_losses import _WITH_WEIGHTS, kind_of, name_of_loss
 from gputune.sklearn import NeuralNetClassifier, NeuralNetRegressor
 from problems import Linear, variant
 from refused import refused
