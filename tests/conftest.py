@@ -44,7 +44,7 @@ class WriteDurations:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_state(tmp_path_factory, pytestconfig):
-    """Redirects the records of trained code, findings and caches to temporary folders during the
+    """Redirects findings and caches to temporary folders during the
     tests.
 
     Yields how databases are opened outside of tests.
@@ -56,7 +56,6 @@ def own_state(tmp_path_factory, pytestconfig):
 
     pragmas = database.PRAGMAS
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         # Ray gives its workers a low priority (15). Beside two busy processes they take 40x longer.
         patch.setenv("RAY_worker_niceness", "0")
         found = tmp_path_factory.mktemp("found")

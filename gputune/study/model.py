@@ -67,7 +67,7 @@ class TunedModel(ModelContent, AdapterFiles):
         target: name of the target's column.
         spec: the recipe to build the module again: {"kind": "mlp" or "logistic", "kwargs": {...}}.
             For a user's class it is {"kind": "module", "kwargs": {...}} with the keys that
-            module_source.py writes. ``n_features`` and ``n_outputs`` follow from layout and classes
+            code.py writes. ``n_features`` and ``n_outputs`` follow from layout and classes
             and need not be in ``kwargs``.
         info: facts for later: score, held-out score, parameters, versions.
 
