@@ -14,8 +14,7 @@ from gputune.api.study import Study
 from gputune.data.columns import Columns
 from gputune.data.containers import read_dataset
 from gputune.data.kinds import Kind
-from gputune.data.missing_target import MissingTarget, check_row_options, select_values
-from gputune.data.target import TaskWord
+from gputune.data.target import MissingTarget, TaskWord, check_row_options, select_values
 from gputune.data.target_transform import TargetTransform
 from gputune.data.weights import ClassWeight
 from gputune.executors.cluster import Cluster

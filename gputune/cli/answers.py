@@ -6,10 +6,9 @@ from pathlib import Path
 from gputune.data.array_files import ARRAY_SUFFIXES, pick_target
 from gputune.data.columns import Layout
 from gputune.data.files import line_of, read_table
-from gputune.data.missing_target import MissingTarget
 from gputune.data.source import Source, read_source
 from gputune.data.table import Table
-from gputune.data.target import check_target
+from gputune.data.target import MissingTarget, check_target
 from gputune.ground.errors import InputError
 from gputune.study.model import TunedModel
 

@@ -18,8 +18,8 @@ from gputune.cli.answers import rows_with_target
 from gputune.cli.held_out import HeldOut, held_out_score, labels_of, saved_loss
 from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.files import read_columns
-from gputune.data.missing_target import dropped_words
 from gputune.data.source import Source
+from gputune.data.target import dropped_words
 from gputune.ground.errors import InputError, warn
 from gputune.ground.files import write_text
 from gputune.ground.text import clean, count, is_formula, measure_of, paragraph, table

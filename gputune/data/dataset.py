@@ -5,7 +5,7 @@ the training and validation rows of a fold, F folds, and K classes or target col
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import TypeAlias, cast
 
@@ -496,3 +496,53 @@ def outermost_rows(x: Tensor) -> list[int]:
         # (n, columns) -> (n, 2): largest and smallest id of each row
         columns = torch.stack([columns.amax(1), columns.amin(1)], 1)
     return [*columns.argmax(0).tolist(), *columns.argmin(0).tolist()]
+
+
+def with_replicas(data: Dataset, replicas: int) -> Dataset:
+    """Return the dataset on which each trial trains ``replicas`` networks on each split."""
+    if replicas == 1:
+        return data
+    preparations: Mapping[str, Inputs] = data.preparations
+    if isinstance(preparations, Preparations):
+        preparations = Preparations(partial(_prepared, preparations, replicas))
+    values = {field.name: getattr(data, field.name) for field in fields(Inputs)}
+    return replace(
+        data,
+        **vars(_repeated_inputs(Inputs(**values), replicas)),
+        # (F, n, ...) for numbers. Class codes (n,) are the same in all folds.
+        y=_repeated(data.y, replicas) if data.task == "regression" else data.y,
+        weights=None if data.weights is None else _repeated(data.weights, replicas),
+        folds=data.folds * replicas,
+        present=None if data.present is None else _repeated(data.present, replicas),
+        center=_repeated(data.center, replicas),
+        scale=_repeated(data.scale, replicas),
+        transforms=data.transforms * replicas,
+        preparations=preparations,
+        replicas=replicas,
+    )
+
+
+def _repeated(of_folds: Tensor, replicas: int) -> Tensor:
+    """Repeat a tensor (F, ...) along its first axis."""
+    return of_folds.repeat(replicas, *[1] * (of_folds.dim() - 1))
+
+
+def _repeated_inputs(inputs: Inputs, replicas: int) -> Inputs:
+    """Repeat the folds of prepared inputs. All replicas read the same copies."""
+    scaling = []
+    for of_input in inputs.scaling:
+        if of_input is not None:
+            center = _repeated(of_input.center, replicas)
+            of_input = replace(of_input, center=center, scale=_repeated(of_input.scale, replicas))
+        scaling.append(of_input)
+    return replace(
+        inputs,
+        copies=inputs.copies * replicas,
+        scaling=tuple(scaling),
+        statistics=inputs.statistics * replicas,
+    )
+
+
+def _prepared(preparations: Preparations, replicas: int, numbers: str) -> Inputs:
+    """Return the inputs of one preparation of the numeric columns, with repeated folds."""
+    return _repeated_inputs(preparations[numbers], replicas)

@@ -26,9 +26,8 @@ from sklearn.model_selection import (
 from torch import Tensor
 
 from gputune.data.dataset import Rows
-from gputune.data.identifiers import refuse_identifier
 from gputune.data.kinds import text_of
-from gputune.data.target import MAX_CLASSES, Target, refuse_missing
+from gputune.data.target import MAX_CLASSES, Target, refuse_identifier, refuse_missing
 from gputune.data.time_order import TimeSplit, rows_in_time
 from gputune.ground.errors import InputError, Verbatim, option, per_interface, warn
 from gputune.ground.seeding import stream_seed

@@ -10,7 +10,7 @@ from sklearn.model_selection import GroupKFold, KFold
 from sklearn.preprocessing import SplineTransformer
 from sklearn.tree import DecisionTreeRegressor
 
-from gputune.data.column import COPIED_LEVELS
+from gputune.data.columns import COPIED_LEVELS
 from gputune.data.table import Table
 
 _PARTS = 5

@@ -25,12 +25,6 @@ from gputune.data.containers import LABELS, read_dataset, refuse_lists, refuse_l
 from gputune.data.files import line_of, read_table
 from gputune.data.folds import check_groups, hold_out
 from gputune.data.kinds import Kind, checked_labels
-from gputune.data.missing_target import (
-    MissingTarget,
-    rows_with_target,
-    select_targets,
-    select_values,
-)
 from gputune.data.table import (
     Table,
     as_rows,
@@ -40,7 +34,16 @@ from gputune.data.table import (
     select_rows,
     split_target,
 )
-from gputune.data.target import Target, TaskWord, check_target, target_array
+from gputune.data.target import (
+    MissingTarget,
+    Target,
+    TaskWord,
+    check_target,
+    rows_with_target,
+    select_targets,
+    select_values,
+    target_array,
+)
 from gputune.data.time_order import in_time_order, parse_cv
 from gputune.ground.errors import InputError, Verbatim, option, per_interface
 from gputune.ground.files import check_room

@@ -17,8 +17,7 @@ from gputune.tuning.rules import DATA, MODEL, SEARCH, STOPPING, OptionGroup, Rul
 if TYPE_CHECKING:
     from gputune.data.columns import Columns
     from gputune.data.kinds import Kind
-    from gputune.data.missing_target import MissingTarget
-    from gputune.data.target import TaskWord
+    from gputune.data.target import MissingTarget, TaskWord
     from gputune.data.target_transform import TargetTransform
     from gputune.data.weights import ClassWeight
     from gputune.scoring.metrics import Scorings

@@ -20,11 +20,10 @@ from gputune.data.dataset import (
     ScorerRows,
     inputs_of,
     make_dataset,
+    with_replicas,
 )
 from gputune.data.encode import LIMIT, Statistics, check_numbers, fit_statistics
 from gputune.data.folds import Splitter, make_folds
-from gputune.data.missing_target import dropped_words
-from gputune.data.replicas import with_replicas
 from gputune.data.scaling import limited_features
 from gputune.data.source import Source
 from gputune.data.table import quoted
@@ -35,6 +34,7 @@ from gputune.data.target import (
     are_soft_labels,
     check_spread,
     check_target,
+    dropped_words,
     whole_numbers_words,
     with_transform,
 )

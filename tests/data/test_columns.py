@@ -4,8 +4,7 @@ prediction."""
 import numpy as np
 import pytest
 
-from gputune.data.column import Column, fit_column
-from gputune.data.columns import fit_layout
+from gputune.data.columns import Column, fit_column, fit_layout
 from gputune.data.kinds import convert, parse_text
 from gputune.data.table import as_table
 from refused import refused

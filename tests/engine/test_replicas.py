@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss, r2_score
 
 import problems
 import reference
-from gputune.data.replicas import with_replicas
+from gputune.data.dataset import with_replicas
 from gputune.ground.seeding import replica_seed, stream_seed
 from gputune.models import RealMLP
 from gputune.modules.looped import LoopedModule

@@ -275,7 +275,7 @@ def test_a_file_keeps_them_and_what_continues_adds_its_own(tmp_path, capsys):
 )
 def test_what_was_not_kept_trains_again(keep, words, monkeypatch, capsys):
     limit = 4 * 3 * 150 * 3  # three trials
-    for place in ("types", "tuning.pipeline"):
+    for place in ("ground.types", "tuning.pipeline"):
         monkeypatch.setattr(f"gputune.{place}.KEPT_BYTES", limit)
     study = tune("mlp", *IRIS, keep_predictions=keep, verbose=1)
     said = (
