@@ -38,7 +38,7 @@ from gputune.native.library import (
 from gputune.optimizers.rules import SCHEDULES, n_moments
 from gputune.population.batches import row_order
 from gputune.population.kinds import dropout_rates, hidden_widths, highest_dropout
-from gputune.population.state import State, differ_only_in_rates, selected_configs
+from gputune.population.state import State, selected_configs
 from gputune.scoring.scores import ROW_MEANS
 from gputune.scoring.validation import Validation
 
@@ -164,7 +164,11 @@ class CompiledChunk:
             "nanoseconds": self.nanoseconds,
             **self.make_buffers(),
         }
-        self._set_member_values()
+        for name, key in _MEMBER_VALUES.items():
+            self.arrays[name] = self.place([float(config[key]) for config in self.configs])
+        # (C, layers)
+        rates = np.array(list(map(dropout_rates, self.configs)), dtype=np.float64)
+        self.arrays["dropout"] = self.place(rates)
         moments = list(self.moments)
         if self.averages:
             self.arrays["average"] = moments.pop()
@@ -181,15 +185,6 @@ class CompiledChunk:
         units = hidden.sum(axis=1)
         drops = np.array([highest_dropout(config) > 0 for config in self.configs])
         return member_seconds(self.steps, self.sizes, parameters, units, drops)
-
-    def _set_member_values(self) -> None:
-        """Set the arguments of the compiled code that have one number for each trial, (C,)."""
-        for name, key in _MEMBER_VALUES.items():
-            values = [float(config[key]) for config in self.configs]
-            self.arrays[name] = self.place(values)
-        # (C, layers)
-        rates = np.array(list(map(dropout_rates, self.configs)), dtype=np.float64)
-        self.arrays["dropout"] = self.place(rates)
 
     def _set_lag(self, lag: np.ndarray) -> None:
         """Set how many steps each member would have taken more at its present batch size,
@@ -353,16 +348,9 @@ class CompiledChunk:
             return
         taken = self.steps_taken[places].T  # (F, C)
         self._move(places)
-        has_new_rates = len(new_configs) == len(self.configs) and all(
-            map(differ_only_in_rates, self.configs, new_configs)
-        )
         self.configs = new_configs
-        if has_new_rates:
-            self.network = self.network.with_rates(new_configs)
-            self._set_member_values()
-        else:
-            self.network = self.network.with_configs(new_configs)
-            self._rebuild()
+        self.network = self.network.with_configs(new_configs)
+        self._rebuild()
         self._set_lag(self.epoch * self.steps - taken)
 
 

@@ -10,7 +10,6 @@ Axes: F folds, C trials, P = F*C members (fold-major), B rows, H width, K output
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from itertools import pairwise
 
 import torch
@@ -167,13 +166,6 @@ class StackedMLP:
             loss=self.loss,
             loss_number=self.loss_number,
         )
-
-    def with_rates(self, configs: Sequence[Config]) -> "StackedMLP":
-        """Return the networks of the same trials with other ``RATES``. All other values of the
-        configurations must be equal."""
-        networks = copy(self)
-        networks.configs = tuple(configs)
-        return networks
 
     def differentiate_statistics(self) -> tuple[str, ...]:
         return ()

@@ -6,7 +6,6 @@ default device that the program has set have no effect. A process waits for entr
 threads before it ends.
 """
 
-import atexit
 import functools
 import os
 import threading
@@ -113,12 +112,10 @@ def stop_after(seconds: float | None) -> Stop:
 
 _stops: "weakref.WeakSet[Stop]" = weakref.WeakSet()
 
+_LOOK_SECONDS = 0.05  # between two looks at the main thread
+
 EntryParams = ParamSpec("EntryParams")
 EntryResult = TypeVar("EntryResult")
-
-_changed = threading.Condition()
-_working: set[threading.Thread] = set()
-_ending = False
 
 
 def entry(function: Callable[EntryParams, EntryResult]) -> Callable[EntryParams, EntryResult]:
@@ -149,44 +146,25 @@ def entry(function: Callable[EntryParams, EntryResult]) -> Callable[EntryParams,
 def waited_for() -> Iterator[None]:
     """Make the process wait for a daemon thread inside the ``with`` block before the process ends.
 
-    The context manager is also a decorator. If the process ends meanwhile, the thread never leaves
-    the block. Python would end the thread at the next line that it runs, and torch's code would
-    then abort.
+    The context manager is also a decorator. If the process ends meanwhile, all training is requested
+    to end. Python would end the thread at the next line that it runs, and torch's code would then
+    abort.
     """
-    thread = threading.current_thread()
-    if not thread.daemon or thread in _working:
-        yield
-        return
-    with _changed:
-        if not _ending:
-            _working.add(thread)
-    _wait_for_the_end()
+    done = threading.Event()
+    if threading.current_thread().daemon:
+        # Python waits for this thread, which is no daemon.
+        threading.Thread(target=_wait_for, args=(done,), daemon=False).start()
     try:
         yield
     finally:
-        with _changed:
-            _working.discard(thread)
-            _changed.notify_all()
-        _wait_for_the_end()
+        done.set()
+        if threading.current_thread().daemon and not threading.main_thread().is_alive():
+            threading.Event().wait()
 
 
-def _wait_for_the_end() -> None:
-    """Block the current thread forever if the process is ending without waiting for the thread."""
-    if _ending and threading.current_thread() not in _working:
-        threading.Event().wait()
-
-
-@atexit.register
-def _end() -> None:
-    """Request the end of all training when the process exits, and wait for the daemon threads that
-    still train."""
-    global _ending
-    with _changed:
-        _ending = True
-        for stop in list(_stops):
-            stop.ask()
-        _changed.wait_for(lambda: not _working)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_working.clear)  # a child process has none of these threads
+def _wait_for(done: threading.Event) -> None:
+    """Wait for an event, and request the end of all training when the main thread has ended."""
+    while not done.wait(_LOOK_SECONDS):
+        if not threading.main_thread().is_alive():
+            for stop in list(_stops):
+                stop.ask()

@@ -16,10 +16,6 @@ from gputune.ground.types import Config
 from gputune.population.kinds import hidden_layers
 from gputune.population.population import Network, shape_of_tensors
 
-RATES = frozenset(("lr", "weight_decay"))
-"""Hyperparameters that change neither a tensor shape nor a network. Population based training
-changes mostly these."""
-
 _UNKNOWN = -1  # the step count of a state from a file that stores no counts
 
 
@@ -159,22 +155,12 @@ def selected_configs(
         if after is None or after is before:
             continue
         selected[position] = after
-        if differ_only_in_rates(before, after):
-            continue
         if _tensors_of(before, network, after) != _tensors_of(after, network, after):
             raise ValueError(
                 f"the configuration {after} cannot continue from the state of the configuration "
                 f"{before}, because its tensors or its minibatches have other shapes"
             )
     return selected
-
-
-def differ_only_in_rates(config: Config, other: Config) -> bool:
-    """Return whether all values of two complete configurations are equal, except ``RATES``."""
-    if config is other:
-        return True
-    changed = [key for key in other if other[key] != config.get(key)]
-    return RATES.issuperset(changed)
 
 
 def _tensors_of(config: Config, network: Network, after: Config) -> object:

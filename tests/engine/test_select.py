@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import reference
-from gputune.engine.compiled import CompiledChunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.mlp import StackedMLP
 from gputune.ground.seeding import stream, stream_seed
@@ -20,7 +19,6 @@ from gputune.modules.recorder import CpuRecorder
 from gputune.native import library
 from gputune.population.state import Selection, State
 from gputune.scoring.objective import Objective
-from gputune.scoring.validation import Validation
 from problems import (
     Net,
     fill,
@@ -294,23 +292,3 @@ def test_a_configuration_of_other_tensors_is_refused(kind, change):
             trained_mlps(data, configs, selections)
         else:
             trained_modules(StackedModule, data, configs, selections, "eager")
-
-
-@needs_compiled_code
-@pytest.mark.parametrize("key", ["lr", "weight_decay", "batch_size"])
-def test_new_rates_change_only_the_rates_of_compiled_trials(key):
-    data = make_data()
-    configs = fill(*({"lr": lr, "batch_size": 9, "width": 4} for lr in (0.01, 0.02, 0.03)))
-    network = StackedMLP("mlp", configs, shape_of(data), seed=0)
-    chunk = CompiledChunk(network, Validation(data, scoring_of(data)), seed=0, horizon=EPOCHS)
-    chunk.advance(0)
-    new = {**configs[2], key: {"lr": 0.04, "weight_decay": 0.2, "batch_size": 5}[key]}
-    arrays = chunk.arrays
-    chunk.select([0, 2, 2], [None, new, None])
-    assert (chunk.arrays is arrays) == (key != "batch_size")
-    assert chunk.network.configs == (configs[0], new, configs[2])
-    changed = chunk.arrays
-    chunk._rebuild()
-    for name, array in chunk.arrays.items():
-        if name not in ("means", "scored") and array is not None:
-            assert torch.equal(array, changed[name]), name
