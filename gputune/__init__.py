@@ -44,8 +44,7 @@ if TYPE_CHECKING:
     from gputune.methods.median import Median
     from gputune.methods.optuna import OptunaSampler
     from gputune.methods.pbt import PopulationBased
-    from gputune.modules.adapters import lora
-    from gputune.modules.frozen import frozen
+    from gputune.modules.pretrained import frozen, lora
     from gputune.spaces.distributions import log_int
     from gputune.study.model import TunedModel, load_model
     from gputune.study.study import Trial
@@ -101,8 +100,7 @@ _HOMES = {
     "methods.halving": ("Halving",),
     "methods.hypergradient": ("Hypergradient",),
     "methods.median": ("Median",),
-    "modules.adapters": ("lora",),
-    "modules.frozen": ("frozen",),
+    "modules.pretrained": ("frozen", "lora"),
     "spaces.distributions": ("log_int",),
     "methods.optuna": ("OptunaSampler",),
     "methods.pbt": ("PopulationBased",),

@@ -21,7 +21,7 @@ from gputune.ground.types import (
     default_weight_decay,
 )
 from gputune.models import CNN, GRU
-from gputune.modules.adapters import ADAPTER_DEFAULTS
+from gputune.modules.pretrained import ADAPTER_DEFAULTS
 from gputune.optimizers.rules import RULES
 from gputune.scoring.scores import LABEL_SCORES, OF_TASK
 from gputune.spaces.config import FLAGS, KEYS, OPTIMIZERS_WITH, RANGES, WORDS, legal_keys

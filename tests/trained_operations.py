@@ -11,8 +11,7 @@ import reference
 from gputune.engine.members import MemberChunk
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.inspection import traits_of
-from gputune.modules.loop_chunk import LoopChunk
-from gputune.modules.looped import LoopedModule
+from gputune.modules.looped import LoopChunk, LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
 from gputune.scoring.validation import Validation

@@ -32,7 +32,7 @@ from gputune.engine.need import Need
 from gputune.ground.errors import InputError
 from gputune.ground.memory import free_memory
 from gputune.ground.text import count, size_words
-from gputune.modules.kept_features import KEPT
+from gputune.modules.pretrained import KEPT
 from gputune.population.kinds import is_module
 from gputune.population.population import Population, shape_of, shape_of_tensors
 from gputune.population.traits import Traits

@@ -28,11 +28,45 @@ from gputune.modules.trace import (
     Kwargs,
     Operator,
     TraceError,
+    memory_of,
     reason_against,
     tensors,
+    written_tensors,
 )
 from gputune.native.library import fill_uniform
 from gputune.population.batches import Batch, Batches, StepDraws
+
+
+class Recorder(DispatchMode):  # type: ignore[no-untyped-call]
+    """Records the writes, the reads of values and the generators of a user's operations.
+
+    Attributes:
+        has_written: Whether an operation wrote into the memory of a watched tensor, also by a view
+            or ``out=``.
+        has_read: Whether Python read the value of a tensor.
+        has_generator: Whether an operation drew from a generator other than PyTorch's default.
+    """
+
+    # Version counters of the tensors are not enough: they do not count writes through ``.data``.
+
+    def __init__(self, watched: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.memories = set(map(memory_of, watched))
+        self.has_written = False
+        self.has_read = False
+        self.has_generator = False
+
+    def __torch_dispatch__(
+        self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        self.has_read |= torch.Tag.data_dependent_output in func.tags
+        self.has_generator |= kwargs.get("generator") not in (None, torch.default_generator)
+        if func._schema.is_mutable and not self.has_written:
+            for tensor in written_tensors(func, args, kwargs):
+                if tensor.layout is torch.strided and not tensor.is_nested:
+                    self.has_written |= memory_of(tensor) in self.memories
+        return func(*args, **kwargs)
 
 
 class Stateless:

@@ -25,7 +25,6 @@ from gputune.ground.types import Config, Params
 from gputune.models import Dropout
 from gputune.modules.calls import named_tensors
 from gputune.modules.pretrained import pretrained_of
-from gputune.modules.transformers_class import refuse_transformers_class
 from gputune.population.outputs import call_module, in_mode
 from gputune.population.population import InputKind, Shape
 
@@ -479,3 +478,28 @@ def hint(error: str, inputs: Sequence[Tensor]) -> str:
 def _pass(code: str) -> str:
     """Return advice to replace X by the expression ``code``, without a full stop at its end."""
     return per_interface(f"Pass {code}", f"Write the file again with {code}")
+
+
+def refuse_transformers_class(kind: object) -> None:
+    """Raise InputError if ``kind`` is a class of transformers, such as BertForSequenceClassification
+    or AutoModelForSequenceClassification."""
+    if not isinstance(kind, type) or not _is_of_transformers(kind):
+        return
+    name = kind.__name__
+    config = getattr(kind, "config_class", None)
+    call = "AutoModelForSequenceClassification.from_config(config)"
+    if name.startswith("Auto"):
+        call = f"{name}.from_pretrained(..., num_labels=n_outputs)"
+    elif isinstance(config, type):
+        call = f"{name}({config.__name__}(num_labels=n_outputs))"
+    raise InputError(
+        "model",
+        f"is the class {name} of transformers, which gputune cannot call without a config or "
+        "pretrained weights",
+        remedy=f"Pass a function that returns the model: def make_model(n_outputs): return {call}.",
+    )
+
+
+def _is_of_transformers(kind: type) -> bool:
+    """Return whether a class or one of its bases is defined by transformers."""
+    return any(base.__module__.partition(".")[0] == "transformers" for base in kind.__mro__)

@@ -11,34 +11,55 @@ from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.ground.device import is_small_pass, on_one_thread
+from gputune.ground.device import CPU, is_small_pass, on_one_thread
 from gputune.ground.errors import InputError, option
-from gputune.ground.types import DECAY_FACTOR, LR_FACTOR, Config
-from gputune.modules.adapters import member_buffers
-from gputune.modules.calls import named_tensors, not_trained
-from gputune.modules.comparison import DIFFERS, backward, differences, minibatches
-from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook
-from gputune.modules.divisible import why_indivisible
-from gputune.modules.hidden_state import (
-    KeptState,
-    Untrained,
-    buffers_at_start,
-    check_evaluation,
-    check_frozen,
-    check_hidden_state,
-    checked_losses,
+from gputune.ground.seeding import keyed_draws
+from gputune.ground.types import DECAY_FACTOR, LR_FACTOR, Config, Params, StepKey
+from gputune.modules.calls import state_of
+from gputune.modules.construction import Builder, call_arguments, dropout_rates
+from gputune.modules.failures import StackedError
+from gputune.modules.findings import (
+    BARS,
+    ERRORS,
+    Evidence,
+    at_start,
+    augmented,
+    check_dense,
+    check_ids,
+    draws_in_augment,
+    draws_outside,
+    fits,
+    why_indivisible,
 )
-from gputune.modules.id_ranges import check_ids
 from gputune.modules.merged import MergedModule, why_not_merged
 from gputune.modules.module import StackedModule
-from gputune.modules.module_trial import ModuleTrial, at_start
+from gputune.modules.module_trial import ModuleTrial, Trail, are_probabilities, is_close
 from gputune.modules.pretrained import pretrained_of
-from gputune.modules.probabilities import are_probabilities, check_probabilities
+from gputune.population.batches import Batch
+from gputune.population.outputs import in_mode
 from gputune.population.population import arguments_text, module_arguments
 from gputune.population.traits import FastestWay, Traits
 from gputune.scoring.objective import Objective
+
+DIFFERS = "for stacked members than for single members"
+"""Part of the reason why members cannot be stacked if their results differ."""
+
+_KEY = (0, 0)  # (epoch, step) of the tried minibatches
+_EVALUATION = (0, 0, 0)  # the key of the tried evaluation
+_VMAP = "Members are stacked with torch.func.vmap"
+_ADVICE = {
+    (".item()", "data-dependent", "as_tensor"): (
+        "which cannot read a tensor's value in Python: use torch.where instead of if or .item()"
+    ),
+    ("inplace",): "which cannot write into that tensor: write x = x + y instead of x += y",
+    ("dynamic", "nonzero"): (
+        "which needs results of a fixed size: use torch.where instead of a mask as an index"
+    ),
+}
+"""Maps parts of vmap's error messages to advice: the unsupported operation and its replacement."""
 
 _TRIED_STEPS = 8  # steps that show whether a module that draws uses all parameters in every step
 
@@ -101,7 +122,7 @@ def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
         return False
     with suppress(InputError):
         trial = ModuleTrial(builder, config, data.with_one_logit())
-        return trial.fits(trial.forward(trial.inputs, training=False), len(trial.y))
+        return fits(trial, trial.forward(trial.inputs, training=False), len(trial.y))
     return False
 
 
@@ -150,142 +171,61 @@ def note_fastest(builder: Builder, data: Dataset, arguments: str, way: FastestWa
 
 
 def inspect_module(trial: ModuleTrial) -> Traits:
-    """Run a module in training, in evaluation and stacked, and return its properties (traits)."""
-    module = trial.module
-    x = trial.inputs
-    _refuse_sparse(trial)
-    untrained = Untrained.of(trial)
-    with on_one_thread(if_small=is_small_pass(module, x)):
-        trial.forward(x, training=True, watched=True)
+    """Call a module in training, in evaluation and stacked, and return its properties (traits)."""
+    check_dense(trial)
+    evidence = Evidence(trial)
     # Now the width of every layer is known.
-    with on_one_thread(if_small=is_small_pass(module, x, trial.widest)):
-        return _traits_after_a_call(trial, untrained)
+    with on_one_thread(if_small=is_small_pass(trial.module, trial.inputs, trial.record.widest)):
+        for check in ERRORS:
+            check(evidence)
+        return _traits(evidence)
 
 
-def _refuse_sparse(trial: ModuleTrial) -> None:
-    """Raise InputError for a sparse buffer or parameter.
-
-    The flat memory of members holds only dense tensors, and so do saved models.
-    """
-    parameters = dict(trial.module.named_parameters())
-    for name, tensor in named_tensors(trial.module).items():
-        if tensor.layout != torch.strided:
-            kind = "parameter" if name in parameters else "buffer"
-            raise InputError(
-                None,
-                f"The {kind} {name!r} of {trial.name} is sparse",
-                remedy=f"Make it dense, or register its indices and values as two {kind}s and "
-                "build the sparse tensor in forward.",
-            )
-
-
-def _traits_after_a_call(trial: ModuleTrial, untrained: Untrained) -> Traits:
-    """Return the traits of a module that has been called once in training."""
+def _traits(evidence: Evidence) -> Traits:
+    """Return the traits of a module without errors."""
+    trial = evidence.trial
     module = trial.module
-    x = trial.inputs
-    trained = trial.forward(x, training=True)
-    first = trial.numbers()
-    counts = KeptState(module, counts_only=True)
-    places = [(w, w.detach().clone()) for w in module.parameters() if w.requires_grad]
-    # Each parameter moves a little, so that buffers that follow them move too.
-    for w, value in places:
-        w.data = value + 0.01
-    trial.forward(x, training=True)
-    second = trial.numbers()
-    counting = counts.changed(module)
-    for w, value in places:
-        w.data = value
-    trial.check_outputs(trained)
-    trial.check_trainable(trained)
-    check_frozen(module, untrained.tensors, trial.name)
-    now = not_trained(module)  # a forward pass may have added buffers
-    # A buffer that these calls wrote counts, even with its old value: later rows may change it.
-    written = set(untrained.kept.changed(module))
-    changing = [
-        name
-        for name, w in untrained.tensors.items()
-        if name in written or not torch.equal(now[name].detach(), w)
-    ]
-    changing = list(dict.fromkeys([*changing, *buffers_at_start(trial)]))
-    changing += [*dropout_rates(module), *member_buffers(module)]
-    changing = list(dict.fromkeys(changing))
-    start = untrained.numbers
-    # Tuples, because a NaN in a tuple equals itself.
-    counted = [
-        k for k, value in second.items() if k in start and (start[k], value) != (first[k], first[k])
-    ]
-    unevaluated = KeptState(module)
-    alone = trial.forward(x, training=False, watched=True)
-    trial.check_outputs(alone)
-    check_evaluation(trial, unevaluated, alone)
-    check_hidden_state(trial, untrained.kept, counted, alone)
-    check_probabilities(trial.name, trial.objective, trained)
-    is_alone = trial.is_alone(alone)  # before the next call in training, which may change buffers
-    losses = checked_losses(trial)
-    outside = trial.watch.outside()
+    record = trial.record
+    reasons = [bar(evidence) for bar in BARS]
+    draws_elsewhere = bool(draws_outside(evidence) or draws_in_augment(evidence))
     trainable = {name: w for name, w in module.named_parameters() if w.requires_grad}
     traits = Traits(
-        changing=(*changing, *counted),
-        least_rows=1 if trial.takes_one_row() else 2,
-        alone=is_alone,
-        widest=trial.widest,
+        changing=(*evidence.changing, *evidence.counted),
+        least_rows=1 if evidence.takes_one_row else 2,
+        alone=evidence.is_alone,
+        widest=record.widest,
         parameters=sum(w.numel() for w in trainable.values()),
         frozen=sum(w.numel() for w in module.parameters() if not w.requires_grad),
         shared=0.0 if any(w.dim() > 2 for w in trainable.values()) else trial.trail.shared,
         convolves=trial.trail.convolves,
-        writes=trial.writes.has_written,
-        draws=trial.watch.draws or bool(outside),
-        branches=trial.watch.branches,
-        host_draws=bool(outside),
-        evaluation_draws=trial.watch.draws_in_evaluation or bool(outside),
-        row_losses=losses.dim() > 0,
-        at_start=at_start(trial, alone, losses),
+        writes=record.writes,
+        draws=record.draws or draws_elsewhere,
+        branches=record.branches,
+        host_draws=draws_elsewhere,
+        evaluation_draws=record.draws_in_evaluation or bool(record.generator),
+        row_losses=evidence.losses.dim() > 0,
+        at_start=at_start(evidence),
         named=tuple(trainable),
         scheduled=dropout_rates(module),
-        probabilities=are_probabilities(trained),
+        probabilities=are_probabilities(evidence.trained),
     )
-    reason = (
-        outside
-        or trial.draws_in_augment()
-        or _module_reason(trial, [*counted, *counting], changing)
-    )
+    reason = next(filter(None, reasons), "")
     unused = tuple[str, ...]()
     if not reason:
         traits, reason, unused = _best_stacking(trial, traits)
         if reason:
             traits = _with_merging(trial, replace(traits, unstackable=reason))
-    traits = replace(traits, unstackable=reason, unused=() if reason else unused)
-    traits = replace(traits, indivisible=why_indivisible(trial, traits, trained))
+    indivisible = why_indivisible(evidence)
     settings = pretrained_of(trial.builder)
     if settings is not None:
         settings.check_traits(replace(traits, unused=unused), module)
         settings.check_config(trial.config, module)
-    return traits
-
-
-def _module_reason(trial: ModuleTrial, counted: Sequence[str], changing: Sequence[str]) -> str:
-    """Return the property of a module that makes stacked members impossible, as text, or "".
-
-    The properties are complex tensors that change, gradient hooks, and ``counted``: attributes with
-    numbers that the module changes.
-    """
-    if counted:
-        return f"its forward changes {counted[0]!r}, which members would share"
-    module = trial.module
-    for name, tensor in named_tensors(module).items():
-        if tensor.is_complex() and (tensor.requires_grad or name in changing):
-            return f"its {name!r} holds complex numbers that change"
-    for name, parameter in module.named_parameters():
-        if has_gradient_hook(parameter):
-            return f"its parameter {name!r} has a hook on its gradient"
-    # vmap ignores hooks on tensors. The tried steps cannot show this if a hook acts only later.
-    for name, part in module.named_modules():
-        if part._backward_hooks or part._backward_pre_hooks:
-            layer = f"its layer {name!r}" if name else "it"
-            return f"{layer} has a hook on gradients"
-    if trial.watch.hooks:
-        return "a training step registers a hook on the gradient of a tensor"
-    return ""
+    return replace(
+        traits,
+        unstackable=reason,
+        unused=() if reason else unused,
+        indivisible=indivisible,
+    )
 
 
 def _best_stacking(trial: ModuleTrial, traits: Traits) -> tuple[Traits, str, tuple[str, ...]]:
@@ -379,3 +319,140 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
         objective=trial.objective,
     )
     return differences(stacked, trial)
+
+
+def differences(stacked: StackedModule, trial: ModuleTrial) -> tuple[str, tuple[str, ...]]:
+    """Return how two stacked members differ from plain modules, or "", and the parameters that a
+    step does not use."""
+    stacked.checks_use = False  # which parameters a step uses is not known yet
+    flat = stacked.start()
+    parameters = flat[: stacked.trained.size]
+    # make the two members differ
+    parameters += 0.01 * torch.linspace(-1, 1, len(parameters), dtype=flat.dtype)
+    params = stacked.blocks.views(flat)
+    expected = [_plain_results(stacked, stacked.member(params, 0, c), trial) for c in range(2)]
+    trail = Trail(stacked.template)
+    try:
+        with trail.following():
+            outputs, gradients, buffers = _stacked_results(stacked, flat, trial)
+    except StackedError as error:
+        return error.rule, ()
+    except InputError:
+        raise
+    except Exception as error:
+        # only the first sentence: the rest is for torch's developers
+        says = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        return f"{trail.submodule or 'its forward'} says: {says}. {_advice(says)}", ()
+    unused = set(stacked.trainable)
+    rounding = _rounding_of(stacked.template)
+    for c, (plain_outputs, plain_gradients, plain_buffers) in enumerate(expected):
+        for stacked_step, plain_step in zip(gradients, plain_gradients):
+            unused -= plain_step.keys()
+            pairs = []
+            for name, gradient in stacked_step.items():
+                zero = torch.zeros_like(gradient[0, c])
+                pairs.append((gradient[0, c], plain_step.get(name, zero)))
+            if not _all_close(pairs, rounding):
+                return f"it has another gradient {DIFFERS}", ()
+        buffer_pairs = [(w[0, c], plain_buffers[name]) for name, w in buffers.items()]
+        if not _all_close(buffer_pairs, rounding):
+            return f"it has other buffers after a step {DIFFERS}", ()
+        output_pair = outputs[c], plain_outputs.view(outputs[c].shape)
+        if not (is_close(*output_pair) or (rounding > 1 and _all_close([output_pair], rounding))):
+            return f"it gives other outputs {DIFFERS}", ()
+    return "", tuple(name for name in stacked.trainable if name in unused)
+
+
+def _plain_results(
+    stacked: StackedModule, module: nn.Module, trial: ModuleTrial
+) -> tuple[Tensor, list[Params], Params]:
+    """Return the outputs, gradients and state of a plain module that trains on two minibatches.
+
+    The outputs are computed after training. There are gradients for each minibatch. The state has
+    the tensors that changed. Parameters that a step does not use have no gradient.
+    """
+    objective = stacked.objective
+    names = trial.shape.names
+    gradients = []
+    for rows in minibatches(trial):
+        backward(trial, module, objective, rows, _KEY)
+        gradients.append({k: w.grad for k, w in module.named_parameters() if w.grad is not None})
+        module.zero_grad()
+    with torch.no_grad(), keyed_draws(CPU, 0, "evaluation", *_EVALUATION):
+        outputs = objective.outputs(in_mode(module, training=False), trial.inputs, names)
+    return outputs, gradients, state_of(module, stacked.mutable)
+
+
+def backward(
+    trial: ModuleTrial, module: nn.Module, objective: Objective, rows: slice, key: StepKey
+) -> None:
+    """Add the gradients of one training step of a plain module to its parameters."""
+    inputs = augmented(trial, rows)
+    with torch.enable_grad(), keyed_draws(CPU, 0, "dropout", *key):
+        module = in_mode(module, training=True)
+        losses = objective.losses(
+            module, inputs, trial.y[rows], trial.config, names=trial.shape.names
+        )
+        losses.mean().backward()  # type: ignore[no-untyped-call]
+
+
+def _stacked_results(
+    stacked: StackedModule, flat: Tensor, trial: ModuleTrial
+) -> tuple[Tensor, list[Params], Params]:
+    """Return the outputs, the gradients and the state of two stacked members.
+
+    Outputs are (2 members, B rows, ...). Other tensors are (1 fold, 2 trials, ...).
+    """
+    params = stacked.blocks.views(flat)
+    gradients: list[Params] = []
+    with torch.no_grad():
+        for rows in minibatches(trial):
+            grads = stacked.trained.views(torch.zeros(stacked.trained.size).to(flat))
+            y = trial.y[rows]
+            batch = Batch(
+                tuple(x[None, rows] for x in trial.inputs), y[None], 1 / len(y), slice(0, 1), _KEY
+            )
+            if not gradients:
+                with keyed_draws(CPU, 0, "check"):
+                    stacked.plain_losses(batch)  # it must leave no state behind
+            stacked.gradient(params, batch, grads)
+            gradients.append(grads)
+        outputs = stacked.outputs(params, 0, trial.inputs, _EVALUATION)
+    return outputs, gradients, {k: params[k] for k in stacked.mutable}
+
+
+def minibatches(trial: ModuleTrial) -> tuple[slice, slice]:
+    """Return the row slices of two minibatches. The second is shorter if there are enough rows."""
+    n = len(trial.y)
+    return slice(0, n), slice(0, max(min(n, 2), 2 * n // 3))
+
+
+def _rounding_of(module: nn.Module) -> float:
+    """Return the factor by which results may differ more than in single precision: 1, or more for
+    frozen parameters in 16 bits."""
+    coarse = (torch.bfloat16, torch.float16)
+    return 50.0 if any(w.dtype in coarse for w in module.parameters()) else 1.0
+
+
+def _all_close(pairs: Sequence[tuple[Tensor, Tensor]], rounding: float) -> bool:
+    """Return whether pairs of tensors are equal up to rounding, relative to the largest value in
+    any pair."""
+    largest = 0.0
+    for _, b in pairs:
+        if b.numel():
+            largest = max(largest, float(b.double().nan_to_num(0.0, 0.0, 0.0).abs().max()))
+    for a, b in pairs:
+        a = a.double().view(b.shape)
+        rtol = rounding * 1e-3
+        atol = rounding * 1e-4 * largest
+        if not torch.allclose(a, b.double(), rtol=rtol, atol=atol, equal_nan=True):
+            return False
+    return True
+
+
+def _advice(message: str) -> str:
+    """Return advice for a vmap error: the unsupported operation, and its replacement."""
+    for parts, advice in _ADVICE.items():
+        if any(part in message for part in parts):
+            return f"{_VMAP}, {advice}"
+    return f"{_VMAP}, which does not support this operation"

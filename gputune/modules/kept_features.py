@@ -1,30 +1,58 @@
 """Keeps the outputs of frozen layers before the first trained layer: the features of the rows.
 
 These outputs do not depend on any trained tensor, so they are the same for all trials, folds and
-epochs. gputune records them for each row. Then the module replays them: a call of a frozen layer
-returns its recorded output instead of computing it.
+epochs. gputune computes them once for each row, before the training. The features become inputs of
+the dataset, and the module replays them (``pretrained.py``).
 
 A frozen layer is a submodule without trained parameters, and not a part of another one. In shapes,
-n counts rows. An output is taken apart into leaves: tensors and other values. A leaf of rows has
-the rows as its first axis.
+n counts rows. An output is taken apart into leaves: tensors and other values.
 """
 
+import math
+import os
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
-# No argument of a user's module begins like this ("input_ids" is a common one).
-KEPT = "gputune_kept_"
-"""Begin of the names of inputs that hold kept features."""
-INPUT = "gputune_input_"
-"""Begin of the names that inputs without names get next to kept features."""
+from gputune.data.dataset import Dataset, stage_rows
+from gputune.ground.device import free_of_gpu
+from gputune.ground.errors import InputError
+from gputune.ground.memory import free_memory
+from gputune.ground.text import size_words
+from gputune.ground.types import Config
+from gputune.modules.calls import convert
+from gputune.modules.construction import Builder, build_module
+from gputune.modules.pretrained import (
+    INPUT,
+    KEPT,
+    ROWS,
+    Call,
+    Pretrained,
+    Unread,
+    pretrained_of,
+    replaying,
+)
+from gputune.population.outputs import call_module
+from gputune.population.population import Shape, module_arguments
+from gputune.scoring.objective import Objective
 
-Forward: TypeAlias = Callable[..., object]
+_EXAMPLES = 6  # rows on which the layers are tried
+_SHARE = 0.25  # of the free memory that features may take
+_BLOCK_BYTES = 64 << 20  # of the features that are computed at once
+
+Forward: TypeAlias = Callable[[slice, bool], object]
+"""Runs a module on a slice of example rows, in training mode if its second argument is True."""
 Recorded: TypeAlias = list[tuple[str, object]]
 """The calls of frozen layers in their order: the path of the layer, and its output."""
 
@@ -37,175 +65,160 @@ class _Stop(Exception):
     """Ends a forward pass at its first trained layer."""
 
 
-class _Unread(NamedTuple):
-    """A leaf of rows that no later layer reads. ``shape`` is the shape of one row."""
+def with_kept_features(
+    builder: Builder | None,
+    configs: Sequence[Config],
+    data: Dataset,
+    objective: Objective | None = None,
+) -> tuple[Dataset, str]:
+    """Return a dataset with kept features as its inputs, and a text for the plan.
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class _Row(NamedTuple):
-    """A leaf of rows that is kept. ``number`` is its place among the kept features."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a frozen layer that is replayed.
-
-    Each leaf is a ``_Row``, an ``_Unread``, or a constant: a tensor or another value.
+    The text says how much memory the features take, or why they are not kept. Then the dataset is
+    unchanged. The text is "" for a module without a pretrained base.
     """
-
-    path: str
-    spec: TreeSpec
-    leaves: tuple[object, ...]
-
-    def output(self, kept: Sequence[Tensor]) -> object:
-        """Return the output of the call for the rows of ``kept``, one tensor (n, ...) each."""
-        leaves = []
-        for leaf in self.leaves:
-            if isinstance(leaf, _Row):
-                leaf = kept[leaf.number]
-            elif isinstance(leaf, _Unread):
-                zero = torch.zeros((), dtype=leaf.dtype, device=kept[0].device)
-                leaf = zero.expand(len(kept[0]), *leaf.shape)
-            elif isinstance(leaf, Tensor):
-                leaf = leaf.to(kept[0].device)
-            leaves.append(leaf)
-        return tree_unflatten(leaves, self.spec)
-
-
-class FeatureStore:
-    """The calls that the modules of one builder replay. It is empty until features are kept."""
-
-    def __init__(self) -> None:
-        self.calls: tuple[Call, ...] = ()
-        self.width = 0
-        """The number of features that a frozen body returns for a row; 0 if it is not known."""
-
-    def replay(self, module: nn.Module, kept: Sequence[Tensor]) -> Any:
-        """Return a context in which the first calls of frozen layers return kept features."""
-        return replaying(module, self.calls, kept)
-
-
-def _is_trained(part: nn.Module) -> bool:
-    return any(w.requires_grad for w in part.parameters())
-
-
-def frozen_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the paths and the frozen layers of a module."""
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        # A list of modules is never called, only its entries are.
-        if _is_trained(child) or isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from frozen_layers(child, f"{path}.")
-        else:
-            yield path, child
-
-
-@contextmanager
-def _forwards(
-    layers: Sequence[tuple[str, nn.Module]], make: Callable[[str, nn.Module], Forward]
-) -> Iterator[None]:
-    """Inside the context, the layers have the forward functions that ``make`` returns."""
-    changed = []
+    settings = pretrained_of(builder)
+    if builder is None or settings is None or not configs:
+        return data, ""
     try:
-        for path, layer in layers:
-            if "forward" not in vars(layer):
-                vars(layer)["forward"] = make(path, layer)
-                changed.append(layer)
-        yield
-    finally:
-        for layer in changed:
-            vars(layer).pop("forward", None)
+        _check(configs, data, objective, settings)
+        kept = _features(builder, configs[0], data, settings)
+    except NotKept as reason:
+        settings.shared.calls = ()
+        return data, f"features of frozen layers are not kept: {reason}"
+    inputs: tuple[Tensor, ...] = ()
+    names: tuple[str, ...] = ()
+    if settings.reads_inputs:
+        inputs = data.inputs
+        numbered = tuple(f"{INPUT}{number}" for number in range(len(inputs)))
+        names = data.names or numbered
+    size = sum(x.nbytes for x in kept)
+    kept_data = replace(
+        data,
+        inputs=(*inputs, *(x[None] for x in kept)),
+        names=(*names, *(f"{KEPT}{number}" for number in range(len(kept)))),
+        scaling=(None,) * (len(inputs) + len(kept)),
+        feature_groups=None,
+    )
+    place = "" if settings.folder is None else " on disk"
+    return kept_data, f"features of frozen layers are kept{place} ({size_words(size)})"
 
 
-def _copies(output: object) -> object:
-    """Return an output with copies of its tensors, into which later code cannot write."""
-    leaves, spec = tree_flatten(output)
-    copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return tree_unflatten(copies, spec)
+def _check(
+    configs: Sequence[Config], data: Dataset, objective: Objective | None, settings: Pretrained
+) -> None:
+    """Raise NotKept if a search cannot use kept features."""
+    if objective is not None and objective.augment is not None:
+        raise NotKept("augment changes the inputs in each step")
+    if data.scorer_rows is not None:
+        raise NotKept("the custom score calls the module with rows of X")
+    targets = {repr(config.get("module__targets")) for config in configs}
+    if settings.reads_inputs and len(targets) > 1:
+        raise NotKept("trials adapt different layers (module__targets)")
+    is_scaled = any(scaling is not None for scaling in data.scaling)
+    if data.preparations or is_scaled or any(len(x) > 1 for x in data.inputs):
+        raise NotKept("the inputs are scaled by the training rows of each fold")
+    if data.on_host:
+        raise NotKept("the inputs do not fit into the memory of the GPU")
 
 
-def record(module: nn.Module, forward: Forward) -> Recorded:
-    """Return the calls of frozen layers before the first trained layer in ``forward()``, a forward
-    pass of the module."""
-    calls: Recorded = []
+def _features(
+    builder: Builder, config: Config, data: Dataset, settings: Pretrained
+) -> list[Tensor]:
+    """Return the kept features of all rows, one tensor (n, ...) each, on the data's device.
 
-    def make(path: str, layer: nn.Module) -> Forward:
-        original = layer.forward
+    Raises NotKept.
+    """
+    device = data.device
+    n_examples = min(_EXAMPLES, data.n_rows)
+    if n_examples < 2:
+        raise NotKept("there is only one row")
+    shape = replace(Shape.of(data), folds=1, replicas=1)
+    module = convert(build_module(builder, module_arguments(config), shape, seed=0), data.dtype)
+    module = module.to(device)
+    inner = module.module
+    assert isinstance(inner, nn.Module)
+    examples = [x[:n_examples] for x in _rows(data, torch.arange(n_examples))]
 
-        def recorded(*args: object, **kwargs: object) -> object:
-            output = original(*args, **kwargs)
-            calls.append((path, _copies(output)))
-            return output
+    def forward(rows: slice, training: bool) -> object:
+        inputs = [x[rows].clone() for x in examples]
+        module.train(training)
+        return call_module(module, inputs, data.names)
 
-        return recorded
-
-    def stop(*_: object) -> None:
-        raise _Stop
-
-    hooks = []
-    for part in module.modules():
-        if any(w.requires_grad for w in part.parameters(recurse=False)):
-            hooks.append(part.register_forward_pre_hook(stop))
+    settings.shared.calls = ()
     try:
-        with _forwards(list(frozen_layers(module)), make), torch.no_grad(), suppress(_Stop):
-            forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
+        calls = find_calls(inner, forward, n_examples)
+    except (InputError, NotKept):
+        raise
+    except Exception as error:
+        first = str(error).strip().split("\n")[0].rstrip(".")
+        raise NotKept(f"the module failed on {n_examples} rows: {first}") from error
+    module.eval()
+    tried = record(inner, lambda: forward(slice(0, n_examples), False))
+    of_row = sum(x[0].nbytes for x in kept_leaves(calls, tried))
+    _check_size(of_row * data.n_rows, device, settings.folder)
+    settings.shared.calls = tuple(calls)
+    block = max(1, min(256, _BLOCK_BYTES // max(1, of_row)))
+    features: list[Tensor] = []
+    for places in torch.split(torch.arange(data.n_rows), block):
+        run = partial(call_module, module, _rows(data, places), data.names)
+        leaves = kept_leaves(calls, record(inner, run))
+        if not features:
+            features = [_empty(x, data.n_rows, settings.folder) for x in leaves]
+        for all_rows, x in zip(features, leaves, strict=True):
+            all_rows[places[0] : places[-1] + 1] = x
+    return features
 
 
-@contextmanager
-def replaying(module: nn.Module, calls: Sequence[Call], kept: Sequence[Tensor]) -> Iterator[None]:
-    """Inside the context, the first calls of the module's frozen layers return kept features."""
-    waiting = list(reversed(calls))
-
-    def make(path: str, layer: nn.Module) -> Forward:
-        original = layer.forward
-
-        def replayed(*args: object, **kwargs: object) -> object:
-            if not waiting:
-                return original(*args, **kwargs)
-            if waiting[-1].path != path:
-                raise RuntimeError(
-                    f"the forward pass called {path!r} in the place of {waiting[-1].path!r}, so "
-                    "its kept features cannot be used"
-                )
-            return waiting.pop().output(kept)
-
-        return replayed
-
-    # Only the layers of the recorded calls. Which other layers are frozen cannot be found here:
-    # stacked members have tensors without a gradient in evaluation mode.
-    paths = dict.fromkeys(call.path for call in calls)
-    layers = [(path, module.get_submodule(path)) for path in paths]
-    with _forwards(layers, make):
-        yield
+def _check_size(size: int, device: torch.device, folder: Path | None) -> None:
+    """Raise NotKept if there is not enough space for features of ``size`` bytes."""
+    if folder is not None:
+        if device.type != "cpu":
+            raise NotKept("features_folder is only for training on the CPU")
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise NotKept(
+                f"they take {size_words(size)}, and {str(folder)!r} has only {size_words(free)} of "
+                "free space"
+            )
+        return
+    free = free_memory() if device.type == "cpu" else free_of_gpu(device)
+    if size > _SHARE * free:
+        raise NotKept(
+            f"they take {size_words(size)}, and only {size_words(int(_SHARE * free))} of memory "
+            "are for them"
+        )
 
 
-def kept_leaves(calls: Sequence[Call], recorded: Recorded) -> list[Tensor]:
-    """Return the kept features (n, ...) among the outputs of recorded calls."""
-    kept: dict[int, Tensor] = {}
-    for call, (_, output) in zip(calls, recorded, strict=True):
-        for leaf, value in zip(call.leaves, tree_flatten(output)[0], strict=True):
-            if isinstance(leaf, _Row):
-                kept[leaf.number] = value
-    return [kept[number] for number in range(len(kept))]
+def _empty(leaf: Tensor, n_rows: int, folder: Path | None) -> Tensor:
+    """Return a tensor for a feature of all rows, (n, ...), in memory or in a file that is mapped
+    into memory. ``leaf`` is the feature of some rows."""
+    shape = (n_rows, *leaf.shape[1:])
+    if folder is None:
+        return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
+    descriptor, path = tempfile.mkstemp(prefix="gputune-features-", dir=folder)
+    os.close(descriptor)
+    size = math.prod(shape) * leaf.element_size()
+    numbers = np.memmap(path, np.uint8, "w+", shape=(size,))
+    # The file is deleted with the last tensor on it, or when Python ends.
+    weakref.finalize(numbers, Path(path).unlink, missing_ok=True)
+    return torch.from_numpy(numbers).view(leaf.dtype).view(shape)
 
 
-def find_calls(
-    module: nn.Module, forward: Callable[[slice, bool], object], n_rows: int
-) -> list[Call]:
+def _rows(data: Dataset, positions: Tensor) -> list[Tensor]:
+    """Return the rows at some positions, one tensor (m, ...) per input."""
+    rows = []
+    for number, x in enumerate(data.inputs):
+        gathered = stage_rows(x[0].index_select(0, positions.to(x.device)), data.device)
+        rows.append(data.read(number, gathered[None], slice(0, 1))[0])
+    return rows
+
+
+def find_calls(module: nn.Module, forward: Forward, n_rows: int) -> list[Call]:
     """Return the calls of frozen layers that later forward passes replay.
 
     Args:
         module: The module. Its trained tensors change here.
-        forward: Runs the module on a slice of example rows, in training mode if its second argument
-            is True.
+        forward: Runs the module on example rows.
         n_rows: The number of example rows, at least 2.
 
     Raises:
@@ -219,10 +232,9 @@ def find_calls(
     if not any(_has_product(module.get_submodule(path)) for path, _ in alone):
         raise NotKept("no frozen linear or convolution layer comes before the first trained layer")
     calls = []
-    number = 0
     for (path, output), (_, in_training), (_, of_half) in zip(alone, trained, shorter):
         leaves, spec = tree_flatten(output)
-        found = []
+        replayed = []
         others = zip(tree_flatten(in_training)[0], tree_flatten(of_half)[0])
         for leaf, (other, part) in zip(leaves, others):
             if not _is_equal(leaf, other):
@@ -230,83 +242,101 @@ def find_calls(
                     f"{path!r}, which comes before the first trained layer, has other outputs in "
                     "training than in evaluation, such as with dropout"
                 )
-            if not isinstance(leaf, Tensor) or (leaf.shape == part.shape and _is_equal(leaf, part)):
-                found.append(leaf)
+            if not isinstance(leaf, Tensor) or _is_equal(leaf, part):
+                replayed.append(leaf)
             elif leaf.shape[:1] == (n_rows,) and _is_equal(leaf[half], part):
-                found.append(_Row(number))
-                number += 1
+                replayed.append(ROWS)
             else:
                 raise NotKept(f"the rows of a minibatch change each other's outputs in {path!r}")
-        calls.append(Call(path, spec, tuple(found)))
-    return _without_unread(module, calls, alone, forward, whole)
-
-
-def _without_unread(
-    module: nn.Module,
-    calls: list[Call],
-    recorded: Recorded,
-    forward: Callable[[slice, bool], object],
-    rows: slice,
-) -> list[Call]:
-    """Return the calls without the features that no later layer reads.
-
-    Raises NotKept if replayed features give other outputs than the module itself.
-    """
+        calls.append(Call(path, spec, tuple(replayed)))
     # The trained tensors change after the recording, so a feature that reads one of them differs.
     with torch.no_grad():
         draws = torch.Generator().manual_seed(0)
         for w in module.parameters():
             if w.requires_grad:
                 w.add_(0.05 * torch.randn(w.shape, generator=draws).to(w))
-        expected = forward(rows, False)
-        for place, position in _places_of_rows(calls):
-            kept = kept_leaves(calls, recorded)
-            leaf = calls[place].leaves[position]
-            assert isinstance(leaf, _Row)
-            number = leaf.number
-            value = kept[number]
-            if not value.is_floating_point():
-                continue
-            kept[number] = torch.full_like(value, torch.nan)
-            with replaying(module, calls, kept):
-                outputs = forward(rows, False)
-            if _is_equal(outputs, expected):
-                unread = _Unread(tuple(value.shape[1:]), value.dtype)
-                calls = _with_leaf(calls, place, position, unread)
-        kept = kept_leaves(calls, recorded)
-        if not kept:
-            raise NotKept("the trained layers read nothing of the frozen layers before them")
+        calls = _without_unread(module, calls, alone, lambda: forward(whole, False))
+        kept = kept_leaves(calls, alone)
         for training in (False, True):
             with replaying(module, calls, kept):
-                outputs = forward(rows, training)
-            if not _is_equal(outputs, forward(rows, training)):
+                outputs = forward(whole, training)
+            if not _is_equal(outputs, forward(whole, training)):
                 raise NotKept("the module returns other outputs with kept features")
     return calls
 
 
-def _places_of_rows(calls: Sequence[Call]) -> list[tuple[int, int]]:
-    """Return the places of all leaves of rows: the number of the call, and of the leaf in it."""
-    places = []
-    for place, call in enumerate(calls):
-        for position, leaf in enumerate(call.leaves):
-            if isinstance(leaf, _Row):
-                places.append((place, position))
-    return places
+def _without_unread(
+    module: nn.Module, calls: list[Call], recorded: Recorded, run: Callable[[], object]
+) -> list[Call]:
+    """Return the calls without the features that no later layer reads: NaN in their place does not
+    change the outputs of ``run``."""
+    expected = run()
+    for place, (_, output) in enumerate(recorded):
+        for position, value in enumerate(tree_flatten(output)[0]):
+            leaves = list(calls[place].leaves)
+            if leaves[position] is not ROWS or not value.is_floating_point():
+                continue
+            leaves[position] = Unread(tuple(value.shape[1:]), value.dtype, torch.nan)
+            tried = list(calls)
+            tried[place] = replace(calls[place], leaves=tuple(leaves))
+            kept = kept_leaves(tried, recorded)
+            if not kept:
+                return calls
+            with replaying(module, tried, kept):
+                outputs = run()
+            if _is_equal(outputs, expected):
+                leaves[position] = Unread(tuple(value.shape[1:]), value.dtype)
+                calls[place] = replace(calls[place], leaves=tuple(leaves))
+    return calls
 
 
-def _with_leaf(calls: Sequence[Call], place: int, position: int, leaf: object) -> list[Call]:
-    """Return the calls after one leaf is replaced. Kept features get consecutive numbers."""
-    all_leaves = [list(call.leaves) for call in calls]
-    all_leaves[place][position] = leaf
-    number = 0
-    numbered = []
-    for call, leaves in zip(calls, all_leaves, strict=True):
-        for other, value in enumerate(leaves):
-            if isinstance(value, _Row):
-                leaves[other] = _Row(number)
-                number += 1
-        numbered.append(Call(call.path, call.spec, tuple(leaves)))
-    return numbered
+def record(module: nn.Module, run: Callable[[], object]) -> Recorded:
+    """Return the calls of frozen layers before the first trained layer in ``run()``, a forward
+    pass of the module."""
+    calls: Recorded = []
+
+    def note(path: str, _layer: nn.Module, _inputs: object, output: object) -> None:
+        # Copies, into which later code cannot write.
+        calls.append((path, tree_map_only(Tensor, lambda x: x.detach().clone(), output)))
+
+    def stop(*_: object) -> None:
+        raise _Stop
+
+    hooks = []
+    for path, layer in _frozen_layers(module):
+        hooks.append(layer.register_forward_hook(partial(note, path), prepend=True))
+    for part in module.modules():
+        if any(w.requires_grad for w in part.parameters(recurse=False)):
+            hooks.append(part.register_forward_pre_hook(stop))
+    try:
+        with torch.no_grad(), suppress(_Stop):
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def kept_leaves(calls: Sequence[Call], recorded: Recorded) -> list[Tensor]:
+    """Return the kept features (n, ...) among the outputs of recorded calls."""
+    kept = []
+    for call, (_, output) in zip(calls, recorded, strict=True):
+        for leaf, value in zip(call.leaves, tree_flatten(output)[0], strict=True):
+            if leaf is ROWS:
+                kept.append(value)
+    return kept
+
+
+def _frozen_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the paths and the frozen layers of a module."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        is_trained = any(w.requires_grad for w in child.parameters())
+        # A list of modules is never called, only its entries are.
+        if is_trained or isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _frozen_layers(child, f"{path}.")
+        else:
+            yield path, child
 
 
 def _has_product(layer: nn.Module) -> bool:

@@ -22,12 +22,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gputune.ground.errors import InputError, option
 from gputune.ground.types import Params
-from gputune.modules.adapters import member_buffers
 from gputune.modules.construction import name_of
 from gputune.modules.failures import StackedError
+from gputune.modules.findings import is_alone_in_training
 from gputune.modules.mapped import Mapped
 from gputune.modules.module import StackedModule, WithBuffers
-from gputune.modules.module_trial import ModuleTrial, is_close
+from gputune.modules.module_trial import ModuleTrial
+from gputune.modules.pretrained import member_buffers
 from gputune.modules.rounded import Rounded
 from gputune.modules.substitutes import Substitutes
 from gputune.population.outputs import in_mode
@@ -187,7 +188,7 @@ def why_not_merged(trial: ModuleTrial, traits: Traits) -> str:
         return "only losses with a name are computed on merged rows"
     if name := _replaced_parameter(trial):
         return f"its forward pass assigns to the data of its parameter {name!r}"
-    if not traits.alone or not _is_alone_in_training(trial):
+    if not traits.alone or not is_alone_in_training(trial):
         return "a row may affect the outputs of other rows"
     for path, part in owners_of(trial.module):
         if not path:
@@ -209,13 +210,6 @@ def _replaced_parameter(trial: ModuleTrial) -> str:
         if w.data_ptr() != before.get(name):
             return name
     return ""
-
-
-def _is_alone_in_training(trial: ModuleTrial) -> bool:
-    """Return whether an output in training depends only on its own row."""
-    outputs = trial.forward(trial.inputs, training=True)
-    few = trial.forward(trial.rows(slice(2)), training=True)
-    return is_close(few, outputs[:2])
 
 
 def _joined(path: str, name: str) -> str:

@@ -21,16 +21,14 @@ from gputune.ground.errors import InputError
 from gputune.ground.seeding import keyed_draws
 from gputune.ground.types import EvaluationKey, Params, StepKey
 from gputune.models import Dropout
-from gputune.modules.calls import ModuleDraws, Stateless, draws_of, replay_draws
-from gputune.modules.construction import hidden_sides, name_of
+from gputune.modules.calls import ModuleDraws, Recorder, Stateless, draws_of, replay_draws
+from gputune.modules.construction import name_of
 from gputune.modules.failures import uneven_use
 from gputune.modules.mapped import Mapped
 from gputune.modules.network import ModuleNetwork
 from gputune.modules.rounded import Rounded
 from gputune.modules.substitutes import Substitutes, differentiate_statistics, make_mappable
 from gputune.modules.trace import TraceError, clones
-from gputune.modules.write_watch import Writes
-from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches, StepDraws, for_members
 from gputune.population.outputs import in_mode, with_columns
 
@@ -67,26 +65,7 @@ class StackedModule(ModuleNetwork):
         self._idle = self.traits.unused
         for name in self._idle:
             self.frozen[name].requires_grad_()
-        trials = self.members[1]
-        sides = hidden_sides(self.template, self.trainable)
-        blocks = []
-        for name, w in (self.trainable | self.mutable).items():
-            member_sides = (sides[name],) * trials if name in sides else None
-            blocks.append(Block(name, (*self.members, *w.shape), 1, member_sides))
-        self.trained = Blocks(blocks[: len(self.trainable)])
-        self.blocks = Blocks(blocks)
-
-    def start(self) -> Tensor:
-        flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
-        views = self.blocks.views(flat)
-        for fold, start in enumerate(self.starts()):
-            for name, view in views.items():
-                view[fold].copy_(start[name])
-            if self.has_own_starts:
-                for trial in range(len(self.configs)):
-                    for name, w in self.start_of(start, fold, trial).items():
-                        views[name][fold, trial].copy_(w)
-        return flat
+        super()._lay_out()
 
     def draws(self, batches: Batches, *, ahead: bool) -> ModuleDraws | None:
         """Return the object that makes the random numbers of the next steps in advance.
@@ -430,9 +409,9 @@ class StackedModule(ModuleNetwork):
         # A module was tried on few rows, and it may write only if there are more. Therefore the
         # first call with each number of rows gets copies.
         copies = clones(tensors)
-        with Writes(copies) as writes:
+        with Recorder(copies) as operations:
             result = self._map(function, members, copies, training)
-        if writes.has_written:
+        if operations.has_written:
             self.objective = replace(self.objective, copies=True)
         else:
             self.harmless_calls.add(call)
@@ -491,6 +470,3 @@ class StackedModule(ModuleNetwork):
             ) from error
         finally:
             warns(True)
-
-    def values(self, params: Params, fold: int, trial: int) -> Params:
-        return {name: w[fold, trial] for name, w in params.items()}

@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 from gputune.ground.device import CPU
 from gputune.ground.types import Config, Params
-from gputune.modules.adapters import adapters_of, start_member
 from gputune.modules.calls import Stateless, convert, named_tensors, put_numbers, state_of
-from gputune.modules.construction import Builder, build_module, dropout_rates, layers_of, start_from
+from gputune.modules.construction import (
+    Builder,
+    build_module,
+    dropout_rates,
+    hidden_sides,
+    layers_of,
+    start_from,
+)
+from gputune.modules.pretrained import adapters_of, start_member
+from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.kinds import ModelKind
 from gputune.population.outputs import in_mode
 from gputune.population.population import Shape, arguments_of, arguments_text, module_arguments
@@ -86,12 +94,38 @@ class ModuleNetwork:
 
     def _lay_out(self) -> None:
         """Set the layout of the members' flat buffers: ``trained`` for the parameters, and
-        ``blocks`` for the complete state."""
-        raise NotImplementedError
+        ``blocks`` for the complete state. A block is a tensor of all members (F, C, ...)."""
+        trials = self.members[1]
+        sides = hidden_sides(self.template, self.trainable)
+        blocks = []
+        for name, w in (self.trainable | self.mutable).items():
+            member_sides = (sides[name],) * trials if name in sides else None
+            blocks.append(Block(name, (*self.members, *real(w).shape), 1, member_sides))
+        self.trained = Blocks(blocks[: len(self.trainable)])
+        self.blocks = Blocks(blocks)
+
+    def start(self) -> Tensor:
+        """Return the flat buffer of all members at the start of their training."""
+        flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
+        views = self.blocks.views(flat)
+        for fold, start in enumerate(self.starts()):
+            for name, view in views.items():
+                view[fold].copy_(real(start[name]))
+            if self.has_own_starts:
+                for trial in range(len(self.configs)):
+                    for name, w in self.start_of(start, fold, trial).items():
+                        views[name][fold, trial].copy_(real(w))
+        return flat
 
     def values(self, params: Params, fold: int, trial: int) -> Params:
-        """Return the named tensors of one member, in their original shapes."""
-        raise NotImplementedError
+        """Return the named tensors of one member, in their original shapes and dtypes."""
+        values = {}
+        for name, start in (self.trainable | self.mutable).items():
+            value = params[name][fold, trial]
+            if start.is_complex():
+                value = torch.complex(value[..., 0], value[..., 1])
+            values[name] = value.to(start.dtype)
+        return values
 
     @property
     def constants(self) -> object:
@@ -183,3 +217,9 @@ class ModuleNetwork:
                     tensor.copy_(values[name])
             put_numbers(module, {name: values[name] for name in self.mutable})
         return in_mode(module, training=False)
+
+
+def real(tensor: Tensor) -> Tensor:
+    """View a complex tensor (...) as real and imaginary parts (..., 2). A real tensor is
+    unchanged."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -24,7 +24,7 @@ class Traits:
     draws: bool = True  # whether a forward pass in training draws random numbers
     # whether a step in training reads a tensor's value into Python, on which it may branch
     branches: bool = False
-    # whether its code can draw random numbers outside of PyTorch's default generator
+    # whether its code drew random numbers outside of PyTorch's default generator
     host_draws: bool = False
     evaluation_draws: bool = False  # whether a forward pass in evaluation mode draws random numbers
     row_losses: bool = True  # whether the loss returns one number per row, not their mean

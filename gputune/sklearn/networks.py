@@ -33,9 +33,8 @@ from gputune.hypergradients.chunk import HypergradientJob
 from gputune.methods.descent import SlopeMode
 from gputune.modules.construction import Builder, name_of, parameters_of, what_to_pass
 from gputune.modules.inspection import returns_one_logit, traits_of
-from gputune.modules.module_trial import ModuleTrial
+from gputune.modules.module_trial import ModuleTrial, are_probabilities
 from gputune.modules.own_training import may_train_itself, step_of_class
-from gputune.modules.probabilities import are_probabilities
 from gputune.population.outputs import call_module, first_output
 from gputune.population.population import Population
 from gputune.population.state import State

@@ -19,15 +19,15 @@ from gputune.ground.annotations import StrPath
 from gputune.ground.errors import InputError, InputWarning, option, warn
 from gputune.ground.files import naming_folder, write_files
 from gputune.ground.types import Config, Json, Params
-from gputune.modules.adapters import (
+from gputune.modules.pretrained import (
     ADAPTER_DEFAULTS,
+    Adapted,
     LoraLinear,
     default_heads,
     is_transposed,
     member_parts,
     task_type,
 )
-from gputune.modules.pretrained import Adapted
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

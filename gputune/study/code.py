@@ -42,9 +42,8 @@ from gputune.data.source import bytes_of
 from gputune.ground.annotations import StrPath
 from gputune.ground.errors import InputError, UntrustedCodeError, per_interface
 from gputune.ground.types import Json
-from gputune.modules.adapters import adapters_of
 from gputune.modules.construction import Builder, name_of
-from gputune.modules.frozen import frozen_of
+from gputune.modules.pretrained import adapters_of, frozen_of
 from gputune.study.values import sha256
 
 _MAIN = "__main__"

@@ -30,7 +30,6 @@ from gputune.ground.errors import InputError, option, warn
 from gputune.ground.files import check_model_folder, naming_folder, read_file, write_files
 from gputune.ground.types import Config, Json, Task
 from gputune.models import MLP, LogisticRegression
-from gputune.modules.adapters import lora
 from gputune.modules.calls import convert
 from gputune.modules.construction import (
     Builder,
@@ -40,7 +39,7 @@ from gputune.modules.construction import (
     module_stream,
     name_of,
 )
-from gputune.modules.frozen import frozen
+from gputune.modules.pretrained import frozen, lora
 from gputune.population.outputs import in_mode
 from gputune.population.population import Ensemble, InputKind
 from gputune.study.adapter_files import check_base, digest_of, frozen_tensors

@@ -12,10 +12,9 @@ from gputune.ground.errors import InputError, option, per_interface, warn
 from gputune.ground.text import did_you_mean
 from gputune.ground.types import OPTIMIZERS, Config, Goal, Json
 from gputune.models import CNN, GRU, RealMLP
-from gputune.modules.adapters import adapters_of
-from gputune.modules.construction import Builder, name_of, what_to_pass
+from gputune.modules.construction import Builder, name_of, refuse_transformers_class, what_to_pass
 from gputune.modules.own_training import OwnTraining
-from gputune.modules.transformers_class import refuse_transformers_class
+from gputune.modules.pretrained import adapters_of
 from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
 from gputune.population.kinds import ModelKind
 from gputune.population.population import complete

@@ -27,8 +27,8 @@ from gputune.ground.errors import (
 from gputune.ground.memory import without_collector
 from gputune.ground.text import count
 from gputune.ground.types import DEFAULTS, Config
-from gputune.modules.adapters import ADAPTER_DEFAULTS, adapters_of
 from gputune.modules.construction import parameters_of
+from gputune.modules.pretrained import ADAPTER_DEFAULTS, adapters_of
 from gputune.optimizers.classes import argument_defaults
 from gputune.scoring.objective import loss_defaults
 from gputune.spaces.config import ConfigCheck, check_config, legal_keys

@@ -39,8 +39,8 @@ from gputune.ground.types import BackendWord, Config, Precision
 from gputune.hypergradients.chunk import HypergradientJob, plan_chunks
 from gputune.hypergradients.first_step import free_bytes
 from gputune.modules.construction import Builder
-from gputune.modules.feature_rows import with_kept_features
 from gputune.modules.inspection import gain_of_code, known_traits, note_fastest, traits_of
+from gputune.modules.kept_features import with_kept_features
 from gputune.population.kinds import ModelKind
 from gputune.population.population import Ensemble, Population, arguments_text, populations
 from gputune.population.state import State

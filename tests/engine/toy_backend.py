@@ -1,8 +1,7 @@
 """A backend that is not gputune's: it trains one member after another and counts its epochs."""
 
 from gputune.engine.backends.base import Backend, Refusal
-from gputune.modules.loop_chunk import LoopChunk
-from gputune.modules.looped import LoopedModule
+from gputune.modules.looped import LoopChunk, LoopedModule
 
 
 class ToyChunk(LoopChunk):

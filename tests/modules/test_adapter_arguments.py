@@ -8,7 +8,7 @@ from scipy import stats
 from torch import nn
 
 import gputune
-from gputune.modules.adapters import LoraLinear
+from gputune.modules.pretrained import LoraLinear
 
 
 def refused(*words):

@@ -12,10 +12,10 @@ from torch.nn import functional
 import gputune
 from gputune.engine.stacked import StackedChunk
 from gputune.modules import inspection
-from gputune.modules.adapters import LoraLinear, is_target
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
+from gputune.modules.pretrained import LoraLinear, is_target
 from problems import fill, make_data, rows_of, shape_of, train_modules
 
 

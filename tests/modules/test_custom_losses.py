@@ -259,16 +259,6 @@ def test_a_loss_that_takes_the_diagonal_of_all_pairs_is_taken(loss):
         assert tune(Net, NUMBERS, **arguments).best_score == pytest.approx(expected.best_score)
 
 
-def test_a_loss_that_takes_more_than_the_diagonal_is_refused():
-    def loss(outputs, y):
-        gap = outputs - y
-        return gap.diagonal().square() + 0.1 * gap.square().mean(1)
-
-    for arguments in ({"loss": loss}, {"training_step": step(loss)}):
-        with refused(COLUMN_WORDS):
-            tune(Net, NUMBERS, **arguments)
-
-
 def focal(outputs, y):
     log_p = outputs.log_softmax(1)
     return functional.nll_loss((1 - log_p.exp()) ** 2 * log_p, y)

@@ -12,10 +12,9 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
-from gputune.modules import feature_rows
-from gputune.modules.feature_rows import with_kept_features
+from gputune.modules import kept_features
 from gputune.modules.inspection import traits_of
-from gputune.modules.kept_features import NotKept, find_calls
+from gputune.modules.kept_features import NotKept, find_calls, with_kept_features
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from problems import fill, make_data, rows_of, shape_of, train_modules
@@ -140,7 +139,7 @@ def test_a_search_with_kept_features_equals_a_search_without(builder, monkeypatc
     def refuse(*_):
         raise NotKept("a test")
 
-    monkeypatch.setattr("gputune.modules.feature_rows._check", refuse)
+    monkeypatch.setattr("gputune.modules.kept_features._check", refuse)
     plain = gputune.tune(builder(), X, Y, **words)
     for trial, other in zip(kept.trials, plain.trials, strict=True):
         assert trial.score == pytest.approx(other.score, rel=1e-12)
@@ -226,14 +225,14 @@ def test_the_plan_says_why_features_are_not_kept(monkeypatch):
     assert text.endswith(
         "no frozen linear or convolution layer comes before the first trained layer"
     )
-    monkeypatch.setattr("gputune.modules.feature_rows.free_memory", lambda: 4000)
+    monkeypatch.setattr("gputune.modules.kept_features.free_memory", lambda: 4000)
     _, text = dataset(tower_lora())
     assert text.endswith("they take 5.0 KiB, and only 1.0 KiB of memory are for them")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_features_on_disk_are_mapped_and_deleted_with_their_tensors(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("gputune.modules.feature_rows.free_memory", lambda: 0)
+    monkeypatch.setattr("gputune.modules.kept_features.free_memory", lambda: 0)
     body = Body(10).to(dtype)
     expected, _ = dataset(gputune.frozen(body, features_folder=None))
     assert expected.names is None
@@ -270,11 +269,11 @@ def test_a_folder_for_features_is_checked(tmp_path, monkeypatch):
         with refused("features_folder", "must be an existing folder"):
             tower_lora(features_folder=folder)
     usage = SimpleNamespace(free=1 << 10)
-    monkeypatch.setattr("gputune.modules.feature_rows.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("gputune.modules.kept_features.shutil.disk_usage", lambda folder: usage)
     _, text = dataset(tower_lora(features_folder=tmp_path))
     assert text.endswith(f"they take 5.0 KiB, and {str(tmp_path)!r} has only 1.0 KiB of free space")
     with pytest.raises(NotKept, match="features_folder is only for training on the CPU"):
-        feature_rows._check_size(1, torch.device("cuda"), tmp_path)
+        kept_features._check_size(1, torch.device("cuda"), tmp_path)
 
 
 @pytest.mark.parametrize("numbers", ["standard", "none"])

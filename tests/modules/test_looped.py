@@ -17,8 +17,7 @@ from torch.nn import functional
 import gputune
 from gputune.ground.errors import InputError
 from gputune.modules.inspection import inspect_module, traits_of
-from gputune.modules.loop_chunk import LoopChunk
-from gputune.modules.looped import LoopedModule
+from gputune.modules.looped import LoopChunk, LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.modules.module_trial import ModuleTrial
 from gputune.population.population import populations

@@ -8,7 +8,7 @@ from torch import nn
 import gputune
 from gputune.callbacks import Callback
 from gputune.engine import plan
-from gputune.modules import feature_rows
+from gputune.modules import kept_features
 from gputune.modules.kept_features import NotKept
 
 X = torch.randn(60, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -129,7 +129,7 @@ def test_batch_sizes_of_a_head_on_a_large_body_train_together(monkeypatch, capsy
     monkeypatch.undo()
     layers = [nn.Linear(6, 1024), nn.Tanh(), nn.Linear(1024, 1024), nn.Tanh(), nn.Linear(1024, 8)]
     body = nn.Sequential(*layers)
-    monkeypatch.setattr(feature_rows, "_check", refuse_features)
+    monkeypatch.setattr(kept_features, "_check", refuse_features)
     tune(gputune.frozen(body), max_epochs=1, verbose=1)
     assert "the batch sizes 4, 6 and 16 train together" in capsys.readouterr().err
 

@@ -7,8 +7,7 @@ from gputune.engine.backends.cost import Cost, TrialSizes, one_by_one_cost
 from gputune.engine.chunk import Chunk
 from gputune.engine.reuse import ChunkPool
 from gputune.ground.errors import InputError, option
-from gputune.modules.loop_chunk import LoopChunk
-from gputune.modules.looped import LoopedModule
+from gputune.modules.looped import LoopChunk, LoopedModule
 from gputune.modules.merged import MergedModule
 from gputune.modules.recorder import RECORDERS, CudaRecorder
 from gputune.optimizers.classes import loop_reason

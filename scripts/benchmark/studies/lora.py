@@ -35,7 +35,7 @@ import gputune
 from benchmark.report import begin_on_one_thread, publish, published, table
 from gputune.engine.plan import cores
 from gputune.executors.worker import idle
-from gputune.modules import feature_rows
+from gputune.modules import kept_features
 from gputune.modules.kept_features import NotKept
 
 LAYERS = 6
@@ -304,7 +304,7 @@ def with_gputune(case: Case, base: nn.Module, ids: Tensor, y: Tensor) -> None:
         def refuse(*_: object) -> None:
             raise NotKept("this benchmark measures without them")
 
-        feature_rows._check = refuse
+        kept_features._check = refuse
     if case.top:
         builder = gputune.lora(base, targets_of(case.top), modules_to_save=["classifier"])
     else:

@@ -22,7 +22,7 @@ import gputune
 from benchmark.report import begin_on_one_thread, publish, published, table
 from benchmark.studies.lora import Case, Pooled, in_process, make_base, make_rows, targets_of
 from gputune.engine import batch_sizes
-from gputune.modules import feature_rows
+from gputune.modules import kept_features
 from gputune.modules.kept_features import NotKept
 
 TRIALS = 24
@@ -109,7 +109,7 @@ def search(name: str, base: nn.Module, sizes: list[int], epochs: int, **options:
     def refuse(*_: object) -> None:
         raise NotKept("this benchmark measures without them")
 
-    feature_rows._check = refuse
+    kept_features._check = refuse
     builder: Any = Mlp
     X, y = make_rows(ROWS)
     if name == "MLP":
