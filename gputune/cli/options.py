@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scipy import stats
 
-from gputune.data.time_order import parse_cv
+from gputune.data.folds import parse_cv
 from gputune.executors.cluster import Cluster, named_cluster
 from gputune.ground.entry_points import import_extra, integrations
 from gputune.ground.errors import InputError, Verbatim

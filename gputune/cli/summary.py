@@ -15,7 +15,7 @@ from gputune.cli.scores import score_warnings, scores_block
 from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, trial_rows
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import Layout
-from gputune.data.readings import may_be_numbers
+from gputune.data.kinds import may_be_numbers
 from gputune.ground.text import blocks, clean, count, paragraph
 from gputune.report.facts import params_text, seconds_text, states_text
 from gputune.study.model import TunedModel

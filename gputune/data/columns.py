@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from gputune.data.arrays import Arrays, refuse_kind
-from gputune.data.kinds import Kind, convert, text_of
-from gputune.data.readings import EXAMPLE, LOST_ZEROS, misread_remarks
+from gputune.data.kinds import EXAMPLE, LOST_ZEROS, Kind, convert, misread_remarks, text_of
 from gputune.data.table import Table, nameless, quoted, two_axes
 from gputune.ground.errors import InputError, Verbatim, option, warn
 from gputune.ground.text import count, did_you_mean

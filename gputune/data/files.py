@@ -17,8 +17,7 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from gputune.data.kinds import MISSING_TEXT, Kind, from_column, parse_text, texts_of
-from gputune.data.readings import file_remark
+from gputune.data.kinds import MISSING_TEXT, Kind, file_remark, from_column, parse_text, texts_of
 from gputune.data.table import Table, as_table, checked_table, every_column, quoted
 from gputune.ground.errors import InputError, Verbatim
 from gputune.ground.files import MISSING_TABLE, check_file, check_room, open_file

@@ -23,7 +23,7 @@ from gputune.data.arrays import Arrays, as_arrays
 from gputune.data.columns import AnyRows, checked_tensor
 from gputune.data.containers import LABELS, read_dataset, refuse_lists, refuse_loader, refuse_ragged
 from gputune.data.files import line_of, read_table
-from gputune.data.folds import check_groups, hold_out
+from gputune.data.folds import check_groups, hold_out, in_time_order, parse_cv
 from gputune.data.kinds import Kind, checked_labels
 from gputune.data.table import (
     Table,
@@ -44,7 +44,6 @@ from gputune.data.target import (
     select_values,
     target_array,
 )
-from gputune.data.time_order import in_time_order, parse_cv
 from gputune.ground.errors import InputError, Verbatim, option, per_interface
 from gputune.ground.files import check_room
 from gputune.ground.text import did_you_mean

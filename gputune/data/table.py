@@ -16,14 +16,15 @@ from torch import Tensor
 
 from gputune.data.containers import refuse_containers, refuse_ragged
 from gputune.data.kinds import (
+    READ_AS_MISSING,
     Kind,
+    frame_remark,
     from_column,
     from_series,
     read_amounts,
     read_as,
     refuse_infinite,
 )
-from gputune.data.readings import READ_AS_MISSING, frame_remark
 from gputune.ground.errors import InputError, Verbatim, option, per_interface
 from gputune.ground.text import nearest
 
@@ -60,7 +61,7 @@ class Table:
     """Remarks, by column name, on columns that gputune reads differently from a file and a data
     frame.
 
-    The mapping includes the columns of the target and the groups. See readings.py.
+    The mapping includes the columns of the target and the groups.
     """
     dropped_dates: Mapping[str, np.ndarray] = field(default_factory=dict)
     """The date columns that were taken out of the table, by name.

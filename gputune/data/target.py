@@ -12,8 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from gputune.data.containers import pad_remedy, refuse_ragged
-from gputune.data.kinds import checked_labels, from_values, is_missing
-from gputune.data.readings import may_be_numbers
+from gputune.data.kinds import checked_labels, from_values, is_missing, may_be_numbers
 from gputune.data.target_transform import (
     FittedTransform,
     TargetTransform,

@@ -18,11 +18,10 @@ import numpy as np
 from torch import Tensor
 
 from gputune.data.columns import AnyRows
-from gputune.data.folds import check_groups
+from gputune.data.folds import TimeSplit, check_groups
 from gputune.data.name_like import name_like_columns
 from gputune.data.table import Table
 from gputune.data.target import check_target
-from gputune.data.time_order import TimeSplit
 from gputune.ground.errors import (
     InputError,
     StudyCorruptError,

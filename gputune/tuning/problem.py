@@ -23,7 +23,7 @@ from gputune.data.dataset import (
     with_replicas,
 )
 from gputune.data.encode import LIMIT, Statistics, check_numbers, fit_statistics
-from gputune.data.folds import Splitter, make_folds
+from gputune.data.folds import Splitter, in_time_order, make_folds, parse_cv, time_remark
 from gputune.data.scaling import limited_features
 from gputune.data.source import Source
 from gputune.data.table import quoted
@@ -38,7 +38,6 @@ from gputune.data.target import (
     whole_numbers_words,
     with_transform,
 )
-from gputune.data.time_order import in_time_order, parse_cv, time_remark
 from gputune.data.weights import check_weights
 from gputune.engine.choice import DeviceChoice, Workload, device_for
 from gputune.ground.errors import InputError, option

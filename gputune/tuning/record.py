@@ -15,7 +15,7 @@ import torch
 
 from gputune.data.columns import Layout
 from gputune.data.dataset import Rows
-from gputune.data.folds import pack_folds, unpack_folds
+from gputune.data.folds import TimeSplit, pack_folds, unpack_folds
 from gputune.data.source import (
     Source,
     digest_of,
@@ -27,7 +27,6 @@ from gputune.data.source import (
 )
 from gputune.data.target import TaskWord, check_target
 from gputune.data.target_transform import is_known, transform_from_json, transform_to_json
-from gputune.data.time_order import TimeSplit
 from gputune.data.weights import class_weight_text
 from gputune.engine.backend import choose_device
 from gputune.engine.backends.selection import choose_backend

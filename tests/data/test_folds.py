@@ -21,9 +21,8 @@ from sklearn.model_selection import (
     TimeSeriesSplit,
 )
 
-from gputune.data.folds import hold_out, make_folds
+from gputune.data.folds import hold_out, make_folds, parse_cv
 from gputune.data.target import check_target
-from gputune.data.time_order import parse_cv
 from refused import refused
 
 N = 40

@@ -6,10 +6,10 @@ import pytest
 from sklearn.model_selection import TimeSeriesSplit
 
 import gputune
+from gputune.data.folds import in_time_order, parse_cv, time_remark
 from gputune.data.source import read_source, split_held_out
 from gputune.data.table import as_table
 from gputune.data.target import check_target
-from gputune.data.time_order import in_time_order, parse_cv, time_remark
 from gputune.ground.errors import PYTHON
 from refused import refused
 

@@ -14,7 +14,7 @@ from sklearn.model_selection import ShuffleSplit
 import gputune
 from command_line import run
 from gputune.cli.flags import CommandLine
-from gputune.data.time_order import parse_cv
+from gputune.data.folds import parse_cv
 from gputune.ground.errors import PYTHON
 from gputune.study.store import Store
 from gputune.tuning.choices import choose_model
