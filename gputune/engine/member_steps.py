@@ -22,7 +22,7 @@ from gputune.engine.stacked import StackedChunk
 from gputune.modules.calls import ModuleDraws
 from gputune.modules.member_code import CodedStep, MemberCode
 from gputune.modules.module import StackedModule
-from gputune.modules.trace import Place, Storages, TraceError, tensors, trace
+from gputune.modules.trace import Place, Storages, TraceError, tensors
 from gputune.native.library import Kernels, build_kernels, build_seconds
 from gputune.optimizers.update import OnlineUpdate
 from gputune.population.batches import StepShape
@@ -129,8 +129,8 @@ class OneMember:
                     for draws in all_draws:
                         draws.fill(0, i - i % draws.ahead)
                     single.batches.step.fill_(i)
-                    traced = trace(partial(single._step, shape, (0, i)))
-                    steps[shape] = code.add(traced, self.memories)
+                    step = partial(single._step, shape, (0, i))
+                    steps[shape] = code.add(step, self.memories)
         self.steps = {rows: [steps[shape] for shape in of] for rows, of in self.shapes.items()}
         self.outputs = self._outputs(code)
         shared = [*single.batches.inputs, single.batches.target]
@@ -165,7 +165,7 @@ class OneMember:
             self.result.copy_(network.outputs(params, 0, self.valid_rows))
 
         with suppress(TraceError):
-            return code.add(trace(compute), self.memories)
+            return code.add(compute, self.memories)
         return None
 
     def _match(self, target: object, chunk: StackedChunk, path: TablePath) -> None:

@@ -3,33 +3,41 @@
 A member is one trial on one fold. A trace lists the operations of one training step (``trace.py``).
 A place is a tensor's position and layout in memory. A kernel is a C function for one kind of loop.
 
-Each operation becomes a loop or a call, on memory that is known by its index. Operations that are
-more than a formula per entry have a function in ``kernels/table.py``. An operation that is not
-supported raises TraceError.
+Each operation becomes a loop or a call, on memory that is known by its index
+(``kernels/table.py``). An operation that is not supported raises TraceError. Before that, the matrix
+products of a step are changed so that they take less time. A recurrent network gains most, because
+its step has the same products at each time.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from gputune.modules.decompose import decomposed
-from gputune.modules.kernels.formulas import FORMULAS, SEVERAL
+from gputune.modules.decompositions import decomposition
 from gputune.modules.kernels.fusion import joined
-from gputune.modules.kernels.table import LAYERS
-from gputune.modules.kernels.writer import Line, Writer, kwargs_of
-from gputune.modules.product_passes import with_added_products, with_copied_factors
+from gputune.modules.kernels.table import written
+from gputune.modules.kernels.writer import Formula, Line, Writer
 from gputune.modules.program import simplify_trace
-from gputune.modules.trace import Operation, Storages, Trace, TraceError, memories_of
+from gputune.modules.trace import Operation, Place, Storages, TakeStep, Trace, memories_of, trace
 
-# Passes over at least ``_LARGE`` numbers in the same memory run together, ``_BLOCK`` numbers at a
-# time.
-_LARGE = 4096
-_BLOCK = 2048
-# Decompositions may again have operations to decompose.
-_ROUNDS = 5
+aten = torch.ops.aten
+
+_ADDING = {aten.mm.default: aten.addmm.default, aten.bmm.default: aten.baddbmm.default}
+"""The product that adds a matrix, for each product."""
+_SECOND = {
+    aten.mm.default: 1,
+    aten.bmm.default: 1,
+    aten.addmm.default: 2,
+    aten.baddbmm.default: 2,
+}
+"""The position of the second factor among the arguments of each product."""
+_ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
+# Products with the same transposed factor, for which one copy of the factor pays off.
+_SEVERAL = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,26 +63,25 @@ class MemberCode:
         self.dtype = dtype
         self.kernels: dict[str, int] = {}
 
-    def add(self, trace: Trace, memories: Storages) -> CodedStep:
-        """Write the C code of a traced training step, and return the step's kernel calls.
+    def add(self, step: TakeStep, memories: Storages) -> CodedStep:
+        """Write the C code of a training step, and return the step's kernel calls.
 
-        Operations without C code are replaced by simpler operations. The memory that the step uses
-        is added to ``memories``, by address. Raises TraceError.
+        The step is taken and undone, to trace it. Operations without C code are replaced by simpler
+        operations. The memory that the step uses is added to ``memories``, by address. Raises
+        TraceError.
         """
-        for _ in range(_ROUNDS):
-            trace = simplify_trace(trace)
-            trace.operations = with_added_products(trace.operations)
-            trace.operations = _small_first(with_copied_factors(trace))
-            kernels = dict(self.kernels)
-            used = dict(memories)
-            writer = Writer(self.dtype, kernels, trace, used)
-            lines, refused = _written(writer, trace.operations)
-            if not refused:
-                break
-            trace = decomposed(trace, refused)
-        else:
-            raise next(iter(refused.values()))
-        calls = [*_in_blocks(joined(writer, lines, trace.last_uses()))]
+        simple = simplify_trace(trace(step, decomposition))
+        simple.operations = with_added_products(simple.operations)
+        simple.operations = with_copied_factors(simple)
+        kernels = dict(self.kernels)
+        used = dict(memories)
+        writer = Writer(self.dtype, kernels, simple, used)
+        lines: list[tuple[int, Line | Formula]] = []
+        for i, op in enumerate(simple.operations):
+            lines += [(i, line) for line in written(writer, op)]
+        calls: list[int] = []
+        for line in joined(writer, lines, simple.last_uses()):
+            calls += line.call()
         self.kernels = kernels
         memories |= used
         # at least one number, so that the array has an address
@@ -83,113 +90,94 @@ class MemberCode:
         return CodedStep(np.array([len(calls), *calls], dtype=np.int64), numbers, workspace)
 
 
-def _written(
-    writer: Writer, operations: Sequence[Operation]
-) -> tuple[list[tuple[int, Line]], dict[int, TraceError]]:
-    """Return the C kernel calls of operations, each with the index of its operation, and the
-    reasons why operations have no C code, by the index of the operation."""
-    lines: list[tuple[int, Line]] = []
-    refused: dict[int, TraceError] = {}
+def with_added_products(operations: Sequence[Operation]) -> list[Operation]:
+    """Return the operations of a step in which products add the matrix that a later operation would
+    add to their result.
+
+    The sums of a product then begin with this matrix, so that no second pass over the result is
+    needed.
+    """
+    joined = list(operations)
+    uses = Counter(place.memory for op in operations for place in op.reads + op.writes)
+    products: dict[Place, int] = {}
+    removed = set[int]()
     for i, op in enumerate(operations):
-        try:
-            lines += [(i, line) for line in _lines(writer, op)]
-        except TraceError as error:
-            refused[i] = TraceError(f"{op.replaced} has no C code") if op.replaced else error
-    return lines, refused
-
-
-def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
-    """Yield the C kernel calls that compute one operation. Raises TraceError for an operation that
-    is not supported."""
-    base = op.name.removeprefix("new_").removesuffix("_like")
-    name = op.name.removesuffix("_")
-    kwargs = kwargs_of(op)
-    out = (op.makes or op.writes)[0]
-    # Operations of torch's "prims" have the same names, but other arguments.
-    if not str(op.function).startswith("aten."):
-        raise TraceError(f"{op.function} has no C code")
-    if name in LAYERS:
-        yield from LAYERS[name](writer, kwargs, op, out)
-    elif name in FORMULAS:
-        yield writer.pointwise(name, kwargs, out)
-    elif name in SEVERAL:
-        for formula, place in zip(SEVERAL[name], op.results):
-            if place is not None:
-                yield writer.by_formula(formula, kwargs, place)
-    elif name == "zero" or base in ("zeros", "ones", "full"):
-        yield writer.filled(out, kwargs.get("fill_value", float(base == "ones")))
-    elif not base.startswith("empty"):
-        operation = str(op.function).removesuffix(".default")
-        raise TraceError(f"{operation} has no C code")
-
-
-def _small_first(operations: Sequence[Operation]) -> list[Operation]:
-    """Move operations on scalars in front of large operations that they do not depend on.
-
-    The large operations then follow each other, and can run in blocks.
-    """
-
-    # whether one operation writes memory that the other reads or writes
-    def depend(a: Operation, b: Operation) -> bool:
-        return bool(
-            memories_of(a.outputs) & memories_of(b.places)
-            or memories_of(b.outputs) & memories_of(a.places)
-        )
-
-    ordered: list[Operation] = []
-    for op in operations:
-        index = len(ordered)
-        if all(math.prod(place.shape) == 1 for place in op.places):
-            while index and not depend(op, ordered[index - 1]):
-                outputs = ordered[index - 1].outputs
-                if all(math.prod(place.shape) < _LARGE for place in outputs):
+        if op.function in _ADDING and not op.writes:
+            products[op.makes[0]] = i
+        elif op.function in _ADDITIONS and op.kwargs.get("alpha", 1) == 1:
+            for result, added in (op.args[:2], op.args[1::-1]):
+                product = products.get(result) if isinstance(result, Place) else None
+                if product is None or uses[result.memory] != 1 or not isinstance(added, Place):
+                    continue
+                if _can_add(operations[product : i + 1], added):
+                    function = _ADDING[operations[product].function]
+                    args = [added, *operations[product].args[:2]]
+                    joined[i] = replace(op, function=function, args=args, kwargs={})
+                    removed.add(product)
                     break
-                index -= 1
-        ordered.insert(index, op)
-    return ordered
+    return [op for i, op in enumerate(joined) if i not in removed]
 
 
-def _in_blocks(lines: Sequence[Line]) -> Iterator[int]:
-    """Yield all kernel calls as integers for the compiled code. Calls that can share blocks run
-    block by block.
+def _can_add(operations: Sequence[Operation], added: Place) -> bool:
+    """Return whether a product can add a matrix at the place of a later addition.
 
-    A block of values then stays in the processor's cache from one call to the next.
+    The first operation is the product and the last operation the addition.
     """
-    runs: list[list[Line]] = []
-    for line in lines:
-        if runs and _go_together([*runs[-1], line]):
-            runs[-1].append(line)
-        else:
-            runs.append([line])
-    for run in runs:
-        if len(run) == 1:
-            yield from (1, 1, 1, *run[0].call())
-        else:
-            unit = max(line.unit for line in run)
-            yield from (len(run), run[0].total // unit, max(1, _BLOCK // unit))
-            for line in run:
-                yield from line.call(unit)
-
-
-def _go_together(lines: Sequence[Line]) -> bool:
-    """Return whether several kernel calls can run together, block by block.
-
-    The calls must pass over equally many values. No call may read or write another row of memory
-    that another call writes.
-    """
-    *before, last = lines
-    total = last.total
-    unit = max(line.unit for line in lines)
-    if total < _LARGE or any(line.total != total or line.unit not in (1, unit) for line in lines):
+    product, *between, addition = operations
+    out = addition.outputs[0]
+    matrices = [product.makes[0], added, out]
+    first = matrices[0]
+    if any((x.shape, x.dtype) != (first.shape, first.dtype) for x in matrices):
         return False
-    rows = total // unit
-    for line in before:
-        for i, a in enumerate(line.spans):
-            for j, b in enumerate(last.spans):
-                is_written = i < line.n_written or j < last.n_written
-                if is_written and a.overlaps(b):
-                    begin, step, is_apart = a.in_rows(unit // line.unit, rows)
-                    other = b.in_rows(unit // last.unit, rows)
-                    if other != (begin, step, is_apart) or step <= 0 or not is_apart:
-                        return False
-    return True
+    if any(x.stride[-1] != 1 for x in matrices) or (added.memory == out.memory and added != out):
+        return False
+    # The product moves behind the operations between, and writes where the addition would write.
+    factors = memories_of(product.reads)
+    return out.memory not in factors and not any(memories_of(op.writes) & factors for op in between)
+
+
+def with_copied_factors(step: Trace) -> list[Operation]:
+    """Return the operations of a step in which products share one copy of a transposed factor.
+
+    The C code copies a transposed second factor in each product. The new memory of a shared copy is
+    added to ``step.sizes``.
+    """
+    users: dict[Place, list[int]] = {}
+    for i, op in enumerate(step.operations):
+        factor = _second_factor(op)
+        if factor is not None and factor.stride[-1] != 1:
+            users.setdefault(factor, []).append(i)
+    operations = list(step.operations)
+    copies: dict[int, Operation] = {}
+    for factor, places in users.items():
+        first, last = places[0], places[-1]
+        written = {place.memory for op in step.operations[first : last + 1] for place in op.outputs}
+        if len(places) < _SEVERAL or factor.memory in written:
+            continue
+        copy = _contiguous(factor, memory=min(0, *step.sizes) - 1)
+        step.sizes[copy.memory] = math.prod(copy.shape) * copy.dtype.itemsize
+        copies[first] = Operation(aten.clone.default, [factor], {}, [copy])
+        for i in places:
+            args = list(operations[i].args)
+            args[_SECOND[operations[i].function]] = copy
+            operations[i] = replace(operations[i], args=args)
+    result = []
+    for i, op in enumerate(operations):
+        if i in copies:
+            result.append(copies[i])
+        result.append(op)
+    return result
+
+
+def _second_factor(op: Operation) -> Place | None:
+    """Return the place of the second factor of a product, or None for another operation."""
+    position = _SECOND.get(op.function)
+    return None if position is None else op.args[position]
+
+
+def _contiguous(place: Place, *, memory: int) -> Place:
+    """Return a place without gaps for a tensor of the same shape, in new memory."""
+    stride: list[int] = []
+    for i in range(len(place.shape)):
+        stride.append(math.prod(place.shape[i + 1 :]))
+    return Place(memory, place.dtype, 0, place.shape, tuple(stride))

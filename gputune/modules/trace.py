@@ -8,6 +8,7 @@ makes is different each time, so a trace only records how it was made.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -23,6 +24,8 @@ Operator: TypeAlias = "OpOverload[..., Any]"
 Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = dict[str, Any]
 TakeStep: TypeAlias = Callable[[], None]
+Decompose: TypeAlias = Callable[..., Function | None]
+"""Returns the function that computes an operation by simpler operations, or None."""
 Storages: TypeAlias = dict[int, torch.UntypedStorage]
 """Storages of blocks of memory, by their identifier or their address."""
 
@@ -104,7 +107,8 @@ class Operation:
 
     ``results`` are in memory that the operation makes, ``writes`` in memory that existed before. If
     ``out`` is set, it is the keyword by which the call receives the memory of its only result or of
-    its written tensor.
+    its written tensor. ``replaced`` is the name of the operation that the step itself calls, if the
+    trace has simpler operations in its place.
     """
 
     function: Any
@@ -175,12 +179,13 @@ class Trace:
         return dict(zip(made, begins)), size
 
 
-def trace(step: TakeStep) -> Trace:
+def trace(step: TakeStep, decompose: Decompose | None = None) -> Trace:
     """Run a step, record its operations, and undo all of its writes.
 
-    Raises TraceError if the step does something that cannot be recorded.
+    Operations for which ``decompose`` returns a function are replaced by the operations of this
+    function. Raises TraceError if the step does something that cannot be recorded.
     """
-    mode = _OperationRecorder()
+    mode = _OperationRecorder(decompose)
     try:
         with mode:
             step()
@@ -196,8 +201,10 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
     A view computes nothing: it is only another place in known memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, decompose: Decompose | None = None) -> None:
         super().__init__()
+        self.decompose = decompose
+        self.replaced: list[Operator] = []
         self.operations: list[Operation] = []
         self.outside: Storages = {}
         self.sizes: dict[int, int] = {}
@@ -213,6 +220,10 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
             raise TraceError(f"{func} {reason}")
         if func is aten.lift_fresh.default:  # numbers of the host: the step makes its own copy
             func = aten.clone.default
+        if self.decompose is not None and func not in self.replaced:
+            function = self.decompose(func, args, kwargs)
+            if function is not None:
+                return self._simpler(func, partial(function, *args, **kwargs))
         inputs = tensors((args, kwargs))
         targets = written_tensors(func, args, kwargs)
         _check_plain(inputs)
@@ -243,8 +254,21 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
                 results.append(Place.of(part) if is_made else None)
             places, kwargs = mapped_leaves((list(args), kwargs), Tensor, Place.of)
             writes = list(map(Place.of, targets))
-            self.operations.append(Operation(func, places, kwargs, results, writes))
+            replaced = str(self.replaced[0].overloadpacket) if self.replaced else ""
+            op = Operation(func, places, kwargs, results, writes, replaced=replaced)
+            self.operations.append(op)
         return result
+
+    def _simpler(self, func: Operator, function: Callable[[], Any]) -> Any:
+        """Compute an operation by simpler operations, and record these."""
+        self.replaced.append(func)
+        try:
+            with self:
+                return function()
+        except (RuntimeError, TypeError, IndexError) as error:
+            raise TraceError(f"{self.replaced[0].overloadpacket} has no C code") from error
+        finally:
+            self.replaced.pop()
 
     def _knows(self, tensor: Tensor) -> bool:
         """Return whether the recorder has already seen the memory of a tensor."""
@@ -282,6 +306,17 @@ class _MadeMemories:
             else:
                 used.append(memory)
         self.used = used
+
+
+def arguments_of(func: Operator, args: Args | list[Any], kwargs: Kwargs) -> Kwargs:
+    """Return all arguments of an operation by name, with the defaults of torch's schema."""
+    arguments = {}
+    for i, argument in enumerate(func._schema.arguments):
+        if i < len(args):
+            arguments[argument.name] = args[i]
+        elif argument.has_default_value():
+            arguments[argument.name] = argument.default_value
+    return arguments | kwargs
 
 
 def reason_against(func: Operator, args: Args) -> str:

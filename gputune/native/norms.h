@@ -1,4 +1,4 @@
-/* Norms in a member's step (modules/kernels/norms.py): of a table's rows or columns, or of the channels
+/* Norms in a member's step (modules/kernels/layers.py): of a table's rows or columns, or of the channels
    of images and sequences. */
 
 /* The sizes of a norm of x (B, C, L), where L counts the pixels of a channel. The strides are those

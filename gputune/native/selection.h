@@ -1,4 +1,4 @@
-/* Sorting for the generated kernels of a member's step (modules/kernels/selection.py). */
+/* Sorting for the generated kernels of a member's step (modules/kernels/axes.py). */
 
 enum { SORTED_RUN = 16 }; /* entries that are sorted by insertion before runs are merged */
 

@@ -50,35 +50,20 @@ static const StepFunctions *library;
 void use_library(const StepFunctions *functions) { library = functions; }
 
 /* The interpreter of a member's steps (modules/member_code.py). A step is a list of numbers: the
-   number of entries that follow, then runs of calls.
-
-   A run has: number of calls, number of rows, and number of rows at a time. A call has: kernel,
-   number of places, number of sizes, index of its first number from the host, and the part of its
-   last size that belongs to one row (0: it is called once for all rows). Then, for each place:
-   memory (-1: none), first byte, bytes per row. Then the sizes. */
+   number of entries that follow, then calls. A call has: kernel, number of places, number of sizes,
+   and index of its first number from the host. Then, for each place: memory (-1: none) and first
+   byte. Then the sizes. */
 
 typedef void (*Kernel)(char *const *P, const double *S, const int64_t *N);
 
-enum { MOST = 64 }; /* most places or sizes of a call */
+enum { MOST = 64 }; /* most places of a call */
 
-static const int64_t *take_run(const int64_t *run, const Kernel *kernels, char *const *M, const double *S) {
-    const int64_t *call = run;
-    for (int64_t row = 0, count; row < run[1]; row += count) {
-        count = run[1] - row < run[2] ? run[1] - row : run[2];
-        call = run + 3;
-        for (int64_t i = 0; i < run[0]; i++) {
-            char *places[MOST];
-            int64_t n = call[1], sizes[MOST];
-            const int64_t *place = call + 5, *size = place + 3 * n;
-            for (int64_t j = 0; j < n; j++, place += 3)
-                places[j] = place[0] < 0 ? 0 : M[place[0]] + place[1] + row * place[2];
-            for (int64_t j = 0; j < call[2]; j++) sizes[j] = size[j];
-            if (call[4]) sizes[call[2] - 1] = count * call[4];
-            kernels[call[0]](places, S + call[3], sizes);
-            call = size + call[2];
-        }
-    }
-    return call;
+static const int64_t *take_call(const int64_t *call, const Kernel *kernels, char *const *M, const double *S) {
+    char *places[MOST];
+    const int64_t *place = call + 4, *sizes = place + 2 * call[1];
+    for (int64_t j = 0; j < call[1]; j++, place += 2) places[j] = place[0] < 0 ? 0 : M[place[0]] + place[1];
+    kernels[call[0]](places, S + call[3], sizes);
+    return sizes + call[2];
 }
 
 /* Runs ``count`` steps. M: the memories of the steps; the first one is scratch memory for their
@@ -86,6 +71,6 @@ static const int64_t *take_run(const int64_t *run, const Kernel *kernels, char *
 void take_steps(int64_t count, const int64_t *const *steps, const Kernel *kernels, char *const *M,
                 const double *const *S) {
     for (int64_t i = 0; i < count; i++)
-        for (const int64_t *run = steps[i] + 1, *end = run + *steps[i]; run < end;)
-            run = take_run(run, kernels, M, S[i]);
+        for (const int64_t *call = steps[i] + 1, *end = call + *steps[i]; call < end;)
+            call = take_call(call, kernels, M, S[i]);
 }

@@ -16,7 +16,6 @@ from gputune.engine.members import MemberChunk
 from gputune.modules.inspection import traits_of
 from gputune.modules.member_code import MemberCode
 from gputune.modules.module import StackedModule
-from gputune.modules.trace import trace
 from gputune.native import library as built
 from gputune.scoring.validation import Validation
 from problems import data_of, fill, largest_difference, rows_of, scoring_of, shape_of
@@ -258,7 +257,7 @@ def test_an_operation_and_its_gradients_are_those_of_torch(kind, seed):
                 result.copy_(tensor)
 
         memories = {}
-        written.append((code.add(trace(step), memories), memories, results, expected, function))
+        written.append((code.add(step, memories), memories, results, expected, function))
     for function in FUNCTIONS.get(kind, ()):
         assert any(function in body for body in code.kernels)
     kernels = built.build_kernels(list(code.kernels), torch.float64)

@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from gputune.modules.member_code import MemberCode
-from gputune.modules.trace import trace
 from gputune.native import library as built
 
 pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler")
@@ -76,7 +75,7 @@ def test_a_step_with_joint_kernels_is_the_step(name):
     code = MemberCode(torch.float64)
     memories = {}
     with torch.no_grad():
-        coded = code.add(trace(lambda: step(target, X)), memories)
+        coded = code.add(lambda: step(target, X), memories)
         take_step(coded, memories, built.build_kernels(list(code.kernels), torch.float64))
         found = target.clone()
         target.copy_(X)
@@ -91,7 +90,7 @@ def test_a_joint_kernel_stores_only_results_that_are_read_later():
     target = X.clone()
     code = MemberCode(torch.float64)
     with torch.no_grad():
-        code.add(trace(lambda: target.copy_((X * 2 + ROW).exp() - 1)), {})
+        code.add(lambda: target.copy_((X * 2 + ROW).exp() - 1), {})
     (kernel,) = code.kernels
     assert kernel.count("] = y") == 1
     assert "p0[" in kernel and "p1[" in kernel and "p2[" in kernel and "p3[" not in kernel

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gputune.modules.kernels.writer import Line, Span
-from gputune.modules.member_code import MemberCode, _go_together
-from gputune.modules.trace import TraceError, trace
+from gputune.modules.member_code import MemberCode
+from gputune.modules.trace import TraceError
 from gputune.native import library as built
 
 pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler")
@@ -218,7 +217,7 @@ def test_a_step_is_the_step(dtype, monkeypatch):
             x = X.to(dtype, copy=True)
             memories = {}
             run = lambda total=total, x=x, step=step: step(total, x)  # noqa: E731
-            written.append((name, run, (total, BIG), code.add(trace(run), memories), memories))
+            written.append((name, run, (total, BIG), code.add(run, memories), memories))
         kernels = built.build_kernels(list(code.kernels), dtype)
         for name, run, state, step, memories in written:
             before = [tensor.clone() for tensor in state]
@@ -250,7 +249,9 @@ REFUSED = {
         torch.ops.aten._embedding_bag(x, IDS[0], IDS[0, :1], mode=2)[0][:, :1]
     ),
     "torch.bfloat16": lambda t, x: t.copy_(x.bfloat16() * 2),
-    "a product of torch.float64": lambda t, x: t.copy_(x.double() @ x.double().mT @ x.double()),
+    "aten.mm.default with numbers of torch.float64": lambda t, x: t.copy_(
+        x.double() @ x.double().mT @ x.double()
+    ),
 }
 
 
@@ -259,7 +260,7 @@ def test_what_is_in_no_code_is_refused(what):
     total = torch.zeros(2, 4)
     x = X.float()
     with torch.no_grad(), pytest.raises(TraceError, match=what):
-        MemberCode(torch.float32).add(trace(lambda: REFUSED[what](total, x)), {})
+        MemberCode(torch.float32).add(lambda: REFUSED[what](total, x), {})
 
 
 def test_minibatches_of_all_sizes_and_layers_of_all_widths_share_kernels():
@@ -278,36 +279,8 @@ def test_minibatches_of_all_sizes_and_layers_of_all_widths_share_kernels():
             )
 
         with torch.no_grad():
-            code.add(trace(step), {})
+            code.add(step, {})
         counts.append(len(code.kernels))
     # One more for the rows that are chosen for each of three tables: these lie as far apart as
     # there are few rows.
     assert counts == [counts[0], counts[0], counts[0] + 1, counts[0] + 1]
-
-
-ROWS = 64
-WIDTH = 128
-BYTES = 4 * ROWS * WIDTH
-WRITTEN = Span(0, 0, BYTES, 4)
-
-
-@pytest.mark.parametrize(
-    ("read", "unit", "together"),
-    [
-        (WRITTEN, 1, True),
-        (Span(0, 0, BYTES, 4 * WIDTH), WIDTH, True),
-        (Span(0, BYTES, 2 * BYTES, 4), 1, True),
-        (Span(1, 4, BYTES + 4, 4), 1, True),
-        (Span(0, 4, BYTES + 4, 4), 1, False),  # another row's number
-        (Span(0, 0, BYTES // 4, 1), 1, False),  # numbers of another size
-        (Span(0, 0, BYTES, 4), WIDTH, False),  # columns
-        (Span(0, 0, 4 * WIDTH, 0), WIDTH, False),  # one row for all
-    ],
-)
-def test_passes_go_block_by_block_where_each_row_is_read_by_itself(read, unit, together):
-    def line(written, read, unit):
-        return Line(0, [], 0, [ROWS * WIDTH // unit], unit, [written, read])
-
-    before = Span(2, 0, BYTES, 4)
-    after = Span(3, 0, BYTES, 4 * unit)
-    assert _go_together([line(WRITTEN, before, 1), line(after, read, unit)]) is together

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from gputune.modules.product_passes import with_added_products, with_copied_factors
+from gputune.modules.member_code import with_added_products, with_copied_factors
 from gputune.modules.program import simplify_trace
 from gputune.modules.trace import trace
 

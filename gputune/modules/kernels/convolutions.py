@@ -11,9 +11,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gputune.modules.kernels.places import require
-from gputune.modules.kernels.reductions import reduced
-from gputune.modules.kernels.writer import Line, Writer
+import torch
+
+from gputune.modules.kernels.axes import reduced
+from gputune.modules.kernels.writer import Line, Writer, require
 from gputune.modules.trace import Kwargs, Operation, Place
 
 # Tiles of smaller rows of pixels have the same pixel of several images.
@@ -243,4 +244,5 @@ def convolution_gradient(
             yield _Convolution.of(kwargs, x, gradient, in_weight).weights(writer)
     if in_bias is not None:
         axes = [0, *range(2, len(gradient.shape))]
-        yield from reduced(writer, {"self": gradient, "dim": axes}, op, in_bias)
+        total = Operation(torch.ops.aten.sum.dim_IntList, [], {}, [in_bias])
+        yield from reduced(writer, {"self": gradient, "dim": axes}, total, in_bias)

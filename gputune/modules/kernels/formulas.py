@@ -2,7 +2,7 @@
 arguments.
 """
 
-from gputune.modules.trace import Kwargs, TraceError
+from gputune.modules.trace import Kwargs
 
 _COMPARED = dict(
     zip("gt lt ge le eq ne logical_and logical_or".split(), "> < >= <= == != && ||".split())
@@ -28,8 +28,6 @@ def _with_gate(gate: str, formula: str) -> str:
     """Return a C formula that computes a gate once, as an expression with statements (GNU C)."""
     return f"({{{{ REAL gate = {gate}; {formula}; }}}})"
 
-
-_DIFFERENCE = "({self} - {target})"
 
 FORMULAS = {
     "add": "{self} + {alpha} * {other}",
@@ -111,15 +109,6 @@ FORMULAS = {
     "softplus": "{self} * {beta} > {threshold} ? {self} : log1p(EXP({self} * {beta})) / {beta}",
     "softplus_backward": "{self} * {beta} > {threshold} ? {grad_output} : {grad_output} / (1 + EXP(-{self} * "
     "{beta}))",
-    "mse_loss_backward": f"2 * {{norm}} * {_DIFFERENCE} * {{grad_output}}",
-    "smooth_l1_loss_backward": (
-        f"{{norm}} * {{grad_output}} * ({_DIFFERENCE} <= -{{beta}} ? -1 : "
-        f"{_DIFFERENCE} >= {{beta}} ? 1 : {_DIFFERENCE} / {{beta}})"
-    ),
-    "huber_loss_backward": (
-        f"{{norm}} * {{grad_output}} * ({_DIFFERENCE} < -{{delta}} ? -{{delta}} : "
-        f"{_DIFFERENCE} > {{delta}} ? {{delta}} : {_DIFFERENCE})"
-    ),
     "remainder": "({self} % {other} + {other}) % {other}",
     "fill": "{value}",
     "copy": "{src}",
@@ -137,15 +126,7 @@ FORMULAS = {
     **{name: f"{{self}} {sign} {{other}}" for name, sign in _COMPARED.items()},
 }
 """C formula for one entry of each operation's result. The names in braces are the operation's
-arguments. ``norm`` is what a loss is multiplied with: 1 over the number of entries for a mean."""
-
-SEVERAL = {
-    "_prelu_kernel_backward": (
-        "{self} > 0 ? {grad_output} : {weight} * {grad_output}",
-        "{self} > 0 ? 0 : {self} * {grad_output}",
-    ),
-}
-"""C formulas for one entry of each result, for operations with several results of equal shape."""
+arguments."""
 
 BITWISE = {
     "bitwise_and": "{self} & {other}",
@@ -166,21 +147,21 @@ _POWERS = {2: "{self} * {self}", 0.5: "sqrt({self})", 3: "{self} * {self} * {sel
 _DEFAULTS = {
     "decimals": 0,
     "rounding_mode": None,
-    "approximate": "none",
     "is_result": False,
     "self_is_result": False,
 }
 
 
+def is_formula(name: str, kwargs: Kwargs) -> bool:
+    """Return whether a C formula computes each entry of an operation's result."""
+    is_plain = all(kwargs.get(key, value) == value for key, value in _DEFAULTS.items())
+    return name in FORMULAS and is_plain
+
+
 def formula_of(name: str, kwargs: Kwargs) -> str:
-    """Return the C formula that computes one entry of an operation's result. Raises TraceError for
-    unsupported options."""
+    """Return the C formula that computes one entry of an operation's result."""
     if kwargs.get("approximate") == "tanh":
         name = name.replace("gelu", "gelu_tanh")
-        kwargs = kwargs | {"approximate": "none"}
-    for key, value in _DEFAULTS.items():
-        if kwargs.get(key, value) != value:
-            raise TraceError(f"{name} with {key}={kwargs[key]!r} is not supported")
     if name == "clamp" and None in (kwargs["min"], kwargs["max"]):
         name = "clamp_min" if kwargs["max"] is None else "clamp_max"
     if name == "pow" and kwargs["exponent"] in _POWERS:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gputune.modules.kernels.writer import FormulaLine, Line, Loops, Writer, c_type, loops_of
+from gputune.modules.kernels.writer import Formula, Line, Loops, Writer, c_type, loops_of
 from gputune.modules.trace import Place
 
 # Loops over more numbers should become vector instructions. Shorter loops take little time.
@@ -48,23 +48,25 @@ class _Operand:
 class _Group:
     """Formulas that one kernel computes together, entry by entry.
 
-    ``operands`` are the result and the arguments of each line, one line after another. ``axes`` are
-    the loops of the kernel.
+    ``operands`` are the result and the arguments of each formula, one formula after another.
+    ``axes`` are the loops of the kernel.
     """
 
-    def __init__(self, writer: Writer, line: FormulaLine, axes: Axes) -> None:
+    def __init__(self, writer: Writer, formula: Formula, axes: Axes) -> None:
         self.writer = writer
-        self.lines = [line]
-        self.operands = _operands(writer, line)
+        self.formulas = [formula]
+        self.operands = _operands(writer, formula)
         self.axes = axes
+        self.can_join = _can_join(writer, formula, axes)
 
-    def add(self, line: FormulaLine, axes_of_line: Axes) -> bool:
-        """Add a line to the kernel and return True, or change nothing and return False."""
-        axes = _common_axes(self.axes, axes_of_line)
-        if axes is None or not _is_dense(axes):
+    def add(self, other: "_Group") -> bool:
+        """Add another group to the kernel and return True, or change nothing and return False."""
+        axes = _common_axes(self.axes, other.axes)
+        is_plain = self.can_join and other.can_join
+        if not is_plain or axes is None or not _is_dense(axes):
             return False
         n_before = len(self.operands)
-        operands = [*self.operands, *_operands(self.writer, line)]
+        operands = [*self.operands, *other.operands]
         keys = _keys(operands, axes)
         if len(set(keys)) > _MOST_OPERANDS:
             return False
@@ -74,7 +76,7 @@ class _Group:
                 is_written = new.is_written or old.is_written
                 if is_written and keys[i] != keys[j] and new.overlaps(old):
                     return False
-        self.lines.append(line)
+        self.formulas += other.formulas
         self.operands = operands
         self.axes = axes
         return True
@@ -82,8 +84,6 @@ class _Group:
     def write(self, unneeded: set[int]) -> Line:
         """Write the kernel, and return its call. Results in the memories ``unneeded`` are not
         stored."""
-        if len(self.lines) == 1:
-            return self.writer.write(self.lines[0])
         keys = _keys(self.operands, self.axes)
         values: dict[Key, str] = {}  # the variable with the present entry of each operand
         loads: dict[Key, str] = {}
@@ -91,46 +91,43 @@ class _Group:
         numbers: list[float] = []
         body: list[str] = []
         remaining = iter(keys)
-        for number, line in enumerate(self.lines):
+        for number, formula in enumerate(self.formulas):
             result = next(remaining)
             names = {}
-            for name, value in line.arguments.items():
+            for name, value in formula.arguments.items():
                 if isinstance(value, Place):
                     key = next(remaining)
                     if key not in values:
                         loads[key] = values[key] = f"x{len(loads)}"
-                    names[name] = f"(({line.real}){values[key]})"
+                    names[name] = f"(({formula.real}){values[key]})"
                 else:
-                    names[name] = f"(({line.real})s{len(numbers)})"
+                    names[name] = f"(({formula.real})s{len(numbers)})"
                     numbers.append(value)
             values[result] = f"y{number}"
-            expression = self.writer.expression(line, names)
-            body.append(f"{c_type(line.out.dtype)} y{number} = {expression};")
-            if line.out.memory not in unneeded:
+            expression = formula.text.format(**names).replace("REAL", formula.real)
+            exponential = "exponential(" if formula.real == self.writer.real else "exp("
+            expression = expression.replace("EXP(", exponential)
+            body.append(f"{c_type(formula.out.dtype)} y{number} = {expression};")
+            if formula.out.memory not in unneeded:
                 stores[result] = values[result]
         order = list(dict.fromkeys([*stores, *loads]))
         columns = [keys.index(key) for key in order]
         places = [self.operands[column].place for column in columns]
-        loops = _loops(self.axes, columns)
         sizes = list[int]()
-        kernel = loops.named(sizes)
+        loops = _loops(self.axes, columns).named(sizes)
         code = []
         for i, key in enumerate(order):
             if key in loads:
-                code.append(f"{c_type(places[i].dtype)} {loads[key]} = p{i}[{kernel.index(i)}];")
+                code.append(f"{c_type(places[i].dtype)} {loads[key]} = p{i}[{loops.index(i)}];")
         code += body
         for i, key in enumerate(order):
             if key in stores:
-                code.append(f"p{i}[{kernel.index(i)}] = {stores[key]};")
-        call = self.writer.call(places, kernel.nest("\n".join(code)), numbers, sizes=sizes)
-        call.n_written = len(stores)
-        if sizes:
-            call.allow_split(loops, places)
-        return call
+                code.append(f"p{i}[{loops.index(i)}] = {stores[key]};")
+        return self.writer.call(places, loops.nest("\n".join(code)), numbers, sizes=sizes)
 
 
 def joined(
-    writer: Writer, lines: Sequence[tuple[int, Line]], last: Mapping[int, int]
+    writer: Writer, lines: Sequence[tuple[int, Line | Formula]], last: Mapping[int, int]
 ) -> list[Line]:
     """Write the kernels of all formulas, and return the kernel calls of a step.
 
@@ -142,23 +139,13 @@ def joined(
     calls: list[Line] = []
     group: _Group | None = None
     for operation, line in lines:
-        axes = _axes_of(line) if isinstance(line, FormulaLine) else []
-        can_join = isinstance(line, FormulaLine) and _can_join(writer, line, axes)
-        if (
-            group is not None
-            and isinstance(line, FormulaLine)
-            and can_join
-            and group.add(line, axes)
-        ):
+        following = _Group(writer, line, _axes_of(line)) if isinstance(line, Formula) else None
+        if group is not None and following is not None and group.add(following):
             continue
         if group is not None:
             calls.append(group.write(_unneeded(group, last, operation)))
-            group = None
-        if isinstance(line, FormulaLine) and can_join:
-            group = _Group(writer, line, axes)
-        elif isinstance(line, FormulaLine):
-            calls.append(writer.write(line))
-        else:
+        group = following
+        if isinstance(line, Line):
             calls.append(line)
     if group is not None:
         calls.append(group.write(_unneeded(group, last, math.inf)))
@@ -167,11 +154,11 @@ def joined(
 
 def _unneeded(group: _Group, last: Mapping[int, int], following: float) -> set[int]:
     """Return the memories of results that no operation from ``following`` on uses."""
-    memories = {line.out.memory for line in group.lines}
+    memories = {formula.out.memory for formula in group.formulas}
     return {m for m in memories if m in group.writer.begin and last[m] < following}
 
 
-def _can_join(writer: Writer, line: FormulaLine, axes: Axes) -> bool:
+def _can_join(writer: Writer, formula: Formula, axes: Axes) -> bool:
     """Return whether a formula may share a kernel: the compiler can turn the kernel's loops into
     vector instructions, or the loops are short."""
     numbers = math.prod(size for size, _ in axes)
@@ -180,25 +167,25 @@ def _can_join(writer: Writer, line: FormulaLine, axes: Axes) -> bool:
         return False
     if numbers <= _SMALL:
         return True
-    calls = set(re.findall(r"(\w+)\(", line.formula))
-    dtypes = {place.dtype for place in line.operands} - {torch.bool}
-    is_real = dtypes <= {writer.dtype} and line.real == writer.real
+    calls = set(re.findall(r"(\w+)\(", formula.text))
+    dtypes = {place.dtype for place in formula.operands} - {torch.bool}
+    is_real = dtypes <= {writer.dtype} and formula.real == writer.real
     return calls <= _VECTORIZED and is_real and _is_dense(axes)
 
 
-def _operands(writer: Writer, line: FormulaLine) -> list[_Operand]:
+def _operands(writer: Writer, formula: Formula) -> list[_Operand]:
     """Return the result and the arguments of a formula, with their first bytes in memory."""
     operands = []
-    for i, place in enumerate(line.operands):
+    for i, place in enumerate(formula.operands):
         memory, begin = writer.first_byte(place)
         first, last = place.extent
         operands.append(_Operand(place, memory, begin, begin + last - first, is_written=i == 0))
     return operands
 
 
-def _axes_of(line: FormulaLine) -> Axes:
+def _axes_of(formula: Formula) -> Axes:
     """Return the loops over the entries of a formula's result and arguments."""
-    loops = loops_of(line)
+    loops = loops_of(formula)
     axes: Axes = []
     for i, size in enumerate(loops.sizes):
         axes.append((int(size), tuple(int(steps[i]) for steps in loops.strides)))

@@ -10,16 +10,14 @@ share a kernel. Loops go over the places of tensors. Axes that follow each other
 one loop.
 """
 
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gputune.modules.kernels.formulas import BITWISE, OF_INPUTS, REMAINDER_OF_FRACTIONS, formula_of
-from gputune.modules.kernels.places import broadcast_strides
 from gputune.modules.trace import Kwargs, Operation, Place, Storages, Trace, TraceError
 
 C_TYPES = {
@@ -38,17 +36,6 @@ def c_type(dtype: torch.dtype) -> str:
     if dtype not in C_TYPES:
         raise TraceError(f"{dtype} is not supported")
     return C_TYPES[dtype]
-
-
-def kwargs_of(op: Operation) -> Kwargs:
-    """Return all arguments of a recorded operation by name, with the defaults of torch's schema."""
-    kwargs = {}
-    for i, argument in enumerate(op.function._schema.arguments):
-        if i < len(op.args):
-            kwargs[argument.name] = op.args[i]
-        elif argument.has_default_value():
-            kwargs[argument.name] = argument.default_value
-    return kwargs | op.kwargs
 
 
 # Largest size that is written into the code, so that its loop can be unrolled.
@@ -134,92 +121,39 @@ def loops_over(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[
     return loops.named(sizes), sizes
 
 
-@dataclass(frozen=True)
-class Span:
-    """The bytes of a memory, from ``begin`` to ``end``, that a C loop reads or writes.
-
-    The loop moves by ``step`` bytes in each pass. A ``step`` of 0 means that the loop uses all
-    bytes at once.
-    """
-
-    memory: int
-    begin: int
-    end: int
-    step: int
-
-    def overlaps(self, other: "Span") -> bool:
-        """Return whether two byte ranges in memory have bytes in common."""
-        return self.memory == other.memory and self.begin < other.end and other.begin < self.end
-
-    def in_rows(self, unit: int, rows: int) -> tuple[int, int, bool]:
-        """Split the bytes into ``rows`` parts of ``unit`` steps each.
-
-        Return the first byte, the bytes per part, and whether the parts are disjoint.
-        """
-        step = self.step * unit
-        return self.begin, step, self.end - self.begin - (rows - 1) * step <= step
-
-
 @dataclass
 class Line:
     """One call of a C kernel on tensors. Each tensor's place is a memory and the byte at which the
     tensor begins.
 
-    ``first`` is the index of the first numeric value that Python passes to the call. The last of
-    its sizes is the length of an outer loop that may be split, with ``unit`` values in each pass. A
-    ``unit`` of 0 means that the call has no loop to split. The ``spans`` are the bytes that this
-    loop uses. It writes the first ``n_written`` of them and reads the others.
+    ``first`` is the index of the first numeric value that Python passes to the call.
     """
 
     kernel: int
     places: list[tuple[int, int]]
     first: int
     sizes: list[int]
-    unit: int = 0
-    spans: list[Span] = field(default_factory=list)
-    n_written: int = 1
 
-    @property
-    def total(self) -> int:
-        """The number of values that the kernel call computes, or 0 if the call cannot be split."""
-        return self.sizes[-1] * self.unit if self.unit else 0
-
-    def call(self, unit: int = 0) -> list[int]:
-        """Return the kernel call as integers, in the format of ``native/steps.h``.
-
-        With ``unit``, the call runs in rows of ``unit`` values. With 0, the call runs at once.
-        """
-        passes = unit // self.unit if unit else 0
-        numbers = [self.kernel, len(self.places), len(self.sizes), self.first, passes]
-        for i, place in enumerate(self.places):
-            numbers += [*place, passes * self.spans[i].step if unit else 0]
+    def call(self) -> list[int]:
+        """Return the kernel call as integers, in the format of ``native/steps.h``."""
+        numbers = [self.kernel, len(self.places), len(self.sizes), self.first]
+        for place in self.places:
+            numbers += place
         return numbers + self.sizes
-
-    def allow_split(self, loops: Loops, operands: Sequence[Place]) -> None:
-        """Allow blocks of the outer loop, if no operand runs backwards. ``operands`` are the
-        tensors at the call's places."""
-        if any(int(step) < 0 for steps in loops.strides for step in steps):
-            return
-        self.unit = math.prod(map(int, loops.sizes[1:]))
-        for steps, place, (memory, begin) in zip(loops.strides, operands, self.places):
-            first, last = place.extent
-            step = int(steps[0]) * place.dtype.itemsize
-            self.spans.append(Span(memory, begin, begin + last - first, step))
 
 
 @dataclass
-class FormulaLine(Line):
-    """A call that computes each entry of a tensor by a formula, before its kernel is written.
+class Formula:
+    """The computation of each entry of a tensor by a formula, before its kernel is written.
 
-    Neighboring formulas can share a kernel (``fusion.py``), so ``Writer.write`` writes it later.
-    ``formula`` is C code with the names of ``arguments`` in braces. It computes in the C type
-    ``real``.
+    Neighboring formulas can share a kernel (``fusion.py``). ``text`` is C code with the names of
+    ``arguments`` in braces. It computes in the C type ``real``.
     """
 
-    formula: str = ""
-    arguments: Kwargs = field(default_factory=dict)
-    real: str = ""
-    out: Place = field(kw_only=True)
+    text: str
+    arguments: Kwargs
+    real: str
+    out: Place
 
     @property
     def operands(self) -> list[Place]:
@@ -270,13 +204,11 @@ class Writer:
         *,
         sizes: Sequence[int],
         workspace: int = 0,
-        table: Sequence[float] = (),
     ) -> Line:
         """Return a call of the kernel with the C code ``body`` for the tensors at some places.
 
         The code uses the names p0, ... for these tensors, s0, ... for numeric values, n0, ... for
-        sizes, and w for working memory. The numbers of a ``table`` follow the numeric values in the
-        array S.
+        sizes, and w for working memory.
         """
         code = []
         begins = []
@@ -293,92 +225,50 @@ class Writer:
         # Equal code is one kernel.
         kernel = self.kernels.setdefault("\n".join([*code, body]), len(self.kernels))
         first = len(self.numbers)
-        self.numbers += map(float, [*numbers, *table])
+        self.numbers += map(float, numbers)
         return Line(kernel, begins, first, [*sizes])
 
-    def pointwise(self, name: str, kwargs: Kwargs, out: Place) -> FormulaLine:
-        """Return the kernel call that computes each entry of the tensor ``out`` by an operation's
-        formula."""
-        formula = formula_of(name, kwargs)
+    def pointwise(self, name: str, kwargs: Kwargs, out: Place) -> Formula:
+        """Return the computation of each entry of the tensor ``out`` by an operation's formula.
+
+        All operands are converted to the type in which the operation computes.
+        """
+        text = formula_of(name, kwargs)
+        names = _variables(text)
         dtype = out.dtype
         if name in OF_INPUTS:  # in the common type of both arguments
-            names = _variables(formula)
             dtype = torch.result_type(_example(kwargs[names[0]]), _example(kwargs[names[-1]]))
         if name == "remainder" and dtype.is_floating_point:
-            formula = REMAINDER_OF_FRACTIONS
+            text = REMAINDER_OF_FRACTIONS
         if name.startswith("bitwise") and dtype != torch.bool:
-            formula = BITWISE[name]
-        return self.by_formula(formula, kwargs, out, dtype)
-
-    def by_formula(
-        self, formula: str, kwargs: Kwargs, out: Place, dtype: torch.dtype | None = None
-    ) -> FormulaLine:
-        """Return the call that computes each entry of the tensor ``out`` by a C formula.
-
-        ``kwargs`` has the values of the names in braces. All operands are converted to ``dtype``.
-        """
-        real = c_type(out.dtype if dtype is None else dtype)
-        names = _variables(formula)
-        if "norm" in names:
-            is_mean = kwargs["reduction"] == 1
-            kwargs = kwargs | {"norm": 1 / math.prod(out.shape) if is_mean else 1}
+            text = BITWISE[name]
         arguments = {}
         for name in names:
             value = kwargs[name]
             if not isinstance(value, Place | int | float):
                 raise TraceError(f"{name}={value!r} is not supported")
             arguments[name] = value
-        line = FormulaLine(-1, [], 0, [], formula=formula, arguments=arguments, real=real, out=out)
-        for place in line.operands:
+        formula = Formula(text, arguments, c_type(dtype), out)
+        for place in formula.operands:
             c_type(place.dtype)  # raises TraceError for a dtype that is not supported
-        return line
+        return formula
 
-    def write(self, line: FormulaLine) -> Line:
-        """Write the kernel of a single formula, and return its call."""
-        operands = line.operands
-        loops = loops_of(line)
-        sizes = list[int]()
-        kernel = loops.named(sizes)
-        # All operands are read before the formula, because a compiler does not vectorize loads that
-        # depend on a condition.
-        code = [f"{line.real} x{i} = p{i}[{kernel.index(i)}];" for i in range(1, len(operands))]
-        names = {}
-        numbers: list[float] = []
-        position = 1
-        for name, value in line.arguments.items():
-            if isinstance(value, Place):
-                names[name] = f"x{position}"
-                position += 1
-            else:
-                names[name] = f"(({line.real})s{len(numbers)})"
-                numbers.append(value)
-        code.append(f"p0[{kernel.index(0)}] = {self.expression(line, names)};")
-        call = self.call(operands, kernel.nest("\n".join(code)), numbers, sizes=sizes)
-        if sizes:
-            call.allow_split(loops, operands)
-        return call
-
-    def expression(self, line: FormulaLine, names: Mapping[str, str]) -> str:
-        """Return the C expression of a formula. ``names`` has the C code of each argument."""
-        result = line.formula.format(**names).replace("REAL", line.real)
-        return result.replace("EXP(", "exponential(" if line.real == self.real else "exp(")
-
-    def filled(self, out: Place, value: float) -> FormulaLine:
-        """Return the kernel call that fills the tensor ``out`` with one value."""
+    def filled(self, out: Place, value: float) -> Formula:
+        """Return the computation that fills the tensor ``out`` with one value."""
         return self.pointwise("fill", {"value": value}, out)
 
-    def copied(self, out: Place, source: Place) -> FormulaLine:
-        """Return the kernel call that copies the tensor ``source`` to ``out``."""
+    def copied(self, out: Place, source: Place) -> Formula:
+        """Return the computation that copies the tensor ``source`` to ``out``."""
         return self.pointwise("clone", {"self": source}, out)
 
 
-def loops_of(line: FormulaLine) -> Loops:
+def loops_of(formula: Formula) -> Loops:
     """Return the C loops over the entries of a formula's result and arguments."""
-    dim = len(line.out.shape)
-    strides: list[Sequence[int]] = [line.out.stride]
-    for place in line.operands[1:]:
+    dim = len(formula.out.shape)
+    strides: list[Sequence[int]] = [formula.out.stride]
+    for place in formula.operands[1:]:
         strides.append(broadcast_strides(place, dim))
-    return over(line.out.shape, strides)
+    return over(formula.out.shape, strides)
 
 
 def _variables(formula: str) -> list[str]:
@@ -392,3 +282,33 @@ def _example(value: Place | float) -> Tensor | float:
     if isinstance(value, Place):
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     return value
+
+
+def with_entry(values: Sequence[int], axis: int, entry: int) -> list[int]:
+    """Return a copy of sizes or strides with a new entry for one axis."""
+    return [entry if i == axis else value for i, value in enumerate(values)]
+
+
+def pick(values: Sequence[int], axes: Iterable[int]) -> list[int]:
+    """Return the sizes or strides of the selected axes."""
+    return [values[axis] for axis in axes]
+
+
+def broadcast_strides(place: Place, dim: int) -> list[int]:
+    """Return a tensor's strides after broadcasting the tensor to ``dim`` axes."""
+    strides = [0 if n == 1 else step for n, step in zip(place.shape, place.stride)]
+    # axes are added in front
+    return [0] * (dim - len(strides)) + strides
+
+
+def is_contiguous(place: Place) -> bool:
+    """Return whether a tensor's place in memory is contiguous, row by row."""
+    # A tensor on this device has no memory.
+    return torch.empty_strided(place.shape, place.stride, device="meta").is_contiguous()
+
+
+def require(is_supported: bool, op: Operation, arguments: str = "these arguments") -> None:
+    """Raise TraceError, which names an operation and its unsupported arguments, unless
+    ``is_supported``."""
+    if not is_supported:
+        raise TraceError(f"{op.function} with {arguments} is not supported")
