@@ -1,4 +1,4 @@
-/* Pooling of images in a member's step (modules/kernels/pooling.py). Images have any strides. Loops
+/* Pooling of images in a member's step (modules/kernels/layers.py). Images have any strides. Loops
    over channels use vectors if the channels of a pixel lie next to each other. */
 
 /* The sizes of a pooling of x (B, C, H, W) to y (B, C, OH, OW). A kernel of height or width 0 means
