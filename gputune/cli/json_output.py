@@ -15,7 +15,7 @@ from gputune.ground.types import Json
 
 if TYPE_CHECKING:
     # An error before these slow imports must be printed without them.
-    from gputune.cli.ending import Ending
+    from gputune.cli.summary import Ending
     from gputune.study.study import Study, Trial
 
 TOP = 10

@@ -17,13 +17,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from typing import Any, Literal
 
-from gputune.cli.arguments import UsageError, make_parser
+from gputune.cli.arguments import UsageError, make_parser, typed_names
 from gputune.cli.commands import COMMANDS
 from gputune.cli.flags import CommandLine
-from gputune.cli.help import command_help, overview
+from gputune.cli.help import Style, command_help, overview
 from gputune.cli.json_output import error_json, only_one_document, usage_json
-from gputune.cli.style import Style
-from gputune.cli.typed import typed_names
 from gputune.ground.errors import (
     CheckFailedError,
     ClusterError,
@@ -46,7 +44,7 @@ _MODULES = {
     "stop": "stop",
     "check": "check",
     "help": "main",
-    "completion": "completion",
+    "completion": "help",
 }
 """Maps each command to the module of its function. The function returns the text for standard
 output."""
@@ -156,8 +154,7 @@ def _run(arguments: argparse.Namespace, interface: Interface) -> int:
     try:
         if arguments.command in _READING:
             # It imports numpy, for which --help must not wait.
-            from gputune.cli.config_file import add_config
-            from gputune.cli.paths import check_paths
+            from gputune.cli.inputs import add_config, check_paths
 
             from_config = add_config(arguments)
             check_paths(arguments)

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import get_scorer, get_scorer_names
 
-from gputune.cli.answers import rows_with_target
-from gputune.cli.held_out import HeldOut, held_out_score, labels_of, saved_loss
+from gputune.cli.held_out import HeldOut, held_out_score, labels_of, rows_with_target, saved_loss
 from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.files import read_columns
 from gputune.data.source import Source

@@ -10,12 +10,11 @@ from typing import cast
 
 from gputune.api.study import Study
 from gputune.cli.arguments import STUDY
-from gputune.cli.ending import Ending
 from gputune.cli.flags import CommandLine
 from gputune.cli.json_output import search_json
 from gputune.cli.options import loop_options_of
 from gputune.cli.study import SCORE, trial_rows
-from gputune.cli.summary import label_lines
+from gputune.cli.summary import Ending, label_lines
 from gputune.executors.worker import LoopObjective
 from gputune.ground.errors import InputError, SearchInterrupted
 from gputune.ground.text import count, paragraph

@@ -8,7 +8,7 @@ import pytest
 
 from command_line import FAST, kinds, output, refusal, write_table
 from gputune.cli.arguments import make_parser
-from gputune.cli.config_file import add_config
+from gputune.cli.inputs import add_config
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 import gputune
 from command_line import FAST, NET, kinds, output, refusal, run, searched, write_table
-from gputune.cli.answers import rows_with_target
+from gputune.cli.held_out import rows_with_target
 from gputune.cli.model import Evaluation, evaluation
 from gputune.data.source import read_with_held_out
 from gputune.study.model import TunedModel

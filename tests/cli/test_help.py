@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 
 from command_line import refusal, run
-from gputune.cli.arguments import make_parser
+from gputune.cli.arguments import aliases, make_parser
 from gputune.cli.commands import COMMANDS, Flag
-from gputune.cli.help import SECTIONS
+from gputune.cli.help import SECTIONS, Style
 from gputune.cli.main import main
-from gputune.cli.style import Style
-from gputune.cli.typed import aliases
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gputune.cli import paths
+from gputune.cli import inputs as paths
 from gputune.cli.main import main
 
 COMMANDS = {

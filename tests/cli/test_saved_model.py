@@ -10,14 +10,14 @@ import pytest
 
 import gputune
 from command_line import FAST, kinds, run, searched, write_table
-from gputune.cli.held_out import HeldOut
-from gputune.cli.main import INTERRUPTED
-from gputune.cli.saved_model import (
+from gputune.cli.held_out import (
+    HeldOut,
     comparison_text,
     coverage_text,
     is_cheap_to_train,
     same_model_text,
 )
+from gputune.cli.main import INTERRUPTED
 from gputune.data.source import read_source
 from gputune.ground.errors import DivergedError
 from gputune.ground.text import measure_of

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from gputune.cli.answers import rows_with_target
+from gputune.cli.held_out import rows_with_target
 from gputune.data import files
 from gputune.data.files import BUNDLED, read_table
 from gputune.data.kinds import parse_text

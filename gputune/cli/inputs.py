@@ -1,20 +1,25 @@
-"""Options of ``gputune tune`` and ``train`` from a TOML file.
+"""The options from a TOML file, and checks of the paths that a command names.
 
-A key is the name of a flag without its dashes, or the name of an argument in Python. Flags on the
-command line override the file.
+Both run before the slow imports. A key of the file is the name of a flag without its dashes, or the
+name of an argument in Python. Flags on the command line override the file.
 """
 
 import argparse
+import os
+import sys
+import time
 import tomllib
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gputune.cli.arguments import READERS
+from gputune.cli.arguments import MODEL, READERS, aliases, study_file
 from gputune.cli.commands import COMMANDS, Command
-from gputune.cli.typed import aliases
 from gputune.ground.errors import InputError
-from gputune.ground.files import check_file
+from gputune.ground.files import MISSING_TABLE, check_file, check_model_folder
 from gputune.ground.text import did_you_mean
+from gputune.study.database import check_study_file
+from gputune.study.file_system import check_one_process
 from gputune.tuning.rules import Rule
 
 _NO_VALUE = "config_file"  # a file cannot name another file
@@ -179,3 +184,64 @@ def _spec(place: str, value: object) -> str:
     if isinstance(value, str | int | float):
         return str(value)
     raise InputError(place, "must be text, a number, true, false or a list of these", got=value)
+
+
+_ARRAYS = (".npz", ".npy", ".pt", ".pth")  # which have no other remedy than the right path
+
+
+def check_paths(arguments: Namespace) -> None:
+    """Raise an error if a file or folder that a command reads does not exist.
+
+    Without this check, the command would raise the same error after some seconds of imports. The
+    command itself checks the content of the files.
+    """
+    command = arguments.command
+    if command == "resume":
+        check_one_process(study_file(arguments.study), joins=arguments.wait)
+    if command == "resume" and arguments.wait:
+        _wait_for_study(arguments.study, quiet=arguments.verbose == 0)
+    if command in ("resume", "report"):
+        check_study_file(study_file(arguments.study))
+    if command in ("predict", "evaluate", "export"):
+        check_model_folder(Path(arguments.folder))
+    if command in ("predict", "evaluate"):
+        _check_rows(arguments.file)
+    # The command says first that the result cannot be written.
+    if command in ("tune", "train") and _can_write(arguments):
+        _check_rows(arguments.file)
+
+
+_LOOK_SECONDS = 0.5
+"""The time between two looks for a study that another process will create."""
+
+
+def _wait_for_study(place: str, *, quiet: bool) -> None:
+    """Wait until another process has created a study. A signal ends the wait."""
+    is_said = quiet
+    while not study_file(place).is_file():
+        if not is_said:
+            print(f"waiting for the study {study_file(place)}", file=sys.stderr, flush=True)
+            is_said = True
+        time.sleep(_LOOK_SECONDS)
+
+
+def _can_write(arguments: Namespace) -> bool:
+    """Return True if the command can write into the folder for its result, or can create that
+    folder."""
+    if arguments.study is None:
+        return True
+    out = Path(arguments.study)
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    is_writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    return bool(arguments.study) and is_writable and not (out / MODEL).exists()
+
+
+def _check_rows(file: str) -> None:
+    """Raise FileNotFoundError if the input is neither a file nor a data set of scikit-learn."""
+    if file.startswith("sklearn:") or os.path.exists(file):
+        return
+    path = Path(file)
+    if path.suffix.lower() in _ARRAYS:
+        check_file(path)
+    else:
+        check_file(path, missing=MISSING_TABLE)
