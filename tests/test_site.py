@@ -93,7 +93,6 @@ def test_the_page_of_files_has_tables_and_versions():
     text = (DOCS / "reference" / "files.md").read_text()
     assert f"SQLite database of format version {database.FORMAT_VERSION}." in text
     assert f"a folder of format version {model_files.FORMAT_VERSION}:" in text
-    assert code.LIST in text
 
 
 def test_the_page_of_errors_has_every_exit_code():
