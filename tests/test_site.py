@@ -13,7 +13,7 @@ from gputune.cli.arguments import make_parser
 from gputune.cli.commands import COMMANDS
 from gputune.cli.help import flag_words
 from gputune.ground import errors
-from gputune.study import code, database, model_files
+from gputune.study import database, model_files
 from gputune.study.rows import STATES
 
 ROOT = Path(__file__).parents[1]
