@@ -1,159 +1,132 @@
-"""The HTML report's charts of scores: learning curves, history, slices and hypergradient paths."""
+"""The charts of the HTML report: matplotlib draws them, and the page holds them as SVG."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
 import numpy as np
 from markupsafe import Markup
 
-from gputune.ground.annotations import FloatArray
-from gputune.ground.text import count
-from gputune.report.digits import page_curves, page_front, page_scores
-from gputune.report.svg import (
-    Chart,
-    Frame,
-    band_path,
-    dots_path,
-    element,
-    line_path,
-    path,
-    shifted,
-    spread_over,
-    text,
-)
+from gputune.ground.entry_points import import_extra
+from gputune.ground.text import clean, count
+from gputune.study.rows import FoldReport
 from gputune.study.study import Study
 from gputune.views.parameters import (
-    DescentPath,
-    Parameter,
+    Axis,
+    Importance,
     descended,
     descent_paths,
-    parameter_scale,
+    parallel_axes,
     varied_parameters,
 )
-from gputune.views.scores import (
-    BEST,
-    LearningCurves,
-    ParetoFront,
-    Scale,
-    Scores,
-    linear_scale,
-    score_range,
-    value_scale,
+from gputune.views.plots import (
+    draw_bars,
+    draw_confusion,
+    draw_importance,
+    draw_lineages,
+    draw_parallel,
+    draw_score_paths,
+    draw_slice,
+    plot_curves,
+    plot_history,
+    plot_pareto,
+    plot_path,
 )
+from gputune.views.scores import BEST, curve_view, order_by_score, pareto_front, score_view
 
-THIN_CURVES = 250
-CURVE_POINTS = 80
-STARTS = 100
-"""The largest numbers of thin curves, of points per curve, and of starting points in a chart.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-Thin curves are the curves behind the best curves. Starting points belong to a hypergradient search.
-"""
+# Limits of the drawn lines and axes of parallel coordinates, and of classes and columns.
+LINES = 400
+AXES = 10
+CLASSES = 25
+COLUMNS = 30
 
-POINTS = 1500
-FEWEST = 100
-ALL = 9000
-FAILURES = 300
-"""The limits on the number of points in the charts of scores.
+# Sizes in inches.
+_WIDE = (10.5, 4.2)
+_SMALL = (4.8, 3.3)
 
-``POINTS`` limits one chart, and ``ALL`` limits all charts together. If there are many charts, each
-may still have ``FEWEST`` points. ``FAILURES`` limits the marks of diverged trials.
-"""
+_STYLE = {
+    "svg.fonttype": "none",  # texts stay texts
+    "svg.hashsalt": "gputune",  # two reports of a study are equal
+    "text.parse_math": False,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+_DOTS_PER_INCH = 100  # of pictures of many points or lines
 
-FEW = 12  # few values of a hyperparameter: each value has a strip of points
-# Share of the distance between two values that a strip of points takes, and its largest width.
-_SHIFT = 0.3
-_WIDEST = 40.0
 
-_WIDE = 960.0
-_SMALL = (440.0, 300.0)
-_LETTERS = 14
+@dataclass(frozen=True)
+class Chart:
+    """A chart as the children of an SVG element, its size, and its title for screen readers."""
+
+    title: str
+    svg: Markup
+    view_box: str
+    notes: tuple[str, ...] = ()
+    # The parallel axes: the x coordinate, and the label for screen readers. Then the y coordinate
+    # of their top, and their length.
+    axes: tuple[tuple[float, str], ...] = ()
+    top: float = 0.0
+    length: float = 0.0
+
+
+def chart(title: str, draw: Callable[..., object], size: tuple[float, float] = _SMALL) -> Chart:
+    """Return a chart that ``draw(ax=...)`` draws on matplotlib axes."""
+    matplotlib = import_extra("matplotlib", extra="report", used_by="the HTML report")
+    from matplotlib.figure import Figure
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(ax=figure.subplots())
+        none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=none, dpi=_DOTS_PER_INCH)
+    root = ElementTree.fromstring(buffer.getvalue())
+    children = [child for child in root if child.tag.endswith("}g")]
+    definitions = [child for child in root if child.find("{*}clipPath") is not None]
+    for element in root.iter():
+        _make_plain(element)
+    texts = [ElementTree.tostring(child, encoding="unicode") for child in definitions + children]
+    return Chart(title, Markup("".join(texts)), root.attrib["viewBox"])
+
+
+def _make_plain(element: ElementTree.Element) -> None:
+    """Remove namespaces from an SVG element, and turn its style into attributes.
+
+    The policy of the page forbids styles in elements.
+    """
+    element.tag = element.tag.rpartition("}")[2]
+    attributes = dict(element.attrib)
+    element.attrib.clear()
+    for declaration in attributes.pop("style", "").split(";"):
+        name, _, value = declaration.partition(":")
+        # The style sheet of the page has the font.
+        if value and name.strip() != "font-family":
+            element.set(name.strip(), value.strip())
+    if element.tag == "g":
+        # Charts have the same names for their parts, so only the names of lines stay.
+        rank = attributes.pop("id", "").removeprefix("rank-")
+        if rank.isdecimal():
+            element.set("data-rank", rank)
+    for name, value in attributes.items():
+        element.set(name.rpartition("}")[2], " ".join(value.split()))
 
 
 def curves_chart(study: Study) -> Chart | None:
-    """Return the chart of learning curves, or None if no trial has scores for two epochs.
-
-    The best trials have a colored line, with a band that shows the spread over the folds. All other
-    trials are thin lines behind the best trials.
-    """
-    curves = page_curves(study)
+    """Return the chart of learning curves, or None if no trial has scores for two epochs."""
+    curves = curve_view(study)
     if not (np.isfinite(curves.mean).sum(1) > 1).any():
         return None
-    best = curves.order[:BEST]
-    others = curves.order[BEST:]
-    drawn = spread_over(others, THIN_CURVES)
-    x = linear_scale(1, len(curves.epochs), most=10, whole=True)
-    frame = Frame(_WIDE, 400.0, x, curves.scale(), right=118).with_room()
-    rectangle = element(
-        "rect",
-        x=frame.left,
-        y=frame.top,
-        width=frame.width - frame.left - frame.right,
-        height=frame.height - frame.top - frame.bottom,
-    )
-    thin = [_thin_curve(curves, row, frame) for row in drawn]
-    parts = [
-        frame.axes("epoch", curves.measure.title),
-        element("clipPath", rectangle, id="plot"),
-        element("g", *thin, class_="behind", clip_path="url(#plot)"),
-    ]
-    for rank in reversed(range(len(best))):  # the best one on top
-        parts.append(_best_curve(curves, best[rank], rank, frame))
-    parts.append(_legend(curves, best, frame))
-    title = f"Learning curves of the best {len(best)} trials"
+    title = f"Learning curves of the best {len(curves.order[:BEST])} trials"
     if study.curves.shape[2] > 1:
         title = f"{title}, mean and standard deviation over the folds"
-    notes = []
-    if len(drawn) < len(others):
-        notes.append(
-            f"Behind the best {len(best)}, {len(drawn)} of the {len(others)} other curves are "
-            "drawn: the next best, and others at even steps in rank."
-        )
-    return frame.chart(title, *parts, notes=notes)
-
-
-def _thin_curve(curves: LearningCurves, row: int, frame: Frame) -> Markup:
-    """Return the thin learning curve of one trial as SVG, with at most ``CURVE_POINTS`` points."""
-    known = np.flatnonzero(np.isfinite(curves.mean[row]))
-    if len(known) > CURVE_POINTS:
-        # A long curve is thinned evenly.
-        known = known[np.linspace(0, len(known) - 1, CURVE_POINTS).round().astype(int)]
-    x = frame.across(curves.epochs[known])
-    return path(None, line_path(x, frame.down(curves.mean[row][known])))
-
-
-def _best_curve(curves: LearningCurves, row: int, rank: int, frame: Frame) -> Markup:
-    """Return the learning curve of one of the best trials as SVG, with its band over the folds.
-
-    A dot marks the epoch of the trial's score.
-    """
-    mean = curves.mean[row]
-    spread = curves.spread[row]
-    trial = curves.study.trials[row]
-    x = frame.across(curves.epochs)
-    band = band_path(x, frame.down(mean - spread), frame.down(mean + spread))
-    known = np.isfinite(mean)
-    parts = [path("band", band)] if band else []
-    parts.append(path("line", line_path(x[known], frame.down(mean[known]))))
-    epoch = min(trial.best_epoch, len(mean)) - 1
-    if epoch >= 0 and known[epoch]:
-        y = float(frame.down(mean[epoch]))
-        parts.append(element("circle", class_="dot", cx=float(x[epoch]), cy=y, r=4))
-    score = f"trial {trial.number}: {curves.measure.text(trial.score)} at epoch {trial.best_epoch}"
-    return element("g", element("title", score), *parts, class_=f"c{rank}", clip_path="url(#plot)")
-
-
-def _legend(curves: LearningCurves, best: list[int], frame: Frame) -> Markup:
-    """Return the legend of the learning curves as SVG: the number and score of each best trial."""
-    x = frame.width - frame.right + 14
-    parts = []
-    for rank, row in enumerate(best):
-        trial = curves.study.trials[row]
-        y = frame.top + 12 + 36 * rank
-        parts += [
-            path(f"line c{rank}", f"M{x:.0f} {y - 4:.0f}h16"),
-            text("tick", x + 22, y, f"trial {trial.number}"),
-            text("tick strong", x + 22, y + 14, curves.measure.text(trial.score)),
-        ]
-    return element("g", *parts)
+    return chart(title, partial(plot_curves, study), _WIDE)
 
 
 def folds_note(study: Study) -> str:
@@ -172,32 +145,12 @@ def folds_note(study: Study) -> str:
 
 
 def history_chart(study: Study) -> Chart | None:
-    """Return the chart of scores by trial number, with a line for the best score so far.
-
-    The result is None if no trial has a score.
-    """
-    view = page_scores(study)
-    if not view.order:
+    """Return the chart of scores by trial number, or None if no trial has a score."""
+    if not score_view(study).order:
         return None
-    numbers = np.array([trial.number for trial in study.trials], dtype=float)
-    x = linear_scale(numbers.min(), numbers.max(), most=10, pad=0.01, whole=True)
-    frame = Frame(_WIDE, 280.0, x, view.scale()).with_room()
-    drawn, notes = _rows_to_draw(view, POINTS)
-    best = view.best_so_far
-    previous = np.concatenate([[np.nan], best[:-1]])
-    # trials at which the best score changes
-    steps = np.flatnonzero(np.isfinite(best) & (best != previous))
-    # A staircase: each best score lasts until the next one.
-    corners = np.append(np.repeat(numbers[steps], 2)[1:], numbers[-1])
-    line = line_path(frame.across(corners), frame.down_within(np.repeat(best[steps], 2)))
     trials = count(len(study.trials), "trial")
-    return frame.chart(
-        f"Score of {trials} in the order of their numbers, and the best so far",
-        frame.axes("trial", view.measure.title),
-        *_points(view, frame.across(numbers), frame, drawn),
-        path("line c0", line),
-        notes=notes,
-    )
+    title = f"Score of {trials} in the order of their numbers, and the best so far"
+    return chart(title, partial(plot_history, study), (10.5, 3.0))
 
 
 def pareto_charts(study: Study) -> list[Chart]:
@@ -205,121 +158,24 @@ def pareto_charts(study: Study) -> list[Chart]:
 
     The list is empty for a study with one metric, or without scores.
     """
-    fronts = [page_front(study, study.metrics[0], name) for name in study.metrics[1:]]
-    return [_pareto(study, front) for front in fronts if front.order]
+    charts = []
+    for name in study.metrics[1:]:
+        front = pareto_front(study, study.metrics[0], name)
+        title = " and ".join(measure.name for measure in front.measures) + " of the trials"
+        if front.order:
+            charts.append(chart(title, partial(plot_pareto, study, y=name)))
+    return charts
 
 
-def _pareto(study: Study, front: ParetoFront) -> Chart:
-    """Return a chart of two metrics, with a dot per trial and a line through the Pareto-optimal
-    trials."""
-    x_values, y_values = front.values.T
-    x_measure, y_measure = front.measures
-    x_scale = value_scale(*score_range(x_values, x_measure), x_measure)
-    y_scale = value_scale(*score_range(y_values, y_measure), y_measure)
-    frame = Frame(*_SMALL, x_scale, y_scale).with_room()
-    drawn = spread_over(np.flatnonzero(np.isfinite(x_values)).tolist(), POINTS)
-    x = np.clip(frame.across(x_values), frame.left + 6, frame.width - frame.right - 6)
-    y = frame.down_within(y_values)
-    parts = [
-        frame.axes(x_measure.title, y_measure.title),
-        path("dots complete", dots_path(x[drawn], y[drawn])),
-        path("line c0", line_path(x[front.order], y[front.order])),
-    ]
-    for row in front.order[:POINTS]:
-        title = (
-            f"trial {study.trials[row].number}: {x_measure.name} "
-            f"{x_measure.size(float(x_values[row]))}, {y_measure.name} "
-            f"{y_measure.size(float(y_values[row]))}"
-        )
-        parts.append(_ring(title, x[row], y[row], 5))
-    notes = []
-    if len(drawn) == POINTS:
-        notes.append(f"{len(drawn)} of {len(study.trials)} trials are drawn.")
-    # Points that were moved by more than a margin lie beyond the axes.
-    far = np.hypot(x - frame.across(x_values), y - frame.down(y_values)) > 12
-    if far.any():
-        trials = count(int(far.sum()), "trial")
-        notes.append(f"The points at the edge include {trials} beyond the axes.")
-    title = f"{x_measure.name} and {y_measure.name} of the trials"
-    return frame.chart(title, *parts, notes=notes)
-
-
-def _ring(title: str, x: float, y: float, r: int) -> Markup:
-    """Return an SVG ring that highlights a point of a chart, with a tooltip."""
-    return element("circle", element("title", title), class_="ring", cx=float(x), cy=float(y), r=r)
-
-
-def slice_charts(study: Study) -> tuple[list[Chart], tuple[str, ...]] | None:
-    """Return a chart of the scores against each hyperparameter that varied, and notes for all
-    charts.
-
-    The result is None if no hyperparameter varied, or if no trial has a score. Each chart also has
-    notes on the trials that it leaves out.
-    """
-    view = page_scores(study)
-    varied = varied_parameters(study)
-    if not view.order or not varied:
-        return None
-    drawn, notes = _rows_to_draw(view, max(FEWEST, min(POINTS, ALL // len(varied))))
-    return [_slice(view, parameter, drawn) for parameter in varied], notes
-
-
-def _slice(view: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
-    """Return the chart of the trials' scores against one hyperparameter."""
-    few = len(parameter.distinct) <= FEW
-    # Strips of points need more space at the edges.
-    scale = parameter_scale(parameter, pad=0.12 if few else 0.04)
-    frame = Frame(*_SMALL, scale, view.scale(), letters=_LETTERS).with_room()
-    across = frame.across(parameter.values)
-    strips = np.unique(across[np.isfinite(across)])
-    if 2 <= len(strips) <= FEW:
-        across = shifted(across, min(float(np.diff(strips).min()) * _SHIFT, _WIDEST))
-    failed = [row for row, trial in enumerate(view.study.trials) if trial.state == "failed"]
-    places = across[spread_over(failed, FAILURES)]
-    bottom = frame.height - frame.bottom
-    marks = "".join(f"M{x:.1f} {bottom:.1f}v-8" for x in places.tolist() if np.isfinite(x))
-    notes = []
-    if parameter.hidden:
-        verb = "is" if parameter.hidden == 1 else "are"
-        trials = count(parameter.hidden, "trial")
-        notes.append(f"{trials} with an infinite {parameter.label} {verb} not drawn.")
-    return frame.chart(
-        f"Score against {parameter.label}",
-        frame.axes(parameter.label, view.measure.title),
-        path("failed", marks) if marks else "",
-        *_points(view, across, frame, drawn),
-        notes=notes,
-    )
-
-
-def _rows_to_draw(view: Scores, most: int) -> tuple[list[int], tuple[str, ...]]:
-    """Choose at most ``most`` trials to draw, worst first, and return notes on the other trials."""
-    drawn = spread_over(view.order, most)
-    n_scored = len(view.order)
-    notes = view.notes
-    if len(drawn) < n_scored:
-        note = (
-            f"{len(drawn)} of {n_scored} scored trials are drawn: the best {most // 4}, and "
-            "others at even steps in rank."
-        )
-        notes = (note, *notes)
-    return drawn[::-1], notes
-
-
-def _points(view: Scores, across: FloatArray, frame: Frame, drawn: Sequence[int]) -> list[Markup]:
-    """Return SVG dots for the trials, one path for each state, and a ring around the best trial."""
-    y = frame.down_within(view.values)
-    parts = []
-    trials = view.study.trials
-    for state in ("pruned", "stopped", "complete"):
-        rows = [row for row in drawn if trials[row].state == state]
-        if rows:
-            parts.append(path(f"dots {state}", dots_path(across[rows], y[rows])))
-    best = drawn[-1]
-    if np.isfinite(across[best]):
-        title = f"best: trial {trials[best].number}, {view.measure.text(trials[best].score)}"
-        parts.append(_ring(title, across[best], y[best], 7))
-    return parts
+def slice_charts(study: Study) -> list[Chart]:
+    """Return a chart of the scores against each hyperparameter that varied, or [] without
+    scores."""
+    view = score_view(study)
+    charts = []
+    for parameter in varied_parameters(study) if view.order else ():
+        title = f"Score against {parameter.label}"
+        charts.append(chart(title, partial(draw_slice, parameter=parameter, view=view)))
+    return charts
 
 
 def path_charts(study: Study) -> list[Chart]:
@@ -327,40 +183,144 @@ def path_charts(study: Study) -> list[Chart]:
 
     The list is empty for any other kind of search.
     """
-    starts = descent_paths(study)
-    view = page_scores(study)
-    if not starts or not view.order:
+    paths = descent_paths(study)
+    view = score_view(study)
+    if not paths or not view.order:
         return []
-    scores = [start.scores for start in starts]
-    charts = [_path_chart(starts, scores, view.scale(), view.measure.title)]
+    title = f"{view.measure.title} of {len(paths)} starts by outer step"
+    charts = [chart(title, partial(draw_score_paths, paths=paths, view=view))]
     for column in descended(study):
-        if np.isfinite(column.values).any():
-            values = [start.values[column.name] for start in starts]
-            scale = parameter_scale(column, pad=0.05)
-            charts.append(_path_chart(starts, values, scale, column.label))
+        if len(column.distinct):
+            title = f"{column.label} of {len(paths)} starts by outer step"
+            charts.append(chart(title, partial(plot_path, study, column.name)))
     return charts
 
 
-def _path_chart(
-    starts: Sequence[DescentPath], values: Sequence[FloatArray], y: Scale, name: str
-) -> Chart:
-    """Return the chart of a score or hyperparameter by outer step, with a line per starting
-    point."""
-    drawn = starts[:STARTS]
-    last = max(1, *(int(start.steps[-1]) for start in drawn))
-    frame = Frame(*_SMALL, linear_scale(0, last, most=min(last, 10), whole=True), y).with_room()
-    lines = []
-    for rank, (start, heights) in enumerate(zip(drawn, values)):
-        across = frame.across(start.steps)
-        down = frame.down_within(heights)
-        parts = [element("title", f"start {start.start}"), path("line", line_path(across, down))]
-        for cx, cy, usable in zip(across.tolist(), down.tolist(), start.usable.tolist()):
-            if not np.isnan(cy):
-                class_ = "dot" if usable else "dot hollow"
-                parts.append(element("circle", class_=class_, cx=cx, cy=cy, r=2.5))
-        lines.append(element("g", *parts, class_=f"c{rank}" if rank < BEST else "other"))
-    notes = []
-    if len(drawn) < len(starts):
-        notes.append(f"The best {len(drawn)} of {len(starts)} starts are drawn.")
-    title = f"{name} of {len(drawn)} starts by outer step"
-    return frame.chart(title, frame.axes("outer step", name), *lines[::-1], notes=notes)
+def tree_chart(study: Study) -> Chart | None:
+    """Return the family tree of the trials, or None if no trial has copied another."""
+    trials = [study.trials[row] for row in score_view(study).order]
+    if not any(len(trial.lineage) > 1 for trial in trials):
+        return None
+    title = f"the lineages of {len(trials)} trials by epoch"
+    return chart(
+        title, partial(draw_lineages, trials=trials, max_epochs=study.record.max_epochs), _WIDE
+    )
+
+
+def importance_chart(forest: Importance) -> Chart:
+    """Return a bar chart of the importance of each hyperparameter."""
+    size = (7.0, 1.0 + 0.3 * len(forest.names))
+    title = "Importance of the hyperparameters"
+    return chart(title, partial(draw_importance, forest=forest), size)
+
+
+def columns_chart(study: Study, report: FoldReport) -> Chart | None:
+    """Return a bar chart of the importance of each column of the data, or None without columns.
+
+    The length of a bar is the loss of score after the values of the column are shuffled.
+    """
+    if not report.columns:
+        return None
+    measure = score_view(study).measure
+    name = f"{'rise' if measure.lower_is_better else 'fall'} of {measure.title}"
+    labels = report.columns[:COLUMNS]
+    drops = report.drops[:COLUMNS]
+    errors = report.errors[:COLUMNS]
+    size = (7.0, 1.0 + 0.3 * len(labels))
+    drawn = chart(
+        "Importance of the columns",
+        partial(draw_bars, labels=labels, values=drops, errors=errors, name=name),
+        size,
+    )
+    return replace(drawn, notes=_left_out("important columns", len(labels), len(report.columns)))
+
+
+def confusion_chart(study: Study, report: FoldReport) -> Chart | None:
+    """Return the chart of the confusion matrix, or None if the report has no confusion matrix."""
+    if not report.confusion.size:
+        return None
+    # the most frequent classes, in their usual order
+    drawn = np.sort(np.argsort(-report.confusion.sum(1), kind="stable")[:CLASSES])
+    matrix = report.confusion[np.ix_(drawn, drawn)]
+    classes = study.record.classes or ()
+    labels = [clean(classes[place]) for place in drawn.tolist()]
+    # (K, K) / (K, 1): shares of all rows of the true class
+    shares = matrix / np.maximum(report.confusion[drawn].sum(1), 1)[:, None]
+    side = 2.0 + 0.35 * len(labels)
+    matrix_chart = chart(
+        "Confusion matrix",
+        partial(draw_confusion, matrix=matrix, shares=shares, labels=labels),
+        (side, side),
+    )
+    return replace(matrix_chart, notes=_left_out("frequent classes", len(labels), len(classes)))
+
+
+def _left_out(nouns: str, n_drawn: int, n_all: int) -> tuple[str, ...]:
+    """Return a note on the columns, classes or axes that a chart leaves out, or ()."""
+    if n_drawn == n_all:
+        return ()
+    return (f"The {n_drawn} most {nouns} of {n_all} are drawn.",)
+
+
+def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, list[Axis]] | None:
+    """Return the chart of parallel coordinates and the list of its axes, from left to right.
+
+    The result is None if no trial has a score or no hyperparameter varied. If there are too many
+    axes, the ``important`` hyperparameters come first.
+    """
+    view = score_view(study)
+    axes = parallel_axes(view)
+    if len(axes) == 1 or not view.order:
+        return None
+    n_all = len(axes) - 1
+    # Only AXES - 1 hyperparameters have an axis, because the score has the last one.
+    places = {f"params_{name}": place for place, name in enumerate(important)}
+    by_place = sorted(axes[:-1], key=lambda axis: places.get(axis.column, n_all))
+    best = by_place[: AXES - 1]
+    axes = [axis for axis in axes if axis in (*best, axes[-1])]
+    ranked = [row for row in order_by_score(study) if np.isfinite(view.values[row])]
+    notes = list(_left_out("important hyperparameters", len(best), n_all))
+    if len(ranked) > LINES:
+        notes.append(f"The best {LINES} of {len(ranked)} scored trials have a line.")
+    lines: dict[int, str | None] = {row: f"rank-{rank}" for rank, row in enumerate(ranked[:LINES])}
+    drawn_on: list[Axes] = []
+
+    def draw(*, ax: "Axes") -> None:
+        draw_parallel(ax, view, axes, lines)
+        ax.set_ylim(0, 1)
+        drawn_on.append(ax)
+
+    drawn = chart("Parallel coordinates: one line a trial", draw, _WIDE)
+    (ax,) = drawn_on
+    corners = [(place, height) for place in range(len(axes)) for height in (0, 1)]
+    ends = ax.transData.transform(corners) * 72 / ax.figure.dpi
+    x = ends[::2, 0].round(1).tolist()
+    low, high = ends[:2, 1].round(1).tolist()
+    labels = [axis.label for axis in axes]
+    return replace(
+        drawn,
+        notes=tuple(notes),
+        axes=tuple(zip(x, labels)),
+        top=72 * _WIDE[1] - high,
+        length=high - low,
+    ), axes
+
+
+def brush_data(axes: Sequence[Axis], rows: list[int], numbers: set[str]) -> list[dict[str, object]]:
+    """Return the positions of all trials on the parallel axes, as data for the report's script.
+
+    The script selects trials by these positions when a reader drags a brush on an axis.
+
+    For a column in ``numbers`` (numeric hyperparameters), the data is the axis scale. For any other
+    column, the data is the height of each row, in thousandths.
+    """
+    data: list[dict[str, object]] = []
+    for axis in axes:
+        if axis.column in numbers:
+            scale = axis.scale
+            ends = {"low": scale.low, "high": scale.high, "log": scale.log}
+            data.append({"column": axis.column, **ends})
+        else:
+            heights = axis.heights[rows].tolist()
+            data.append({"heights": [None if h != h else round(1000 * h) for h in heights]})
+    return data

@@ -4,6 +4,7 @@ states."""
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from gputune.ground.errors import TOO_BIG, InputError
 from gputune.ground.files import no_folder
 from gputune.ground.text import Measure, clean, count, short, with_short_numbers
 from gputune.ground.types import Json
-from gputune.report.digits import page_scores
 from gputune.study.record import has_form
 from gputune.study.rows import TrialState
 from gputune.study.study import Study, Trial, best_trial
@@ -22,6 +22,7 @@ from gputune.views.default_trial import (
     improvement_text,
     shorter_training,
 )
+from gputune.views.scores import Scores, limited, score_view
 
 STATES: dict[TrialState, str] = {
     "complete": "complete",
@@ -44,6 +45,26 @@ MODEL_INFO = {
     "held_out_baseline?": {"answer": str, "score": float},
 }
 """The names and types of the entries in a saved model's ``info`` that the report reads."""
+
+
+class PageMeasure(Measure):
+    """The name of a score and its number format in the HTML report.
+
+    Scores have at most four significant digits. The code in the report has all digits, so that
+    running the code repeats the scores.
+    """
+
+    def size(self, value: float) -> str:
+        """Return a score, or a difference of scores, as text."""
+        if not math.isfinite(value) or abs(value) >= 1e7:
+            return super().size(value)
+        return limited(value, self.decimals)
+
+
+def page_scores(study: Study) -> Scores:
+    """Return the scores of a study's trials, with the number format of the HTML report."""
+    view = score_view(study)
+    return replace(view, measure=PageMeasure(**vars(view.measure)))
 
 
 Fact = tuple[str, str, str]

@@ -24,31 +24,28 @@ from gputune.ground.errors import PYTHON, InputError, Verbatim
 from gputune.ground.text import Measure, clean, short, with_short_numbers
 from gputune.ground.types import Config, Json
 from gputune.report.charts import (
+    brush_data,
+    columns_chart,
+    confusion_chart,
     curves_chart,
     folds_note,
     history_chart,
+    importance_chart,
+    parallel_chart,
     pareto_charts,
     path_charts,
     slice_charts,
+    tree_chart,
 )
-from gputune.report.digits import page_measures, page_scores
 from gputune.report.facts import (
     eligible_text,
     endings,
     is_its_model,
+    page_scores,
     score_facts,
     search_facts,
     setting,
 )
-from gputune.report.importance import (
-    WEAK,
-    brush_data,
-    columns_chart,
-    confusion_chart,
-    importance_chart,
-    parallel_chart,
-)
-from gputune.report.lineages import tree_chart
 from gputune.report.snippet import snippet
 from gputune.spaces.distributions import is_real
 from gputune.spaces.edges import edge_remarks
@@ -56,7 +53,16 @@ from gputune.study.rows import FoldReport
 from gputune.study.study import Study, Trial, best_trial
 from gputune.version import __version__
 from gputune.views.parameters import importance
-from gputune.views.scores import Scores, epochs_by, limited, order_by_score, pareto_trials
+from gputune.views.scores import (
+    Scores,
+    epochs_by,
+    limited,
+    order_by_score,
+    other_measures,
+    pareto_trials,
+)
+
+WEAK = 0.2  # R2 below which the forest does not explain the trials
 
 MOST_ROWS = 10_000
 BUDGET = 1_100_000
@@ -109,7 +115,7 @@ def _columns(study: Study, rows: int) -> list[TableColumn]:
     ]
     if not view.late.all():
         columns.append(_word_column("eligible", "eligible", _eligible(study, view, order)))
-    for name, measure in page_measures(study).items():
+    for name, measure in other_measures(study).items():
         scores = [trial.scores.get(name, math.nan) for trial in trials]
         columns.append(_score_column(f"score_{name}", measure, scores))
     if study.metrics:
@@ -276,8 +282,9 @@ def page(
     style = _read_template("report.css")
     script = _read_template("report.js")
     html: str = _template().render(
-        # The hashes allow only this script and this style.
+        # The hashes allow only this script and this style. Charts hold pictures as data.
         policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
+        "img-src data:; "
         "base-uri 'none'; form-action 'none'",
         reload_seconds=reload_seconds,
         style=Markup(style),

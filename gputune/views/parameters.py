@@ -19,12 +19,13 @@ from gputune.ground.annotations import FloatArray, IntArray
 from gputune.ground.errors import InputError, Verbatim
 from gputune.ground.text import clean, count, short
 from gputune.study.study import Study
-from gputune.views.scores import Scale, Scores, linear_scale, log_scale, number_text, score_view
+from gputune.views.scores import Scale, Scores, axis_scale, number_text, score_view
 
 # Positive values have a logarithmic axis if the largest is at least this many times the smallest.
 _DECADES = 100.0
 _FARTHEST = 1e300  # limit of an axis, so that its length is a finite number
 _LEVELS = 12  # words of a hyperparameter that are shown; rarer words share one level
+_TICKS = 6  # numbers that each have a tick
 _APART = 0.08  # smallest distance of two ticks, as a share of the axis
 
 
@@ -136,27 +137,21 @@ def _flat(value: Any) -> list[float]:
     return [number for part in value for number in _flat(part)]
 
 
-def parameter_scale(parameter: Parameter, *, most: int = 6, pad: float = 0.0) -> Scale:
+def parameter_scale(parameter: Parameter, *, pad: float = 0.0) -> Scale:
     """Return the axis scale of a hyperparameter, with a tick for each category or distinct number.
 
-    If there are too many numbers, the ticks are round numbers.
-
-    At least one trial must have the hyperparameter.
+    If there are too many numbers, matplotlib chooses round numbers as ticks. At least one trial must
+    have the hyperparameter.
     """
     if parameter.levels:
         edge = 0.5 if pad else 0.0
         last = max(len(parameter.levels) - 1, 0 if pad else 1)
-        return Scale(-edge, last + edge, tuple(enumerate(parameter.levels)))
+        return Scale(-edge, last + edge, ticks=tuple(enumerate(parameter.levels)))
     values = parameter.distinct
-    make = log_scale if parameter.log else linear_scale
-    scale = make(float(values[0]), float(values[-1]), most=most, pad=pad)
-    distances = np.diff(scale(values))
-    if len(values) > most or (distances < _APART).any():
+    scale = axis_scale(float(values[0]), float(values[-1]), log=parameter.log, pad=pad)
+    if len(values) > _TICKS or (np.diff(scale(values)) < _APART).any():
         return scale
-    ticks = {value: number_text(value) for value in values.tolist()}
-    if len({*ticks.values()}) < len(ticks):  # values that differ in their fifth digit
-        return scale
-    return replace(scale, ticks=tuple(ticks.items()))
+    return replace(scale, ticks=tuple((value, number_text(value)) for value in values.tolist()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +176,7 @@ def parallel_axes(view: Scores) -> list[Axis]:
     score."""
     axes = []
     for parameter in varied_parameters(view.study):
-        scale = parameter_scale(parameter, most=7)
+        scale = parameter_scale(parameter)
         heights = np.clip(scale(parameter.values), 0, 1)
         axes.append(Axis(f"params_{parameter.name}", parameter.label, scale, heights))
     scale = view.scale(pad=0.0)

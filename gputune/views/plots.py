@@ -1,17 +1,24 @@
-"""Plot a study with matplotlib. gputune imports matplotlib only when you call a plot."""
+"""Draw a study with matplotlib, for ``study.plot_...()`` and for the charts of the HTML report.
+
+gputune imports matplotlib only when you call a plot or write a report.
+"""
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from gputune.ground.annotations import FloatArray, IntArray
 from gputune.ground.entry_points import import_extra
 from gputune.ground.errors import InputError, Verbatim, check_count
-from gputune.ground.text import clean, short
-from gputune.study.study import Study, check_metric
+from gputune.ground.text import clean, count, short
+from gputune.study.study import Study, Trial, check_metric
 from gputune.views.parameters import (
+    Axis,
+    DescentPath,
+    Importance,
     Parameter,
     descended,
     descent_paths,
@@ -26,9 +33,11 @@ from gputune.views.scores import (
     Scale,
     Scores,
     curve_view,
+    number_text,
     pareto_front,
     score_range,
     score_view,
+    value_scale,
 )
 
 if TYPE_CHECKING:
@@ -36,9 +45,15 @@ if TYPE_CHECKING:
 
 _BLUE = "C0"
 _GREY = "0.7"
+# The report's style sheet has the same colors.
+_RED = "#b83a3a"
+_OCHRE = "#b3872b"
+_STATES = {"complete": "#3f7cb8", "pruned": _OCHRE, "stopped": _OCHRE}
 _COLUMNS = 3  # columns of the grid of slices
 _LEVELS = 12  # levels of a contour
 _LETTERS = 24  # letters of words that fit side by side on an axis
+_LONGEST = 40  # letters of a name or of the text of a tick
+_MANY = 300  # an SVG file stores more points or lines than this as one picture
 
 
 def _pyplot(plot: str) -> ModuleType:
@@ -56,50 +71,58 @@ def _axes(plot: str, ax: "Axes | None", size: tuple[float, float] = (7.0, 4.0)) 
 
 
 def _plain(text: object) -> str:
-    """Escape a text for matplotlib, so that a dollar sign does not begin a formula."""
-    return clean(text).replace("$", r"\$")
+    """Shorten a text, and escape it for matplotlib, so that a dollar sign begins no formula."""
+    text = clean(text)
+    if len(text) > _LONGEST:
+        half = _LONGEST // 2
+        text = f"{text[:half]}…{text[-half:]}"
+    return text.replace("$", r"\$")
 
 
-def _name_axes(ax: "Axes", x: Parameter | str, y: Parameter | str) -> None:
-    """Set the labels of the x axis and the y axis of a plot.
+def _set_axis(ax: "Axes", side: str, label: str, scale: Scale | None = None) -> None:
+    """Set the label of the x axis or the y axis, and its scale and ticks.
 
-    The axis of a hyperparameter also gets a linear, logarithmic or categorical scale.
+    Without a scale, the axis counts trials, epochs or steps.
     """
-    for axis, quantity in (("x", x), ("y", y)):
-        if isinstance(quantity, str):
-            ax.set(**{f"{axis}label": _plain(quantity)})
-            continue
-        ax.set(**{f"{axis}label": _plain(quantity.label)})
-        ticks = parameter_scale(quantity).ticks if len(quantity.distinct) else ()
-        if quantity.log:
-            ax.set(**{f"{axis}scale": "log"})
-        if quantity.levels or (quantity.log and len(ticks) == len(quantity.distinct)):
-            places = [place for place, _ in ticks]
-            labels = [_plain(label) for _, label in ticks]
-            style: dict[str, Any] = {}
-            if axis == "x" and sum(map(len, labels)) > _LETTERS:
-                style = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-            ax.minorticks_off()
-            (ax.set_xticks if axis == "x" else ax.set_yticks)(places, labels, **style)
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    axis = ax.xaxis if side == "x" else ax.yaxis
+    axis.set_label_text(_plain(label))
+    if scale is None:
+        axis.set_major_locator(MaxNLocator(integer=True))
+        return
+    ax.set(**{f"{side}scale": "log" if scale.log else "linear"})
+    ax.set(**{f"{side}lim": (scale.low, scale.high)})
+    axis.minorticks_off()
+    axis.set_major_formatter(lambda value, _: number_text(value))
+    if scale.ticks:
+        labels = [_plain(text) for _, text in scale.ticks]
+        axis.set_ticks([place for place, _ in scale.ticks], labels=labels)
+        if side == "x" and sum(map(len, labels)) > _LETTERS:
+            ax.tick_params("x", labelrotation=30)
+            for tick in axis.get_ticklabels():
+                tick.set(ha="right", rotation_mode="anchor")
+    elif scale.log:
+        is_wide = scale.high > 100 * scale.low
+        axis.set_major_locator(LogLocator(subs=(1,) if is_wide else (1, 2, 5)))
 
 
-def _scale_axis(ax: "Axes", scale: Scale) -> None:
-    """Set the limits and the scale of the y axis for scores as in the HTML report."""
-    ax.set(ylim=(scale.low, scale.high), yscale="log" if scale.log else "linear")
-
-
-def _draw_scores(
-    ax: "Axes", x: Parameter | str, places: NDArray[Any], view: Scores, **style: Any
-) -> None:
+def _draw_scores(ax: "Axes", places: FloatArray, view: Scores, notes: Sequence[str] = ()) -> None:
     """Draw a point for each trial that has a position on the x axis and a score.
 
-    The title says how many points were moved to the edge of the axis.
+    The color is the state of the trial, and the best trial has a ring. The title says how many
+    points were moved to the edge of the axis.
     """
     drawn = np.isfinite(places) & np.isfinite(view.values)
-    ax.scatter(places[drawn], np.clip(view.values[drawn], *view.range), s=14, **style)
-    _name_axes(ax, x, view.measure.title)
-    _scale_axis(ax, view.scale())
-    ax.set_title("\n".join(view.notes), fontsize="small")
+    heights = np.clip(view.values, *view.range)
+    colors = [_STATES.get(view.study.trials[row].state, _GREY) for row in np.flatnonzero(drawn)]
+    is_picture = len(colors) > _MANY
+    x = places[drawn]
+    ax.scatter(x, heights[drawn], s=14, color=colors, alpha=0.7, rasterized=is_picture)
+    best = view.order[:1]
+    ax.scatter(places[best], heights[best], s=60, facecolors="none", edgecolors="black")
+    _set_axis(ax, "y", view.measure.title, view.scale())
+    ax.set_title("\n".join([*view.notes, *notes]), fontsize="small")
 
 
 def plot_history(study: Study, *, ax: "Axes | None" = None) -> "Axes":
@@ -120,8 +143,9 @@ def plot_history(study: Study, *, ax: "Axes | None" = None) -> "Axes":
     """
     ax = _axes("plot_history", ax)
     view = score_view(study)
-    numbers = np.array([trial.number for trial in study.trials], dtype=int)
-    _draw_scores(ax, "trial", numbers, view, color=_GREY, label="trial")
+    numbers = np.array([trial.number for trial in study.trials], dtype=float)
+    _draw_scores(ax, numbers, view)
+    _set_axis(ax, "x", "trial")
     best = np.clip(view.best_so_far, *view.range)
     ax.step(numbers, best, where="post", color=_BLUE, label="best so far")
     ax.legend()
@@ -131,8 +155,8 @@ def plot_history(study: Study, *, ax: "Axes | None" = None) -> "Axes":
 def plot_curves(study: Study, *, best: int = BEST, ax: "Axes | None" = None) -> "Axes":
     """Plot the learning curves: the mean score over the folds after each epoch.
 
-    The best trials have a band of one standard deviation over the folds on either side. The other
-    trials are gray lines behind the best trials.
+    The best trials have a band of one standard deviation over the folds on either side, and a dot
+    at the epoch of their score. The other trials are gray lines behind the best trials.
 
     Args:
         best: number of trials in color, an integer of at least 0.
@@ -151,30 +175,47 @@ def plot_curves(study: Study, *, best: int = BEST, ax: "Axes | None" = None) -> 
     check_count(best, "plot_curves(best=...)", least=0)
     ax = _axes("plot_curves", ax)
     curves = curve_view(study)
-    for row in sorted(curves.order[best:]):
-        ax.plot(curves.epochs, curves.mean[row], color=_GREY, linewidth=0.5, alpha=0.5, zorder=1)
+    epochs = curves.epochs
+    others = [(epochs, curves.mean[row]) for row in curves.order[best:]]
+    _draw_lines(ax, others)
     for place, row in enumerate(curves.order[:best]):
         mean = curves.mean[row]
         spread = curves.spread[row]
+        trial = study.trials[row]
         color = f"C{place % 10}"
-        label = f"trial {study.trials[row].number}"
-        ax.plot(curves.epochs, mean, color=color, label=label, zorder=3)
+        label = f"trial {trial.number}"
+        scored = [max(0, min(trial.best_epoch, len(mean)) - 1)]
+        ax.plot(epochs, mean, "o-", color=color, label=label, markevery=scored, zorder=3)
         if np.isfinite(spread).any():
-            ax.fill_between(
-                curves.epochs, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0
-            )
-    _name_axes(ax, "epoch", curves.measure.title)
-    if curves.order:
-        _scale_axis(ax, curves.scale())
+            low = mean - spread
+            high = mean + spread
+            ax.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+    _set_axis(ax, "x", "epoch")
+    scale = curves.scale() if curves.order else None
+    _set_axis(ax, "y", curves.measure.title, scale)
     if curves.order[:best]:
         ax.legend()
     return ax
+
+
+def _draw_lines(ax: "Axes", lines: Sequence[tuple[FloatArray | IntArray, FloatArray]]) -> None:
+    """Draw thin gray lines, each given as its x and y values, behind everything else."""
+    from matplotlib.collections import LineCollection
+
+    if lines:
+        segments = [np.column_stack(line) for line in lines]
+        is_picture = len(segments) > _MANY
+        style = {"linewidths": 0.5, "alpha": 0.5, "zorder": 1, "rasterized": is_picture}
+        ax.add_collection(LineCollection(segments, colors=_GREY, **style))
+        ax.autoscale_view()
 
 
 def plot_slice(
     study: Study, parameter: str | None = None, *, ax: "Axes | None" = None
 ) -> "Axes | np.ndarray":
     """Plot the score against one hyperparameter, or against each hyperparameter that varied.
+
+    Red marks on the axis are trials that diverged.
 
     Args:
         parameter: name of a hyperparameter. None: all hyperparameters that varied.
@@ -195,7 +236,7 @@ def plot_slice(
     if parameter is not None:
         column = _parameter(study, parameter, "plot_slice")
         ax = _axes("plot_slice", ax, (4.5, 3.5))
-        _draw_scores(ax, column, column.values, view, color=_BLUE, alpha=0.7)
+        draw_slice(ax, column, view)
         return ax
     if ax is not None:
         raise InputError(
@@ -214,10 +255,26 @@ def plot_slice(
     )
     cells: np.ndarray = grid.ravel()
     for cell, column in zip(cells, varied):
-        _draw_scores(cell, column, column.values, view, color=_BLUE, alpha=0.7)
+        draw_slice(cell, column, view)
     for cell in cells[len(varied) :]:
         cell.remove()
     return cells[: len(varied)]
+
+
+def draw_slice(ax: "Axes", parameter: Parameter, view: Scores) -> None:
+    """Draw the score of each trial against one hyperparameter, and marks for diverged trials."""
+    notes = []
+    if parameter.hidden:
+        verb = "is" if parameter.hidden == 1 else "are"
+        trials = count(parameter.hidden, "trial")
+        notes.append(f"{trials} with an infinite {_plain(parameter.name)} {verb} not drawn")
+    _draw_scores(ax, parameter.values, view, notes)
+    scale = parameter_scale(parameter, pad=0.05) if len(parameter.distinct) else None
+    _set_axis(ax, "x", parameter.label, scale)
+    failed = [row for row, trial in enumerate(view.study.trials) if trial.state == "failed"]
+    if failed:
+        bottom = ax.get_xaxis_transform()
+        ax.plot(parameter.values[failed], [0.02] * len(failed), "|", color=_RED, transform=bottom)
 
 
 def _parameter(study: Study, name: str, plot: str) -> Parameter:
@@ -256,24 +313,45 @@ def plot_parallel(study: Study, *, ax: "Axes | None" = None) -> "Axes":
     """
     ax = _axes("plot_parallel", ax, (9.0, 4.5))
     view = score_view(study)
+    draw_parallel(ax, view, parallel_axes(view), dict.fromkeys(view.order))
+    return ax
+
+
+def draw_parallel(
+    ax: "Axes", view: Scores, columns: Sequence[Axis], lines: dict[int, str | None]
+) -> None:
+    """Draw parallel coordinates of some trials.
+
+    ``lines`` maps the row of a trial, best first, to the name of its line in an SVG file.
+    """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    columns = parallel_axes(view)
     colors = ScalarMappable(Normalize(*view.range), _color_map(view))
     places = range(len(columns))
-    for row in view.order[::-1]:
+    for row, name in reversed(lines.items()):
         heights = [column.heights[row] for column in columns]
-        ax.plot(places, heights, color=colors.to_rgba(view.values[row]), linewidth=0.8)
+        color = colors.to_rgba(view.values[row])
+        ax.plot(places, heights, color=color, linewidth=0.8, gid=name)
     for place, column in enumerate(columns):
-        for value, label in column.scale.ticks:
+        for value, label in _parallel_ticks(column.scale):
             height = float(column.scale(value))
-            text = f" {_plain(label)}"
-            ax.text(place, height, text, fontsize="x-small", va="center", clip_on=True)
+            ax.text(place, height, f" {_plain(label)}", fontsize="x-small", va="center")
     ax.set_xticks(places, [_plain(column.label) for column in columns])
     ax.set_ylabel("low to high")
-    ax.figure.colorbar(colors, ax=ax, label=_plain(view.measure.title))
-    return ax
+    bar = ax.figure.colorbar(colors, ax=ax, label=_plain(view.measure.title))
+    bar.ax.yaxis.set_major_formatter(lambda value, _: number_text(value))
+
+
+def _parallel_ticks(scale: Scale) -> list[tuple[float, str]]:
+    """Return the values and texts of the ticks of one parallel axis."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    if scale.ticks:
+        return list(scale.ticks)
+    locator = LogLocator(subs=(1, 3), numticks=7) if scale.log else MaxNLocator(6)
+    values = np.asarray(locator.tick_values(scale.low, scale.high)).tolist()
+    return [(value, number_text(value)) for value in values if scale.low <= value <= scale.high]
 
 
 def plot_pareto(
@@ -305,10 +383,20 @@ def plot_pareto(
     y = check_metric(study, y, "plot_pareto(y={})")
     front = pareto_front(study, x, y)
     ax = _axes("plot_pareto", ax, (5.0, 4.0))
-    ax.scatter(front.values[:, 0], front.values[:, 1], s=14, color=_GREY, label="trial")
-    ax.plot(*front.values[front.order].T, "o-", color=_BLUE, markersize=5, label="Pareto-optimal")
-    x_measure, y_measure = front.measures
-    _name_axes(ax, x_measure.title, y_measure.title)
+    scales = []
+    for values, measure in zip(front.values.T, front.measures):
+        scales.append(value_scale(*score_range(values, measure), measure))
+    places = np.clip(front.values, [s.low for s in scales], [s.high for s in scales])
+    is_picture = len(places) > _MANY
+    x_places, y_places = places.T
+    ax.scatter(x_places, y_places, s=14, color=_GREY, label="trial", rasterized=is_picture)
+    ax.plot(*places[front.order].T, "o-", color=_BLUE, markersize=5, label="Pareto-optimal")
+    for side, scale, measure in zip("xy", scales, front.measures):
+        _set_axis(ax, side, measure.title, scale)
+    far = int((np.abs(places - front.values) > 0).any(1).sum())
+    if far:
+        trials = count(far, "trial")
+        ax.set_title(f"The points at the edge include {trials} beyond the axes.", fontsize="small")
     ax.legend()
     return ax
 
@@ -337,12 +425,26 @@ def plot_importance(study: Study, *, seed: int = 0, ax: "Axes | None" = None) ->
     """
     forest = importance(study, seed=seed)
     ax = _axes("plot_importance", ax, (6.0, 1.2 + 0.4 * len(forest.names)))
-    places = range(len(forest.names))
-    ax.barh(places, forest.drops, xerr=forest.errors, color=_BLUE, height=0.6)
-    ax.set_yticks(places, list(map(_plain, forest.labels)))
-    ax.invert_yaxis()
-    ax.set_xlabel(f"fall of the forest's R² when shuffled (R² {forest.fit:.2f} on unseen trials)")
+    draw_importance(ax, forest)
     return ax
+
+
+def draw_importance(ax: "Axes", forest: Importance) -> None:
+    """Draw the importance of each hyperparameter as a bar."""
+    name = f"fall of the forest's R² when shuffled (R² {forest.fit:.2f} on unseen trials)"
+    draw_bars(ax, forest.labels, forest.drops, forest.errors, name)
+
+
+def draw_bars(
+    ax: "Axes", labels: Sequence[str], values: FloatArray, errors: FloatArray, name: str
+) -> None:
+    """Draw a horizontal bar for each value, with its standard deviation, from top to bottom."""
+    places = range(len(labels))
+    ax.barh(places, values, xerr=errors, color=_BLUE, height=0.6)
+    ax.set_yticks(places, list(map(_plain, labels)))
+    ax.invert_yaxis()
+    ax.set_xlabel(name)
+    ax.xaxis.set_major_formatter(lambda value, _: number_text(value))
 
 
 def plot_contour(
@@ -408,7 +510,8 @@ def plot_contour(
     filled = ax.tricontourf(drawn, means, levels=levels, cmap=_color_map(view), extend="both")
     ax.scatter(x_places, y_places, s=10, color="white", edgecolor="black", linewidth=0.5)
     ax.figure.colorbar(filled, ax=ax, label=_plain(view.measure.title))
-    _name_axes(ax, *columns)
+    for side, column in zip("xy", columns):
+        _set_axis(ax, side, column.label, parameter_scale(column, pad=0.02))
     return ax
 
 
@@ -447,16 +550,67 @@ def plot_path(study: Study, parameter: str | None = None, *, ax: "Axes | None" =
         )
     ax = _axes("plot_path", ax)
     paths = descent_paths(study)
-    for place, path in reversed(list(enumerate(paths))):
+    draw_paths(ax, paths, [path.values[name] for path in paths])
+    column = columns[name]
+    scale = parameter_scale(column, pad=0.05) if len(column.distinct) else None
+    _set_axis(ax, "y", column.label, scale)
+    return ax
+
+
+def draw_score_paths(ax: "Axes", paths: Sequence[DescentPath], view: Scores) -> None:
+    """Draw the score by outer step of a hypergradient search, one line per starting point."""
+    draw_paths(ax, paths, [np.clip(path.scores, *view.range) for path in paths])
+    _set_axis(ax, "y", view.measure.title, view.scale())
+
+
+def draw_paths(ax: "Axes", paths: Sequence[DescentPath], values: Sequence[FloatArray]) -> None:
+    """Draw a line per starting point of a hypergradient search, with hollow points for noise.
+
+    ``values`` are the heights of each line.
+    """
+    for place, (path, heights) in reversed(list(enumerate(zip(paths, values)))):
         named = place < BEST
-        values = path.values[name]
         noisy = ~path.usable
         color = f"C{place}" if named else _GREY
-        (line,) = ax.plot(path.steps, values, "o-", color=color, markersize=4)
+        (line,) = ax.plot(path.steps, heights, "o-", color=color, markersize=4)
         line.set(label=f"start {path.start}" if named else None, zorder=2 + named)
-        (points,) = ax.plot(path.steps[noisy], values[noisy], "o", color=color, markersize=4)
+        (points,) = ax.plot(path.steps[noisy], heights[noisy], "o", color=color, markersize=4)
         points.set(markerfacecolor="white", zorder=4)
-    _name_axes(ax, "outer step", columns[name])
+    _set_axis(ax, "x", "outer step")
     if paths:
         ax.legend()
-    return ax
+
+
+def draw_lineages(ax: "Axes", trials: Sequence[Trial], max_epochs: int) -> None:
+    """Draw the family tree of population based training: one line for the lineage of each trial.
+
+    A line runs along the row of a trial. At a copy, it moves to the row of the copying trial.
+    """
+    lines = []
+    for trial in trials:
+        epochs, rows = zip(*trial.lineage)
+        # Each trial number lasts until the next copy.
+        corners = np.append(np.repeat(epochs, 2)[1:], max_epochs)
+        lines.append((corners, np.repeat(rows, 2).astype(float)))
+    _draw_lines(ax, lines[BEST:])
+    for trial, line in zip(trials, lines[:BEST]):
+        ax.plot(*line, label=f"trial {trial.number}")
+    _set_axis(ax, "x", "epoch")
+    _set_axis(ax, "y", "trial")
+    ax.legend()
+
+
+def draw_confusion(ax: "Axes", matrix: IntArray, shares: FloatArray, labels: Sequence[str]) -> None:
+    """Draw a confusion matrix (K, K). A cell is darker for a larger share of its true class."""
+    places = range(len(labels))
+    names = list(map(_plain, labels))
+    ax.pcolormesh(shares, cmap="Blues", vmin=0.0, vmax=1.0, edgecolors="white")
+    for row, column in np.argwhere(matrix).tolist():
+        color = "white" if shares[row, column] > 0.5 else "black"
+        number = str(matrix[row, column])
+        ax.text(column + 0.5, row + 0.5, number, color=color, ha="center", va="center")
+    ax.invert_yaxis()
+    centers = [place + 0.5 for place in places]
+    ax.set_xticks(centers, names, rotation=40, ha="right", rotation_mode="anchor")
+    ax.set_yticks(centers, names)
+    ax.set(xlabel="predicted", ylabel="true")

@@ -4,7 +4,6 @@
 0.3. In shapes, C counts trials and M metrics. A row is the index of a trial in the study.
 """
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +31,8 @@ _DECADE = 30.0
 # Space below and above the scores, as a share of the axis, for the marks of diverged trials.
 _PAD = 0.06
 
-_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+# Shortest axis, as a share of its largest value. Its ticks then differ in four digits.
+_SHORTEST = 0.005
 
 DIGITS = 4  # significant digits of a number in a chart or in the report, at most
 
@@ -44,14 +44,14 @@ class Scale:
     Attributes:
         low: the lower end. A value below ``low`` has a negative position.
         high: the upper end. A value above ``high`` has a position above 1.
-        ticks: values and texts of the ticks.
         log: whether the scale is logarithmic.
+        ticks: values and texts of the ticks. (): round numbers, which matplotlib chooses.
     """
 
     low: float
     high: float
-    ticks: tuple[tuple[float, str], ...]
     log: bool = False
+    ticks: tuple[tuple[float, str], ...] = ()
 
     def __call__(self, values: ArrayLike) -> FloatArray:
         """Convert values to positions on the axis: 0 at ``low`` and 1 at ``high``.
@@ -101,85 +101,21 @@ def _n_digits(text: str) -> int:
     return len(digits if "." in text else digits.rstrip("0"))
 
 
-def linear_scale(
-    low: float, high: float, *, most: int = 6, pad: float = 0.0, whole: bool = False
-) -> Scale:
-    """Return a linear axis scale from ``low`` to ``high``, with round ticks.
+def axis_scale(low: float, high: float, *, log: bool = False, pad: float = 0.0) -> Scale:
+    """Return an axis scale from ``low`` to ``high`` with a margin on both sides.
 
-    Ticks differ in their first four digits. If ``low`` and ``high`` differ less, the axis is
-    longer.
-
-    Args:
-        low: the lower end of the values.
-        high: the upper end of the values.
-        most: number of ticks at most.
-        pad: margin on both sides, as a share of the length.
-        whole: whether ticks must be integers.
+    ``pad`` is the margin as a share of the axis. If the ends differ only in their fourth digit, the
+    axis is longer, so that its ticks differ in their first four digits.
     """
-    if not high > low:
-        half = abs(low) * 0.05 or 0.5
-        low -= half
-        high += half
-    # The last of the four digits that the largest number has.
-    unit = 10.0 ** (math.floor(math.log10(max(abs(low), abs(high)))) - DIGITS + 1)
-    if not whole and high - low < 2 * unit:
-        first = math.floor(low / unit)
-        low = unit * first
-        high = unit * max(math.ceil(high / unit), first + 1)
+    least = _SHORTEST * max(abs(low), abs(high)) or 1.0
+    missing = max(0.0, least - (high - low))
+    low -= missing / 2
+    high += missing / 2
+    if log:
+        ratio = (high / low) ** pad
+        return Scale(low / ratio, high * ratio, log=True)
     margin = pad * (high - low)
-    low -= margin
-    high += margin
-    rough = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    steps = [power * part for part in _STEPS]
-    if not whole and rough <= 2.5 * unit:
-        # A step of 2.5 units would need a fifth digit.
-        power = unit
-        steps = [unit, 2 * unit, 5 * unit]
-    step = next(step for step in steps if step >= rough * (1 - 1e-9))
-    if whole:
-        step = math.ceil(step)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9) + (step / power == 2.5))
-    is_plain = max(abs(low), abs(high)) < 1e6 and decimals <= 6
-    ticks = []
-    for k in range(first, last + 1):
-        mark = k * step
-        if not is_plain:
-            label = number_text(mark)
-        elif whole:
-            label = f"{mark:.0f}"
-        else:
-            label = limited(mark, decimals)
-        ticks.append((mark, label))
-    return Scale(low, high, tuple(ticks))
-
-
-def log_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0) -> Scale:
-    """Return a logarithmic axis scale for positive numbers from ``low`` to ``high``.
-
-    The ticks are powers of ten. If the axis has few powers, the ticks are 1, 2 and 5 times each
-    power.
-    """
-    if not high > low:
-        low /= 2
-        high *= 2
-    margin = pad * (math.log(high) - math.log(low))
-    low = math.exp(math.log(low) - margin)
-    high = math.exp(math.log(high) + margin)
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1, 2, 5), (1, 3), (1,)):
-        powers = itertools.product(exponents, digits)
-        marks = [float(f"{digit}e{exponent}") for exponent, digit in powers]
-        inside = [mark for mark in marks if low * (1 - 1e-9) <= mark <= high * (1 + 1e-9)]
-        if 2 <= len(inside) <= most:
-            break
-    if len(inside) > most:
-        inside = inside[:: math.ceil(len(inside) / most)]
-    if len(inside) < 2:  # the range may be shorter than a decade
-        return replace(linear_scale(low, high, most=most), log=True)
-    return Scale(low, high, tuple((mark, number_text(mark)) for mark in inside), log=True)
+    return Scale(low - margin, high + margin)
 
 
 def value_scale(low: float, high: float, measure: Measure, *, pad: float = _PAD) -> Scale:
@@ -188,7 +124,7 @@ def value_scale(low: float, high: float, measure: Measure, *, pad: float = _PAD)
     A loss that spans decades has a logarithmic scale.
     """
     is_wide = measure.lower_is_better and low > 0 and high > _DECADE * low
-    return (log_scale if is_wide else linear_scale)(low, high, pad=pad)
+    return axis_scale(low, high, log=is_wide, pad=pad)
 
 
 @dataclass(frozen=True, eq=False)

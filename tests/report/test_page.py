@@ -15,9 +15,8 @@ from gputune.api.study import Study
 from gputune.ground.errors import InputError
 from gputune.ground.text import short
 from gputune.report.page import BUDGET, as_json, page, plain_number, table_columns
-from gputune.report.svg import Frame, band_path, cut, dots_path, element, line_path, spread_over
 from gputune.views.parameters import importance
-from gputune.views.scores import Scale, linear_scale, score_view
+from gputune.views.scores import score_view
 from made_studies import HOSTILE, hostile_study, made_batches, made_descent, made_study, study_of
 
 
@@ -213,10 +212,11 @@ def test_it_needs_no_network(html):
             "data",
             "xlink:href",
         ) and not name.startswith("on")
-        assert name != "href" or value.startswith("#"), (tag, value)
-    loading = "link img iframe object embed base form image use foreignobject"
+        inside = ("#", "data:image/png;base64,") if tag == "image" else "#"
+        assert name != "href" or value.startswith(inside), (tag, value)
+    loading = "link img iframe object embed base form foreignobject"
     assert not {*loading.split()} & {*parsed.tags}
-    assert "url(" not in re.sub(r"url\(#plot\)", "", html) and "@import" not in html
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", html) and "@import" not in html
 
 
 def test_the_policy_allows_the_pages_own_script_and_style_only(html):
@@ -238,8 +238,15 @@ def test_no_text_adds_an_element(text):
     written = hostile_page(text)
     hostile = Elements(written)
     plain = Elements(hostile_page("plain"))
+    # The number of ticks of a chart depends on the length of its labels.
+    in_charts = {"g", "text", "use", "path", "defs", "clippath", "rect", "image"}
+    assert {*hostile.tags} == {*plain.tags}
+    assert {a[:2] for a in hostile.attributes} == {a[:2] for a in plain.attributes}
+    for parsed in (hostile, plain):
+        parsed.tags = [tag for tag in parsed.tags if tag not in in_charts]
+        parsed.attributes = [a[:2] for a in parsed.attributes if a[0] not in in_charts]
     assert hostile.tags == plain.tags
-    assert [a[:2] for a in hostile.attributes] == [a[:2] for a in plain.attributes]
+    assert hostile.attributes == plain.attributes
     assert not any(ord(char) < 32 and char not in "\n" for char in written)
 
 
@@ -281,11 +288,8 @@ def test_ten_thousand_trials_are_small_and_say_what_is_thinned():
     html = page(made_study(10_000, epochs=50))
     assert len(html.encode()) < 2_000_000
     text = Elements(html).text
-    assert re.search(r"250 of the \d+ other curves are drawn", text)
-    assert re.search(
-        r"1500 of \d+ scored trials are drawn: the best 375, and others at even steps in rank", text
-    )
-    assert re.search(r"400 of \d+ scored trials have a line", text)
+    assert html.count("data:image/png;base64,") > 2  # many points are one picture
+    assert re.search(r"The best 400 of \d+ scored trials have a line", text)
     assert len(table_of(html)["columns"][0]["values"]) == 10_000
 
 
@@ -300,7 +304,7 @@ def test_a_table_too_large_keeps_the_best_and_says_so(monkeypatch):
     assert columns[0]["values"] == [trial.number for trial in study.ranking()[:rows]]
     html = page(study)
     assert f"The best {rows} of 225 trials are in this table" in Elements(html).text
-    assert "hyperparameters have an axis here" in Elements(html).text
+    assert "The 9 most important hyperparameters of 30 are drawn" in Elements(html).text
 
 
 def test_values_that_no_axis_has():
@@ -387,9 +391,7 @@ def test_under_halving_the_page_says_which_trials_can_win():
     )
     assert "the best score so far, without pruned trials" in text
     assert score_view(study).best_so_far.tolist() == [0.7, 0.7, 0.8, 0.8]
-    lines = re.findall(
-        r'data-rank="(\d+)"', html.partition('class="lines"')[2].partition("</g>")[0]
-    )
+    lines = re.findall(r'<g data-rank="(\d+)"', html)
     assert sorted(lines) == ["0", "1", "2"]
     plain = page(made)
     assert "eligible" not in plain and "without pruned trials" not in plain
@@ -428,51 +430,3 @@ def test_a_long_training_time_has_few_digits():
         study = replace(made, trials=tuple(replace(t, seconds=longest) for t in made.trials))
         (seconds,) = [column for column in table_columns(study)[0] if column["key"] == "seconds"]
         assert seconds["values"] == [shown, shown]
-
-
-def test_thinning_keeps_the_first_and_the_last_and_is_the_same_every_time():
-    order = list(range(1000))
-    kept = spread_over(order, 100)
-    assert len(kept) == len(set(kept)) == 100 and kept[:25] == order[:25] and kept[-1] == 999
-    assert kept == sorted(kept) == spread_over(order, 100)
-    assert max(np.diff(kept[25:])) - min(np.diff(kept[25:])) <= 1
-    assert spread_over(order[:7], 100) == order[:7]
-
-
-def test_paths_and_long_names():
-    assert line_path([0, 1, 2, 3], [0, 1, math.nan, 2]) == "M0.0 0.0L1.0 1.0M3.0 2.0"
-    assert (
-        dots_path(np.array([1.0, math.nan, 2.0]), np.array([1.0, 1.0, 3.0]))
-        == "M1.0 1.0h0M2.0 3.0h0"
-    )
-    x = np.array([0.0, 1.0, 2.0])
-    band = band_path(x, np.array([0, 1, math.nan]), np.array([2, 3, math.nan]))
-    assert band == "M0.0 2.0L1.0 3.0L1.0 1.0L0.0 0.0Z"
-    assert band_path(x, x * math.nan, x) == ""
-    assert cut("short", 10) == "short" and cut("a long name of a thing", 9) == "a lo…hing"
-
-
-def test_elements_are_escaped():
-    made = element("text", '<b>&"', class_='"><svg onload=x>', x=1.25, data_rank=3, none=None)
-    assert str(made) == (
-        '<text class="&#34;&gt;&lt;svg onload=x&gt;" x="1.2" '
-        'data-rank="3">&lt;b&gt;&amp;&#34;</text>'
-    )
-
-
-@pytest.mark.parametrize("words", ["relu", "a_very_long_schedule"])
-def test_ticks_have_room_in_their_drawing(words):
-    """By the width of a letter, 6 of 12 pixels: no tick begins left of the drawing, or reaches the
-    name of an axis."""
-    x = Scale(-0.5, 6.5, tuple((place, words) for place in range(7)))
-    frame = Frame(440.0, 300.0, x, linear_scale(-20_000, 20_000), letters=14).with_room()
-    axes = str(frame.axes("name", "name"))
-    for left, top, angle, text in re.findall(
-        r'class="tick (?:end|mid)" x="([-\d.]+)" y="([-\d.]+)"(?: transform="rotate\((-\d+)[^"]*")?>([^<]*)<',
-        axes,
-    ):
-        turn = math.radians(-float(angle or 0))
-        length = 6.0 * len(text)
-        assert float(left) - length * math.cos(turn) > (0 if angle else 20)
-        assert float(top) + length * math.sin(turn) < frame.height - 18
-    assert ("rotate(-40" in axes) == (len(words) > 10) == (frame.height > 300)

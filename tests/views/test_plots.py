@@ -61,12 +61,14 @@ def test_curves(study):
         np.testing.assert_allclose(
             lines[f"trial {trial.number}"], study.curves[trial.number].mean(1)
         )
-    band = ax.collections[0].get_paths()[0].vertices
+    band = ax.collections[1].get_paths()[0].vertices
     curve = study.curves[best[0].number]
     top = (curve.mean(1) + curve.std(1, ddof=1)).max()
     assert band[:, 1].max() == pytest.approx(top)
-    assert len(ax.lines) == 40 and len(ax.collections) == 3
-    np.testing.assert_array_equal(ax.lines[0].get_xdata(), np.arange(1, 9))
+    assert len(ax.lines) == 3 and len(ax.collections) == 4
+    thin = ax.collections[0].get_segments()
+    assert len(thin) == 37
+    np.testing.assert_array_equal(thin[0][:, 0], np.arange(1, 9))
 
 
 def test_slice_of_one(study):
@@ -102,6 +104,7 @@ def test_parallel(study):
         assert {
             (label, place, float(axis.scale(value))) for value, label in axis.scale.ticks
         } <= drawn
+        assert sum(position == place for _, position, _ in drawn) >= 2
     top = ax.lines[-1].get_ydata()  # the best lies on top
     logs = np.log([trial.params["lr"] for trial in study.trials])
     expected = (math.log(study.best_params["lr"]) - logs.min()) / (logs.max() - logs.min())

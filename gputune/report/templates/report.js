@@ -10,7 +10,7 @@
   // Brushes: one for each axis, [low, high] in [0, 1], or null where all is kept.
 
   const brushes = axes.map(() => null);
-  const lines = all(".parallel .lines path");
+  const lines = all(".parallel [data-rank]");
   const handles = all(".parallel .axis");
 
   function height(axis, row) {
