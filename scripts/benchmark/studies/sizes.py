@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import gputune
 from benchmark.report import begin_on_one_thread, publish, published, table
 from benchmark.studies.lora import Case, Pooled, in_process, make_base, make_rows, targets_of
-from gputune.engine import batch_sizes
+from gputune.engine import plan
 from gputune.modules import kept_features
 from gputune.modules.kept_features import NotKept
 
@@ -92,13 +92,13 @@ def measure(name: str, sizes: list[int], epochs: int, repeats: int) -> Row:
     """Measure one search in both ways."""
     base = make_base()
     seconds: dict[str, list[float]] = {"together": [], "apart": []}
-    update_seconds = batch_sizes._UPDATE_SECONDS
+    why_apart = plan._why_apart
     for _ in range(repeats):
         for way, spent in seconds.items():
-            # The price of an update that makes one of the ways the better one.
-            batch_sizes._UPDATE_SECONDS = 0.0 if way == "together" else float("inf")
+            reason = "" if way == "together" else "the benchmark asks for it"
+            plan._why_apart = lambda *_, reason=reason: reason
             spent.append(in_process(lambda: search(name, base, sizes, epochs))[0])
-    batch_sizes._UPDATE_SECONDS = update_seconds
+    plan._why_apart = why_apart
     clause = plan_of(name, base, sizes)
     return Row(name, sizes, epochs, *seconds.values(), "together" if clause else "apart")
 
@@ -131,15 +131,15 @@ def search(name: str, base: nn.Module, sizes: list[int], epochs: int, **options:
 def plan_of(name: str, base: nn.Module, sizes: list[int]) -> bool:
     """Return whether gputune's estimate lets the batch sizes of a search train together."""
     reasons = []
-    why_apart = batch_sizes._why_apart
+    why_apart = plan._why_apart
 
     def watched(*arguments: Any) -> str:
         reasons.append(why_apart(*arguments))
         return reasons[-1]
 
-    batch_sizes._why_apart = watched
+    plan._why_apart = watched
     try:
         search(name, base, sizes, 1)
     finally:
-        batch_sizes._why_apart = why_apart
+        plan._why_apart = why_apart
     return not any(reasons)
