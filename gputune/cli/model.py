@@ -30,7 +30,7 @@ from gputune.scoring.scores import PINBALL
 from gputune.study.code import class_from_flag
 from gputune.study.export import description
 from gputune.study.model import TunedModel, half_width, load_model, refuse_unknown
-from gputune.study.trained_rows import share_of_rows
+from gputune.study.model_files import share_of_rows
 
 _SCORES: dict[Task, tuple[str, ...]] = {  # in addition to the metric of the search
     "binary": ("accuracy", "balanced_accuracy", "roc_auc", "neg_log_loss"),

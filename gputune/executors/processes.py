@@ -44,6 +44,7 @@ from gputune.executors.executor import (
     LostWorkerError,
     Outcomes,
     UnitResult,
+    WorkerProgress,
 )
 from gputune.executors.worker import (
     LoopTask,
@@ -58,7 +59,6 @@ from gputune.executors.worker import (
     submit,
     training,
 )
-from gputune.executors.worker_progress import WorkerProgress
 from gputune.ground.device import CPU
 from gputune.ground.errors import InputError, option
 from gputune.ground.files import naming_folder, scratch_folder

@@ -10,8 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from gputune.engine.backend import torch_threads
 from gputune.engine.job import Failure, Outcome, ProgressCallback
 from gputune.engine.turns import Cancelled, Turns
-from gputune.executors.executor import Ended, Executor, Outcomes
-from gputune.executors.worker_progress import WorkerProgress
+from gputune.executors.executor import Ended, Executor, Outcomes, WorkerProgress
 from gputune.ground.within_epoch import workers_read_by
 from gputune.population.population import Population
 

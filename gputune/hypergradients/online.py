@@ -23,7 +23,8 @@ Departure from Baydin et al.: lr does not fall below 0 unless ``lr_min`` is None
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, overload
 
@@ -34,7 +35,6 @@ from torch.optim.optimizer import ParamsT
 
 from gputune.ground.errors import InputError, Verbatim, option
 from gputune.ground.types import DEFAULTS, ONLINE_RULES
-from gputune.hypergradients.products import parts_together, share, sums_of_products
 
 __all__ = ["SGDHD", "AdamHD", "AdamWHD"]
 
@@ -497,3 +497,61 @@ def _number(
     if high < math.inf:
         rule = f"{rule} and < {high:g}"
     raise InputError(name, rule, got=value, remedy=f"For example {example}.")
+
+
+GradientPair = tuple[Tensor, Tensor]
+
+
+def parts_together(pairs: Sequence[GradientPair], foreach: bool | None) -> list[list[int]]:
+    """Group tensors that one PyTorch call can process together, and return the indices of each
+    group.
+
+    A group has all tensors of one device and dtype. With ``foreach=False``, each tensor is a
+    separate group.
+    """
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    together = all(x.is_cuda for x, _ in pairs) if foreach is None else foreach
+    for place, (x, y) in enumerate(pairs):
+        key: Hashable = place
+        if together:
+            key = (x.device, x.dtype, y.dtype)
+        groups[key].append(place)
+    return list(groups.values())
+
+
+def sums_of_products(products: list[list[GradientPair]], foreach: bool | None) -> list[float]:
+    """Return the sum of the products of all entries, for each list of tensor pairs."""
+    dots: list[Tensor] = []
+    owners = []  # the position of each dot's list
+    for number, pairs in enumerate(products):
+        for part in parts_together(pairs, foreach):
+            left = _flat([pairs[place][0] for place in part])
+            right = _flat([pairs[place][1] for place in part])
+            dots.append(torch.dot(left, right))
+            owners.append(number)
+    sums = [0.0] * len(products)
+    if dots:
+        # All sums are transferred in one synchronization with the GPU.
+        device = dots[0].device
+        values = torch.stack([dot.to(device) for dot in dots]).tolist()
+        for number, value in zip(owners, values):
+            sums[number] += value
+    return sums
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Join the entries of several tensors into one vector, in float32 or a wider dtype."""
+    if len(tensors) == 1:
+        flat = tensors[0].reshape(-1)
+    else:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    # Squares easily leave the range of half precision.
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def share(part: float, whole: float) -> float:
+    """Return the quotient part / whole, or 0 if ``whole`` is zero or the quotient is not finite."""
+    if not whole > 0:  # also for NaN
+        return 0.0
+    quotient = part / whole
+    return quotient if math.isfinite(quotient) else 0.0

@@ -37,9 +37,9 @@ from gputune.solver.solve import solve_all, solved_module
 from gputune.spaces.distributions import space_from_json
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
+from gputune.study.model_files import sample_of_rows
 from gputune.study.record import RECORD_FIELDS, lost_option
 from gputune.study.study import Study, Trial
-from gputune.study.trained_rows import sample_of_rows
 from gputune.tuning.choices import ModelChoice, recorded_model
 from gputune.tuning.options import Options, RowOptions
 from gputune.tuning.problem import Problem, make_problem

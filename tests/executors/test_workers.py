@@ -21,8 +21,8 @@ import gputune
 from forked import Fork
 from gputune.engine.job import Failure, Job
 from gputune.executors import executor, processes
+from gputune.executors.executor import WorkerProgress
 from gputune.executors.processes import to_arrays
-from gputune.executors.worker_progress import WorkerProgress
 from gputune.ground.files import scratch_folder
 from gputune.ground.within_epoch import Running
 from gputune.modules.recorder import CpuRecorder

@@ -11,7 +11,7 @@ from gputune.data.arrays import ArrayLayout, as_arrays
 from gputune.data.columns import fit_layout
 from gputune.data.source import read_source
 from gputune.data.table import as_table
-from gputune.study.trained_rows import SAMPLE_SIZE, _digests, sample_of_rows, share_of_rows
+from gputune.study.model_files import SAMPLE_SIZE, _digests, sample_of_rows, share_of_rows
 
 N = 3 * SAMPLE_SIZE
 ROWS = np.random.default_rng(0).normal(size=(N, 3))

@@ -23,7 +23,7 @@ from gputune.cli.summary import ensemble_text
 from gputune.data.table import as_table
 from gputune.integrations.whole_model import WholeModel
 from gputune.population.population import Ensemble
-from gputune.study.trained_rows import share_of_rows
+from gputune.study.model_files import share_of_rows
 from gputune.tuning.predictions import Predictions, predictions_of
 from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Access, search_of

@@ -21,8 +21,7 @@ from command_line import run
 from gputune.engine import compiled, members
 from gputune.engine.job import run_in_parts
 from gputune.engine.train import Spent, operations
-from gputune.executors.executor import Executor
-from gputune.executors.worker_progress import WorkerProgress
+from gputune.executors.executor import Executor, WorkerProgress
 from gputune.ground.within_epoch import Running, report_steps, report_waiting, workers_read_by
 from gputune.methods import training
 from gputune.modules import calls

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import gputune
-from gputune.api.trainer_words import TRAINER_ADVICE, TRAINER_KEYS
+from gputune.api.interactive import TRAINER_ADVICE, TRAINER_KEYS
 from gputune.spaces.config import legal_keys
 
 X = np.random.default_rng(0).normal(size=(30, 2))
