@@ -196,7 +196,10 @@ def test_a_module_of_a_file_predicts_in_a_new_process(tmp_path):
     assert (code, err) == (0, "")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    code, out, err = finish("predict", "../gputune-out/model", "../bugs.csv", cwd=elsewhere)
+    model = ["predict", "../gputune-out/model", "../bugs.csv"]
+    code, out, err = finish(*model, cwd=elsewhere)
+    assert code == 2 and not out and "--module FILE.py:NAME, or add --trust-code" in err
+    code, out, err = finish(*model, "--module", "../net.py:Net", cwd=elsewhere)
     assert (code, err) == (0, "")
     assert out.startswith("kind\n") and out.count("\n") == 41
 
