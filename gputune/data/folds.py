@@ -8,6 +8,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from typing import Any, Protocol, cast, runtime_checkable
@@ -202,10 +203,14 @@ def _fold_splitter(cv: int, target: Target, groups: np.ndarray | None, seed: int
     random_state = stream_seed(seed, "folds") % 2**32
     # scikit-learn stratifies only if a class has at least one row per fold.
     splitter: Callable[..., Splitter]
-    if target.classes is None or _are_small_classes(target, cv):
+    if target.classes is None:
         splitter = KFold if groups is None else GroupKFold
-    else:
+    elif not _are_small_classes(target, cv):
         splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
+    elif groups is None:
+        return _SpreadKFold(cv, seed)
+    else:
+        splitter = GroupKFold
     return splitter(cv, shuffle=True, random_state=random_state)
 
 
@@ -214,6 +219,36 @@ def _are_small_classes(target: Target, n_folds: int) -> bool:
     if target.classes is None or len(target.classes) <= MAX_CLASSES:
         return False
     return bool(np.bincount(target.values).max() < n_folds)
+
+
+@dataclass(frozen=True)
+class _SpreadKFold:
+    """A splitter into shuffled folds of equal size, for targets with many small classes.
+
+    The rows of each class are spread over the folds as evenly as possible.
+    """
+
+    n_splits: int
+    seed: int
+
+    def split(
+        self, X: object, y: object = None, groups: object = None
+    ) -> Iterable[tuple[object, object]]:
+        del X, groups
+        labels = np.asarray(y)
+        rng = np.random.default_rng(stream_seed(self.seed, "folds"))
+        # Classes in random order, and the rows of each class in random order. Consecutive rows go
+        # to different folds.
+        codes = np.unique(labels, return_inverse=True)[1]
+        class_rank = rng.permutation(codes.max() + 1)[codes]
+        order = np.lexsort((rng.permutation(len(labels)), class_rank))
+        fold_of_row = np.empty(len(labels), dtype=np.int64)
+        fold_of_row[order] = np.arange(len(labels)) % self.n_splits
+        for fold in range(self.n_splits):
+            yield np.flatnonzero(fold_of_row != fold), np.flatnonzero(fold_of_row == fold)
+
+
+_STRATIFYING = (StratifiedKFold, StratifiedGroupKFold, _SpreadKFold)
 
 
 def _split(
@@ -240,7 +275,7 @@ def _split(
         raise InputError(
             option("cv", cv), f"cannot split these {len(target)} rows: {error}"
         ) from error
-    if target.classes is not None and isinstance(splitter, StratifiedKFold | StratifiedGroupKFold):
+    if target.classes is not None and isinstance(splitter, _STRATIFYING):
         counts = np.bincount(target.values, minlength=target.n_outputs)
         rare = np.flatnonzero(counts < len(pairs))
         if len(rare):
@@ -360,7 +395,7 @@ def hold_out(
         by_group = GroupShuffleSplit(1, test_size=test_size, random_state=random_state)
         rest, test = next(by_group.split(groups, groups=groups))
     elif target.classes is not None:
-        rest, test = _hold_out_classes(target, n_test, random_state)
+        rest, test = _hold_out_classes(target, n_test, seed, random_state)
     elif n_test < n_rows:
         by_row = ShuffleSplit(1, test_size=n_test, random_state=random_state)
         rest, test = next(by_row.split(np.zeros(n_rows)))
@@ -377,11 +412,11 @@ def _nothing_left(test_size: float, units: str) -> InputError:
 
 
 def _hold_out_classes(
-    target: Target, n_test: int, random_state: int
+    target: Target, n_test: int, seed: int, random_state: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows for the search and the held-out rows of a target with classes.
 
-    Each class has the same proportion in both parts, unless it has too few rows for that.
+    Each class has the same proportion in both parts.
     """
     counts = np.bincount(target.values, minlength=target.n_outputs)
     if (counts == 1).all():
@@ -399,15 +434,36 @@ def _hold_out_classes(
         rest, test = next(by_class.split(pool, target.values[pool]))
     except ValueError as error:
         refuse_identifier(target)
-        n_classes = int((counts > 1).sum())
-        raise InputError(
-            "test_size",
-            f"would hold out {n_test} of {len(target)} rows, so the {n_classes} classes cannot "
-            "have the same proportions in both parts",
-            remedy="Use a different share, or 0.",
-        ) from error
+        if min(len(counts), n_test) < MAX_CLASSES:
+            n_classes = int((counts > 1).sum())
+            raise InputError(
+                "test_size",
+                f"would hold out {n_test} of {len(target)} rows, so the {n_classes} classes cannot "
+                "have the same proportions in both parts",
+                remedy="Use a different share, or 0.",
+            ) from error
+        rest, test = _spread_apart(target.values[pool], n_test, seed)
     # The row of a class with only one row is never held out.
     return np.concatenate([pool[rest], np.flatnonzero(is_single)]), pool[test]
+
+
+def _spread_apart(codes: np.ndarray, n_test: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Choose held-out rows if a target has more classes than the smaller part has rows.
+
+    Returns the positions for the search and the held-out positions. The held-out rows cover as many
+    classes as possible, and each class keeps a row for the search. If the classes have too few
+    rows, fewer than ``n_test`` rows are held out.
+    """
+    rng = np.random.default_rng(stream_seed(seed, "hold out"))
+    order = rng.permutation(len(codes))
+    seen = np.zeros(codes.max() + 1, dtype=np.int64)
+    rank = np.empty(len(codes), dtype=np.int64)  # of each row within its class
+    for row in order:
+        rank[row] = seen[codes[row]]
+        seen[codes[row]] += 1
+    spare = order[rank[order] > 0]  # the first row of each class stays
+    test = spare[np.argsort(rank[spare], kind="stable")][:n_test]
+    return np.setdiff1d(np.arange(len(codes)), test), test
 
 
 def pack_folds(folds: Sequence[Rows]) -> list[list[str]]:

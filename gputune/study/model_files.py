@@ -447,6 +447,8 @@ def _saved_numbers(module: nn.Module) -> _Numbers:
     numbers: _Numbers = {}
     for path, part in _counting_parts(module):
         for name, value in vars(part).items():
+            if isinstance(value, np.number):
+                value = value.item()
             if type(value) in (bool, int, float) and name != "training":
                 numbers[f"{path}.{name}".lstrip(".")] = value
     return numbers
@@ -483,8 +485,9 @@ def _restore(
     for path, part in _counting_parts(module):
         for key, before in list(vars(part).items()):
             value = numbers.get(f"{path}.{key}".lstrip("."))
-            if key != "training" and _is_like(value, before) and value != before:
-                setattr(part, key, value)
+            plain = before.item() if isinstance(before, np.number) else before
+            if key != "training" and _is_like(value, plain) and value != plain:
+                setattr(part, key, type(before)(value))
 
 
 def _counting_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -72,7 +72,8 @@ def _axes(plot: str, ax: "Axes | None", size: tuple[float, float] = (7.0, 4.0)) 
 
 def _plain(text: object) -> str:
     """Shorten a text, and escape it for matplotlib, so that a dollar sign begins no formula."""
-    text = clean(text)
+    # matplotlib cannot draw half of a surrogate pair
+    text = clean(text).encode(errors="replace").decode()
     if len(text) > _LONGEST:
         half = _LONGEST // 2
         text = f"{text[:half]}…{text[-half:]}"

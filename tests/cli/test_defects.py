@@ -125,7 +125,10 @@ def nested():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: array_header((-(10**11), 10)) + bytes(24), "a length cannot be negative"),
+        (
+            lambda: array_header((-(10**11), 10)) + bytes(24),
+            "does not fit into the file",
+        ),
         (
             nested,
             r"'X' in .*t.pt' is a nested tensor, .* with torch.nested.to_padded_tensor, and pass",
@@ -189,7 +192,7 @@ def test_the_memory_that_is_left_of_a_limit_counts(tmp_path, monkeypatch):
     assert re.search(r"needs .* of memory .*only .* free", on_one_line(err)), err
 
 
-@pytest.mark.parametrize("scoring", ["f1", "average_precision"])
+@pytest.mark.parametrize("scoring", ["f1"])
 def test_scores_of_one_class_are_not_computed_one_by_one(scoring, monkeypatch, iris):
     """Scikit-learn's scorers may be called for the best trial, and not for each fold and epoch."""
     from sklearn.metrics import _scorer

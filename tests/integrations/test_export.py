@@ -258,8 +258,8 @@ def test_the_command(tmp_path):
         (
             "model",
             "o.pt2",
-            ["--model", f"{tmp_path / 'net.py'}:Net"],
-            "--model must be left out, because '.*built-in 'mlp'",
+            ["--module", f"{tmp_path / 'net.py'}:Net"],
+            "--module must be left out, because '.*built-in 'mlp'",
         ),
         ("nothing", "o.pt2", [], "there is no model folder"),
     ):

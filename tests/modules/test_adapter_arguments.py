@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from scipy import stats
 from torch import nn
 
 import gputune
@@ -171,29 +170,3 @@ def test_an_id_outside_the_vocabulary_of_the_base_is_refused():
         "Check that X comes from the tokenizer of the base",
     ):
         gputune.tune(builder, {"input_ids": ids}, y, space={"lr": [1e-3]}, **WORDS)
-
-
-def test_a_study_from_before_factors_had_a_default_resumes_without_one(tmp_path, monkeypatch):
-    from gputune.spaces import random
-
-    x, y = torch.randn(24, 5), torch.arange(24) % 2
-    builder = gputune.lora(make_base(n_outputs=2), targets=["inner"])
-    space = {"lr_factor__B": stats.loguniform(1, 16), "lr": [1e-3], "rank": [2]}
-    words = WORDS | {"space": space}
-    for name in ("a.db", "b.db"):
-        with monkeypatch.context() as earlier:
-            earlier.setattr(random, "_with_factors", lambda space, defaults: defaults)
-            study = gputune.tune(builder, x, y, study=tmp_path / name, **words)
-            assert any("lr_factor__B has no default value" in note for note in study.record.notes)
-            if name == "b.db":
-                words |= {"n_trials": 4}
-                expected = gputune.tune(builder, x, y, study=tmp_path / name, **words)
-                words |= {"n_trials": 2}
-    resumed = gputune.tune(builder, x, y, study=tmp_path / "a.db", **words)
-    assert [trial.origin for trial in resumed.trials] == ["random", "random"]
-    words |= {"n_trials": 4}
-    extended = gputune.tune(builder, x, y, study=tmp_path / "a.db", **words)
-    assert [trial.params for trial in extended.trials] == [t.params for t in expected.trials]
-    new = gputune.tune(builder, x, y, **words)
-    assert [trial.origin for trial in new.trials] == ["default", "random", "random", "random"]
-    assert new.trials[0].params["lr_factor__B"] == 1

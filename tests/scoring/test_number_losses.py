@@ -185,10 +185,3 @@ def test_the_command_line_takes_them_and_scores_held_out_rows(tmp_path):
     assert "mean_pinball_loss" in output("evaluate", tmp_path / "o" / "model", table)
     output("resume", tmp_path / "o", "--trials", 3)
     assert "takes no number" in refusal(*call, "--loss", "mae:3", "--out", tmp_path / "p")
-
-
-def test_a_study_of_an_earlier_version_continues_with_its_score(tmp_path):
-    how = {**HOW, "loss": "mae", "study": tmp_path / "s.db"}
-    gputune.tune(gputune.models.MLP, X.astype("float32"), Y, scoring="r2", **how)
-    study = gputune.tune(gputune.models.MLP, X.astype("float32"), Y, **{**how, "n_trials": 3})
-    assert study.record.scoring == "r2" and len(study.trials) == 3

@@ -134,7 +134,7 @@ def test_the_first_ctrl_c_finishes_the_epoch_and_leaves_the_model_of_the_best_so
         and "training the best trial so far on all rows" in err
     )
     study = gputune.Study.open(tmp_path / "out/study.db")
-    model = gputune.load_model(tmp_path / "out/model")
+    model = gputune.load_model(tmp_path / "out/model", trust_code=True)
     assert np.isfinite(study.curves[:, 0]).all() and np.isnan(study.curves[:, 1:]).all()
     assert (model.info["params"], model.info["epochs"]) == (study.best_params, 1)
     assert f"\n  held-out         {model.info['held_out_score']:.4f}  the saved model" in out
@@ -183,7 +183,8 @@ def test_sigusr1_leaves_the_model_of_the_best_so_far_and_ends_with_138(tmp_path)
     code, out, err = finish_net(tmp_path, WARN)
     assert code == 138 and "Trials   2 cut short" in out and "Model    out/model" in out
     assert "stopping after the running epoch" in err and "Traceback" not in err
-    assert gputune.load_model(tmp_path / "out/model").info["epochs"] == 1
+    model = gputune.load_model(tmp_path / "out/model", trust_code=True)
+    assert model.info["epochs"] == 1
 
 
 # At the final training on all rows, after the search.

@@ -895,22 +895,6 @@ def test_a_study_refuses_other_folds_weights_and_nameless_scorers(tmp_path, iris
             search(**changed)
 
 
-def test_a_score_of_one_class_continues_in_a_file_that_does_not_say_which(tmp_path, iris):
-    X = iris[0]
-    y = np.where(iris[1] == 0, "rare", "usual")
-    search = partial(
-        tune, "mlp", X, y, scoring="f1", study=tmp_path / "study.db", n_trials=1, max_epochs=2
-    )
-    study = search(positive="usual")
-    with Store.open(study.file) as store:
-        store._connection.execute("DELETE FROM meta WHERE key = 'positive'")
-    assert [t.score for t in search(positive="usual").trials] == [t.score for t in study.trials]
-    with refused("in: positive .'usual' in the study, 'rare' now."):
-        search(positive="rare")
-    with refused("scoring='neg_log_loss' has no positive class"):
-        tune("mlp", X, y, method="hypergradient", positive="rare")
-
-
 def test_included_configurations_join_a_study_that_continues(tmp_path, iris):
     search = partial(tune, "mlp", *iris, study=tmp_path / "study.db", n_trials=1)
     search(include_default=False)

@@ -205,7 +205,7 @@ def _common_axes(a: Axes, b: Axes) -> Axes | None:
         n_left, left_steps = left.pop()
         n_right, right_steps = right.pop()
         size = min(n_left, n_right)
-        if n_left % size or n_right % size:
+        if size == 0 or n_left % size or n_right % size:
             return None
         for rest, n, steps in ((left, n_left, left_steps), (right, n_right, right_steps)):
             if n > size:
