@@ -220,7 +220,7 @@ _OF_CALLS = {
     ("export", "path"): "--out",
     ("repair", "out"): "--out",
     ("predict_interval", "level"): "--interval",
-    ("load_model", "module"): "--model",
+    ("load_model", "module"): "--module",
 }
 """The flags that messages show for arguments of functions other than ``gputune.tune``."""
 

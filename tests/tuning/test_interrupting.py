@@ -138,10 +138,8 @@ def test_the_first_ctrl_c_finishes_the_epoch_and_leaves_the_model_of_the_best_so
     assert np.isfinite(study.curves[:, 0]).all() and np.isnan(study.curves[:, 1:]).all()
     assert (model.info["params"], model.info["epochs"]) == (study.best_params, 1)
     assert f"\n  held-out         {model.info['held_out_score']:.4f}  the saved model" in out
-    assert (
-        "\nModel    out/model\nNext     gputune predict out/model FILE\nResume   gputune tune"
-        in out
-    )
+    assert "\nModel    out/model\nNext     gputune predict out/model FILE --module" in out
+    assert "\nResume   gputune tune" in out
 
 
 def test_the_second_ctrl_c_does_not(tmp_path):
