@@ -49,7 +49,6 @@ MEASUREMENTS = (PLAIN, "compiled", "recorded", "eager", "loop")
 """The measurements of a module that trains in every backend."""
 
 _PLAIN_STEPS = 10  # of an epoch
-_PLAIN_EPOCHS = 6
 _PATIENCE_SECONDS = 0.2  # after this time, two epochs of the plain loop are enough
 _IN_TURN_SECONDS = 2.0  # for the backend "loop" and the plain loop in turn
 

@@ -497,7 +497,6 @@ def _check_numbers(values: np.ndarray, task: str | None, name: str) -> None:
 
 
 MissingTarget = Literal["error", "drop"]
-MISSING_TARGET: tuple[MissingTarget, ...] = get_args(MissingTarget)
 
 _REMEDY = f"Fill it, or set {option('missing_target', 'drop')} to leave those rows out."
 
