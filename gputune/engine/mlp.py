@@ -1,9 +1,9 @@
-"""The MLP of all members as stacked tensors, whose members share wide matrix products.
+"""The built-in MLP of all members, as stacked tensors.
 
-A member is one trial on one fold. The members of a fold read the same rows, so the first layer is one wide product per
-fold: (B, D) x (D, C*H). Its weights therefore have axes (F, D, C, H). The other layers are batched
-products over members. Narrow layers are padded with units that have zero weights on both sides. The
-activations map 0 to 0, so these units get a zero gradient and stay zero.
+A member is one trial on one fold. The members of a fold read the same rows, so the first layer is
+one wide product per fold: (B, D) x (D, C*H). Its weights therefore have axes (F, D, C, H). The
+other layers are batched products over members. Narrow layers are padded with units that have zero
+weights on both sides. The activations map 0 to 0, so these units get a zero gradient and stay zero.
 
 Axes: F folds, C trials, P = F*C members (fold-major), B rows, H width, K outputs.
 """

@@ -119,7 +119,7 @@ class Loop(Backend):
 
 
 def refusal_to_stack(work: TrialWork) -> Refusal | None:
-    """Return the refusal of a trial whose members cannot be stacked or should not be, or None.
+    """Return why the members of a trial are not stacked, or None if they are stacked.
 
     Members that cannot be stacked train on merged rows if possible.
     """
