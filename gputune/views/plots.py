@@ -275,7 +275,10 @@ def draw_slice(ax: "Axes", parameter: Parameter, view: Scores) -> None:
     failed = [row for row, trial in enumerate(view.study.trials) if trial.state == "failed"]
     if failed:
         bottom = ax.get_xaxis_transform()
-        ax.plot(parameter.values[failed], [0.02] * len(failed), "|", color=_RED, transform=bottom)
+        is_picture = len(failed) > _MANY
+        x = parameter.values[failed]
+        y = np.full(len(failed), 0.02)
+        ax.plot(x, y, "|", color=_RED, transform=bottom, rasterized=is_picture)
 
 
 def _parameter(study: Study, name: str, plot: str) -> Parameter:

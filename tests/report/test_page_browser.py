@@ -365,7 +365,7 @@ def test_of_ten_thousand_trials_few_are_drawn_and_all_answer(browser, opened):
     browser.execute_script("document.querySelectorAll('.trials thead button')[5].click()")
     assert "of 10000 trials are kept" in kept(browser)
     assert len(cells(browser, 0)) == 25
-    assert browser.execute_script("return document.getElementsByTagName('*').length") < 6000
+    assert browser.execute_script("return document.getElementsByTagName('*').length") < 3000
 
 
 @pytest.mark.parametrize("width", [1280, pytest.param(800, marks=pytest.mark.long)])
