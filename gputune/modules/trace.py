@@ -265,7 +265,7 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         try:
             with self:
                 return function()
-        except (RuntimeError, TypeError, IndexError) as error:
+        except RuntimeError as error:
             raise TraceError(f"{self.replaced[0].overloadpacket} has no C code") from error
         finally:
             self.replaced.pop()
