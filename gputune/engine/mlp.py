@@ -95,6 +95,7 @@ class StackedMLP:
             # dropout rates (layers, C, 1, 1)
             table = torch.tensor(rates, dtype=shape.dtype, device=shape.device)
             self.rates = table.T[..., None, None]
+            self.keep_rates = 1 - self.rates
         self.sizes = [shape.n_features, *[self.hidden] * self.depth, shape.n_outputs]
         folds = shape.folds
         trials = len(configs)
@@ -293,8 +294,10 @@ class StackedMLP:
         return outputs.view(folds, -1, *outputs.shape[1:])
 
     def _keep(self, draws: Tensor) -> Sequence[Tensor]:
-        """Return the dropout mask (C, B, H) of each layer for draws (layers, B, H): 1/(1-p) for each kept
-        unit, and 0 for each dropped unit."""
+        """Return the dropout mask (C, B, H) of each layer for draws (layers, B, H).
+
+        The mask is 1 / (1 - p) for each kept unit, and 0 for each dropped unit.
+        """
         assert self.rates is not None
         keep = draws[:, None] >= self.rates
-        return (keep / (1 - self.rates)).unbind()
+        return (keep / self.keep_rates).unbind()

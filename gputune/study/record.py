@@ -174,7 +174,7 @@ class SearchRecord:
         face: "sklearn" for a search of the scikit-learn API, "loop" for ``gputune.search`` with a
             custom training loop. Both have only a few of the other fields.
         model: the name of the model.
-        spec: the recipe to build the model again, see module_source.py.
+        spec: the recipe to build the model again, see code.py.
         space: the space as text.
         distributions: the parts of the space that an export to Optuna supports, by key.
         method: "random", or the "name" of the method with its options.

@@ -403,7 +403,7 @@ def launches_of(members):
         ({}, 39),
         ({"sizes": (9, 10, 13)}, 39),
         ({"schedule": "cosine", "clip_norm": 1.0, "ema": 0.9}, 40),
-        ({"sizes": (9, 10, 13), "dropout": 0.1}, 48),
+        ({"sizes": (9, 10, 13), "dropout": 0.1}, 47),
     ],
 )
 def test_a_step_takes_few_launches(options, most, device):
